@@ -1,0 +1,216 @@
+"""Recipes and `args.yaml`: options in a YAML file, read as strictly as those of the command line.
+
+Flat keys are flags by name (`batch_size` or `batch-size`); the sections in `SECTIONS` are mappings that belong to other
+parts of the package and are passed on as they are.
+"""
+import argparse
+import ast
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import yaml
+
+from timm_amf.errors import UserError
+
+__all__ = ['SECTIONS', 'KeyValues', 'find_config', 'list_recipes', 'nearest', 'read_config', 'save_args']
+
+SECTIONS = ('plan', 'data', 'expected', 'card')
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In an installed wheel the recipes are inside the package, in a checkout beside it.
+_RECIPE_DIRS = (_PACKAGE / 'hub_configs', _PACKAGE.parent / 'hub_configs')
+_SECRET_KEY = re.compile(r'(^|_)(token|password|passwd|secret|api_?key)$', re.IGNORECASE)
+_SECRET_VALUE = re.compile(r'\bhf_[A-Za-z0-9]{20,}')
+
+
+class KeyValues(argparse.Action):
+    """Collects `key=value` arguments in a dict; values are Python literals, or else strings."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pairs = {}
+        for item in filter(None, values):
+            key, equals, value = item.partition('=')
+            if not equals or not key:
+                raise argparse.ArgumentError(self, f'{item!r} is not of the form key=value')
+            try:
+                pairs[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                pairs[key] = value
+        setattr(namespace, self.dest, pairs)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, with errors for repeated keys and with `1e-3` as a number, as in YAML 1.2."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (str, int)) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f'{key!r} is given twice', key_node.start_mark)
+            seen.add(key if isinstance(key, (str, int)) else None)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    'tag:yaml.org,2002:float', re.compile(r'^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$'), list('-+0123456789'))
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Returns ', did you mean ...?' with the closest of the choices, or '' where none is close."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f', did you mean {close[0]}?' if close else ''
+
+
+def list_recipes() -> list[str]:
+    """Returns the names of the recipes that come with the package."""
+    return sorted({path.stem for folder in _RECIPE_DIRS for path in folder.glob('*.yaml')})
+
+
+def find_config(name: str) -> Path:
+    """Returns the file that `--config` names: a path, or the bare name of a recipe that comes with the package.
+
+    Raises:
+        UserError: If there is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.name == name:
+        stem = name[:-len('.yaml')] if name.endswith('.yaml') else name
+        for folder in _RECIPE_DIRS:
+            if (folder / f'{stem}.yaml').is_file():
+                return folder / f'{stem}.yaml'
+    recipes = ', '.join(list_recipes()) or 'none'
+    raise UserError(f'--config {name}: no such file, and no such recipe; the recipes are: {recipes}')
+
+
+def read_config(
+        path: Union[str, Path],
+        parser: argparse.ArgumentParser,
+) -> tuple[dict[str, Any], dict[str, dict], Optional[set[str]]]:
+    """Reads and checks a file of options.
+
+    Args:
+        path: YAML file.
+        parser: Parser whose flags the keys are; it gives their types, choices and numbers of values.
+
+    Returns:
+        The values of the flags by dest, the sections by name, and the dests that were explicit in the run that wrote
+        the file (None if the file does not say, as a recipe does not).
+
+    Raises:
+        UserError: If the file cannot be read, or a key or value is wrong; the message names file, key and remedy.
+    """
+    content = _load(path)
+    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
+    values, sections, explicit = {}, {}, None
+    for name, value in content.items():
+        where = f'{path}: {name}'
+        dest = str(name).replace('-', '_')
+        if dest == 'explicit':
+            explicit = set(value or ())
+        elif dest in SECTIONS and not (dest in actions and isinstance(value, str)):  # plan: FILE, data: DIR are flags
+            if not isinstance(value, Mapping):
+                raise UserError(f'{where}: must be a section (a mapping), not {value!r}')
+            sections[dest] = dict(value)
+        elif dest not in actions:
+            hint = nearest(dest, (*actions, *SECTIONS))
+            raise UserError(f'{where}: unknown key{hint or "; the keys are the flags of train_amf.py --help"}')
+        else:
+            values[dest] = _convert(actions[dest], value, where)
+    return values, sections, explicit
+
+
+def _load(path: Union[str, Path]) -> Mapping:
+    try:
+        content = yaml.load(Path(path).read_text(encoding='utf-8'), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{path}: cannot be read: {error}') from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, 'problem_mark', None)
+        line = f', line {mark.line + 1}' if mark else ''
+        problem = getattr(error, 'problem', None) or error
+        raise UserError(f'{path}{line}: not valid YAML: {problem}') from error
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        raise UserError(f'{path}: must hold keys and values, such as "epochs: 30", not a {type(content).__name__}')
+    return content
+
+
+def _convert(action: argparse.Action, value: Any, where: str) -> Any:
+    """Puts a YAML value through the type, the choices and the number of values of its flag."""
+    if value == action.default and type(value) is type(action.default):
+        return value
+    if value is None:
+        if action.default == '':
+            return ''  # timm's own args.yaml files write a path that is not set either way
+        raise UserError(f'{where}: has no value; leave the key out for its default, {action.default!r}')
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UserError(f'{where}: must be true or false, not {value!r}')
+        return value
+    if isinstance(action, KeyValues):
+        if not isinstance(value, Mapping):
+            raise UserError(f'{where}: must be a mapping of names to values, not {value!r}')
+        return dict(value)
+    if action.nargs in ('+', '*') or isinstance(action.nargs, int) or isinstance(action, argparse._AppendAction):
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        if isinstance(action.nargs, int) and len(items) != action.nargs:
+            raise UserError(f'{where}: must be a list of {action.nargs} values, not {value!r}')
+        if action.nargs == '+' and not items:
+            raise UserError(f'{where}: must not be empty')
+        return [_convert_item(action, item, where) for item in items]
+    return _convert_item(action, value, where)
+
+
+def _convert_item(action: argparse.Action, value: Any, where: str) -> Any:
+    kind = action.type or str
+    name = getattr(kind, '__name__', str(kind))
+    wrong = UserError(f'{where}: must be {name}, not {value!r}' + (' (put it in quotes)' if kind is str else ''))
+    if kind is str:
+        if not isinstance(value, str):
+            raise wrong
+        converted = value
+    elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise wrong
+    else:
+        try:
+            converted = kind(str(value))
+        except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
+            raise wrong from error
+    if action.choices is not None and converted not in action.choices:
+        known = ', '.join(repr(choice) for choice in action.choices)
+        raise UserError(f'{where}: {value!r} is not one of {known}{nearest(str(value), map(str, action.choices))}')
+    return converted
+
+
+def save_args(args: argparse.Namespace, path: Union[str, Path]) -> None:
+    """Writes the options of a run to a YAML file that `--config` reads back to an equal namespace.
+
+    Secrets (a Hub token among the model's arguments, say) are left out.
+
+    Args:
+        args: Result of `parse_args`.
+        path: File to write.
+    """
+    flags = {key: value for key, value in vars(args).items() if key not in ('recipe', 'explicit', 'config', 'data')}
+    # Where there is a section `plan`, the flag of the same name is empty: `parse_args` sees to it.
+    content = {**flags, **args.recipe, 'explicit': sorted(args.explicit)}
+    text = yaml.safe_dump(_without_secrets(content), default_flow_style=False)
+    Path(path).write_text(text, encoding='utf-8')
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            key: _without_secrets(item) for key, item in value.items()
+            if not (isinstance(item, str) and item and _SECRET_KEY.search(str(key)))
+        }
+    if isinstance(value, (list, tuple)):
+        return [_without_secrets(item) for item in value]
+    return _SECRET_VALUE.sub('***', value) if isinstance(value, str) else value

@@ -1,0 +1,171 @@
+"""Checks of the options that can be made before anything is built, each with one line for the user."""
+import argparse
+import importlib
+import os
+from typing import NoReturn
+
+from timm_amf.engine.config_file import nearest
+from timm_amf.errors import UserError
+
+__all__ = ['check_names', 'check_values']
+
+# dest -> least value, greatest value (None: no limit). Lists are checked item by item.
+_BOUNDS = {
+    'batch_size': (1, None), 'validation_batch_size': (1, None), 'grad_accum_steps': (1, None),
+    'num_classes': (0, None), 'img_size': (1, None), 'in_chans': (1, None), 'input_size': (1, None),
+    'epochs': (0, None), 'start_epoch': (0, None), 'stop_epoch': (0, None), 'warmup_epochs': (0, None),
+    'cooldown_epochs': (0, None), 'patience_epochs': (0, None), 'epoch_repeats': (0, None),
+    'mixup_off_epoch': (0, None), 'lr_base': (0, None), 'lr_base_size': (1, None), 'warmup_lr': (0, None),
+    'min_lr': (0, None), 'decay_rate': (0, None), 'lr_cycle_limit': (1, None), 'weight_decay': (0, None),
+    'momentum': (0, 1), 'layer_decay': (0, None), 'clip_grad': (0, None), 'opt_eps': (0, None),
+    'train_num_samples': (1, None), 'val_num_samples': (1, None), 'std': (0, None), 'hflip': (0, 1), 'vflip': (0, 1),
+    'color_jitter_prob': (0, 1), 'grayscale_prob': (0, 1), 'gaussian_blur_prob': (0, 1), 'reprob': (0, 1),
+    'recount': (1, None), 'smoothing': (0, 1), 'mixup': (0, None), 'cutmix': (0, None), 'mixup_prob': (0, 1),
+    'mixup_switch_prob': (0, 1), 'drop': (0, 1), 'drop_path': (0, 1), 'drop_block': (0, 1), 'bn_momentum': (0, 1),
+    'bn_eps': (0, None), 'model_ema_decay': (0, 1), 'seed': (0, None), 'workers': (0, None), 'log_interval': (1, None),
+    'val_interval': (1, None), 'recovery_interval': (0, None), 'checkpoint_hist': (1, None), 'tta': (0, None),
+    'branch_loss': (0, None), 'policy_balance': (0, None),
+}
+
+# dest -> how many values it takes, where argparse cannot say.
+_PAIRS = {'scale': (2,), 'ratio': (2,), 'cutmix_minmax': (2,), 'lr_noise': (1, 2)}
+
+
+def check_values(args: argparse.Namespace) -> None:
+    """Checks numbers, paths and combinations; imports nothing.
+
+    Raises:
+        UserError: For the first mistake.
+    """
+    for dest, (low, high) in _BOUNDS.items():
+        value = getattr(args, dest)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if item is not None and not (item >= low and (high is None or item <= high)):  # NaN fails too
+                limits = f'at least {low}' if high is None else f'between {low} and {high}'
+                _fail(dest, f'must be {limits}, not {item:g}')
+    for dest, lengths in _PAIRS.items():
+        value = getattr(args, dest)
+        if value is not None and (len(value) not in lengths or list(value) != sorted(value)):
+            _fail(dest, f'must be {" or ".join(map(str, lengths))} values in increasing order, not {_text(value)}')
+    _check_image(args)
+    _check_schedule(args)
+    _check_paths(args)
+    _check_data(args)
+    if (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None) and args.batch_size % 2:
+        _fail('batch_size', f'must be even for mixup and cutmix, which pair the images, not {args.batch_size}')
+    if args.eval_only and not (args.pretrained or args.pretrained_path or args.initial_checkpoint or args.resume):
+        _fail('eval_only', 'there are no weights to evaluate; add --initial-checkpoint FILE, --resume or --pretrained')
+    if args.cpu and args.mixed_precision == 'fp16':
+        raise UserError('fp16 mixed precision needs a GPU; on the CPU use --amp-dtype bfloat16')
+    if args.mixed_precision not in (None, 'no') and args.model_dtype not in (None, 'float32'):
+        _fail('model_dtype', f'{args.model_dtype} and mixed precision exclude each other; give one')
+
+
+def _check_image(args: argparse.Namespace) -> None:
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        _fail('crop_pct', f'must be above 0 and at most 1, not {args.crop_pct:g}')
+    channels = args.input_size[0] if args.input_size else args.in_chans or 3
+    if args.input_size and args.in_chans not in (None, channels):
+        _fail('in_chans', f'{args.in_chans} contradicts the {channels} channels of --input-size')
+    for dest in ('mean', 'std'):
+        value = getattr(args, dest)
+        if value is not None and len(value) not in (1, channels):
+            _fail(dest, f'has {len(value)} values for {channels} channels; give one, or one a channel')
+
+
+def _check_schedule(args: argparse.Namespace) -> None:
+    if args.lr is not None and not args.lr > 0:
+        _fail('lr', f'must be above 0, not {args.lr:g}; leave it out to use --lr-base, or freeze roles in the plan')
+    if args.lr is not None and args.min_lr > args.lr:
+        _fail('min_lr', f'{args.min_lr:g} is above --lr {args.lr:g}; lower it')
+    if args.decay_epochs <= 0:
+        _fail('decay_epochs', f'must be above 0, not {args.decay_epochs:g}')
+    if list(args.decay_milestones) != sorted(set(args.decay_milestones)):
+        _fail('decay_milestones', f'must increase, not {_text(args.decay_milestones)}')
+    if args.start_epoch is not None and args.start_epoch > args.epochs:
+        _fail('start_epoch', f'{args.start_epoch} is beyond --epochs {args.epochs}')
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    if args.resume not in ('', 'auto') and not os.path.exists(args.resume):
+        _fail('resume', f'{args.resume} does not exist; give a checkpoint, or auto for the last one of the experiment')
+    for dest in ('initial_checkpoint', 'pretrained_path', 'plan', 'class_map'):
+        path = getattr(args, dest)
+        if path and not os.path.isfile(path):
+            _fail(dest, f'{path} is not a file; check the path')
+    if args.output and os.path.exists(args.output) and not os.path.isdir(args.output):
+        _fail('output', f'{args.output} is a file; name a folder')
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    mixture = args.recipe.get('data') or args.component or args.data_preset
+    if not (mixture or args.data_dir or args.dataset):
+        raise UserError(
+            'no data: name a folder (train_amf.py DIR), or use --dataset, --component, --data-preset '
+            'or a recipe (--config demo)')
+    folder = args.dataset in ('', 'folder', 'image_folder') and not mixture
+    if folder and not os.path.exists(args.data_dir or ''):
+        _fail('data_dir', f'{args.data_dir or "(none)"} does not exist; name a folder that holds train and validation')
+
+
+def check_names(args: argparse.Namespace) -> None:
+    """Checks the names that only timm knows: model, optimiser and augmentation. Imports `--device-modules` before.
+
+    Raises:
+        UserError: For the first mistake, with the nearest name.
+    """
+    for module in args.device_modules or ():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            _fail('device_modules', f'{module} cannot be imported ({error}); is its folder on PYTHONPATH?')
+    _check_model(args.model)
+    _check_optimizer(args.opt)
+    if args.aa:
+        _check_auto_augment(args.aa)
+
+
+def _check_model(name: str) -> None:
+    import timm
+
+    import timm_amf  # noqa: F401  registers its models
+    if name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
+        return
+    if '/' in name or ':' in name:
+        _fail('model', f'{name} is no architecture; write hf-hub:OWNER/NAME for the Hub, local-dir:PATH for a folder')
+    if not timm.is_model(name):
+        hint = nearest(name.partition('.')[0], timm.list_models())
+        _fail('model', f'{name} is unknown{hint or "; timm-amf models and timm.list_models() list them"}')
+    try:
+        timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:  # the tag is wrong
+        known = timm.list_pretrained(f'{name.partition(".")[0]}.*')
+        hint = nearest(name, known) or f'; known: {", ".join(known) or "none"}'
+        raise UserError(f'--model: {name} has an unknown tag{hint}') from error
+
+
+def _check_optimizer(name: str) -> None:
+    from timm.optim import list_optimizers
+    known = list_optimizers()
+    base = name.lower().removeprefix('lookahead_')
+    if base not in known:
+        _fail('opt', f'{name} is unknown{nearest(base, known) or "; timm.optim.list_optimizers() lists them"}')
+
+
+def _check_auto_augment(config: str) -> None:
+    from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+    kinds = {'rand': rand_augment_transform, 'augmix': augment_and_mix_transform}
+    build = kinds.get(config.partition('-')[0], auto_augment_transform)
+    try:
+        build(config, {'translate_const': 100, 'img_mean': (124, 116, 104)})
+    except (AssertionError, ValueError, KeyError, TypeError) as error:
+        reason = f' ({error})' if str(error) else ''
+        _fail('aa', f'timm cannot read {config!r}{reason}; write for example rand-m9-mstd0.5-inc1 or original')
+
+
+def _fail(dest: str, problem: str) -> NoReturn:
+    raise UserError(f'--{dest.replace("_", "-")}: {problem}')
+
+
+def _text(values) -> str:
+    return ' '.join(f'{value:g}' for value in values)

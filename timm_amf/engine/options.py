@@ -1,0 +1,236 @@
+"""The command line of `train_amf.py`: timm's train flags, ours beside them, and a YAML file that sets any of them.
+
+    train_amf.py DIR --model amf_resnet18x2 --epochs 30 ...
+    train_amf.py --config demo --output runs
+    train_amf.py --config runs/demo/args.yaml --epochs 60     (what the command line says wins)
+
+Every mistake raises `UserError` with one line, before anything slow is imported or built where that is possible.
+"""
+import argparse
+import copy
+import importlib.util
+import logging
+from collections.abc import Sequence
+from typing import NoReturn, Optional
+
+from timm_amf.engine.config_file import KeyValues, find_config, nearest, read_config, save_args
+from timm_amf.engine.option_checks import check_names, check_values
+from timm_amf.engine.timm_flags import REFUSED, REFUSED_VALUES, REPLACED, TIMM_FLAGS
+from timm_amf.errors import UserError
+
+__all__ = ['build_parser', 'parse_args', 'explicit_flags', 'resolve_lr', 'resolve_trackers', 'save_args']
+
+_logger = logging.getLogger(__name__)
+
+# Trackers of Accelerate and the modules that each can use.
+TRACKERS = {
+    'tensorboard': ('tensorboard', 'tensorboardX'),
+    **{name: (name,) for name in (
+        'wandb', 'trackio', 'comet_ml', 'aim', 'mlflow', 'clearml', 'dvclive', 'swanlab')},
+}
+
+RUN_FLAGS = (
+    ('--mixed-precision', str, None, "precision of the arithmetic; --amp sets it, else accelerate launch's",
+     {'choices': ('no', 'fp16', 'bf16')}),
+    ('--cpu', bool, False, 'train on the CPU even where there is a GPU'),
+    ('--tracker', str, ['auto'], 'where to log to; auto: tensorboard if it is installed',
+     {'nargs': '+', 'choices': ('auto', 'none', *TRACKERS)}),
+    ('--no-progress', bool, False, 'no progress bar, also on a terminal'),
+    ('--eval-only', bool, False, 'evaluate the model that the other flags name, and leave'),
+    ('--branch-loss', float, 0., "weight of an extra loss on each branch's own logits (AMF, MultiTune)"),
+    ('--policy-balance', float, 0., "weight of a penalty on branches that get more than their share of the policy's "
+     'weight on average (AMF)'),
+    ('--dry-run', bool, False, "build everything, print the plan's parameter groups, and leave"),
+    ('--overwrite', bool, False, 'write into an experiment folder that is not empty'),
+)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Adds the default where there is one worth telling."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = 'default' in action.help or action.nargs == 0
+        return action.help if told or action.default in (None, '', [], {}) else f'{action.help} (default: %(default)s)'
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as `UserError`, in one line and without the usage of some 200 flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of `train_amf.py`. Its `parse_args` knows nothing of `--config`: use `parse_args` below."""
+    from timm_amf.data.spec import add_data_args
+    from timm_amf.tuning.plan_args import add_plan_args
+
+    parser = _Parser(
+        prog='train_amf.py',
+        description='Fine-tune any timm model, or an adaptive composite of several, on any image classification data.',
+        epilog='[replaced]: accepted with a warning, something else does its work. [refused]: an error, nothing here '
+               'does its work. docs/flags.md says which and why.',
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument('data', nargs='?', default=None, metavar='DIR', help='folder of the dataset')
+    parser.add_argument(
+        '-c', '--config', default='', metavar='FILE',
+        help='YAML file that sets any of the flags, or the name of a recipe such as demo')
+    for title, rows in TIMM_FLAGS.items():
+        _add_group(parser, title, rows)
+    add_plan_args(parser)
+    add_data_args(parser)
+    _add_group(parser, 'Run parameters', RUN_FLAGS)
+    return parser
+
+
+def _add_group(parser: argparse.ArgumentParser, title: str, rows: Sequence[tuple]) -> None:
+    group = parser.add_argument_group(title)
+    for names, kind, default, text, *extra in rows:
+        keywords = {'default': default, 'help': text, **(extra[0] if extra else {})}
+        if kind is bool:
+            keywords['action'] = 'store_true'
+        elif kind is dict:
+            keywords.update(action=KeyValues, nargs='*', metavar='KEY=VALUE')
+        else:
+            keywords['type'] = kind
+        action = group.add_argument(*names.split(), **keywords)
+        mark = '[replaced] ' * (action.dest in REPLACED) + '[refused] ' * (action.dest in REFUSED)
+        action.help = (mark + text).replace('%', '%%')
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Reads the options from `--config` and the command line, which wins, and checks them.
+
+    Args:
+        argv: Arguments, those of the process if None.
+
+    Returns:
+        A namespace with every flag by name and besides: `explicit`, the set of names that the user set, and `recipe`,
+        the sections (`plan`, `data`, `expected`, `card`) of the YAML file. A folder of data is in `data_dir`, whichever
+        way it was given.
+
+    Raises:
+        UserError: On any mistake, in one line.
+    """
+    parser = build_parser()
+    defaults = vars(parser.parse_args([]))
+    # Without defaults the namespace has only what the command line says.
+    for action in parser._actions:
+        action.default, action.was_default = argparse.SUPPRESS, action.default
+    given, unknown = parser.parse_known_args(argv)
+    for action in parser._actions:
+        action.default = action.was_default
+    if unknown:
+        _reject(unknown, parser)
+
+    values, recipe, explicit = {}, {}, None
+    if getattr(given, 'config', ''):
+        values, recipe, explicit = read_config(find_config(given.config), parser)
+    explicit = (set(values) if explicit is None else explicit) | set(vars(given)) - {'config'}
+    args = argparse.Namespace(**{**copy.deepcopy(defaults), **values, **vars(given)})
+    args.recipe, args.explicit = recipe, explicit
+    _settle(args)
+    _check_applicable(args, defaults)
+    check_values(args)
+    resolve_trackers(args)
+    check_names(args)
+    return args
+
+
+def _reject(unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:
+    flag = next((word for word in unknown if word.startswith('-')), None)
+    if flag is None:
+        raise UserError(f'unexpected argument {unknown[0]!r}: there is one folder of data, and flags begin with --')
+    flag = flag.partition('=')[0]
+    hint = nearest(flag, parser._option_string_actions)
+    raise UserError(f'unknown flag {flag}{hint or "; --help lists them"}')
+
+
+def _settle(args: argparse.Namespace) -> None:
+    """Brings together the flags that say the same thing in two ways."""
+    if args.data and args.data_dir and args.data != args.data_dir:
+        raise UserError(f'two folders of data, {args.data} and --data-dir {args.data_dir}: give one')
+    if args.data:
+        args.explicit = (args.explicit - {'data'}) | {'data_dir'}
+        args.data_dir = args.data
+    args.data = None
+    if args.plan:
+        args.recipe.pop('plan', None)  # the file that the flag names takes its place
+    if args.device == 'cpu':
+        args.cpu = True
+    if args.amp:
+        precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype]
+        if args.mixed_precision not in (None, precision):
+            raise UserError(
+                f'--amp with --amp-dtype {args.amp_dtype} and --mixed-precision {args.mixed_precision}: give one')
+        args.mixed_precision = precision
+    if args.drop_connect is not None and args.drop_path is None:
+        args.drop_path = args.drop_connect
+    if args.bce_loss:
+        if args.loss not in (None, 'bce'):
+            raise UserError(f'--bce-loss and --loss {args.loss}: give one')
+        args.loss = 'bce'
+
+
+def _check_applicable(args: argparse.Namespace, defaults: dict) -> None:
+    """Refuses flags whose work nobody does here, and warns of those whose work something else does."""
+    for dest, reason in REFUSED.items():
+        if getattr(args, dest) != defaults[dest]:
+            raise UserError(f'{_flag(dest)}: {reason}')
+    for (dest, value), reason in REFUSED_VALUES.items():
+        if getattr(args, dest) == value:
+            raise UserError(f'{_flag(dest)} {value}: {reason}')
+    for dest, reason in REPLACED.items():
+        acts_as_cpu = dest == 'device' and args.device == 'cpu'
+        if getattr(args, dest) != defaults[dest] and not acts_as_cpu:
+            _logger.warning(f'{_flag(dest)} has no effect of its own: {reason}')
+
+
+def _flag(dest: str) -> str:
+    return '--local_rank' if dest == 'local_rank' else '--' + dest.replace('_', '-')
+
+
+def explicit_flags(args: argparse.Namespace) -> set[str]:
+    """Returns the names of the options that the user set, on the command line or in `--config`."""
+    return args.explicit
+
+
+def resolve_lr(args: argparse.Namespace, global_batch_size: int) -> float:
+    """Returns the learning rate by the rule of timm's train script.
+
+    `--lr` if given, else `lr_base` times the batch ratio `global_batch_size / lr_base_size`, or times its square root
+    with `lr_base_scale` sqrt, which is the default for optimisers whose name holds `ada` or `lamb`.
+
+    Args:
+        args: Options with `lr`, `lr_base`, `lr_base_size`, `lr_base_scale` and `opt`.
+        global_batch_size: Images a step of the optimiser: batch size times processes times accumulated batches.
+    """
+    if args.lr is not None:
+        return args.lr
+    adaptive = any(part in args.opt.lower() for part in ('ada', 'lamb'))
+    scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
+    ratio = global_batch_size / args.lr_base_size
+    return args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
+
+
+def resolve_trackers(args: argparse.Namespace) -> list[str]:
+    """Returns the names of Accelerate's trackers to log to.
+
+    Raises:
+        UserError: If the package of one that was asked for is not installed.
+    """
+    names = [name for name in args.tracker if name != 'none']
+    if 'auto' in names:
+        names.remove('auto')
+        names += ['tensorboard'] if _installed('tensorboard') else []
+    names += ['wandb'] if args.log_wandb else []
+    names = list(dict.fromkeys(names))
+    for name in names:
+        if not _installed(name):
+            raise UserError(f'tracker {name}: not installed; pip install {TRACKERS[name][0].replace("_", "-")}')
+    return names
+
+
+def _installed(tracker: str) -> bool:
+    return any(importlib.util.find_spec(module) for module in TRACKERS[tracker])
