@@ -1,0 +1,338 @@
+"""A loader whose batches depend on nothing but (seed, epoch, step): not on workers, processes or resumption.
+
+Workers decode and transform to uint8; normalisation and random erasing run on the batch on its device, as in timm's
+PrefetchLoader.
+"""
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Optional, Union
+
+import numpy as np
+import torch
+import torch.utils.data
+from timm.data import create_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.loader import adapt_to_chs
+
+from timm_amf.errors import UserError
+
+from .mixture import Mixture
+from .sampler import EvalSampler, Key, StepSampler
+from .transforms import SeededRandomErasing, guard_transform, sample_seed, seeded
+
+__all__ = ['Batch', 'SeededLoader', 'create_loader']
+
+_logger = logging.getLogger(__name__)
+
+
+class Batch(NamedTuple):
+    """One process's part of a step, on the device.
+
+    Args:
+        input: Normalised images, (B, C, H, W).
+        target: Class of each, (B,) int64.
+        component: Component of each, (B,) int64.
+        index: Index into the dataset of each, (B,) int64.
+        step_size: Samples of this step over all processes. A loss that is a mean over the B samples, times
+            `B * processes / step_size`, gives the mean over the step once gradients are averaged over processes.
+    """
+    input: torch.Tensor
+    target: torch.Tensor
+    component: torch.Tensor
+    index: torch.Tensor
+    step_size: int
+
+
+class _Raw(NamedTuple):
+    """What a worker sends: uint8 images, and a row of target, component and key for each sample."""
+    input: torch.Tensor
+    meta: np.ndarray
+
+
+class _Failure(NamedTuple):
+    """An image that could not be read, sent in place of a batch so that the user gets a line and no traceback."""
+    message: str
+
+
+class SeededSamples(torch.utils.data.Dataset):
+    """The samples of a mixture by `Key`, each transformed under its own seed.
+
+    Args:
+        dataset: The mixture.
+        transform: Gives a uint8 tensor (C, H, W); with augmentation splits timm's triple of transforms.
+        seed: The run's seed, None for a transform that draws nothing.
+        splits: Augmentation splits, 0 for none.
+    """
+
+    def __init__(self, dataset: Mixture, transform: Any, seed: Optional[int], splits: int = 0):
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+        self.splits = splits
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key) -> Any:
+        try:
+            image = self.dataset.load(key.index)
+        except UserError as e:
+            return _Failure(str(e))
+        try:
+            images = self._transform(image, key)
+        except Exception as e:
+            raise RuntimeError(f'{self.dataset.filename(key.index)}: {type(e).__name__}: {e}') from e
+        return images, (int(self.dataset.targets[key.index]), int(self.dataset.component_of[key.index]), *key)
+
+    def _transform(self, image: Any, key: Key) -> list[torch.Tensor]:
+        if self.seed is None:
+            return [self.transform(image)]
+        with seeded(sample_seed(self.seed, key)):
+            if not self.splits:
+                return [self.transform(image)]
+            base, augment, final = self.transform
+            image = base(image)
+            images = [final(image)]
+        for split in range(1, self.splits):
+            with seeded(sample_seed(self.seed, key, stream=2 * split)):
+                images.append(final(augment(image)))
+        return images
+
+
+class _Collate:
+    """Stack samples; augmentation splits one after the other, as timm does."""
+
+    def __init__(self, channels_last: bool):
+        self.channels_last = channels_last
+
+    def __call__(self, samples: list) -> Union[_Raw, _Failure]:
+        failures = [sample for sample in samples if isinstance(sample, _Failure)]
+        if failures:
+            return failures[0]
+        images = [image for split in zip(*(images for images, _ in samples), strict=True) for image in split]
+        if self.channels_last:
+            images = [image.permute(1, 2, 0) for image in images]
+        return _Raw(
+            torch.utils.data.default_collate(images),  # in a worker, straight into shared memory
+            np.array([meta for _, meta in samples], dtype=np.int64),
+        )
+
+
+class SeededLoader:
+    """Iterates over `Batch`es; see `create_loader`.
+
+    Attributes:
+        dataset: The mixture.
+        sampler: The batch sampler.
+        transform: The transform of each sample.
+    """
+
+    def __init__(
+            self,
+            dataset: Mixture,
+            sampler: Union[StepSampler, EvalSampler],
+            transform: Any,
+            seed: Optional[int],
+            mean: Sequence[float],
+            std: Sequence[float],
+            device: torch.device,
+            img_dtype: torch.dtype = torch.float32,
+            erasing: Optional[SeededRandomErasing] = None,
+            splits: int = 0,
+            channels_last: bool = False,
+            workers: int = 0,
+            pin_memory: bool = False,
+            persistent_workers: bool = True,
+    ):
+        self.dataset = dataset
+        self.sampler = sampler
+        self.transform = transform
+        self.device = device
+        self.img_dtype = img_dtype
+        self.channels_last = channels_last
+        self.erasing = erasing
+        self.splits = splits
+        stats = {'device': device, 'dtype': img_dtype}
+        self.mean = torch.tensor([x * 255 for x in mean], **stats).view(1, -1, 1, 1)
+        self.std = torch.tensor([x * 255 for x in std], **stats).view(1, -1, 1, 1)
+        self._stream: Any = None
+        self._loader = torch.utils.data.DataLoader(
+            SeededSamples(dataset, transform, seed, splits),
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=_Collate(channels_last),
+            pin_memory=pin_memory,
+            persistent_workers=persistent_workers and workers > 0,
+            generator=torch.Generator(),  # else every epoch draws from the global generator
+        )
+
+    def __len__(self) -> int:
+        """Steps in an epoch (of this process, in evaluation)."""
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose the epoch of the next iteration, and the step it begins at: earlier steps are not even decoded."""
+        self.sampler.set_epoch(epoch, start_step)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.device.type == 'cuda':
+            return self._overlapped()
+        return (self._finish(raw) for raw in self._raw())
+
+    def _raw(self) -> Iterator[_Raw]:
+        batches = iter(self._loader)
+        while True:
+            try:
+                raw = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as e:
+                if 'exited unexpectedly' in str(e) or 'killed by signal' in str(e):
+                    raise UserError(
+                        f'a data loading worker died ({str(e).splitlines()[0]}), most often for lack of memory; '
+                        f'lower --workers or --batch-size') from e
+                raise
+            if isinstance(raw, _Failure):
+                raise UserError(raw.message)
+            yield raw
+
+    def _finish(self, raw: _Raw) -> Batch:
+        """To the device, normalised (with timm's arithmetic) and erased."""
+        input = raw.input.permute(0, 3, 1, 2) if self.channels_last else raw.input
+        input = input.to(device=self.device, non_blocking=True)
+        input = input.to(self.img_dtype).sub_(self.mean).div_(self.std)
+        if self.erasing is not None:
+            self.erasing(input, [Key(*row) for row in raw.meta[:, 2:].tolist()], max(1, self.splits))
+        meta = torch.from_numpy(raw.meta[:, [0, 1, 3]].T.copy())
+        if self.splits:
+            meta = meta.repeat(1, self.splits)
+        target, component, index = meta.to(device=self.device, non_blocking=True)
+        return Batch(input, target, component, index, int(raw.meta[0, 6]) * max(1, self.splits))
+
+    def _overlapped(self) -> Iterator[Batch]:
+        """Prepare the next batch on a side stream while the consumer works on this one (timm's PrefetchLoader)."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device=self.device)  # one for all epochs: memory is pooled by stream
+        ready = None
+        for raw in self._raw():
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))  # freed blocks may be reused below
+            with torch.cuda.stream(self._stream):
+                batch = self._finish(raw)
+            if ready is not None:
+                yield ready
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            ready = batch
+        if ready is not None:
+            yield ready
+
+
+def create_loader(
+        dataset: Mixture,
+        input_size: Union[int, Sequence[int]],
+        batch_size: int,
+        is_training: bool = False,
+        seed: int = 42,
+        rank: int = 0,
+        world_size: int = 1,
+        device: Union[str, torch.device] = 'cpu',
+        workers: int = 4,
+        no_aug: bool = False,
+        re_prob: float = 0.,
+        re_mode: str = 'const',
+        re_count: int = 1,
+        re_split: bool = False,
+        train_crop_mode: Optional[str] = None,
+        scale: Optional[Sequence[float]] = None,
+        ratio: Optional[Sequence[float]] = None,
+        hflip: float = 0.5,
+        vflip: float = 0.,
+        color_jitter: Union[float, Sequence[float], None] = 0.4,
+        color_jitter_prob: Optional[float] = None,
+        grayscale_prob: Optional[float] = 0.,
+        gaussian_blur_prob: Optional[float] = 0.,
+        auto_augment: Optional[str] = None,
+        num_aug_repeats: float = 0,
+        num_aug_splits: int = 0,
+        epoch_repeats: float = 0,
+        interpolation: str = 'bilinear',
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        crop_pct: Optional[float] = None,
+        crop_mode: Optional[str] = None,
+        crop_border_pixels: Optional[int] = None,
+        img_dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        pin_memory: bool = False,
+        persistent_workers: bool = True,
+) -> SeededLoader:
+    """Build a loader; arguments that timm's `create_loader` has too have its meaning.
+
+    Args:
+        dataset: The mixture.
+        input_size: Size of the images, (C, H, W) or a number.
+        batch_size: Samples a step and process, at most.
+        is_training: Random order and augmentation; otherwise each sample once, in order, over all processes.
+        seed: Seed of order and augmentation.
+        rank: This process.
+        world_size: Number of processes.
+        device: Where batches go.
+        workers: Worker processes; 0 loads in the main process.
+        epoch_repeats: Passes over the dataset in an epoch.
+        img_dtype: Type of the normalised images.
+        channels_last: Give the images in this memory format.
+
+    Raises:
+        UserError: Fewer training images than processes.
+    """
+    channels = input_size[0] if isinstance(input_size, Sequence) and len(input_size) == 3 else len(mean)
+    mean, std = tuple(adapt_to_chs(mean, channels)), tuple(adapt_to_chs(std, channels))
+    splits = num_aug_splits if is_training else 0
+    transform = create_transform(
+        input_size,
+        is_training=is_training,
+        no_aug=no_aug,
+        train_crop_mode=train_crop_mode,
+        scale=scale,
+        ratio=ratio,
+        hflip=hflip,
+        vflip=vflip,
+        color_jitter=color_jitter,
+        color_jitter_prob=color_jitter_prob,
+        grayscale_prob=grayscale_prob,
+        gaussian_blur_prob=gaussian_blur_prob,
+        auto_augment=auto_augment,
+        interpolation=interpolation,
+        mean=mean,
+        std=std,
+        crop_pct=crop_pct,
+        crop_mode=crop_mode,
+        crop_border_pixels=crop_border_pixels,
+        use_prefetcher=True,
+        separate=splits > 0,
+    )
+    device = torch.device(device)
+    erasing = None
+    if is_training and not no_aug and re_prob > 0:
+        clean = (splits or 2) if re_split else 0
+        erasing = SeededRandomErasing(
+            re_prob, mode=re_mode, max_count=re_count, num_splits=clean, device=device, seed=seed)
+    if is_training:
+        sampler = StepSampler(len(dataset), batch_size, seed, rank, world_size, num_aug_repeats, epoch_repeats)
+    else:
+        sampler = EvalSampler(len(dataset), batch_size, rank, world_size)
+    return SeededLoader(
+        dataset,
+        sampler,
+        guard_transform(transform),
+        seed=seed if is_training and not no_aug else None,
+        mean=mean,
+        std=std,
+        erasing=erasing,
+        splits=splits,
+        device=device,
+        img_dtype=img_dtype,
+        channels_last=channels_last,
+        workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=persistent_workers,
+    )

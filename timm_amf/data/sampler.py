@@ -1,0 +1,134 @@
+"""Which samples make up each step, on each process: a pure function of (seed, epoch, step)."""
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch.utils.data
+
+from timm_amf.errors import UserError
+
+__all__ = ['Key', 'StepSampler', 'EvalSampler']
+
+
+class Key(NamedTuple):
+    """Names one draw of one sample: all that its augmentation may depend on, and its place in the step.
+
+    Args:
+        epoch: Epoch of the draw.
+        index: Index into the dataset.
+        repeat: How often the sample was drawn before in this epoch.
+        position: Place in the step, over all processes.
+        step_size: Number of samples in the step, over all processes.
+    """
+    epoch: int
+    index: int
+    repeat: int
+    position: int
+    step_size: int
+
+
+class StepSampler(torch.utils.data.Sampler):
+    """Batch sampler of training: each process's part of each step, as lists of `Key`.
+
+    An epoch is a permutation drawn from (seed, epoch), cut into steps whose sizes differ by at most one. Process r of w
+    takes every w-th sample of a step, from the r-th. So each sample is seen exactly once an epoch, none is dropped,
+    and a step of two processes has the same samples as one of a single process with twice the batch size.
+
+    Args:
+        num_samples: Samples in the dataset.
+        batch_size: Most samples a process has in a step.
+        seed: Seed of the permutations.
+        rank: This process.
+        world_size: Number of processes.
+        aug_repeats: Draw each sample this many times in succession, and only so many samples that the epoch keeps its
+            length (timm's `--aug-repeats`; "Augment your batch", https://arxiv.org/abs/1901.09335). 0: off.
+        epoch_repeats: Passes over the dataset in an epoch, each with its own permutation (timm's `--epoch-repeats`,
+            which timm heeds for iterable datasets only). 0 or 1: one pass.
+
+    Raises:
+        UserError: Fewer samples than processes.
+    """
+
+    def __init__(
+            self,
+            num_samples: int,
+            batch_size: int,
+            seed: int = 42,
+            rank: int = 0,
+            world_size: int = 1,
+            aug_repeats: float = 0,
+            epoch_repeats: float = 0,
+    ):
+        if num_samples < world_size:
+            raise UserError(f'data: {num_samples} training images for {world_size} processes; use fewer processes')
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.aug_repeats = aug_repeats
+        self.draws = int(num_samples * max(1., epoch_repeats))
+        # A step needs a sample for each process; with a batch size of one that can take one sample more in a step.
+        self.steps = min(math.ceil(self.draws / (batch_size * world_size)), self.draws // world_size)
+        self.epoch = 0
+        self.start_step = 0
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose the epoch, and the step at which the next iteration (only that one) begins."""
+        self.epoch = epoch
+        self.start_step = start_step
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        start, self.start_step = self.start_step, 0
+        indices, repeats = self._draws()
+        size, extra = divmod(self.draws, self.steps)
+        for step in range(start, self.steps):
+            low = step * size + min(step, extra)
+            count = size + (step < extra)
+            yield [
+                Key(self.epoch, int(indices[low + p]), int(repeats[low + p]), p, count)
+                for p in range(self.rank, count, self.world_size)
+            ]
+
+    def _draws(self) -> tuple[np.ndarray, np.ndarray]:
+        """(index, number of earlier draws of it) for each draw of the epoch."""
+        indices, repeats = [], []
+        for number in range(math.ceil(self.draws / self.num_samples)):
+            order = np.random.default_rng((self.seed, self.epoch, number)).permutation(self.num_samples)
+            repeat = np.zeros(self.num_samples, dtype=np.int64)
+            if self.aug_repeats > 1:
+                which = (np.arange(self.num_samples) // self.aug_repeats).astype(np.int64)
+                repeat = np.arange(self.num_samples) - np.searchsorted(which, which)
+                order = order[which]
+            indices.append(order)
+            repeats.append(repeat + number * math.ceil(max(1, self.aug_repeats)))
+        return np.concatenate(indices)[:self.draws], np.concatenate(repeats)[:self.draws]
+
+
+class EvalSampler(torch.utils.data.Sampler):
+    """Batch sampler of evaluation: process r of w has every w-th sample, each exactly once and none twice.
+
+    Processes may have different numbers of batches, or none at all.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1):
+        self.indices = range(rank, num_samples, world_size)
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.world_size = world_size
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Evaluation is the same in every epoch."""
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.indices) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for low in range(0, len(self.indices), self.batch_size):
+            chunk = self.indices[low:low + self.batch_size]
+            total = min(self.num_samples - low * self.world_size, self.batch_size * self.world_size)
+            yield [Key(0, index, 0, index - low * self.world_size, total) for index in chunk]

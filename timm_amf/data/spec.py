@@ -1,0 +1,295 @@
+"""What a mixture is made of: plain data, read from YAML (the `data:` section of a recipe) or from flags."""
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import yaml
+
+from timm_amf.errors import UserError
+
+__all__ = ['Component', 'DataSpec', 'add_data_args', 'data_spec_from_args', 'list_presets', 'load_preset']
+
+DEFAULT_SPLITS = {'train': 'train', 'val': 'validation', 'test': 'test'}
+_PRESET_DIR = Path(__file__).parent / 'presets'
+_SPLIT_SYNONYMS = {'validation': 'val', 'valid': 'val', 'eval': 'val', 'training': 'train', 'testing': 'test'}
+
+
+@dataclass(frozen=True)
+class Component:
+    """One named part of a mixture.
+
+    Args:
+        name: Name in logs, tables and columns: letters, digits, `_`, `-` and `.`.
+        dataset: Dataset as timm names it: '' for a folder, `torch/...`, `hfds/...`, `tfds/...`, `wds/...`.
+        root: Folder of the dataset.
+        classes: Only the first this many classes, in the dataset's own order. None: all.
+        per_class: At most this many images of each class, one number for all splits or one by split.
+        skip: Leave out this many images at the start of each class, one number or one by split.
+        splits: The dataset's name for each of `train`, `val` and `test`.
+        class_offset: Index of the first class. None: after the classes of the components before it. Components
+            with the same offset share their labels.
+        class_map: timm's class map, a file of class names in order.
+        input_key: timm's input key (a folder: extensions of image files, `.jpg;.webp`).
+        target_key: timm's target key (`hfds/`, `tfds/`, `wds/`).
+    """
+    name: str
+    dataset: str = ''
+    root: Optional[str] = None
+    classes: Optional[int] = None
+    per_class: Union[int, dict[str, int], None] = None
+    skip: Union[int, dict[str, int], None] = None
+    splits: dict[str, str] = field(default_factory=dict)
+    class_offset: Optional[int] = None
+    class_map: Optional[str] = None
+    input_key: Optional[str] = None
+    target_key: Optional[str] = None
+
+    def __post_init__(self):
+        where = f'data component {self.name!r}'
+        if not isinstance(self.name, str) or not re.fullmatch(r'[\w.-]+', self.name):
+            raise UserError(f'{where}: a name is made of letters, digits, "_", "-" and "."')
+        for key, low in (('classes', 1), ('class_offset', 0)):
+            _check_int(getattr(self, key), low, f'{where}: {key}')
+        object.__setattr__(self, 'per_class', _by_split(self.per_class, 1, f'{where}: per_class'))
+        object.__setattr__(self, 'skip', _by_split(self.skip, 0, f'{where}: skip'))
+        if not isinstance(self.splits, Mapping):
+            raise UserError(f'{where}: splits is a mapping such as {{val: validation}}, not {self.splits!r}')
+        splits = {_split_key(k, f'{where}: splits'): str(v) for k, v in self.splits.items()}
+        object.__setattr__(self, 'splits', splits)
+        for key in ('dataset', 'root', 'class_map', 'input_key', 'target_key'):
+            value = getattr(self, key)
+            if value is not None:
+                object.__setattr__(self, key, str(value))
+
+    def split_name(self, split: str) -> str:
+        """The dataset's own name of `train`, `val` or `test`."""
+        return self.splits.get(split, DEFAULT_SPLITS[split])
+
+    def limit(self, split: str) -> tuple[int, Optional[int]]:
+        """(images left out at the start of each class, most images taken of each class) of a split."""
+        skip = self.skip.get(split, 0) if isinstance(self.skip, dict) else self.skip or 0
+        number = self.per_class.get(split) if isinstance(self.per_class, dict) else self.per_class
+        return skip, number
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """All that is needed to open a mixture.
+
+    Args:
+        components: The parts, in order; a plain dataset is a mixture of one.
+        download: Let the datasets that can download themselves do so.
+        input_img_mode: Pillow mode that images are converted to. None: `RGB`, or `L` for one input channel.
+        num_samples: Samples by split of iterable datasets that do not know their own number.
+        trust_remote_code: Passed to Hugging Face datasets.
+    """
+    components: tuple[Component, ...]
+    download: bool = False
+    input_img_mode: Optional[str] = None
+    num_samples: dict[str, int] = field(default_factory=dict)
+    trust_remote_code: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, 'components', tuple(self.components))
+        if not self.components:
+            raise UserError('data: no component; give a folder (--data-dir), a dataset (--dataset) or components')
+        names = [c.name for c in self.components]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f'data: two components are named {name!r}; give each its own name')
+
+    @classmethod
+    def from_mapping(cls, data: Mapping, defaults: Optional[Mapping] = None) -> 'DataSpec':
+        """Read the `data:` section of a recipe.
+
+        Args:
+            data: `{preset: NAME, root: DIR}`, or `{components: [...]}` (a list of mappings, or a mapping from names
+                to mappings), or the mapping of a single component. `root` beside components is their default.
+            defaults: Values of components that do not set them (from flags).
+
+        Raises:
+            UserError: An unknown key, an unknown preset, a value of the wrong kind.
+        """
+        if not isinstance(data, Mapping):
+            raise UserError(f'data: expected a mapping with components or a preset, not {data!r}')
+        data = dict(data)
+        common = {key: data.pop(key) for key in ('download', 'input_img_mode', 'num_samples', 'trust_remote_code')
+                  if key in data}
+        defaults = {k: v for k, v in (defaults or {}).items() if v is not None}
+        if 'preset' in data:
+            if 'components' in data:
+                raise UserError('data: give either a preset or components, not both')
+            data = {**load_preset(data.pop('preset')), **data}
+        if 'components' not in data:
+            data = {'components': [data]}
+        items = _component_list(data.pop('components'))
+        root = data.pop('root', data.pop('path', None))
+        if root is not None:
+            defaults['root'] = root
+        if data:
+            raise UserError(f'data: unknown key {sorted(data)[0]!r} beside components; components know '
+                            f'{", ".join(Component.__dataclass_fields__)}')
+        return cls(tuple(_component(item, defaults) for item in items), **common)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain data that `from_mapping` reads back, without what is default."""
+        components = [{k: v for k, v in asdict(c).items() if v not in (None, '', {})} for c in self.components]
+        rest = {k: v for k, v in asdict(self).items() if k != 'components' and v}
+        return {'components': components, **rest}
+
+
+def list_presets() -> list[str]:
+    return sorted(path.stem for path in _PRESET_DIR.glob('*.yaml'))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The `data:` section that a preset stands for."""
+    if name not in list_presets():
+        raise UserError(f'data: unknown preset {name!r}; there are {", ".join(list_presets())}')
+    return yaml.safe_load((_PRESET_DIR / f'{name}.yaml').read_text(encoding='utf-8'))
+
+
+def add_data_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the data that timm does not have, in a group of their own."""
+    group = parser.add_argument_group('Mixture parameters')
+    group.add_argument(
+        '--component', action='append', metavar='KEY=VALUE,...', default=None,
+        help='Add a component to the mixture: name=signs,path=/data/signs,classes=10,per_class=33; also dataset=, '
+             'class_offset=, class_map=, and by split per_class.train=, skip.train=, splits.val=. Repeatable.')
+    group.add_argument(
+        '--data-preset', metavar='NAME', default=None,
+        help=f'A ready-made mixture: {", ".join(list_presets())}; --data-dir is its folder.')
+    group.add_argument(
+        '--cache-images', action='store_true', default=False,
+        help='Decode and shrink the training images once and read them from a cache on disk.')
+    group.add_argument(
+        '--cache-dir', metavar='DIR', default=None,
+        help='Folder of the image cache (default: timm_amf in the cache folder of the user).')
+    group.add_argument(
+        '--skip-bad-images', action='store_true', default=False,
+        help='Train without the images that cannot be read, instead of stopping before training.')
+    group.add_argument(
+        '--no-check-images', dest='check_images', action='store_false', default=True,
+        help='Do not read every image once before training.')
+
+
+def data_spec_from_args(args: argparse.Namespace, section: Optional[Mapping] = None) -> DataSpec:
+    """Build the mixture from flags and the `data:` section of a recipe.
+
+    `--component` and `--data-preset` replace the section; with none of the three, timm's own flags name one dataset,
+    which is a mixture of one component. timm's flags are also the defaults of components that do not say.
+
+    Args:
+        args: Parsed flags: timm's dataset flags and those of `add_data_args`. `args.data` may be the section itself.
+        section: The `data:` section, if it is not in `args.data`.
+    """
+    def get(key):
+        value = getattr(args, key, None)
+        return None if value == '' else value
+
+    positional = get('data')
+    if isinstance(positional, Mapping):
+        section, positional = section or positional, None
+    splits = {'train': get('train_split'), 'val': get('val_split')}
+    defaults = {
+        'root': get('data_dir') or positional,
+        'splits': {k: v for k, v in splits.items() if v},
+        'class_map': get('class_map'),
+        'input_key': get('input_key'),
+        'target_key': get('target_key'),
+    }
+    if get('component'):
+        section = {'components': [_parse_component(text) for text in args.component]}
+    elif get('data_preset'):
+        section = {'preset': args.data_preset}
+    elif not section:
+        section = {'dataset': get('dataset') or ''}
+    spec = DataSpec.from_mapping(section, defaults)
+    num_samples = {'train': get('train_num_samples'), 'val': get('val_num_samples')}
+    return replace(
+        spec,
+        download=spec.download or bool(get('dataset_download')),
+        input_img_mode=get('input_img_mode') or spec.input_img_mode,
+        num_samples=spec.num_samples or {k: v for k, v in num_samples.items() if v},
+        trust_remote_code=spec.trust_remote_code or bool(get('dataset_trust_remote_code')),
+    )
+
+
+def _component_list(items: Any) -> list[dict]:
+    if isinstance(items, Mapping):
+        items = [{'name': name, **(item or {})} for name, item in items.items()]
+    if not isinstance(items, (list, tuple)):
+        raise UserError(f'data: components is a list or a mapping, not {items!r}')
+    items = [{'root': item} if isinstance(item, str) else item for item in items]
+    for item in items:
+        if not isinstance(item, Mapping):
+            raise UserError(f'data: a component is a mapping or the path of a folder, not {item!r}')
+    return [dict(item) for item in items]
+
+
+def _component(item: dict, defaults: Mapping) -> Component:
+    if 'path' in item:
+        item['root'] = item.pop('path')
+    unknown = set(item) - set(Component.__dataclass_fields__)
+    if unknown:
+        raise UserError(f'data: unknown key {sorted(unknown)[0]!r} of a component; there are '
+                        f'{", ".join(Component.__dataclass_fields__)}')
+    splits = {**defaults.get('splits', {}), **(item.get('splits') or {})}
+    item = {**defaults, **{k: v for k, v in item.items() if v is not None}, 'splits': splits}
+    if 'name' not in item:
+        item['name'] = _default_name(item)
+    return Component(**item)
+
+
+def _default_name(item: Mapping) -> str:
+    name = (item.get('dataset') or '').rstrip('/').split('/')[-1] or Path(str(item.get('root') or '')).name
+    return re.sub(r'[^\w.-]+', '-', name) or 'data'
+
+
+def _parse_component(text: str) -> dict[str, Any]:
+    """`name=a,classes=3,per_class.train=5` to a mapping."""
+    item: dict[str, Any] = {}
+    for part in text.split(','):
+        key, sep, value = part.partition('=')
+        key = key.strip()
+        if not sep or not key:
+            raise UserError(f'--component {text!r}: {part!r} is not KEY=VALUE')
+        if key.split('.')[0] in ('classes', 'class_offset', 'per_class', 'skip'):
+            if not value.strip().isdigit():
+                raise UserError(f'--component {text!r}: {key} must be a whole number, not {value!r}')
+            value = int(value)
+        key, _, split = key.partition('.')
+        if split:
+            if not isinstance(item.setdefault(key, {}), dict):
+                raise UserError(f'--component {text!r}: {key} is given both for all splits and for {split}')
+            item[key][split] = value
+        else:
+            item[key] = value
+    return item
+
+
+def _split_key(split: Any, where: str) -> str:
+    split = _SPLIT_SYNONYMS.get(split, split)
+    if split not in DEFAULT_SPLITS:
+        raise UserError(f'{where}: unknown split {split!r}; there are train, val and test')
+    return split
+
+
+def _check_int(value: Any, low: int, where: str) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UserError(f'{where} must be a whole number of at least {low}, not {value!r}')
+
+
+def _by_split(value: Any, low: int, where: str) -> Union[int, dict[str, int], None]:
+    if not isinstance(value, Mapping):
+        _check_int(value, low, where)
+        return value
+    value = {_split_key(k, where): v for k, v in value.items() if v is not None}
+    for split, number in value.items():
+        _check_int(number, low, f'{where}.{split}')
+    return value
