@@ -48,10 +48,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (str, int)) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f'{key!r} is given twice', key_node.start_mark)
-            seen.add(key if isinstance(key, (str, int)) else None)
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is not None and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f'{key} is given twice', key_node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -112,7 +112,9 @@ def read_config(
         where = f'{path}: {name}'
         dest = str(name).replace('-', '_')
         if dest == 'explicit':
-            explicit = set(value or ())
+            if not isinstance(value, list) or not all(item in actions for item in value):
+                raise UserError(f'{where}: must be a list of keys, as args.yaml has it; in a recipe leave it out')
+            explicit = set(value)
         elif dest in SECTIONS and not (dest in actions and isinstance(value, str)):  # plan: FILE, data: DIR are flags
             if not isinstance(value, Mapping):
                 raise UserError(f'{where}: must be a section (a mapping), not {value!r}')

@@ -12,15 +12,15 @@ __all__ = ['check_names', 'check_values']
 # dest -> least value, greatest value (None: no limit). Lists are checked item by item.
 _BOUNDS = {
     'batch_size': (1, None), 'validation_batch_size': (1, None), 'grad_accum_steps': (1, None),
-    'num_classes': (0, None), 'img_size': (1, None), 'in_chans': (1, None), 'input_size': (1, None),
+    'num_classes': (1, None), 'img_size': (1, None), 'in_chans': (1, None), 'input_size': (1, None),
     'epochs': (0, None), 'start_epoch': (0, None), 'stop_epoch': (0, None), 'warmup_epochs': (0, None),
     'cooldown_epochs': (0, None), 'patience_epochs': (0, None), 'epoch_repeats': (0, None),
     'mixup_off_epoch': (0, None), 'lr_base': (0, None), 'lr_base_size': (1, None), 'warmup_lr': (0, None),
     'min_lr': (0, None), 'decay_rate': (0, None), 'lr_cycle_limit': (1, None), 'weight_decay': (0, None),
     'momentum': (0, 1), 'layer_decay': (0, None), 'clip_grad': (0, None), 'opt_eps': (0, None),
-    'train_num_samples': (1, None), 'val_num_samples': (1, None), 'std': (0, None), 'hflip': (0, 1), 'vflip': (0, 1),
-    'color_jitter_prob': (0, 1), 'grayscale_prob': (0, 1), 'gaussian_blur_prob': (0, 1), 'reprob': (0, 1),
-    'recount': (1, None), 'smoothing': (0, 1), 'mixup': (0, None), 'cutmix': (0, None), 'mixup_prob': (0, 1),
+    'train_num_samples': (1, None), 'val_num_samples': (1, None), 'save_epochs': (0, None), 'hflip': (0, 1),
+    'vflip': (0, 1), 'color_jitter_prob': (0, 1), 'grayscale_prob': (0, 1), 'gaussian_blur_prob': (0, 1),
+    'reprob': (0, 1), 'recount': (1, None), 'smoothing': (0, 1), 'mixup': (0, None), 'cutmix': (0, None), 'mixup_prob': (0, 1),
     'mixup_switch_prob': (0, 1), 'drop': (0, 1), 'drop_path': (0, 1), 'drop_block': (0, 1), 'bn_momentum': (0, 1),
     'bn_eps': (0, None), 'model_ema_decay': (0, 1), 'seed': (0, None), 'workers': (0, None), 'log_interval': (1, None),
     'val_interval': (1, None), 'recovery_interval': (0, None), 'checkpoint_hist': (1, None), 'tta': (0, None),
@@ -51,8 +51,7 @@ def check_values(args: argparse.Namespace) -> None:
     _check_schedule(args)
     _check_paths(args)
     _check_data(args)
-    if (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None) and args.batch_size % 2:
-        _fail('batch_size', f'must be even for mixup and cutmix, which pair the images, not {args.batch_size}')
+    _check_loss(args)
     if args.eval_only and not (args.pretrained or args.pretrained_path or args.initial_checkpoint or args.resume):
         _fail('eval_only', 'there are no weights to evaluate; add --initial-checkpoint FILE, --resume or --pretrained')
     if args.cpu and args.mixed_precision == 'fp16':
@@ -71,6 +70,19 @@ def _check_image(args: argparse.Namespace) -> None:
         value = getattr(args, dest)
         if value is not None and len(value) not in (1, channels):
             _fail(dest, f'has {len(value)} values for {channels} channels; give one, or one a channel')
+    if args.std is not None and min(args.std) <= 0:
+        _fail('std', f'must be above 0, not {_text(args.std)}')
+
+
+def _check_loss(args: argparse.Namespace) -> None:
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixes and args.batch_size % 2:
+        _fail('batch_size', f'must be even for mixup and cutmix, which pair the images, not {args.batch_size}')
+    if mixes and args.loss == 'asl':
+        _fail('loss', 'asl cannot take the soft targets of mixup and cutmix; leave them out or use another loss')
+    for dest in ('bce_sum', 'bce_target_thresh', 'bce_pos_weight'):
+        if getattr(args, dest) not in (None, False) and args.loss != 'bce':
+            _fail(dest, 'only the binary cross-entropy has it; add --bce-loss')
 
 
 def _check_schedule(args: argparse.Namespace) -> None:

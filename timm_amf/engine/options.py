@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = _Parser(
         prog='train_amf.py',
+        usage='%(prog)s [DIR] [--config FILE] [flags]',
         description='Fine-tune any timm model, or an adaptive composite of several, on any image classification data.',
         epilog='[replaced]: accepted with a warning, something else does its work. [refused]: an error, nothing here '
                'does its work. docs/flags.md says which and why.',
@@ -94,6 +95,8 @@ def _add_group(parser: argparse.ArgumentParser, title: str, rows: Sequence[tuple
             keywords.update(action=KeyValues, nargs='*', metavar='KEY=VALUE')
         else:
             keywords['type'] = kind
+            if 'choices' not in keywords:
+                keywords.setdefault('metavar', {int: 'N', float: 'X', str: 'NAME'}[kind])
         action = group.add_argument(*names.split(), **keywords)
         mark = '[replaced] ' * (action.dest in REPLACED) + '[refused] ' * (action.dest in REFUSED)
         action.help = (mark + text).replace('%', '%%')

@@ -89,7 +89,7 @@ TIMM_FLAGS = {
         ('--lr', float, None, 'learning rate; without it, --lr-base scaled with the global batch size'),
         ('--lr-base', float, 0.1, 'learning rate at a global batch of --lr-base-size'),
         ('--lr-base-size', int, 256, 'global batch size that --lr-base is for'),
-        ('--lr-base-scale', str, '', 'how the LR grows with the batch; empty: sqrt for adaptive optimisers, else linear',
+        ('--lr-base-scale', str, '', 'growth of the LR with the batch; empty: sqrt for Adam and kin, else linear',
          {'choices': ('', 'linear', 'sqrt')}),
         ('--lr-noise', float, None, 'start, or start and end, of LR noise as shares of the epochs', {'nargs': '+'}),
         ('--lr-noise-pct', float, 0.67, 'largest LR noise, as a share'),
