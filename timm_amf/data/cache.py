@@ -1,0 +1,247 @@
+"""Images decoded and shrunk once, kept as flat uint8 on disk, and shared by all workers through the page cache.
+
+For training. Shrinking changes the pixels that the random crops see: the short side becomes 256/224 of the input size,
+the margin that timm's evaluation has too, so only crops of less than 0.77 of the short side are enlarged more than
+they would be anyway. Images that are smaller are kept as they are; nothing is enlarged.
+"""
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import numpy as np
+import torch.utils.data
+from PIL import Image
+from timm.data.transforms import str_to_interp_mode
+from torchvision.transforms import functional
+
+from timm_amf.errors import UserError
+
+from .mixture import Mixture
+
+__all__ = ['ImageCache', 'build_cache', 'cache_short_side', 'default_cache_dir']
+
+_logger = logging.getLogger(__name__)
+_VERSION = 1
+_CHUNK = 16  # images a worker sends at a time
+
+
+def default_cache_dir() -> Path:
+    """`timm_amf` in the user's cache folder."""
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_amf'
+
+
+def cache_short_side(input_size: Union[int, Sequence[int]]) -> int:
+    """Short side of cached images for a model's input size: 256 for 224."""
+    shorter = input_size if isinstance(input_size, int) else min(input_size[-2:])
+    return round(shorter * 256 / 224)
+
+
+class ImageCache:
+    """Read-only view of a built cache; processes that open the same folder share its memory.
+
+    Args:
+        folder: What `build_cache` wrote.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        index = np.load(self.folder / 'index.npy')
+        self.mode = json.loads((self.folder / 'about.json').read_text(encoding='utf-8'))['mode']
+        self.shapes = index[:, :2].astype(np.int64)  # (height, width)
+        sizes = self.shapes.prod(1) * len(Image.new(self.mode, (1, 1)).getbands())
+        self.starts = np.concatenate([[0], np.cumsum(sizes)])
+        if (self.folder / 'pixels.bin').stat().st_size != self.starts[-1]:
+            raise OSError(f'{self.folder}: pixels.bin has the wrong size')
+        self._pixels: Optional[np.ndarray] = None
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, '_pixels': None}  # a worker that is spawned maps the file itself
+
+    def array(self, index: int) -> np.ndarray:
+        """Pixels of an image, (H, W, C) uint8, not copied."""
+        if self._pixels is None:
+            self._pixels = np.memmap(self.folder / 'pixels.bin', dtype=np.uint8, mode='r')
+        height, width = self.shapes[index]
+        return self._pixels[self.starts[index]:self.starts[index + 1]].reshape(height, width, -1)
+
+    def load(self, index: int) -> Image.Image:
+        array = self.array(index)
+        return Image.frombuffer(self.mode, (array.shape[1], array.shape[0]), array, 'raw', self.mode, 0, 1)
+
+
+def build_cache(
+        dataset: Mixture,
+        short_side: int,
+        cache_dir: Union[str, Path, None] = None,
+        interpolation: str = 'bicubic',
+        workers: int = 0,
+        progress: bool = True,
+) -> Optional[ImageCache]:
+    """Build the cache of a dataset, or find it built, and let the dataset read from it.
+
+    With several processes the first builds and the others call this after it. A cache is found again by the names,
+    sizes and times of the image files, so a changed folder gets a new one. It takes short side squared times about 4
+    bytes an image.
+
+    Args:
+        dataset: The mixture; its bad images must have been removed.
+        short_side: Images with a longer short side are shrunk to it. With the short side and interpolation of an
+            evaluation transform (`floor(size / crop_pct)`, centre crop), that transform gives the same pixels as before.
+        cache_dir: Folder of all caches. None: `default_cache_dir()`.
+        interpolation: Of the shrinking, by timm's name.
+        workers: Processes that decode.
+        progress: Show a bar, if on a terminal.
+
+    Returns:
+        The cache, or None for datasets that are in memory anyway.
+
+    Raises:
+        UserError: No space, no permission, an image that cannot be read, a Pillow mode that is not 8 bits.
+    """
+    if dataset.in_memory:
+        return None
+    mode = dataset.input_img_mode
+    if mode not in ('RGB', 'L', 'RGBA', 'CMYK', 'YCbCr', 'HSV', 'LAB'):
+        raise UserError(f'--cache-images holds 8-bit images, not {mode!r}; leave it out, or set --input-img-mode RGB')
+    key = fingerprint(dataset, f'images {_VERSION} {mode} {short_side} {interpolation}')
+    folder = Path(cache_dir or default_cache_dir()).expanduser() / f'images-{key}'
+    items = _shrunk(dataset, short_side, interpolation, workers, progress)
+
+    def write(path: Path) -> None:
+        _logger.info(f'Building the image cache of {len(dataset)} images in {folder}.')
+        shapes = []
+        with open(path / 'pixels.bin', 'wb') as file:
+            for array in items:
+                file.write(array)
+                shapes.append(array.shape[:2])
+        np.save(path / 'index.npy', np.array(shapes, dtype=np.int64).reshape(-1, 2))
+        (path / 'about.json').write_text(json.dumps({'mode': mode, 'images': len(shapes)}), encoding='utf-8')
+
+    dataset.cache = open_or_write(folder, ImageCache, write)
+    return dataset.cache
+
+
+def fingerprint(dataset: Mixture, purpose: str) -> str:
+    """Changes when an image, the choice of images, or the purpose changes."""
+    digest = hashlib.sha256(purpose.encode())
+    for index in range(len(dataset)):
+        digest.update(dataset.signature(index).encode('utf-8', 'surrogateescape') + b'\n')
+    return digest.hexdigest()[:24]
+
+
+def open_or_write(folder: Path, read: Callable[[Path], Any], write: Callable[[Path], None]) -> Any:
+    """Open a folder of the cache, or fill it under a temporary name and rename it.
+
+    An interrupted writer leaves a temporary folder, which the next one on the same machine removes.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    if folder.exists():
+        try:
+            return read(folder)
+        except (OSError, ValueError, KeyError) as e:
+            _logger.warning(f'The cache {folder} is damaged ({e}); it is built again.')
+            shutil.rmtree(folder, ignore_errors=True)
+    with _disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(folder.parent)
+        prefix = f'{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}-'
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+        try:
+            write(temporary)
+            try:
+                temporary.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process was faster, with the same content
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return read(folder)
+
+
+@contextmanager
+def _disk_errors(folder: Path):
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f'no space left for the cache in {folder.parent}; free some, or set --cache-dir') from e
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f'cannot write the cache in {folder.parent} ({e.strerror}); set --cache-dir') from e
+        raise
+
+
+def _remove_stale(parent: Path) -> None:
+    for path in parent.glob(f'*.tmp-{socket.gethostname()}-*-*'):
+        pid = path.name.rsplit('-', 2)[1]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+class _Shrunk(torch.utils.data.Dataset):
+    """Pixels of each image, shrunk; or the message of the error."""
+
+    def __init__(self, dataset: Mixture, short_side: int, interpolation: str):
+        self.dataset = dataset
+        self.short_side = short_side
+        self.interpolation = str_to_interp_mode(interpolation)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Union[np.ndarray, str]:
+        try:
+            image = self.dataset.load_original(index)
+        except UserError as e:
+            return str(e)
+        if min(image.size) > self.short_side:
+            image = functional.resize(image, self.short_side, interpolation=self.interpolation)
+        return np.array(image)
+
+
+def _shrunk(
+        dataset: Mixture,
+        short_side: int,
+        interpolation: str,
+        workers: int,
+        progress: bool,
+) -> Iterable[np.ndarray]:
+    samples = _Shrunk(dataset, short_side, interpolation)
+    for array in map_samples(samples, workers, 'Caching images', progress):
+        if isinstance(array, str):
+            raise UserError(array)
+        yield array
+
+
+def map_samples(dataset: torch.utils.data.Dataset, workers: int, description: str, progress: bool) -> Iterable[Any]:
+    """The items of a dataset in order, made by worker processes, with a bar when on a terminal."""
+    from tqdm import tqdm
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=_CHUNK, num_workers=workers, collate_fn=list, generator=torch.Generator())
+    with tqdm(total=len(dataset), desc=description, unit='img', disable=None if progress else True) as bar:
+        for chunk in loader:
+            yield from chunk
+            bar.update(len(chunk))

@@ -1,0 +1,129 @@
+"""Find the images that cannot be read before training starts, not in the middle of the night."""
+import json
+import logging
+from pathlib import Path
+from typing import NamedTuple, Optional, Union
+
+import numpy as np
+import torch.utils.data
+from PIL import Image
+
+from timm_amf.errors import UserError
+
+from .cache import default_cache_dir, fingerprint, map_samples, open_or_write
+from .mixture import Mixture
+
+__all__ = ['BadImage', 'check_images']
+
+_logger = logging.getLogger(__name__)
+_SHOWN = 10
+
+
+class BadImage(NamedTuple):
+    filename: str
+    reason: str
+
+
+def check_images(
+        dataset: Mixture,
+        skip_bad: bool = False,
+        cache_dir: Union[str, Path, None] = None,
+        workers: int = 0,
+        progress: bool = True,
+) -> list[BadImage]:
+    """Read every image of a dataset once; what was found is remembered for as long as the files stay the same.
+
+    Args:
+        dataset: The mixture; with `skip_bad` its bad images are removed.
+        skip_bad: Go on without the bad images.
+        cache_dir: Where to remember. None: `default_cache_dir()`.
+        workers: Processes that read.
+        progress: Show a bar, if on a terminal.
+
+    Returns:
+        The bad images that were removed.
+
+    Raises:
+        UserError: There are bad images, and they may not be skipped or a class has no others.
+    """
+    if dataset.in_memory:
+        return []
+    reasons = _remembered(dataset, cache_dir, workers, progress)
+    bad = [BadImage(dataset.filename(index), reason) for index, reason in reasons.items()]
+    if not bad:
+        return bad
+    shown = '; '.join(f'{image.filename} ({image.reason})' for image in bad[:_SHOWN])
+    more = f' and {len(bad) - _SHOWN} more' if len(bad) > _SHOWN else ''
+    found = f'{len(bad)} of {len(dataset)} images cannot be read: {shown}{more}'
+    if not skip_bad:
+        raise UserError(f'{found}; mend or remove them, or go on without them with --skip-bad-images')
+    before = dataset.class_counts()
+    dataset.remove(list(reasons))
+    empty = np.flatnonzero((before > 0) & (dataset.class_counts() == 0))
+    if len(empty):
+        raise UserError(f'class {dataset.class_names[empty[0]]!r} has no image that can be read; {found}')
+    _logger.warning(f'{found}. Going on without them.')
+    return bad
+
+
+def _remembered(
+        dataset: Mixture,
+        cache_dir: Union[str, Path, None],
+        workers: int,
+        progress: bool,
+) -> dict[int, str]:
+    """Reason by index of the bad images, from an earlier check of the same files if there was one."""
+    folder = Path(cache_dir or default_cache_dir()).expanduser() / f'checked-{fingerprint(dataset, "check 1")}'
+
+    def read(path: Path) -> dict[int, str]:
+        return {int(k): v for k, v in json.loads((path / 'bad.json').read_text(encoding='utf-8')).items()}
+
+    found: Optional[dict[int, str]] = None
+
+    def write(path: Path) -> None:
+        nonlocal found
+        results = enumerate(map_samples(_Readable(dataset), workers, 'Checking images', progress))
+        found = {index: reason for index, reason in results if reason}
+        (path / 'bad.json').write_text(json.dumps(found), encoding='utf-8')
+
+    try:
+        return open_or_write(folder, read, write)
+    except UserError as e:
+        if found is None:  # not even the folder could be made
+            results = enumerate(map_samples(_Readable(dataset), workers, 'Checking images', progress))
+            found = {index: reason for index, reason in results if reason}
+        _logger.warning(f'The check of the images is not remembered: {e}')
+        return found
+
+
+class _Readable(torch.utils.data.Dataset):
+    """For each image, why it cannot be read, or ''."""
+
+    def __init__(self, dataset: Mixture):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> str:
+        source, local = self.dataset.source(index)
+        if source.in_memory:
+            return ''
+        try:
+            with source.open(local) as file:
+                _read(file)
+        except FileNotFoundError:
+            return 'no such file'
+        except Exception as e:  # Pillow's plugins raise whatever they like
+            return str(e).splitlines()[0] if str(e) else type(e).__name__
+        return ''
+
+
+def _read(file) -> None:
+    """Decode all of an image; a JPEG at an eighth of its size, which still reads every byte."""
+    if file.seek(0, 2) == 0:
+        raise OSError('empty file')
+    file.seek(0)
+    with Image.open(file) as image:
+        image.draft('RGB', (max(1, image.width // 8), max(1, image.height // 8)))
+        image.load()
