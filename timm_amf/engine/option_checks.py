@@ -9,22 +9,24 @@ from timm_amf.errors import UserError
 
 __all__ = ['check_names', 'check_values']
 
-# dest -> least value, greatest value (None: no limit). Lists are checked item by item.
+# dest -> least and greatest value (None: no limit). Lists are checked item by item.
 _BOUNDS = {
-    'batch_size': (1, None), 'validation_batch_size': (1, None), 'grad_accum_steps': (1, None),
-    'num_classes': (1, None), 'img_size': (1, None), 'in_chans': (1, None), 'input_size': (1, None),
-    'epochs': (0, None), 'start_epoch': (0, None), 'stop_epoch': (0, None), 'warmup_epochs': (0, None),
-    'cooldown_epochs': (0, None), 'patience_epochs': (0, None), 'epoch_repeats': (0, None),
-    'mixup_off_epoch': (0, None), 'lr_base': (0, None), 'lr_base_size': (1, None), 'warmup_lr': (0, None),
-    'min_lr': (0, None), 'decay_rate': (0, None), 'lr_cycle_limit': (1, None), 'weight_decay': (0, None),
-    'momentum': (0, 1), 'layer_decay': (0, None), 'clip_grad': (0, None), 'opt_eps': (0, None),
-    'train_num_samples': (1, None), 'val_num_samples': (1, None), 'save_epochs': (0, None), 'hflip': (0, 1),
-    'vflip': (0, 1), 'color_jitter_prob': (0, 1), 'grayscale_prob': (0, 1), 'gaussian_blur_prob': (0, 1),
-    'reprob': (0, 1), 'recount': (1, None), 'smoothing': (0, 1), 'mixup': (0, None), 'cutmix': (0, None), 'mixup_prob': (0, 1),
-    'mixup_switch_prob': (0, 1), 'drop': (0, 1), 'drop_path': (0, 1), 'drop_block': (0, 1), 'bn_momentum': (0, 1),
-    'bn_eps': (0, None), 'model_ema_decay': (0, 1), 'seed': (0, None), 'workers': (0, None), 'log_interval': (1, None),
-    'val_interval': (1, None), 'recovery_interval': (0, None), 'checkpoint_hist': (1, None), 'tta': (0, None),
-    'branch_loss': (0, None), 'policy_balance': (0, None),
+    **dict.fromkeys((
+        'batch_size', 'validation_batch_size', 'grad_accum_steps', 'num_classes', 'img_size', 'in_chans', 'input_size',
+        'lr_base_size', 'lr_cycle_limit', 'train_num_samples', 'val_num_samples', 'recount', 'log_interval',
+        'val_interval', 'checkpoint_hist',
+    ), (1, None)),
+    **dict.fromkeys((
+        'epochs', 'start_epoch', 'stop_epoch', 'warmup_epochs', 'cooldown_epochs', 'patience_epochs', 'epoch_repeats',
+        'mixup_off_epoch', 'lr_base', 'warmup_lr', 'min_lr', 'decay_rate', 'weight_decay', 'layer_decay', 'clip_grad',
+        'opt_eps', 'save_epochs', 'mixup', 'cutmix', 'bn_eps', 'seed', 'workers', 'recovery_interval', 'tta',
+        'branch_loss', 'policy_balance',
+    ), (0, None)),
+    **dict.fromkeys((
+        'momentum', 'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob',
+        'smoothing', 'mixup_prob', 'mixup_switch_prob', 'drop', 'drop_path', 'drop_block', 'bn_momentum',
+        'model_ema_decay',
+    ), (0, 1)),
 }
 
 # dest -> how many values it takes, where argparse cannot say.

@@ -118,14 +118,13 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """
     parser = build_parser()
     defaults = vars(parser.parse_args([]))
-    # Without defaults the namespace has only what the command line says.
-    for action in parser._actions:
-        action.default, action.was_default = argparse.SUPPRESS, action.default
-    given, unknown = parser.parse_known_args(argv)
-    for action in parser._actions:
-        action.default = action.was_default
+    _, unknown = parser.parse_known_args(argv)
     if unknown:
         _reject(unknown, parser)
+    bare = build_parser()
+    for action in bare._actions:
+        action.default = argparse.SUPPRESS  # so that the namespace has only what the command line says
+    given = bare.parse_args(argv)
 
     values, recipe, explicit = {}, {}, None
     if getattr(given, 'config', ''):

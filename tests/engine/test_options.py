@@ -1,0 +1,675 @@
+"""The command line of train_amf.py: timm's flags as timm has them, recipes, and one line for every mistake."""
+import argparse
+import ast
+import logging
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+
+from timm_amf.engine import config_file
+from timm_amf.engine.options import build_parser, explicit_flags, parse_args, resolve_lr, resolve_trackers, save_args
+from timm_amf.engine.timm_flags import REFUSED, REFUSED_VALUES, REPLACED
+from timm_amf.errors import UserError
+
+# The parser of timm's train.py as it was read in August 2026: names | default | type and number of values.
+TIMM_PARSER = """
+data | None | str?
+--kd-model-name | None | str
+--kd-distill-type | 'logit' | str
+--kd-loss-type | 'kl' | str
+--distill-loss-weight | None | float
+--task-loss-weight | None | float
+--kd-temperature | 4.0 | float
+--kd-student-feature-dim | None | int
+--kd-teacher-feature-dim | None | int
+--kd-token-distill-type | 'soft' | str
+--data-dir | None | str
+--dataset | '' | str
+--train-split | 'train' | str
+--val-split | 'validation' | str
+--train-num-samples | None | int
+--val-num-samples | None | int
+--dataset-download | False | switch
+--class-map | '' | str
+--input-img-mode | None | str
+--input-key | None | str
+--target-key | None | str
+--dataset-trust-remote-code | False | switch
+--model | 'resnet50' | str
+--pretrained | False | switch
+--pretrained-path | None | str
+--initial-checkpoint | '' | str
+--resume | '' | str
+--no-resume-opt | False | switch
+--num-classes | None | int
+--gp | None | str
+--img-size | None | int
+--in-chans | None | int
+--input-size | None | int3
+--crop-pct | None | float
+--mean | None | float+
+--std | None | float+
+--interpolation | '' | str
+-b --batch-size | 128 | int
+-vb --validation-batch-size | None | int
+--channels-last | False | switch
+--fuser | '' | str
+--grad-accum-steps | 1 | int
+--grad-checkpointing | False | switch
+--fast-norm | False | switch
+--model-kwargs | {} | mapping
+--head-init-scale | None | float
+--head-init-bias | None | float
+--torchcompile-mode | None | str
+--torchscript | False | switch
+--torchcompile | None | str?
+--device | 'cuda' | str
+--amp | False | switch
+--amp-dtype | 'float16' | str
+--model-dtype | None | str
+--no-ddp-bb | False | switch
+--synchronize-step | False | switch
+--local_rank | 0 | int
+--device-modules | None | str+
+--opt | 'sgd' | str
+--opt-eps | None | float
+--opt-betas | None | float+
+--momentum | 0.9 | float
+--weight-decay | 2e-05 | float
+--clip-grad | None | float
+--clip-mode | 'norm' | str
+--layer-decay | None | float
+--layer-decay-min-scale | 0 | float
+--layer-decay-no-opt-scale | None | float
+--opt-kwargs | {} | mapping
+--sched | 'cosine' | str
+--sched-on-updates | False | switch
+--lr | None | float
+--lr-base | 0.1 | float
+--lr-base-size | 256 | int
+--lr-base-scale | '' | str
+--lr-noise | None | float+
+--lr-noise-pct | 0.67 | float
+--lr-noise-std | 1.0 | float
+--lr-cycle-mul | 1.0 | float
+--lr-cycle-decay | 0.5 | float
+--lr-cycle-limit | 1 | int
+--lr-k-decay | 1.0 | float
+--warmup-lr | 1e-05 | float
+--min-lr | 0 | float
+--epochs | 300 | int
+--epoch-repeats | 0.0 | float
+--start-epoch | None | int
+--decay-milestones | [90, 180, 270] | int+
+--decay-epochs | 90 | float
+--warmup-epochs | 5 | int
+--warmup-prefix | False | switch
+--cooldown-epochs | 0 | int
+--patience-epochs | 10 | int
+--decay-rate --dr | 0.1 | float
+--no-aug | False | switch
+--train-crop-mode | None | str
+--scale | [0.08, 1.0] | float+
+--ratio | [0.75, 1.3333333333333333] | float+
+--hflip | 0.5 | float
+--vflip | 0.0 | float
+--color-jitter | 0.4 | float
+--color-jitter-prob | None | float
+--grayscale-prob | None | float
+--gaussian-blur-prob | None | float
+--aa | None | str
+--aug-repeats | 0 | float
+--aug-splits | 0 | int
+--jsd-loss | False | switch
+--bce-loss | False | switch
+--bce-sum | False | switch
+--bce-target-thresh | None | float
+--bce-pos-weight | None | float
+--reprob | 0.0 | float
+--remode | 'pixel' | str
+--recount | 1 | int
+--resplit | False | switch
+--mixup | 0.0 | float
+--cutmix | 0.0 | float
+--cutmix-minmax | None | float+
+--mixup-prob | 1.0 | float
+--mixup-switch-prob | 0.5 | float
+--mixup-mode | 'batch' | str
+--mixup-off-epoch | 0 | int
+--smoothing | 0.1 | float
+--train-interpolation | 'random' | str
+--drop | 0.0 | float
+--drop-connect | None | float
+--drop-path | None | float
+--drop-block | None | float
+--bn-momentum | None | float
+--bn-eps | None | float
+--sync-bn | False | switch
+--dist-bn | 'reduce' | str
+--split-bn | False | switch
+--model-ema | False | switch
+--model-ema-force-cpu | False | switch
+--model-ema-decay | 0.9998 | float
+--model-ema-warmup | False | switch
+--seed | 42 | int
+--worker-seeding | 'all' | str
+--log-interval | 50 | int
+--val-interval | 1 | int
+--recovery-interval | 0 | int
+--checkpoint-hist | 10 | int
+-j --workers | 4 | int
+--save-images | False | switch
+--pin-mem | False | switch
+--no-prefetcher | False | switch
+--output | '' | str
+--experiment | '' | str
+--eval-metric | 'top1' | str
+--tta | 0 | int
+--use-multi-epochs-loader | False | switch
+--log-wandb | False | switch
+--wandb-project | None | str
+--wandb-tags | [] | str+
+--wandb-resume-id | '' | str
+--train-img-sizes | None | int+
+--train-batch-sizes | None | int+
+--train-size-probs | None | float+
+--train-size-schedule | 'constant' | str
+--train-size-schedule-spread | 0.65 | float
+--train-size-random-mix | 0.1 | float
+--train-batches-per-epoch --train-steps-per-epoch | None | int
+--variable-batch-loss-scale | 'none' | str
+--naflex-loader | False | switch
+--naflex-train-seq-lens | [128, 256, 576, 784, 1024] | int+
+--naflex-max-seq-len | 576 | int
+--naflex-patch-sizes | None | int+
+--naflex-patch-size-probs | None | float+
+--naflex-loss-scale | 'linear' | str
+--naflex-patchify-channels-first | False | switch
+"""
+# What timm added since.
+LATER_FLAGS = """
+--pretrained-cfg-overlay | {} | mapping
+--task | 'classification' | str
+--loss | None | str
+--target-format | None | str
+--multilabel-threshold | 0.5 | float
+--lr-decay-fn | None | str
+--lr-stable-timescale | None | float
+--stop-epoch | None | int
+--save-epochs | None | int+
+"""
+
+
+def flag_rows(table):
+    rows = [[cell.strip() for cell in line.split('|')] for line in table.strip().splitlines()]
+    return [pytest.param(names.split(), ast.literal_eval(default), kind, id=names) for names, default, kind in rows]
+
+
+@pytest.fixture(scope='module')
+def parser():
+    return build_parser()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / 'images'
+    (path / 'train').mkdir(parents=True)
+    return str(path)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        path = tmp_path / 'recipe.yaml'
+        path.write_text(textwrap.dedent(text))
+        return str(path)
+    return write
+
+
+def other_value(action):
+    """A value on the command line, and what it is read as, that differs from the default of a flag."""
+    if action.nargs == 0:
+        return [], not action.default
+    if isinstance(action, config_file.KeyValues):
+        return ['a=1', 'b=x'], {'a': 1, 'b': 'x'}
+    word = next((c for c in action.choices or () if c and c != action.default), '3')
+    value = action.type(word)
+    if action.nargs == 3:
+        return [word] * 3, [value] * 3
+    return ([word], [value]) if action.nargs == '+' else ([word], value)
+
+
+# timm's flags
+
+def test_timm_parser_is_complete():
+    assert len(flag_rows(TIMM_PARSER)) == 172
+
+
+@pytest.mark.parametrize('names, default, kind', flag_rows(TIMM_PARSER) + flag_rows(LATER_FLAGS))
+def test_timm_flag(parser, names, default, kind):
+    dest = names[-1 if names[0].startswith('-') and not names[0].startswith('--') else 0].lstrip('-').replace('-', '_')
+    got = getattr(parser.parse_args([]), dest)
+    assert got == default and type(got) is type(default)
+
+    values = {
+        'switch': ([], True), 'mapping': (['a=1', 'b=x'], {'a': 1, 'b': 'x'}),
+        'int': (['3'], 3), 'float': (['3'], 3.0), 'int+': (['3', '4'], [3, 4]), 'float+': (['3', '4'], [3.0, 4.0]),
+        'int3': (['3', '4', '5'], [3, 4, 5]), 'str': (['x'], 'x'), 'str?': (['x'], 'x'),
+        'str+': (['x', 'y'], ['x', 'y']),
+    }
+    words, value = values[kind]
+    action = next(a for a in parser._actions if a.dest == dest)
+    if action.choices and kind == 'str':
+        words, value = [action.choices[-1]], action.choices[-1]
+    for name in names:
+        flag = [name] if name.startswith('-') else []
+        got = getattr(parser.parse_args(flag + words), dest)
+        assert got == value and type(got) is type(value)
+    if kind in ('int', 'float', 'int+', 'float+', 'int3'):
+        with pytest.raises(UserError, match='invalid (int|float) value'):
+            parser.parse_args([names[-1]] + ['x'] * len(words))
+
+
+def test_flags_without_a_value(parser):
+    assert parser.parse_args(['--torchcompile']).torchcompile == 'inductor'
+    assert parser.parse_args(['--torchcompile', 'eager']).torchcompile == 'eager'
+    assert parser.parse_args(['--model-kwargs']).model_kwargs == {}
+
+
+def test_key_values_are_literals_or_strings(parser):
+    words = ['depths=(2, 2)', 'act=gelu', 'eps=1e-6', 'flag=False', 'eq=a=b']
+    assert parser.parse_args(['--model-kwargs', *words]).model_kwargs == {
+        'depths': (2, 2), 'act': 'gelu', 'eps': 1e-6, 'flag': False, 'eq': 'a=b'}
+
+
+def test_command_line_of_timms_documentation(folder):
+    args = parse_args(
+        f'{folder} --model seresnet34 --sched cosine --epochs 150 --warmup-epochs 5 --lr 0.4 --reprob 0.5 '
+        '--remode pixel --batch-size 256 --amp -j 4'.split())
+    given = dict(
+        data_dir=folder, model='seresnet34', sched='cosine', epochs=150, warmup_epochs=5, lr=0.4, reprob=0.5,
+        remode='pixel', batch_size=256, amp=True, workers=4)
+    assert {name: getattr(args, name) for name in given} == given
+    assert args.explicit == set(given)
+    assert args.mixed_precision == 'fp16'
+    assert args.recipe == {}
+
+
+def test_randaugment_command_line_of_timms_documentation(folder):
+    args = parse_args(
+        f'--data-dir {folder} --model efficientnet_b2 -b 128 --sched step --epochs 450 --decay-epochs 2.4 '
+        '--decay-rate .97 --opt rmsproptf --opt-eps .001 -j 8 --warmup-lr 1e-6 --weight-decay 1e-5 --drop 0.3 '
+        '--drop-path 0.2 --model-ema --model-ema-decay 0.9999 --aa rand-m9-mstd0.5 --remode pixel --reprob 0.2 --amp '
+        '--lr .016'.split())
+    assert (args.decay_epochs, args.decay_rate, args.opt, args.warmup_lr) == (2.4, 0.97, 'rmsproptf', 1e-6)
+    assert (args.model_ema, args.aa, args.drop_path) == (True, 'rand-m9-mstd0.5', 0.2)
+
+
+def test_adamw_mixup_ema_command_line(folder, caplog):
+    args = parse_args(
+        f'{folder} --model vit_small_patch16_224.augreg_in1k --pretrained --opt adamw --lr 5e-4 --weight-decay 0.05 '
+        '--mixup 0.8 --cutmix 1.0 --aa rand-m9-mstd0.5-inc1 --model-ema --amp --amp-dtype bfloat16 --clip-grad 1 '
+        '--mean 0.5 0.5 0.5 --std 0.5 --input-size 3 224 224 --layer-decay 0.75 -vb 64 --dr 0.2'.split())
+    assert (args.opt, args.mixup, args.cutmix, args.clip_grad) == ('adamw', 0.8, 1.0, 1.0)
+    assert (args.mixed_precision, args.validation_batch_size, args.decay_rate) == ('bf16', 64, 0.2)
+    assert (args.mean, args.std, args.input_size) == ([0.5] * 3, [0.5], [3, 224, 224])
+    assert not caplog.records
+
+
+def test_setting_of_the_amf_paper(folder):
+    args = parse_args(
+        f'{folder} --model amf_inception_v4x2 --pretrained --branch-lr 0.0008 0.03 --head-lr 0.008 --policy-lr 0.00003 '
+        '--opt sgd -b 32 --aa rand-m9-mstd0.5-inc1 --reprob 0.5 --sched step --decay-epochs 20 '
+        '--decay-rate 0.96 --low-blocks 8 --low-lr-scale 0.4'.split())
+    assert (args.branch_lr, args.head_lr, args.policy_lr) == ([0.0008, 0.03], 0.008, 0.00003)
+    assert (args.low_blocks, args.low_lr_scale, args.momentum, args.batch_size) == (8, 0.4, 0.9, 32)
+
+
+def test_data_config_of_timm_reads_the_namespace(folder):
+    from timm.data import resolve_data_config
+    args = parse_args([folder, '--img-size', '96', '--mean', '0.4', '--crop-pct', '0.9'])
+    config = resolve_data_config(vars(args))
+    assert (config['input_size'], config['mean'], config['crop_pct']) == ((3, 96, 96), (0.4,) * 3, 0.9)
+
+
+# What becomes of flags that do not apply
+
+@pytest.mark.parametrize('dest', REPLACED)
+def test_replaced_flag_warns_in_one_line(parser, folder, caplog, dest):
+    action = next(a for a in parser._actions if a.dest == dest)
+    words = ['0.1'] if dest == 'drop_connect' else other_value(action)[0]
+    with caplog.at_level(logging.WARNING):
+        args = parse_args([folder, action.option_strings[0], *words])
+    [record] = caplog.records
+    assert record.message.startswith(action.option_strings[0]) and '\n' not in record.message
+    assert '[replaced]' in action.help
+    assert args.drop_path == (0.1 if dest == 'drop_connect' else None)
+
+
+@pytest.mark.parametrize('dest', REFUSED)
+def test_refused_flag(parser, folder, dest):
+    action = next(a for a in parser._actions if a.dest == dest)
+    flag = action.option_strings[0]
+    words, _ = other_value(action)
+    with pytest.raises(UserError, match=f'^{flag}: .*; '):
+        parse_args([folder, flag, *words])
+    assert '[refused]' in action.help
+    if action.default is not None and action.nargs != 0:
+        default = action.default if isinstance(action.default, list) else [action.default]
+        assert getattr(parse_args([folder, flag, *map(str, default)]), dest) == action.default
+
+
+@pytest.mark.parametrize('dest, value', REFUSED_VALUES)
+def test_refused_value(folder, dest, value):
+    with pytest.raises(UserError, match=f'^--{dest} {value}: '):
+        parse_args([folder, f'--{dest}', value])
+
+
+def test_refused_flag_of_a_recipe(recipe, folder):
+    with pytest.raises(UserError, match='--naflex-loader'):
+        parse_args([folder, '--config', recipe('naflex_loader: true')])
+
+
+def test_device_cpu_acts_as_cpu(folder, caplog):
+    assert parse_args([folder, '--device', 'cpu']).cpu
+    assert not parse_args([folder, '--device', 'cuda']).cpu
+    assert not caplog.records
+
+
+def test_documentation_names_every_flag_that_differs(parser):
+    text = (Path(__file__).parents[2] / 'docs' / 'flags.md').read_text()
+    replaced, refused = text[text.index('## Replaced'):].split('## Refused')
+    for action in parser._actions:
+        if action.dest in REPLACED:
+            assert all(f'`{name}`' in replaced for name in action.option_strings), action.dest
+        if action.dest in REFUSED:
+            assert all(f'`{name}`' in refused for name in action.option_strings), action.dest
+    for dest, value in REFUSED_VALUES:
+        assert f'`--{dest} {value}`' in refused
+    known = parser._option_string_actions.keys() | {'--gpu_ids'}  # of accelerate launch
+    assert set(re.findall(r'(?<![\w-])--[a-z][\w-]*', text)) <= known
+
+
+# Recipes and args.yaml
+
+def test_command_line_overrides_the_recipe(recipe, folder):
+    path = recipe("""
+        model: resnet18
+        batch-size: 32
+        lr: 1e-3          # a string to YAML 1.1
+        weight_decay: 0
+        amp: true
+        mean: [0.5, 0.5, 0.5]
+        opt_kwargs: {nesterov: false}
+    """)
+    args = parse_args(['--config', path, folder, '--batch-size', '8', '--opt', 'sgd'])
+    assert (args.model, args.batch_size, args.lr, args.amp) == ('resnet18', 8, 1e-3, True)
+    assert args.weight_decay == 0 and type(args.weight_decay) is float
+    assert args.opt_kwargs == {'nesterov': False}
+    assert explicit_flags(args) == {
+        'model', 'batch_size', 'lr', 'weight_decay', 'amp', 'mean', 'opt_kwargs', 'opt', 'data_dir'}
+    assert parse_args([folder, '-c', path]).batch_size == 32
+
+
+def test_flag_set_to_its_default_is_explicit(recipe, folder):
+    assert parse_args([folder, '--epochs', '300']).explicit == {'data_dir', 'epochs'}
+    assert parse_args([folder, '-c', recipe('epochs: 300')]).explicit == {'data_dir', 'epochs'}
+    assert parse_args([folder]).explicit == {'data_dir'}
+
+
+def test_defaults_are_not_shared(folder):
+    parse_args([folder]).decay_milestones.append(1)
+    assert parse_args([folder]).decay_milestones == [90, 180, 270]
+
+
+def test_sections_of_a_recipe(recipe, folder):
+    sections = {
+        'plan': {'roles': {'head': {'lr': 1e-3}}}, 'data': {'preset': 'aircraft-dtd'},
+        'expected': {'top1': [90, 92]}, 'card': {'license': 'apache-2.0'},
+    }
+    args = parse_args(['-c', recipe(yaml.safe_dump(sections) + 'epochs: 3\n')])
+    assert args.recipe == sections and args.explicit == {'epochs'}
+    assert parse_args(['-c', recipe(f'data: {folder}')]).data_dir == folder
+    assert parse_args(['-c', recipe('data: {preset: x}'), folder]).data_dir == folder
+
+
+@pytest.mark.parametrize('text, message', [
+    ('epochs: ten', "epochs: must be int, not 'ten'"),
+    ('epochs: 3.0', 'epochs: must be int, not 3.0'),
+    ('epochs: true', 'epochs: must be int, not True'),
+    ('epochs: [3]', r'epochs: must be int, not \[3\]'),
+    ('lr: fast', 'lr: must be float'),
+    ('epohcs: 3', 'epohcs: unknown key, did you mean epochs?'),
+    ('epochs:', 'epochs: has no value'),
+    ('experiment: 007', 'experiment: must be str, not 7 .put it in quotes'),
+    ('amp: 1', 'amp: must be true or false, not 1'),
+    ('check_images: maybe', 'check_images: must be true or false'),
+    ('input_size: [3, 224]', r'input_size: must be a list of 3 values, not \[3, 224\]'),
+    ('opt_betas: []', 'opt_betas: must not be empty'),
+    ('opt_betas: [0.9, x]', "opt_betas: must be float, not 'x'"),
+    ('model_kwargs: 3', 'model_kwargs: must be a mapping'),
+    ('sched: cosin', "sched: 'cosin' is not one of .*did you mean cosine?"),
+    ('plan: 3', r'plan: must be a section \(a mapping\), not 3'),
+    ('card: text', 'card: must be a section'),
+    ('config: other.yaml', 'config: unknown key'),
+    ('explicit: 3', 'explicit: must be a list of keys'),
+    ('epochs: 3\nepochs: 4', 'line 2: not valid YAML: epochs is given twice'),
+    ('plan: {lr: 1, lr: 2}', 'lr is given twice'),
+    ('epochs: [', 'line 1: not valid YAML'),
+    ('- epochs', 'must hold keys and values'),
+])
+def test_mistake_in_a_recipe(recipe, folder, text, message):
+    path = recipe(text)
+    with pytest.raises(UserError, match=f'^{re.escape(path)}.*{message}') as error:
+        parse_args([folder, '--config', path])
+    assert '\n' not in str(error.value)
+
+
+def test_recipes_of_the_package(monkeypatch, tmp_path, folder):
+    recipes, wheel = tmp_path / 'hub_configs', tmp_path / 'wheel' / 'hub_configs'
+    recipes.mkdir()
+    (recipes / 'small.yaml').write_text('epochs: 7')
+    monkeypatch.setattr(config_file, '_RECIPE_DIRS', (wheel, recipes))
+    monkeypatch.chdir(tmp_path)
+    assert parse_args([folder, '--config', 'small']).epochs == 7
+    assert parse_args([folder, '--config', 'small.yaml']).epochs == 7
+    wheel.mkdir(parents=True)
+    (wheel / 'large.yaml').write_text('epochs: 8')
+    assert parse_args([folder, '--config', 'large']).epochs == 8
+    (tmp_path / 'small.yaml').write_text('epochs: 9')
+    assert parse_args([folder, '--config', 'small.yaml']).epochs == 9  # a file of the user's comes first
+    with pytest.raises(UserError, match='--config smal: no such file, .* the recipes are: large, small$'):
+        parse_args([folder, '--config', 'smal'])
+
+
+def test_recipes_are_looked_for_in_wheel_and_checkout():
+    package = Path(config_file.__file__).parents[1]
+    assert config_file._RECIPE_DIRS == (package / 'hub_configs', package.parent / 'hub_configs')
+
+
+@pytest.mark.parametrize('words', [
+    [],
+    ['--amp', '--amp-dtype', 'bfloat16', '--mean', '0.1', '0.2', '0.3', '--model-kwargs', 'a=1', 'b=x', '--lr', '1e-5'],
+    ['--branch-lr', '1e-4', '0.1', '--freeze', 'policy', '--role', 'branch.0.lr=1', '--no-check-images', '--bce-loss'],
+    ['--tracker', 'none', '--cpu', '--torchcompile', '--wandb-tags', '1', 'yes', '--experiment', '007'],
+    ['--device', 'cpu', '--drop-con', '0.1', '--resume', 'auto', '--train-interpolation', '', '--dist-bn', '', '--clip-grad', '1'],
+])
+def test_saved_options_load_to_an_equal_namespace(tmp_path, folder, recipe, words):
+    sections = {'plan': {'lr': 1e-5, 'roles': {}}, 'data': {'components': [{'name': 'a', 'root': 'b'}]}, 'card': {}}
+    for config in ([], ['--config', recipe(yaml.safe_dump(sections) + 'weight_decay: 0.1\n')]):
+        args = parse_args([folder, *words, *config])
+        save_args(args, tmp_path / 'args.yaml')
+        again = parse_args(['--config', str(tmp_path / 'args.yaml')])
+        again.config = args.config
+        assert vars(again) == vars(args)
+        assert all(type(value) is type(getattr(args, name)) for name, value in vars(again).items())
+    changed = parse_args(['--config', str(tmp_path / 'args.yaml'), '--seed', '1'])
+    assert changed.seed == 1 and changed.explicit == args.explicit | {'seed'}
+
+
+def test_plan_file_takes_the_place_of_the_section(tmp_path, folder, recipe):
+    plan = tmp_path / 'plan.yaml'
+    plan.write_text('lr: 0.1')
+    args = parse_args([folder, '--plan', str(plan), '--config', recipe('plan: {lr: 0.2}')])
+    assert args.plan == str(plan) and args.recipe == {}
+    save_args(args, tmp_path / 'args.yaml')
+    assert parse_args(['--config', str(tmp_path / 'args.yaml')]).plan == str(plan)
+
+
+def test_saved_options_hold_no_secrets(tmp_path, folder, recipe):
+    token = 'hf_' + 'a1B2' * 8
+    words = ['--model-kwargs', f'token={token}', f'note=see-{token}', 'class_token=True', 'global_pool=token']
+    args = parse_args([folder, *words, '-c', recipe('card: {hub: {api_key: k3y}}')])
+    save_args(args, tmp_path / 'args.yaml')
+    saved = yaml.safe_load((tmp_path / 'args.yaml').read_text())
+    assert saved['model_kwargs'] == {'note': 'see-***', 'class_token': True, 'global_pool': 'token'}
+    assert saved['card'] == {'hub': {}}
+    assert args.model_kwargs['token'] == token
+
+
+# Mistakes
+
+@pytest.mark.parametrize('line, message', [
+    ('--epocs 3', 'unknown flag --epocs, did you mean --epochs?'),
+    ('--epocs=3', 'unknown flag --epocs, did you mean --epochs?'),
+    ('--zzzzzz', 'unknown flag --zzzzzz; --help lists them'),
+    ('extra', "unexpected argument 'extra'"),
+    ('--epochs ten', "argument --epochs: invalid int value: 'ten'"),
+    ('--epochs', 'argument --epochs: expected one argument'),
+    ('--input-size 3 224', 'argument --input-size: expected 3 arguments'),
+    ('--sched cos', "argument --sched: invalid choice: 'cos'"),
+    ('--eval-metric f1', "argument --eval-metric: invalid choice: 'f1'"),
+    ('--model-kwargs x', "argument --model-kwargs: 'x' is not of the form key=value"),
+    ('--data-dir elsewhere', 'two folders of data'),
+    ('--epochs -1', '--epochs: must be at least 0, not -1'),
+    ('-b 0', '--batch-size: must be at least 1, not 0'),
+    ('-j -1', '--workers: must be at least 0, not -1'),
+    ('--lr -0.1', '--lr: must be above 0, not -0.1'),
+    ('--lr 0', '--lr: must be above 0'),
+    ('--lr nan', '--lr: must be above 0, not nan'),
+    ('--weight-decay nan', '--weight-decay: must be at least 0, not nan'),
+    ('--lr 0.1 --min-lr 0.2', '--min-lr: 0.2 is above --lr 0.1'),
+    ('--decay-milestones 3 2', '--decay-milestones: must increase, not 3 2'),
+    ('--start-epoch 301', '--start-epoch: 301 is beyond --epochs 300'),
+    ('--reprob 1.5', '--reprob: must be between 0 and 1, not 1.5'),
+    ('--scale 0.5', '--scale: must be 2 values in increasing order, not 0.5'),
+    ('--ratio 2 1', '--ratio: must be 2 values in increasing order, not 2 1'),
+    ('--crop-pct 1.5', '--crop-pct: must be above 0 and at most 1, not 1.5'),
+    ('--mean 0.5 0.5', '--mean: has 2 values for 3 channels'),
+    ('--std 1 1 1 --in-chans 1', '--std: has 3 values for 1 channels'),
+    ('--std 0', '--std: must be above 0'),
+    ('--in-chans 1 --input-size 3 32 32', '--in-chans: 1 contradicts the 3 channels'),
+    ('--mixup 0.2 -b 5', '--batch-size: must be even'),
+    ('--cutmix-minmax 0.2 0.8 -b 5', '--batch-size: must be even'),
+    ('--loss asl --mixup 0.2', '--loss: asl cannot take the soft targets'),
+    ('--bce-sum', '--bce-sum: only the binary cross-entropy has it; add --bce-loss'),
+    ('--bce-loss --loss ce', '--bce-loss and --loss ce: give one'),
+    ('--amp --mixed-precision bf16', '--amp with --amp-dtype float16 and --mixed-precision bf16: give one'),
+    ('--amp --cpu', 'fp16 mixed precision needs a GPU; on the CPU use --amp-dtype bfloat16'),
+    ('--mixed-precision bf16 --model-dtype bfloat16', '--model-dtype: bfloat16 and mixed precision'),
+    ('--eval-only', '--eval-only: there are no weights to evaluate'),
+    ('--resume nowhere', '--resume: nowhere does not exist'),
+    ('--initial-checkpoint nowhere', '--initial-checkpoint: nowhere is not a file'),
+    ('--pretrained-path nowhere', '--pretrained-path: nowhere is not a file'),
+    ('--plan nowhere', '--plan: nowhere is not a file'),
+    ('--model resnet18s', '--model: resnet18s is unknown, did you mean resnet18?'),
+    ('--model amf_resnet18x3', '--model: amf_resnet18x3 is unknown, did you mean amf_resnet18x2?'),
+    ('--model resnet18.a1_ink', '--model: resnet18.a1_ink has an unknown tag, did you mean resnet18.a1_in1k?'),
+    ('--model timm/resnet18', '--model: timm/resnet18 is no architecture; write hf-hub:OWNER/NAME'),
+    ('--opt adamx', '--opt: adamx is unknown, did you mean adam'),
+    ('--aa rand-z9', '--aa: timm cannot read'),
+    ('--aa foo', '--aa: timm cannot read'),
+    ('--device-modules no_such_module_at_all', '--device-modules: no_such_module_at_all cannot be imported'),
+])
+def test_mistake_on_the_command_line(folder, line, message):
+    with pytest.raises(UserError, match='^' + re.escape(message)) as error:
+        parse_args([folder, *line.split()])
+    assert '\n' not in str(error.value)
+
+
+def test_no_data(tmp_path):
+    with pytest.raises(UserError, match='^no data: name a folder'):
+        parse_args([])
+    with pytest.raises(UserError, match='^--data-dir: .*missing does not exist'):
+        parse_args([str(tmp_path / 'missing')])
+    for line in ('--dataset torch/cifar10', '--component name=a,path=b', '--data-preset aircraft-dtd'):
+        parse_args(line.split())
+
+
+def test_names_that_pass(folder, tmp_path):
+    for line in (
+        '--model hf-hub:owner/name', f'--model local-dir:{tmp_path}', '--model amf_resnet18x2', '--opt lookahead_adamw',
+        '--aa original-mstd0.5', '--aa augmix-m5-w4', '--aa 3a', '--resume auto', '--eval-only --resume auto',
+        '--epochs 0', '--tracker none',
+    ):
+        parse_args([folder, *line.split()])
+
+
+def test_device_modules_register_models_of_the_user(monkeypatch, tmp_path, folder):
+    (tmp_path / 'models_of_a_user.py').write_text(textwrap.dedent("""
+        from timm.models import register_model
+
+        @register_model
+        def net_of_a_user(pretrained=False, **kwargs):
+            pass
+    """))
+    with pytest.raises(UserError, match='--model: net_of_a_user is unknown'):
+        parse_args([folder, '--model', 'net_of_a_user'])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        parse_args([folder, '--model', 'net_of_a_user', '--device-modules', 'models_of_a_user'])
+    finally:
+        from timm.models import _registry
+        _registry._model_entrypoints.pop('net_of_a_user', None)
+        _registry._model_to_module.pop('net_of_a_user', None)
+        _registry._module_to_models.pop('models_of_a_user', None)
+        sys.modules.pop('models_of_a_user', None)
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as leave:
+        parse_args(['--help'])
+    assert leave.value.code == 0
+    text = capsys.readouterr().out
+    for title in ('Dataset', 'Model', 'Optimizer', 'Miscellaneous', 'Plan', 'Mixture', 'Run'):
+        assert f'\n{title} parameters:' in text
+    assert '[refused] teacher' in text and '(default: 0.9998)' in text and '(default: None)' not in text
+
+
+# Learning rate and trackers
+
+@pytest.mark.parametrize('line, batch, lr', [
+    ('', 256, 0.1),
+    ('', 64, 0.025),
+    ('--lr-base 0.5 --lr-base-size 512', 1024, 1.0),
+    ('--opt adamw --lr-base 1e-3', 1024, 2e-3),
+    ('--opt lamb --lr-base 1e-3', 64, 5e-4),
+    ('--opt RAdam --lr-base 1e-3', 64, 5e-4),
+    ('--opt adamw --lr-base 1e-3 --lr-base-scale linear', 1024, 4e-3),
+    ('--opt lion --lr-base 1e-3', 1024, 4e-3),
+    ('--lr-base-scale sqrt', 64, 0.05),
+    ('--lr 0.3 --opt adamw', 4096, 0.3),
+])
+def test_learning_rate_of_timm(folder, line, batch, lr):
+    assert resolve_lr(parse_args([folder, *line.split()]), batch) == pytest.approx(lr, rel=1e-12)
+
+
+def test_trackers(monkeypatch):
+    def trackers(names, log_wandb=False, installed=()):
+        monkeypatch.setattr('importlib.util.find_spec', lambda name: name if name in installed else None)
+        return resolve_trackers(argparse.Namespace(tracker=names, log_wandb=log_wandb))
+
+    assert trackers(['auto']) == []
+    assert trackers(['auto'], installed=['tensorboard']) == ['tensorboard']
+    assert trackers(['auto'], installed=['tensorboardX']) == ['tensorboard']
+    assert trackers(['none'], installed=['tensorboard']) == []
+    assert trackers(['auto'], True, ['tensorboard', 'wandb']) == ['tensorboard', 'wandb']
+    assert trackers(['wandb'], True, ['wandb']) == ['wandb']
+    with pytest.raises(UserError, match='tracker wandb: not installed; pip install wandb'):
+        trackers(['none'], True)
+    with pytest.raises(UserError, match='tracker comet_ml: not installed; pip install comet-ml'):
+        trackers(['comet_ml'])
