@@ -1,0 +1,6 @@
+"""What is computed: the networks, registered with timm on import."""
+from .amf import AMF, MultiTune
+from .blocks import list_blocks
+from .policy import PolicyNetwork
+
+__all__ = ['AMF', 'MultiTune', 'PolicyNetwork', 'list_blocks']

@@ -1,0 +1,412 @@
+"""Adaptable Multi-tuning (AMF) and MultiTune: several fine-tuned networks fused by concatenation.
+
+AMF (Shen et al., "AMF: Adaptable Weighting Fusion with Multiple Fine-tuning for Image Classification", Section III):
+n branches give pooled features m_i, a policy network's softmax gives one weight h_i a branch and image, and one linear
+classifier reads the concatenation of z_i = h_i * m_i. MultiTune is the same without the policy: the plain concatenation
+(z_i = m_i), as the paper re-implements it (Section IV-A6).
+
+Input: one image, normalised as the model's `pretrained_cfg` says (`mean` and `std` of the first backbone, unless
+`pretrained_cfg_overlay` says otherwise). Every network behind it was trained with its own statistics, so each part
+renormalises inside: (x * std + mean - mean_part) / std_part, one multiply-add a value, and nothing where they agree.
+The policy sees the same resolution as the branches unless `policy_input_size` makes its input smaller. Architectures of
+a fixed input size are built for the model's.
+
+Features: `forward_features` has the weights applied, is 4-D, and has `num_features` channels in all:
+- the branches' maps side by side, if all are of one architecture that pools by a plain spatial mean: (B, C, H, W), or
+  (B, H, W, C) for an architecture of that layout, which `output_fmt` tells;
+- else (class tokens, a norm or layer after the pooling, different architectures) the weighted pooled features
+  themselves as (B, C, 1, 1), since the weight must come after everything that a branch does.
+"""
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Format, get_channel_dim, get_device_dtype, get_spatial_dim, nchw_to
+from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .blocks import layer_ids
+from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg
+from .parts import Part, build_parts, probe_part
+from .policy import PolicyNetwork
+from .renorm import create_renorm
+
+__all__ = ['AMF', 'MultiTune']
+
+KwargsT = Union[dict[str, Any], Sequence[dict[str, Any]], None]
+
+
+def _pair(size: Optional[Union[int, Sequence[int]]]) -> Optional[tuple[int, int]]:
+    return (size, size) if isinstance(size, int) else tuple(size) if size is not None else None
+
+
+def _backbone_parts(
+        backbones: Sequence[str],
+        backbone_kwargs: KwargsT = None,
+        **common,
+) -> list[Part]:
+    """The branches as parts, `common` in the keyword arguments of each where it is not None."""
+    if isinstance(backbones, str) or len(backbones) < 1:
+        raise UserError(f"backbones must name one architecture a branch, such as ('resnet18', 'resnet50'): {backbones!r}")
+    if backbone_kwargs is None or isinstance(backbone_kwargs, dict):
+        backbone_kwargs = [backbone_kwargs or {}] * len(backbones)
+    if len(backbone_kwargs) != len(backbones):
+        raise UserError(f'backbone_kwargs has {len(backbone_kwargs)} entries for {len(backbones)} backbones.')
+    common = {k: v for k, v in common.items() if v is not None}
+    return [Part(name, 0, {**common, **kw}) for name, kw in zip(backbones, backbone_kwargs, strict=True)]
+
+
+def _policy_part(policy: str, num_branches: int, policy_kwargs: Optional[dict[str, Any]]) -> Part:
+    return Part(policy, num_branches, dict(policy_kwargs or {}))
+
+
+class AMF(nn.Module):
+    """n branches, a policy network that weighs their pooled features for each image, and one linear classifier.
+
+    `branches[i]` is a plain timm model without classifier, `policy` a `PolicyNetwork`, and `fc`, the classifier, holds
+    the last two parameters.
+    """
+    channel_dim: torch.jit.Final[int]
+    spatial_dim: torch.jit.Final[tuple[int, int]]
+    has_maps: torch.jit.Final[bool]
+    pools: torch.jit.Final[bool]
+    __jit_unused_properties__ = ['tuning_roles']
+
+    def __init__(
+            self,
+            backbones: Sequence[str] = ('resnet18', 'resnet18'),
+            policy: Optional[str] = 'resnet10t',
+            backbone_kwargs: KwargsT = None,
+            policy_kwargs: Optional[dict[str, Any]] = None,
+            policy_input_size: Optional[int] = None,
+            num_classes: int = 1000,
+            in_chans: int = 3,
+            global_pool: Optional[str] = None,
+            drop_rate: float = 0.,
+            drop_path_rate: Optional[float] = None,
+            img_size: Optional[Union[int, tuple[int, int]]] = None,
+            fc_init_std: float = 0.1,
+            mean: Optional[Sequence[float]] = None,
+            std: Optional[Sequence[float]] = None,
+            pretrained_parts: bool = False,
+            cache_dir: Optional[Union[str, Path]] = None,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            backbones: timm architectures, with or without a pretrained tag, one a branch.
+            policy: timm architecture of the policy network; None for fixed weights of one.
+            backbone_kwargs: Keyword arguments of the branches' `timm.create_model`: one dict for all, or one a branch.
+            policy_kwargs: Keyword arguments of the policy's.
+            policy_input_size: Side in pixels that the policy's input is resized to; None keeps the branches' size.
+            num_classes: Classes; 0 gives the fused pooled features.
+            in_chans: Image channels.
+            global_pool: '' gives unpooled features; another name is the branches' own pooling; None leaves it to them.
+            drop_rate: Dropout before the classifier.
+            drop_path_rate: Stochastic depth of the branches, for architectures that have it.
+            img_size: Input size in pixels for the architectures whose input size is fixed.
+            fc_init_std: Standard deviation of the classifier's initial weights (AMF, Section IV-C1).
+            mean: Mean that the input is normalised with; None is the first backbone's.
+            std: Standard deviation that the input is normalised with; None is the first backbone's.
+            pretrained_parts: Load the pretrained weights of each architecture into its networks.
+            cache_dir: Where those are cached.
+
+        Raises:
+            UserError: If an architecture is unknown or gives no flat pooled features, or weights cannot be had.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        n = len(backbones)
+        parts = _backbone_parts(
+            backbones, backbone_kwargs, global_pool=global_pool or None, drop_path_rate=drop_path_rate)
+        cfg = joint_input_cfg(parts)
+        size = _pair(img_size) or tuple(cfg['input_size'][-2:])
+        parts = [p.sized(size) for p in parts]
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.fc_init_std = fc_init_std
+        self.grad_checkpointing = False
+        self.backbone_parts = parts
+        self._set_features(size, global_pool)
+
+        if policy is not None:
+            parts = [*parts, _policy_part(policy, n, policy_kwargs).sized(_pair(policy_input_size) or size)]
+        nets = build_parts(parts, pretrained_parts, cache_dir=cache_dir, in_chans=in_chans, **dd)
+        stats = mean or cfg['mean'], std or cfg['std']
+        renorms = [
+            create_renorm(*stats, net.pretrained_cfg['mean'], net.pretrained_cfg['std'], in_chans, **dd) for net in nets
+        ]
+        self.renorms = nn.ModuleList(renorms[:n])
+        self.branches = nn.ModuleList(nets[:n])
+        self.policy = PolicyNetwork(nets[n], renorms[n], policy_input_size) if policy is not None else None
+        self.feature_info, self._levels = _joint_levels(self.branches)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.fc = self._create_fc(**dd)
+
+    def _set_features(self, size: tuple[int, int], global_pool: Optional[str]) -> None:
+        """Learns the features' widths and layout from the architectures."""
+        probes = [probe_part(p, (self.in_chans, *size)) for p in self.backbone_parts]
+        alike = len({p.key for p in self.backbone_parts}) == 1
+        self.global_pool = global_pool
+        self.pools = global_pool != ''
+        self.has_maps = alike and probes[0].map_size is not None
+        self.output_fmt = probes[0].map_fmt if self.has_maps else Format.NCHW
+        self.channel_dim = get_channel_dim(self.output_fmt)
+        self.spatial_dim = get_spatial_dim(self.output_fmt)
+        self.img_size = size
+        self.num_features = self.head_hidden_size = sum(p.width for p in probes)
+
+    def _create_fc(self, device=None, dtype=None) -> nn.Module:
+        if self.num_classes <= 0:
+            return nn.Identity()
+        fc = nn.Linear(self.head_hidden_size, self.num_classes, device=device, dtype=dtype)
+        nn.init.normal_(fc.weight, std=self.fc_init_std)
+        nn.init.zeros_(fc.bias)
+        return fc
+
+    @property
+    def tuning_roles(self) -> dict[str, str]:
+        """Role -> path of the module that it covers; every parameter is in exactly one."""
+        roles = {f'branch.{i}': f'branches.{i}' for i in range(len(self.branches))}
+        if self.policy is not None:
+            roles['policy'] = 'policy'
+        if self.num_classes > 0:
+            roles['head'] = 'fc'
+        return roles
+
+    def _networks(self) -> dict[str, nn.Module]:
+        nets = {f'branches.{i}': b for i, b in enumerate(self.branches)}
+        if self.policy is not None:
+            nets['policy.net'] = self.policy.net
+        return nets
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {
+            f'{path}.{name}' for path, net in self._networks().items() if hasattr(net, 'no_weight_decay')
+            for name in net.no_weight_decay()
+        }
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Layers of all networks, aligned at the top: the last blocks of a deep and a shallow branch are one layer."""
+        layered = {path: layer_ids(net, coarse) for path, net in self._networks().items()}
+        top = max(t for _, t in layered.values())
+        layers = {f'{path}.{n}': top - t + i for path, (ids, t) in layered.items() for n, i in ids.items()}
+        return lambda name: layers.get(name, top)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Checkpoints each network in its own way, and as a whole those that have none."""
+        for net in self._networks().values():
+            try:
+                net.set_grad_checkpointing(enable)
+                net._checkpoint_whole = False
+            except (AssertionError, AttributeError, NotImplementedError):
+                net._checkpoint_whole = enable
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """A new classifier, drawn from N(0, fc_init_std).
+
+        Args:
+            num_classes: Classes; 0 removes the classifier.
+            global_pool: As in the constructor; None keeps the pooling.
+        """
+        dd = get_device_dtype(self)
+        if global_pool is not None and global_pool != self.global_pool:
+            if global_pool:
+                for part, branch in zip(self.backbone_parts, self.branches, strict=True):
+                    part.kwargs['global_pool'] = global_pool
+                    branch.reset_classifier(0, global_pool)
+            self._set_features(self.img_size, global_pool)
+        self.num_classes = num_classes
+        self.fc = self._create_fc(**dd).train(self.training)
+
+    def forward_policy(self, x: Tensor) -> Tensor:
+        """Weights (B, n) of the branches: the policy's softmax, or ones where the weights are fixed."""
+        if self.policy is not None:
+            return self.policy(x)
+        return torch.ones((x.shape[0], len(self.branches)), device=x.device, dtype=x.dtype)
+
+    def forward_branches(self, x: Tensor) -> list[Tensor]:
+        """Pooled features (B, C_i) of each branch, not weighted."""
+        pooled = []
+        for renorm, branch in zip(self.renorms, self.branches):
+            pooled.append(branch.forward_head(branch.forward_features(renorm(x)), pre_logits=True))
+        return pooled
+
+    def _fuse(self, x: Tensor) -> Tensor:
+        pooled = self.forward_branches(x)
+        if self.policy is not None:
+            weights = self.policy(x)
+            pooled = [m * weights[:, i:i + 1] for i, m in enumerate(pooled)]
+        return torch.cat(pooled, dim=1)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        if self.has_maps:
+            maps = []
+            for renorm, branch in zip(self.renorms, self.branches):
+                maps.append(branch.forward_features(renorm(x)))
+            if self.policy is not None:
+                weights = self.policy(x)
+                maps = [m * weights[:, i].view(-1, 1, 1, 1) for i, m in enumerate(maps)]
+            return torch.cat(maps, dim=self.channel_dim)
+        return self._fuse(x)[:, :, None, None]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if self.pools:
+            x = x.mean(self.spatial_dim) if self.has_maps else x.flatten(1)
+        x = self.head_drop(x)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.pools:
+            return self.forward_head(self.forward_features(x))
+        return self.fc(self.head_drop(self._fuse(x)))
+
+
+def _joint_levels(branches: Sequence[nn.Module]) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """The levels of features that all branches have, and which of its own each of them is for a branch.
+
+    Branches with the same reductions match one to one; others at the deepest level of each reduction that all have.
+    """
+    infos = [list(b.feature_info) if hasattr(b, 'forward_intermediates') else [] for b in branches]
+    strides = [[f['reduction'] for f in info] for info in infos]
+    if all(s == strides[0] for s in strides):
+        levels = [list(range(len(strides[0])))] * len(branches)
+    else:
+        common = sorted(set(strides[0]).intersection(*strides[1:]))
+        levels = [[len(s) - 1 - s[::-1].index(r) for r in common] for s in strides]
+    joint = []
+    for indices in zip(*levels):
+        taken = [info[i] for info, i in zip(infos, indices)]
+        joint.append(dict(
+            num_chs=sum(f['num_chs'] for f in taken),
+            reduction=taken[0]['reduction'],
+            module=f"branches.0.{taken[0]['module']}",
+        ))
+    return joint, levels
+
+
+class MultiTune(AMF):
+    """AMF without a policy: the plain concatenation of the branches' features, each of fixed weight one."""
+
+    def __init__(self, backbones: Sequence[str] = ('resnet18', 'resnet18'), **kwargs):
+        """
+        Args:
+            backbones: timm architectures, one a branch.
+            **kwargs: As for `AMF`, but nothing about a policy.
+        """
+        for name in kwargs:
+            if name.startswith('policy'):
+                raise TypeError(f"MultiTune.__init__() got an unexpected keyword argument '{name}'")
+        super().__init__(backbones, policy=None, **kwargs)
+
+
+# Registered name -> (backbones, policy).
+_VARIANTS = {
+    'amf': (('resnet18', 'resnet18'), 'resnet10t'),
+    'amf_inception_v4x2': (('inception_v4',) * 2, 'resnet34'),
+    'amf_inception_v4x3': (('inception_v4',) * 3, 'resnet34'),
+    'amf_resnet18x2': (('resnet18',) * 2, 'resnet10t'),
+    'amf_resnet50x2': (('resnet50',) * 2, 'resnet18'),
+    'amf_mobilenetv2_100x2': (('mobilenetv2_100',) * 2, 'mobilenetv3_small_050'),
+    'amf_convnext_tinyx2': (('convnext_tiny',) * 2, 'resnet18'),
+    'amf_vit_small_patch16_224x2': (('vit_small_patch16_224',) * 2, 'resnet18'),
+    'multitune': (('resnet18', 'resnet18'), None),
+    'multitune_inception_v4x2': (('inception_v4',) * 2, None),
+}
+
+
+def _cfg(backbones: Sequence[str], policy: Optional[str], **kwargs) -> dict[str, Any]:
+    parts = _backbone_parts(backbones, kwargs.get('backbone_kwargs'))
+    named = {f'branches.{i}': p for i, p in enumerate(parts)}
+    if policy is not None:
+        named['policy.net'] = _policy_part(policy, len(parts), kwargs.get('policy_kwargs'))
+    return composite_cfg(named, list(named)[:len(parts)])
+
+
+default_cfgs = generate_default_cfgs({f'{name}.{PARTS_TAG}': _cfg(*v) for name, v in _VARIANTS.items()})
+
+
+def _create(variant: str, pretrained: bool = False, **kwargs) -> AMF:
+    backbones, policy = _VARIANTS[variant]
+    kwargs.setdefault('backbones', backbones)
+    if policy is not None:
+        kwargs.setdefault('policy', policy)
+    model_cls = AMF if policy is not None else MultiTune
+    parts_cfg = _cfg(kwargs['backbones'], kwargs.get('policy'), **{
+        k: kwargs.get(k) for k in ('backbone_kwargs', 'policy_kwargs')})
+    return build_composite(
+        model_cls, variant, pretrained, parts_cfg, feature_cfg=dict(feature_cls='getter'), **kwargs)
+
+
+@register_model
+def amf(pretrained: bool = False, **kwargs) -> AMF:
+    """AMF of any architectures: `backbones=('resnet18', 'resnet50'), policy='resnet10t'`."""
+    return _create('amf', pretrained, **kwargs)
+
+
+@register_model
+def multitune(pretrained: bool = False, **kwargs) -> MultiTune:
+    """MultiTune of any architectures: `backbones=('resnet18', 'resnet50')`."""
+    return _create('multitune', pretrained, **kwargs)
+
+
+@register_model
+def amf_inception_v4x2(pretrained: bool = False, **kwargs) -> AMF:
+    """The paper's network: two Inception-v4 and a ResNet-34 policy (AMF, Section IV-A5)."""
+    return _create('amf_inception_v4x2', pretrained, **kwargs)
+
+
+@register_model
+def amf_inception_v4x3(pretrained: bool = False, **kwargs) -> AMF:
+    """Three Inception-v4 and a ResNet-34 policy (the n = 3 of AMF, Figure 2)."""
+    return _create('amf_inception_v4x3', pretrained, **kwargs)
+
+
+@register_model
+def multitune_inception_v4x2(pretrained: bool = False, **kwargs) -> MultiTune:
+    """The paper's baseline: two Inception-v4, concatenated (AMF, Section IV-A6)."""
+    return _create('multitune_inception_v4x2', pretrained, **kwargs)
+
+
+@register_model
+def amf_resnet18x2(pretrained: bool = False, **kwargs) -> AMF:
+    """Two ResNet-18 and a ResNet-10-T policy."""
+    return _create('amf_resnet18x2', pretrained, **kwargs)
+
+
+@register_model
+def amf_resnet50x2(pretrained: bool = False, **kwargs) -> AMF:
+    """Two ResNet-50 and a ResNet-18 policy."""
+    return _create('amf_resnet50x2', pretrained, **kwargs)
+
+
+@register_model
+def amf_mobilenetv2_100x2(pretrained: bool = False, **kwargs) -> AMF:
+    """Two MobileNetV2 and a MobileNetV3-Small 0.5 policy."""
+    return _create('amf_mobilenetv2_100x2', pretrained, **kwargs)
+
+
+@register_model
+def amf_convnext_tinyx2(pretrained: bool = False, **kwargs) -> AMF:
+    """Two ConvNeXt-Tiny and a ResNet-18 policy."""
+    return _create('amf_convnext_tinyx2', pretrained, **kwargs)
+
+
+@register_model
+def amf_vit_small_patch16_224x2(pretrained: bool = False, **kwargs) -> AMF:
+    """Two ViT-Small/16 and a ResNet-18 policy."""
+    return _create('amf_vit_small_patch16_224x2', pretrained, **kwargs)

@@ -1,0 +1,164 @@
+"""Building a model of several networks through `build_model_with_cfg`, with weights from its parts or of its own."""
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Optional
+
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .parts import Part, part_cfg
+
+__all__ = ['PARTS_TAG', 'build_composite', 'composite_cfg', 'joint_input_cfg']
+
+_logger = logging.getLogger(__name__)
+
+# The tag whose weights are those of the parts, each from its own source. Other tags are checkpoints of the whole model.
+PARTS_TAG = 'in1k'
+
+# What the composite takes over from the backbone that its images are prepared for.
+_INPUT_KEYS = (
+    'input_size', 'test_input_size', 'min_input_size', 'fixed_input_size', 'interpolation', 'crop_pct', 'test_crop_pct',
+    'crop_mode', 'mean', 'std', 'license',
+)
+
+
+def joint_input_cfg(backbones: Sequence[Part]) -> dict[str, Any]:
+    """How images are prepared for all backbones together.
+
+    As for the first backbone; its size gives way to the first backbone of a fixed input size.
+    """
+    cfgs = [part_cfg(p) for p in backbones]
+    cfg = {k: cfgs[0][k] for k in _INPUT_KEYS if k in cfgs[0]}
+    fixed = next((c for c in cfgs if c.get('fixed_input_size')), None)
+    if fixed is not None and fixed is not cfgs[0]:
+        for key in ('input_size', 'test_input_size', 'min_input_size', 'fixed_input_size'):
+            cfg.pop(key, None)
+            if key in fixed:
+                cfg[key] = fixed[key]
+    return cfg
+
+
+def composite_cfg(parts: dict[str, Part], backbones: Sequence[str], **overrides) -> dict[str, Any]:
+    """The `pretrained_cfg` of a composite whose weights are those of its parts.
+
+    Args:
+        parts: Module path within the composite -> part.
+        backbones: Paths of those that images are prepared for; the first also lends its Hub id, so that timm lists the
+            composite among the pretrained models.
+        **overrides: Entries that replace the derived ones.
+    """
+    cfgs = {path: part_cfg(part) for path, part in parts.items()}
+    cfg = joint_input_cfg([parts[path] for path in backbones])
+    first_conv = []
+    for path, c in cfgs.items():
+        names = c.get('first_conv') or ()
+        first_conv += [f'{path}.{n}' for n in ((names,) if isinstance(names, str) else names)]
+    cfg.update(
+        hf_hub_id=cfgs[backbones[0]].get('hf_hub_id'),
+        num_classes=1000,
+        first_conv=tuple(first_conv) or None,
+        classifier='fc',
+        tag=PARTS_TAG,
+    )
+    return {**cfg, **overrides}
+
+
+def _of_parts(cfg: dict[str, Any], parts_cfg: dict[str, Any], registered: Optional[str]) -> bool:
+    """Whether a resolved `pretrained_cfg` means the weights of the parts, not a checkpoint of the composite."""
+    if cfg.get('source') in ('hf-hub', 'local-dir') or cfg.get('file') or cfg.get('state_dict') or cfg.get('url'):
+        return False
+    return cfg.get('hf_hub_id') in (None, parts_cfg.get('hf_hub_id'), registered)
+
+
+def build_composite(
+        model_cls: Callable[..., nn.Module],
+        variant: str,
+        pretrained: bool,
+        parts_cfg: dict[str, Any],
+        pretrained_cfg=None,
+        pretrained_cfg_overlay: Optional[dict[str, Any]] = None,
+        features_only: bool = False,
+        cache_dir=None,
+        **kwargs,
+) -> nn.Module:
+    """`build_model_with_cfg` for composites.
+
+    With `pretrained`, the tag of the parts makes `model_cls` load each network's own weights (`pretrained_parts=True`);
+    any other source (another tag, a Hub id, a local folder, `pretrained_cfg_overlay=dict(file=...)`) is a checkpoint of
+    the whole model, and then no part is downloaded.
+
+    Args:
+        model_cls: Called with the keyword arguments, `mean`, `std`, `pretrained_parts` and `cache_dir`.
+        variant: Registered name.
+        pretrained: Load weights.
+        parts_cfg: From `composite_cfg`.
+        pretrained_cfg: Tag or cfg, as `timm.create_model` passes it.
+        pretrained_cfg_overlay: Entries that replace those of the cfg.
+        features_only: As in timm.
+        cache_dir: As in timm.
+        **kwargs: To `model_cls` and timm's builder.
+    """
+    registered = resolve_pretrained_cfg(variant, pretrained_cfg if isinstance(pretrained_cfg, str) else None)
+    if not pretrained_cfg or isinstance(pretrained_cfg, str):
+        named = registered.tag not in (PARTS_TAG, None)
+        pretrained_cfg = registered.to_dict() if named else dict(parts_cfg, architecture=variant)
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+    of_parts = _of_parts(cfg, parts_cfg, registered.hf_hub_id)
+    model_cls = partial(
+        model_cls,
+        mean=cfg['mean'],
+        std=cfg['std'],
+        pretrained_parts=pretrained and of_parts,
+        cache_dir=cache_dir,
+    )
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained and not of_parts,
+        pretrained_cfg=cfg,
+        pretrained_filter_fn=partial(_check_checkpoint, features_only=features_only),
+        features_only=features_only,
+        cache_dir=cache_dir,
+        **kwargs,
+    )
+
+
+def _check_checkpoint(state_dict: dict[str, Tensor], model: nn.Module, features_only: bool) -> dict[str, Tensor]:
+    """Refuses a checkpoint of another model, and says aloud that a classifier does not fit.
+
+    timm compares the number of classes with what the cfg claims; here the checkpoint itself says how many it has, so
+    that a fine-tuned classifier is kept wherever it fits.
+    """
+    cfg = model.pretrained_cfg
+    name = cfg.get('architecture', type(model).__name__)
+    classifier = cfg.get('classifier') or 'fc'
+    weight = state_dict.get(f'{classifier}.weight')
+    if weight is not None:
+        cfg['num_classes'] = weight.shape[0]
+    if model.num_classes and not features_only and (weight is None or weight.shape[0] != model.num_classes):
+        has = 'no classifier' if weight is None else f'a classifier of {weight.shape[0]} classes'
+        _logger.warning(
+            f'The checkpoint of {name} has {has} and the model has {model.num_classes}: '
+            'the classifier stays random and must be trained.'
+        )
+
+    first_conv = cfg.get('first_conv') or ()
+    first_conv = (first_conv,) if isinstance(first_conv, str) else first_conv
+    free = {f'{n}.weight' for n in first_conv}  # timm adapts these to the input channels
+    own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith(f'{classifier}.')}
+    missing = [k for k in own if k not in state_dict]
+    if missing:
+        raise UserError(
+            f'this is no checkpoint of {name}: {len(missing)} of its {len(own)} tensors are missing, {missing[0]} first. '
+            "Weights of one network go into backbone_kwargs={'pretrained_cfg_overlay': {'file': ...}}."
+        )
+    unlike = [k for k, shape in own.items() if k not in free and state_dict[k].shape != shape]
+    if unlike:
+        k = unlike[0]
+        raise UserError(
+            f'this checkpoint does not fit {name}: {k} has shape {tuple(state_dict[k].shape)} and the model '
+            f'{tuple(own[k])}; build the model with the arguments that it was trained with.'
+        )
+    return state_dict

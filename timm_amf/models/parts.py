@@ -1,0 +1,260 @@
+"""The networks that a composite model is made of: what they are, their weights, and what they compute.
+
+A composite names its networks (`backbones=('resnet18', 'resnet50')`, `policy='resnet10t'`) and this module makes them
+with `timm.create_model`, so every adaptation that timm knows (input channels, image size, checkpoint filters, hub tags,
+local files) applies to each network on its own.
+"""
+import copy
+import difflib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import timm
+import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from timm.layers import Format
+from timm.models import resolve_pretrained_cfg, split_model_name_tag
+from torch import nn
+
+from ..errors import UserError
+
+__all__ = ['Part', 'Probe', 'build_parts', 'part_cfg', 'probe_part']
+
+_logger = logging.getLogger(__name__)
+
+# What timm looks for in a Hub repository, in its order.
+_HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
+# Seconds that the Hub gets to answer before a run without network fails.
+_HUB_TIMEOUT = 5.0
+
+
+@dataclass
+class Part:
+    """One network of a composite.
+
+    Args:
+        name: timm architecture, with or without a pretrained tag.
+        num_classes: Outputs; 0 for the pooled features.
+        kwargs: Keyword arguments of its `timm.create_model`, `pretrained_cfg_overlay` among them.
+    """
+    name: str
+    num_classes: int = 0
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not timm.is_model(self.name):
+            close = difflib.get_close_matches(str(self.name).split('.')[0], timm.list_models(), n=3)
+            hint = f'did you mean {" or ".join(close)}?' if close else 'timm.list_models() names those that exist.'
+            raise UserError(f"'{self.name}' is not an architecture that timm knows; {hint}")
+        if not isinstance(self.kwargs, dict):
+            raise UserError(f"the keyword arguments of '{self.name}' must be a dict, not {self.kwargs!r}.")
+
+    def sized(self, size: tuple[int, int]) -> 'Part':
+        """The part built for an input of (H, W) pixels, if its architecture is one of a fixed input size."""
+        if not part_cfg(self).get('fixed_input_size') or 'img_size' in self.kwargs:
+            return self
+        return Part(self.name, self.num_classes, {**self.kwargs, 'img_size': tuple(size)})
+
+    @property
+    def key(self) -> str:
+        """Equal for parts whose networks are built alike."""
+        return json.dumps([self.name, self.num_classes, self.kwargs], sort_keys=True, default=repr)
+
+
+def part_cfg(part: Part) -> dict[str, Any]:
+    """The `pretrained_cfg` that the part's network will have: its weights' source and its input statistics.
+
+    Raises:
+        UserError: If the architecture has no such pretrained tag.
+    """
+    name, tag = split_model_name_tag(part.name)
+    cfg = part.kwargs.get('pretrained_cfg') or tag or None
+    try:
+        return resolve_pretrained_cfg(name, cfg, part.kwargs.get('pretrained_cfg_overlay')).to_dict()
+    except RuntimeError as e:
+        tags = ', '.join(split_model_name_tag(m)[1] for m in timm.list_pretrained(f'{name}.*'))
+        raise UserError(f"'{name}' has no pretrained tag '{cfg}'; it has: {tags or 'none'}.") from e
+    except TypeError as e:
+        raise UserError(f"pretrained_cfg_overlay of '{part.name}': {e}.") from e
+
+
+def _create(part: Part, pretrained: bool = False, **kwargs) -> nn.Module:
+    kwargs = {k: v for k, v in {**part.kwargs, **kwargs}.items() if v is not None}
+    try:
+        return timm.create_model(part.name, pretrained=pretrained, num_classes=part.num_classes, **kwargs)
+    except TypeError as e:
+        raise UserError(f"'{part.name}' does not take these arguments: {e}.") from e
+
+
+def _offline(part: Part, where: str, reason: str) -> UserError:
+    return UserError(
+        f"cannot get the pretrained weights of '{part.name}' from {where} ({reason}): go online once so that they are "
+        f"cached, name a local copy with pretrained_cfg_overlay={{'file': ...}} in its keyword arguments, "
+        'or pass pretrained=False.'
+    )
+
+
+def _check_hub(part: Part, hub_id: str, filename: Optional[str], cache_dir: Optional[Union[str, Path]]) -> None:
+    """Fails within seconds where `hf_hub_download` would retry for most of a minute and name neither model nor file."""
+    repo, _, revision = hub_id.partition('@')
+    names = (filename,) if filename else _HUB_FILES
+    where = f'Hub repository {hub_id}'
+    if any(isinstance(try_to_load_from_cache(repo, n, cache_dir, revision or None), str) for n in names):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, names[0], revision=revision or None), timeout=_HUB_TIMEOUT)
+    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as e:
+        raise UserError(
+            f"the pretrained weights of '{part.name}' are not at {where} ({type(e).__name__}): check the name, "
+            'or log in with `hf auth login` if it is private.'
+        ) from e
+    except EntryNotFoundError:
+        pass  # the repository answers; timm tries its other file names
+    except Exception as e:  # the Hub's client raises its HTTP library's own types, which differ between versions
+        raise _offline(part, where, type(e).__name__) from e
+
+
+def _check_weights(part: Part, cache_dir: Optional[Union[str, Path]]) -> None:
+    """Checks that the part's weights can be had, before any network is built."""
+    cfg = part_cfg(part)
+    if cfg.get('state_dict'):
+        return
+    if cfg.get('file'):
+        if not Path(cfg['file']).exists():
+            raise UserError(f"the weights file of '{part.name}' does not exist: {cfg['file']}")
+    elif cfg.get('hf_hub_id'):
+        _check_hub(part, cfg['hf_hub_id'], cfg.get('hf_hub_filename'), cache_dir)
+    elif not cfg.get('url'):
+        raise UserError(
+            f"timm has no pretrained weights for '{part.name}': name a local file with "
+            "pretrained_cfg_overlay={'file': ...} in its keyword arguments, or pass pretrained=False."
+        )
+
+
+def build_parts(
+        parts: Sequence[Part],
+        pretrained: bool = False,
+        cache_dir: Optional[Union[str, Path]] = None,
+        **kwargs,
+) -> list[nn.Module]:
+    """Builds the networks; with `pretrained` each from its own source, and parts that are alike from one load.
+
+    Args:
+        parts: What to build.
+        pretrained: Load each network's own pretrained weights. Otherwise each is drawn anew, equal parts too.
+        cache_dir: As in `timm.create_model`.
+        **kwargs: Arguments common to all, `None` meaning not given.
+
+    Raises:
+        UserError: If an architecture refuses its arguments, or weights cannot be had.
+    """
+    if not pretrained:
+        return [_create(p, **kwargs) for p in parts]
+    loaded: dict[str, nn.Module] = {}
+    for part in {p.key: p for p in parts}.values():
+        _check_weights(part, cache_dir)
+    for part in parts:
+        if part.key in loaded:
+            continue
+        try:
+            loaded[part.key] = _create(part, pretrained=True, cache_dir=cache_dir, **kwargs)
+        except OSError as e:
+            cfg = part_cfg(part)
+            where = cfg.get('file') or cfg.get('hf_hub_id') or cfg.get('url')
+            raise _offline(part, where, type(e).__name__) from e
+    used: set[str] = set()
+    networks = []
+    for part in parts:
+        network = loaded[part.key]
+        networks.append(copy.deepcopy(network) if part.key in used else network)
+        used.add(part.key)
+    return networks
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a network computes, found without computing it.
+
+    Args:
+        width: Width of the pooled features, `head_hidden_size`.
+        map_size: Height and width of the unpooled features at the probed input, if the pooled features are their plain
+            spatial mean; else None.
+        map_fmt: Layout of those unpooled features.
+        levels: `num_chs` and `reduction` of each level of `forward_intermediates`; empty if it has none.
+    """
+    width: int
+    map_size: Optional[tuple[int, int]] = None
+    map_fmt: Format = Format.NCHW
+    levels: tuple[tuple[int, int], ...] = ()
+
+
+_probes: dict[tuple, Probe] = {}
+
+
+def probe_part(part: Part, input_size: tuple[int, int, int], **kwargs) -> Probe:
+    """Probes an architecture on the meta device, where nothing is allocated or computed.
+
+    Args:
+        part: What to probe; built with `num_classes=0`.
+        input_size: (C, H, W) of the input.
+        **kwargs: Arguments common to all parts.
+
+    Raises:
+        UserError: If the architecture does not give flat pooled features for this input.
+    """
+    key = part.key, tuple(input_size), json.dumps(kwargs, sort_keys=True, default=repr)
+    if key not in _probes:
+        # Some constructors draw numbers even on meta: a cached probe must not change what a seed gives.
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            _probes[key] = _probe(part, tuple(input_size), kwargs)
+    return _probes[key]
+
+
+def _probe(part: Part, input_size: tuple[int, int, int], kwargs: dict[str, Any]) -> Probe:
+    headless = Part(part.name, 0, {k: v for k, v in part.kwargs.items() if k != 'pretrained_cfg_overlay'})
+    with torch.device('meta'):
+        net = _create(headless, **{**kwargs, 'device': 'meta', 'dtype': None}).eval()
+        x = torch.empty(2, *input_size)
+    shape = 'x'.join(str(s) for s in input_size)
+    try:
+        features = net.forward_features(x)
+        pooled = net.forward_head(features, pre_logits=True)
+    except Exception as e:  # whatever the architecture raises, the user chose one that does not fit
+        reason = str(e).strip().split('\n')[0] or type(e).__name__
+        raise UserError(f"'{part.name}' cannot be a branch: it fails on a {shape} input ({reason}).") from e
+    if not torch.is_tensor(pooled) or pooled.ndim != 2 or pooled.shape[1] != net.head_hidden_size:
+        got = f'shape {tuple(pooled.shape)}' if torch.is_tensor(pooled) else type(pooled).__name__
+        raise UserError(
+            f"'{part.name}' cannot be a branch: a branch must give flat pooled features (batch, width) from "
+            f'forward_head(pre_logits=True), and it gives {got}.'
+        )
+    levels = tuple((f['num_chs'], f['reduction']) for f in _level_info(net))
+    fmt = Format(getattr(net, 'output_fmt', 'NCHW'))
+    if torch.is_tensor(features) and features.ndim == 4 and _pools_by_mean(net, features.shape, fmt):
+        size = tuple(features.shape[1:3] if fmt == Format.NHWC else features.shape[2:])
+        return Probe(pooled.shape[1], size, fmt, levels)
+    return Probe(pooled.shape[1], levels=levels)
+
+
+def _level_info(net: nn.Module) -> Sequence[dict[str, Any]]:
+    return getattr(net, 'feature_info', None) or () if hasattr(net, 'forward_intermediates') else ()
+
+
+def _pools_by_mean(net: nn.Module, shape: torch.Size, fmt: Format) -> bool:
+    """Whether the head is a spatial mean and nothing else.
+
+    The parameters are on the meta device and the numbers are not: a head that uses any parameter fails or gives a meta
+    tensor, and one that uses none must give the mean.
+    """
+    x = torch.randn(shape)
+    try:
+        pooled = net.forward_head(x, pre_logits=True)
+    except (RuntimeError, NotImplementedError):
+        return False
+    mean = x.mean((1, 2) if fmt == Format.NHWC else (2, 3))
+    return not pooled.is_meta and pooled.shape == mean.shape and torch.allclose(pooled, mean, atol=1e-5)

@@ -1,0 +1,59 @@
+"""Policy networks: a small network that looks at an image and says how much each branch counts."""
+from collections.abc import Callable
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import layer_ids
+
+__all__ = ['PolicyNetwork']
+
+
+class PolicyNetwork(nn.Module):
+    """Any timm classifier, and a softmax over its logits (AMF, Section III-B).
+
+    It sees the same image as the branches, at the same resolution, renormalised to the statistics it was trained with;
+    `input_size` lets it look at a smaller copy, which is cheaper.
+    """
+
+    def __init__(
+            self,
+            net: nn.Module,
+            renorm: Optional[nn.Module] = None,
+            input_size: Optional[int] = None,
+    ):
+        """
+        Args:
+            net: Network whose logits, one a branch, become the weights.
+            renorm: Takes the composite's input normalisation to the network's.
+            input_size: Side in pixels to resize the policy's input to (bilinear, antialiased); None keeps it.
+        """
+        super().__init__()
+        self.input_size = input_size
+        self.renorm = renorm if renorm is not None else nn.Identity()
+        self.net = net
+
+    def forward_logits(self, x: Tensor) -> Tensor:
+        """Logits (batch, n) of an input normalised as the composite says."""
+        if self.input_size is not None:
+            # The antialiased kernel exists in fp32 everywhere, in bf16 only on some devices.
+            size = [self.input_size, self.input_size]
+            x = F.interpolate(x.float(), size=size, mode='bilinear', antialias=True, align_corners=False).to(x.dtype)
+        x = self.renorm(x)
+        return self.net.forward_head(self.net.forward_features(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Weights (batch, n), not negative, that sum to one for each image."""
+        return self.forward_logits(x).softmax(dim=-1)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The layers of the network, under the names they have here."""
+        ids, top = layer_ids(self.net, coarse)
+        return lambda name: ids.get(name.removeprefix('net.'), top)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.net.get_classifier()
