@@ -1,0 +1,36 @@
+"""timm_amf: adaptive fine-tuning for any timm backbone.
+
+Importing the package registers its models with timm. Everything else is imported when it is first used, so that the import
+costs little more than timm's own.
+"""
+import importlib
+from typing import Any
+
+from . import models  # noqa: F401  registers the models
+from .version import __version__
+
+# The public API: name -> module that holds it.
+_PUBLIC = {
+    'Plan': 'tuning.plan',
+    'RolePlan': 'tuning.plan',
+    'Schedule': 'tuning.plan',
+    'GroupScheduler': 'tuning.schedule',
+    'apply_freeze': 'tuning.freeze',
+    'create_optimizer': 'tuning.groups',
+    'param_groups': 'tuning.groups',
+    'model_roles': 'tuning.roles',
+    'list_blocks': 'models.blocks',
+    'UserError': 'errors',
+}
+
+__all__ = ['__version__', *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f'.{_PUBLIC[name]}', __name__), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,84 @@
+"""The `timm-amf` command: one verb for each thing to do."""
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Optional
+
+__all__ = ['main']
+
+
+def _train(argv: list[str]) -> int:
+    """fine-tune a model: the flags of train_amf.py"""
+    import train_amf
+
+    return train_amf.main(argv)
+
+
+def _evaluate(argv: list[str]) -> int:
+    """evaluate a checkpoint: the flags of train_amf.py, with --resume or --initial-checkpoint"""
+    import train_amf
+
+    return train_amf.main([*argv, '--eval-only'])
+
+
+def _models(argv: list[str]) -> int:
+    """list the models, their parts and parameters, and the recipes"""
+    parser = argparse.ArgumentParser(prog='timm-amf models', description=_models.__doc__)
+    parser.add_argument('filter', nargs='?', default='*', help='wildcard on the name, such as amf_*')
+    args = parser.parse_args(argv)
+
+    import fnmatch
+
+    import timm
+    import torch
+
+    from timm_amf.engine.config_file import list_recipes
+
+    print(f'{"model":32}{"parameters":>14}  {"input":14}branches + policy')
+    for module in ('amf',):
+        for name in timm.list_models(args.filter, module=module):
+            with torch.device('meta'):
+                model = timm.create_model(name)
+            count = sum(p.numel() for p in model.parameters())
+            size = 'x'.join(map(str, model.pretrained_cfg['input_size']))
+            parts = ', '.join(b.pretrained_cfg['architecture'] for b in model.branches)
+            policy = getattr(model, 'policy', None)
+            parts += f' + {policy.net.pretrained_cfg["architecture"]}' if policy is not None else ''
+            print(f'{name:32}{count:>14,}  {size:14}{parts}')
+    recipes = [name for name in list_recipes() if fnmatch.fnmatch(name, args.filter)]
+    print(f'recipes (train_amf.py --config NAME): {", ".join(recipes) or "none"}')
+    return 0
+
+
+_VERBS = {'train': _train, 'evaluate': _evaluate, 'models': _models}
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run one verb.
+
+    Returns:
+        The exit code: 2 for a mistake on the command line.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ('-h', '--help'):
+        print('usage: timm-amf VERB ...\n')
+        for name, verb in _VERBS.items():
+            print(f'  {name:10}{verb.__doc__}')
+        print('\ntimm-amf VERB --help tells more.')
+        return 0 if argv else 2
+    if argv[0] == '--version':
+        from timm_amf.version import __version__
+
+        print(f'timm_amf {__version__}')
+        return 0
+    if argv[0] not in _VERBS:
+        near = difflib.get_close_matches(argv[0], _VERBS, 1)
+        hint = f'did you mean {near[0]}?' if near else f'there are {", ".join(_VERBS)}'
+        print(f'timm-amf: error: no verb {argv[0]!r}; {hint}', file=sys.stderr)
+        return 2
+    return _VERBS[argv[0]](argv[1:])
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""From options to objects: the accelerator, the data, the model and what surrounds them."""
+import argparse
+import logging
+import math
+import random
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from timm.data import Mixup, resolve_data_config
+from timm.data.mixup import mixup_target
+from timm.layers import convert_sync_batchnorm, set_fast_norm
+from timm.models import safe_model_name
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from timm_amf.data import Mixture, create_datasets, create_loader, data_spec_from_args
+from timm_amf.data.cache import build_cache, cache_short_side
+from timm_amf.data.check import check_images
+from timm_amf.engine.options import resolve_trackers
+from timm_amf.errors import UserError
+from timm_amf.tuning import Plan
+
+__all__ = [
+    'build_accelerator', 'build_data', 'build_loaders', 'build_mixup', 'build_model', 'place_model', 'run_folder',
+    'seed_step', 'start_trackers',
+]
+
+_logger = logging.getLogger(__name__)
+
+
+def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
+    """Seed Python, NumPy and torch for one step of one process.
+
+    All that a step draws (mixup, dropout, stochastic depth) follows from these four numbers. So there is no random state
+    to restore: a run that resumes at a step continues with the same bits.
+    """
+    state = np.random.SeedSequence([seed, epoch, step, rank]).generate_state(3)
+    random.seed(int(state[0]))
+    np.random.seed(state[1])
+    torch.manual_seed(int(state[2]))
+
+
+def build_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Accelerate's context: device, processes, precision and trackers.
+
+    Raises:
+        UserError: If the device cannot do what the options ask.
+    """
+    trackers = resolve_trackers(args)
+    precision = args.mixed_precision
+    try:
+        accelerator = Accelerator(
+            cpu=args.cpu,
+            mixed_precision=precision,
+            log_with=trackers or None,
+            project_dir=args.output or 'output/train',
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],
+        )
+    except (ValueError, ImportError) as e:
+        raise UserError(f'Accelerate: {" ".join(str(e).split())}') from None
+    if precision == 'fp16' and accelerator.device.type == 'cpu':
+        raise UserError('fp16 needs a GPU; use --mixed-precision bf16 on a CPU, or none')
+    if accelerator.device.type == 'cuda':
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    return accelerator
+
+
+def run_folder(args: argparse.Namespace, accelerator: Accelerator) -> Path:
+    """The run's folder, `--output`/`--experiment`; without a name, one of date, time and model, as timm's."""
+    name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
+    # The clocks of two processes may stand on either side of a second.
+    folder = Path(args.output or 'output/train') / broadcast_object_list([name])[0]
+    accelerator.project_configuration.set_directories(str(folder))
+    return folder
+
+
+def build_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Mixture, Mixture]:
+    """The training and the validation set of the options, every image of them read once.
+
+    Raises:
+        UserError: If data are missing, damaged or do not fit each other.
+    """
+    spec = data_spec_from_args(args, args.recipe.get('data'))
+    # The main process reads the images; the others find on the disk what it found.
+    with accelerator.local_main_process_first():
+        datasets = create_datasets(spec, ('train', 'val'), in_chans=_in_chans(args))
+        if args.check_images:
+            for dataset in datasets:
+                check_images(
+                    dataset, args.skip_bad_images, args.cache_dir, args.workers, accelerator.is_local_main_process)
+    return datasets
+
+
+def _in_chans(args: argparse.Namespace) -> int:
+    return args.in_chans or (args.input_size[0] if args.input_size else 3)
+
+
+def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The model of the options, in training mode, on the CPU.
+
+    Raises:
+        UserError: If the model cannot be built as asked, or its weights cannot be had.
+    """
+    if args.num_classes is not None and args.num_classes < num_classes:
+        raise UserError(f'--num-classes {args.num_classes}: the data have {num_classes} classes; raise it or leave it out')
+    if args.fast_norm:
+        set_fast_norm()
+    # The initial weights are those of the seed on every process.
+    seed_step(args.seed, 0, 0, 0)
+    try:
+        model = timm.create_model(
+            args.model,
+            pretrained=args.pretrained,
+            num_classes=args.num_classes or num_classes,
+            pretrained_cfg_overlay=_cfg_overlay(args) or None,
+            checkpoint_path=args.initial_checkpoint or None,
+            **_model_kwargs(args),
+        )
+    except (TypeError, ValueError, RuntimeError, KeyError, FileNotFoundError) as e:
+        first = ' '.join(str(e).split())[:300]
+        raise UserError(f'--model {args.model} cannot be built: {first}') from None
+    _adjust_norms(model, args)
+    _adjust_head(model, args)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)
+    return model
+
+
+def _model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    kwargs = dict(
+        in_chans=_in_chans(args),
+        global_pool=args.gp,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path if args.drop_path is not None else args.drop_connect,
+        drop_block_rate=args.drop_block,
+    )
+    return {**{k: v for k, v in kwargs.items() if v is not None}, **args.model_kwargs}
+
+
+def _cfg_overlay(args: argparse.Namespace) -> dict[str, Any]:
+    overlay = dict(args.pretrained_cfg_overlay)
+    if args.pretrained_path:
+        overlay['file'] = args.pretrained_path
+    # Composites renormalise for their parts from the statistics that their configuration says the input has.
+    for name in ('mean', 'std'):
+        values = getattr(args, name)
+        if values is not None:
+            overlay[name] = tuple(values if len(values) > 1 else values * _in_chans(args))
+    return overlay
+
+
+def _adjust_norms(model: nn.Module, args: argparse.Namespace) -> None:
+    for norm in model.modules():
+        if isinstance(norm, _NormBase):
+            if args.bn_momentum is not None:
+                norm.momentum = args.bn_momentum
+            if args.bn_eps is not None:
+                norm.eps = args.bn_eps
+
+
+def _adjust_head(model: nn.Module, args: argparse.Namespace) -> None:
+    if args.head_init_scale is None and args.head_init_bias is None:
+        return
+    head = model.get_classifier()
+    for layer in head if isinstance(head, (tuple, list)) else [head]:
+        with torch.no_grad():
+            if args.head_init_scale is not None:
+                layer.weight.mul_(args.head_init_scale)
+            if args.head_init_bias is not None:
+                nn.init.constant_(layer.bias, args.head_init_bias)
+
+
+def place_model(model: nn.Module, args: argparse.Namespace, accelerator: Accelerator) -> nn.Module:
+    """Move a model to its device, type and memory format, and synchronise its batch norms if asked to."""
+    if args.sync_bn and accelerator.num_processes > 1:
+        if accelerator.device.type == 'cpu':
+            raise UserError('--sync-bn works on GPUs only; leave it out')
+        model = convert_sync_batchnorm(model)
+    dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
+    model = model.to(device=accelerator.device, dtype=dtype)
+    return model.to(memory_format=torch.channels_last) if args.channels_last else model
+
+
+def build_loaders(args: argparse.Namespace, model: nn.Module, train: Mixture, val: Mixture, accelerator: Accelerator):
+    """The loaders of training and validation, with timm's transforms at the model's resolution and statistics."""
+    config = resolve_data_config(vars(args), model=model, verbose=False)
+    common = dict(
+        input_size=config['input_size'],
+        mean=config['mean'],
+        std=config['std'],
+        seed=args.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        device=accelerator.device,
+        img_dtype=next(model.parameters()).dtype,
+        channels_last=args.channels_last,
+        workers=args.workers,
+        pin_memory=args.pin_mem,
+    )
+    augmentation = dict(
+        no_aug=args.no_aug,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob,
+        gaussian_blur_prob=args.gaussian_blur_prob,
+        auto_augment=args.aa,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        interpolation=args.train_interpolation or config['interpolation'],
+    )
+    if args.cache_images:
+        # The evaluation transform shrinks to this side: from the cache it gives the same pixels.
+        val_side = math.floor(min(config['input_size'][-2:]) / config['crop_pct'])
+        with accelerator.local_main_process_first():
+            for dataset, side in ((train, cache_short_side(config['input_size'])), (val, val_side)):
+                build_cache(
+                    dataset, side, args.cache_dir, config['interpolation'], args.workers,
+                    accelerator.is_local_main_process)
+    train_loader = create_loader(
+        train, batch_size=args.batch_size, is_training=True, epoch_repeats=args.epoch_repeats, **augmentation, **common)
+    val_loader = create_loader(
+        val, batch_size=args.validation_batch_size or args.batch_size, interpolation=config['interpolation'],
+        crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], **common)
+    return train_loader, val_loader
+
+
+def start_trackers(args: argparse.Namespace, accelerator: Accelerator, plan: Plan) -> None:
+    """Start the trackers of the options, with the Plan as the run's configuration."""
+    if not accelerator.log_with:
+        return
+    config = dict(model=args.model, batch_size=args.batch_size, lr=plan.lr, epochs=plan.epochs, opt=plan.opt)
+    wandb = dict(name=args.experiment or None, tags=args.wandb_tags, id=args.wandb_resume_id or None)
+    accelerator.init_trackers(
+        args.wandb_project or 'timm_amf', config=config,
+        init_kwargs=dict(wandb={**wandb, 'resume': 'must'} if args.wandb_resume_id else wandb))
+
+
+class _AnySizeMixup(Mixup):
+    """timm's Mixup, which takes even batches only, for any size: the last sample of an odd batch stays as it is."""
+
+    def __call__(self, x: torch.Tensor, target: torch.Tensor):
+        if len(x) % 2 == 0:
+            return super().__call__(x, target)
+        last = mixup_target(target[-1:], self.num_classes, smoothing=self.label_smoothing)
+        if len(x) == 1:
+            return x, last
+        _, soft = super().__call__(x[:-1], target[:-1])  # mixes in place
+        return x, torch.cat([soft, last.to(soft.dtype)])
+
+
+def build_mixup(args: argparse.Namespace, num_classes: int) -> Optional[Mixup]:
+    """timm's Mixup/CutMix of the options, or None."""
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None):
+        return None
+    return _AnySizeMixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )

@@ -1,0 +1,305 @@
+"""What a run leaves on disk, written so that a kill or a full disk at any moment loses nothing that was whole.
+
+A run's folder holds `last/` (all that resume needs) and `model_best.safetensors`. Everything is written under a temporary
+name, flushed to the disk, and renamed. A folder cannot be renamed over another, so `last/` changes in two steps, `last` to
+`last.old` and `last.new` to `last`; whichever moment a kill picks, one whole checkpoint is found again.
+"""
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from timm_amf.errors import UserError
+
+__all__ = ['Checkpointer', 'load_weights', 'save_weights', 'write_text']
+
+_logger = logging.getLogger(__name__)
+
+_STATE = 'state.json'
+_WEIGHTS = 'model.safetensors'
+_EMA = 'ema.safetensors'
+_OPTIMIZER = 'optimizer.pt'
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path):
+    """Turn a full or read-only disk into one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:
+        # torch and safetensors wrap the system's error in text of their own.
+        full = getattr(e, 'errno', None) == errno.ENOSPC or 'No space left' in str(e) or 'os error 28' in str(e)
+        if not full and not isinstance(e, OSError):
+            if not any(word in str(e) for word in ('write', 'I/O', 'IO')):
+                raise
+        reason = 'no space left on the disk' if full else ' '.join(str(e).split())
+        raise UserError(
+            f'{path}: cannot be written ({reason}); the previous checkpoint is whole: make room, then --resume auto') from e
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace(path: Path, write) -> None:
+    """Write a file under a temporary name with `write(temporary)`, flush it, and rename it to its own."""
+    temporary = path.with_name(f'{path.name}.tmp')
+    with _disk_errors(path):
+        try:
+            write(temporary)
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: Union[str, Path], text: str) -> None:
+    """Write a text file whole or not at all."""
+    _replace(Path(path), lambda temporary: temporary.write_text(text, encoding='utf-8'))
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    # safetensors takes neither channels_last strides nor two names for one storage.
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in module.state_dict().items():
+        tensor = tensor.detach().contiguous().cpu()
+        if tensor.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.data_ptr())
+        tensors[name] = tensor
+    return tensors
+
+
+def save_weights(module: nn.Module, path: Union[str, Path], metadata: Optional[dict[str, str]] = None) -> None:
+    """Write a module's weights as safetensors, whole or not at all.
+
+    Raises:
+        UserError: If the disk is full or not writable; a file that was there before stays as it was.
+    """
+    metadata = {'format': 'pt', **(metadata or {})}
+    _replace(Path(path), lambda temporary: save_file(_tensors(module), temporary, metadata=metadata))
+
+
+def load_weights(module: nn.Module, path: Union[str, Path]) -> None:
+    """Load weights written by `save_weights`; every tensor must fit.
+
+    Raises:
+        UserError: If the file is missing, damaged, or of another model.
+    """
+    try:
+        module.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise UserError(f'{path}: no such checkpoint') from None
+    except SafetensorError as e:
+        raise UserError(f'{path}: is damaged or no safetensors file ({" ".join(str(e).split())})') from None
+    except RuntimeError as e:
+        first = ' '.join(str(e).split())[:200]
+        raise UserError(f'{path}: does not fit {type(module).__name__} ({first}); build the model it was made of') from None
+
+
+class Checkpointer:
+    """Writes and finds the checkpoints of one run.
+
+    Args:
+        folder: The run's folder.
+        keep: How many of the best epochs to keep as `checkpoint-<epoch>.safetensors`; 0 keeps the best one alone.
+        keep_epochs: Epochs that are kept as `checkpoint-<epoch>.safetensors` besides.
+        decreasing: Whether a lower metric is better.
+    """
+
+    def __init__(
+            self,
+            folder: Union[str, Path],
+            keep: int = 0,
+            keep_epochs: Iterable[int] = (),
+            decreasing: bool = False,
+    ):
+        self.folder = Path(folder)
+        self.keep = keep
+        self.keep_epochs = frozenset(keep_epochs)
+        self.decreasing = decreasing
+        self.best_metric: Optional[float] = None
+        self.best_epoch: Optional[int] = None
+        self.kept: list[tuple[float, int]] = []  # (metric, epoch) of the files kept for being among the best
+
+    @property
+    def last(self) -> Path:
+        return self.folder / 'last'
+
+    def save_last(
+            self,
+            model: nn.Module,
+            ema: Optional[nn.Module],
+            optimizer: torch.optim.Optimizer,
+            state: dict[str, Any],
+    ) -> None:
+        """Write `last/`.
+
+        Args:
+            model: The bare model.
+            ema: Its moving average, or None.
+            optimizer: The optimiser.
+            state: Plain data: counters, schedule, meters.
+
+        Raises:
+            UserError: If the disk is full or not writable; the previous checkpoint stays whole.
+        """
+        temporary, new, old = (self.folder / f'last.{kind}' for kind in ('tmp', 'new', 'old'))
+        state = dict(
+            state, best_metric=self.best_metric, best_epoch=self.best_epoch, kept=[list(item) for item in self.kept])
+        with _disk_errors(self.last):
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                save_file(_tensors(model), temporary / _WEIGHTS, metadata={'format': 'pt'})
+                if ema is not None:
+                    save_file(_tensors(ema), temporary / _EMA, metadata={'format': 'pt'})
+                torch.save(optimizer.state_dict(), temporary / _OPTIMIZER)
+                (temporary / _STATE).write_text(json.dumps(state, indent=1), encoding='utf-8')
+                for file in temporary.iterdir():
+                    _sync(file)
+                _sync(temporary)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            self.settle()
+            os.rename(temporary, new)
+            if self.last.exists():
+                os.rename(self.last, old)
+            os.rename(new, self.last)
+            _sync(self.folder)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def settle(self) -> None:
+        """Finish a change of `last/` that a kill broke off."""
+        temporary, new, old = (self.folder / f'last.{kind}' for kind in ('tmp', 'new', 'old'))
+        if new.exists():  # whole, since it gets this name only when it is
+            if self.last.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.rename(self.last, old)
+            os.rename(new, self.last)
+        elif old.exists() and not self.last.exists():
+            os.rename(old, self.last)
+        shutil.rmtree(old, ignore_errors=True)
+        if temporary.exists() and not (temporary / _STATE).exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove the checkpoints and records of an earlier run in this folder."""
+        for path in self.folder.glob('last*'):
+            if path.name in ('last', 'last.new', 'last.old', 'last.tmp'):
+                shutil.rmtree(path, ignore_errors=True)
+        for pattern in ('model_best.safetensors', 'checkpoint-*.safetensors', 'summary.csv', 'policy.csv'):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+
+    def load_last(
+            self,
+            source: Union[str, Path],
+            model: nn.Module,
+            ema: Optional[nn.Module],
+            optimizer: Optional[torch.optim.Optimizer],
+    ) -> dict[str, Any]:
+        """Load a `last/` folder into the model, its moving average and the optimiser.
+
+        Returns:
+            The state that was saved with it.
+
+        Raises:
+            UserError: If the folder is missing, damaged, or of another model or Plan.
+        """
+        source = Path(source)
+        state = read_state(source)
+        load_weights(model, source / _WEIGHTS)
+        if ema is not None:
+            if (source / _EMA).exists():
+                load_weights(ema, source / _EMA)
+            else:
+                raise UserError(f'{source}: has no moving average; resume without --model-ema')
+        if optimizer is not None:
+            self._load_optimizer(source / _OPTIMIZER, optimizer)
+        self.best_metric, self.best_epoch = state['best_metric'], state['best_epoch']
+        self.kept = [(metric, epoch) for metric, epoch in state['kept']]
+        return state
+
+    @staticmethod
+    def _load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+        try:
+            state = torch.load(path, map_location='cpu', weights_only=True)
+        except FileNotFoundError:
+            raise UserError(f'{path}: no such checkpoint') from None
+        except Exception as e:  # torch.load raises many types for a damaged or hostile file
+            raise UserError(f'{path}: is damaged ({" ".join(str(e).split())[:160]})') from None
+        ours = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
+        if [g.get('param_names') for g in state['param_groups']] != [g.get('param_names') for g in ours]:
+            raise UserError(
+                f'{path}: the Plan groups the parameters otherwise than that of the checkpoint; '
+                f'resume with the Plan of the run, or with --no-resume-opt')
+        optimizer.load_state_dict(state)
+        # The settings are the Plan's of today; only the state (momentum and such) is the checkpoint's.
+        for group, settings in zip(optimizer.param_groups, ours):
+            group.update(settings)
+
+    def is_best(self, metric: float) -> bool:
+        if self.best_metric is None:
+            return True
+        return metric < self.best_metric if self.decreasing else metric > self.best_metric
+
+    def save_epoch(self, model: nn.Module, epoch: int, metric: Optional[float]) -> bool:
+        """Write the weights that an epoch earns: `model_best.safetensors`, and the numbered ones that are kept.
+
+        Returns:
+            Whether the epoch is the best so far.
+        """
+        metadata = dict(epoch=str(epoch), metric=str(metric))
+        best = metric is not None and self.is_best(metric)
+        if best:
+            save_weights(model, self.folder / 'model_best.safetensors', metadata)
+            self.best_metric, self.best_epoch = metric, epoch
+        wanted = epoch in self.keep_epochs
+        if self.keep and metric is not None:
+            ranked = sorted([*self.kept, (metric, epoch)], key=lambda item: item[0], reverse=not self.decreasing)
+            for _, dropped in ranked[self.keep:]:
+                if dropped not in self.keep_epochs:
+                    self._numbered(dropped).unlink(missing_ok=True)
+            self.kept = ranked[:self.keep]
+            wanted = wanted or (metric, epoch) in self.kept
+        if wanted:
+            save_weights(model, self._numbered(epoch), metadata)
+        return best
+
+    def _numbered(self, epoch: int) -> Path:
+        return self.folder / f'checkpoint-{epoch}.safetensors'
+
+
+def read_state(source: Union[str, Path]) -> dict[str, Any]:
+    """The plain-data state of a `last/` folder.
+
+    Raises:
+        UserError: If there is none, or it is damaged.
+    """
+    path = Path(source) / _STATE
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise UserError(f'{source}: no checkpoint there; give the folder of a run, or its last/') from None
+    except (OSError, ValueError) as e:
+        raise UserError(f'{path}: is damaged ({e})') from None

@@ -1,0 +1,91 @@
+"""Evaluation that counts every sample once, over any number of processes."""
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from timm_amf.engine.monitor import PolicyMonitor
+
+__all__ = ['Tally', 'evaluate', 'reduce_tensors']
+
+
+class Tally:
+    """Sums of loss and hits, over all samples and per component, in float64 on the device.
+
+    Args:
+        components: Names of the components of the data.
+        device: Device of the model's outputs.
+    """
+
+    def __init__(self, components: list[str], device: Optional[torch.device] = None):
+        self.components = list(components)
+        # columns: samples, loss, top-1 hits, top-5 hits
+        self.sums = torch.zeros(len(components), 4, dtype=torch.float64, device=device)
+
+    def update(self, output: torch.Tensor, target: torch.Tensor, component: torch.Tensor) -> None:
+        """Record a batch: logits (B, classes), class indices (B,), components (B,)."""
+        output = output.detach().float()
+        loss = F.cross_entropy(output, target, reduction='none')
+        top = output.topk(min(5, output.shape[1]), dim=1).indices == target[:, None]
+        columns = torch.stack([torch.ones_like(loss), loss, top[:, 0].to(loss), top.any(1).to(loss)], dim=1)
+        self.sums.index_add_(0, component, columns.to(self.sums.dtype))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The accumulators, to be summed over processes in place or saved."""
+        return [self.sums]
+
+    def metrics(self) -> dict[str, float]:
+        """`loss`, `top1` and `top5` (percent), and with several components `top1_<name>` of each."""
+        count, loss, top1, top5 = self.sums.sum(0).tolist()
+        count = max(count, 1)
+        metrics = dict(loss=loss / count, top1=100 * top1 / count, top5=100 * top5 / count)
+        if len(self.components) > 1:
+            for name, (n, _, hits, _) in zip(self.components, self.sums.tolist()):
+                metrics[f'top1_{name}'] = 100 * hits / max(n, 1)
+        return metrics
+
+
+def reduce_tensors(accelerator: Accelerator, *holders: Any) -> None:
+    """Sum the accumulators of tallies and monitors over all processes, in place."""
+    if accelerator.num_processes > 1:
+        for holder in holders:
+            for tensor in holder.tensors():
+                tensor.copy_(accelerator.reduce(tensor, 'sum'))
+
+
+@torch.no_grad()
+def evaluate(
+        model: nn.Module,
+        loader,
+        accelerator: Accelerator,
+        monitor: Optional[PolicyMonitor] = None,
+        description: str = 'eval',
+        progress: bool = False,
+) -> dict[str, float]:
+    """Evaluate a model on the share of the data that each process holds, and sum over the processes.
+
+    Args:
+        model: Module whose output is a dict with `output` (logits) and, of composites, `weights`.
+        loader: Loader of evaluation batches; processes may hold different numbers of batches.
+        accelerator: Accelerate's context.
+        monitor: Records the policy's weights.
+        description: Label of the progress bar.
+        progress: Show a progress bar.
+
+    Returns:
+        The metrics of `Tally`, of all samples, each counted once, the same on every process.
+    """
+    model.eval()
+    tally = Tally(loader.dataset.components, accelerator.device)
+    bar = tqdm(loader, desc=description, leave=False, disable=not progress, dynamic_ncols=True)
+    for batch in bar:
+        with accelerator.autocast():
+            result = model(batch.input)
+        tally.update(result['output'], batch.target, batch.component)
+        if monitor is not None and 'weights' in result:
+            monitor.update(result['weights'], batch.component)
+    reduce_tensors(accelerator, tally, *([monitor] if monitor is not None else []))
+    return tally.metrics()

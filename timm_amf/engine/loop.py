@@ -1,0 +1,476 @@
+"""The training loop: what happens in a step and around an epoch."""
+import argparse
+import contextlib
+import logging
+import math
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather
+from timm.data import Mixup
+from timm.models import model_parameters
+from timm.utils import dispatch_clip_grad, distribute_bn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from timm_amf.engine.build import seed_step
+from timm_amf.engine.checkpoint import Checkpointer, read_state
+from timm_amf.engine.evaluate import evaluate, reduce_tensors
+from timm_amf.engine.monitor import CsvLog, PolicyMonitor
+from timm_amf.engine.task import AdaptiveTask
+from timm_amf.errors import UserError
+from timm_amf.tuning import GroupScheduler, Plan, apply_freeze
+
+__all__ = ['Interrupted', 'Signals', 'Trainer']
+
+_logger = logging.getLogger(__name__)
+
+# Processes agree to stop every so many updates: an agreement is a collective operation.
+_AGREE_EVERY = 10
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it stopped with a checkpoint.
+
+    Attributes:
+        signum: The signal.
+    """
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
+
+
+class Signals:
+    """Turns SIGINT and SIGTERM into a flag that the loop reads at the end of a step; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.received: Optional[int] = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> 'Signals':
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous[signum] = signal.signal(signum, self._receive)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _receive(self, signum: int, frame) -> None:
+        if signum == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signum
+
+
+class _TrainMeter:
+    """Sum of the loss over samples, on the device, and the first step whose loss was not finite."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.bad_step = torch.full((1,), -1, dtype=torch.int64, device=device)
+
+    def update(self, loss: torch.Tensor, samples: int, step: int) -> None:
+        loss = loss.detach()
+        self.sums += torch.stack([loss.double() * samples, loss.new_tensor(samples, dtype=torch.float64)])
+        self.bad_step = torch.where((self.bad_step < 0) & ~loss.isfinite(), step, self.bad_step)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.sums]
+
+    def loss(self) -> float:
+        total, count = self.sums.tolist()
+        return total / max(count, 1)
+
+
+class Trainer:
+    """Trains a task by a Plan, and keeps the run's folder.
+
+    It holds no random state: all draws follow from seed, epoch, step and sample, so a run that was stopped at any
+    moment and resumed from its last checkpoint gives the same bits as one that never stopped.
+
+    Args:
+        args: Options.
+        accelerator: Accelerate's context.
+        task: The task, its model on its device; wrapped for distributed training here.
+        plan: How the model is fine-tuned.
+        optimizer: Over the groups of `param_groups(model, plan)`.
+        train_loader: Seeded loader of training batches.
+        val_loader: Loader of evaluation batches.
+        folder: The run's folder.
+        mixup: timm's Mixup, or None.
+    """
+
+    def __init__(
+            self,
+            args: argparse.Namespace,
+            accelerator: Accelerator,
+            task: AdaptiveTask,
+            plan: Plan,
+            optimizer: torch.optim.Optimizer,
+            train_loader,
+            val_loader,
+            folder: Path,
+            mixup: Optional[Mixup] = None,
+    ):
+        self.args, self.accelerator, self.task, self.plan = args, accelerator, task, plan
+        self.train_loader, self.val_loader, self.mixup = train_loader, val_loader, mixup
+        self.folder = Path(folder)
+        self.components = train_loader.dataset.components
+        self.decreasing = args.eval_metric == 'loss'
+        self.checkpoints = Checkpointer(
+            folder,
+            keep=args.checkpoint_hist if 'checkpoint_hist' in args.explicit else 0,
+            keep_epochs=args.save_epochs or (),
+            decreasing=self.decreasing,
+        )
+        accum = args.grad_accum_steps
+        self.updates_per_epoch = math.ceil(len(train_loader) / accum)
+        self.scheduler = GroupScheduler(
+            optimizer, plan, self.updates_per_epoch, plateau_mode='min' if self.decreasing else 'max')
+        self.total_epochs = self.scheduler.total_epochs
+        self.epochs = min(self.total_epochs, args.stop_epoch or self.total_epochs)
+        if self.epochs and min(group['start_epoch'] for group in optimizer.param_groups) > 0:
+            raise UserError('plan: nothing trains in epoch 0; set start_epoch of at least one role to 0')
+        if args.model_ema:
+            # Before anything wraps the model: the average is of the bare one.
+            task.setup_ema(
+                decay=args.model_ema_decay,
+                use_warmup=args.model_ema_warmup,
+                device=torch.device('cpu') if args.model_ema_force_cpu else None,
+            )
+        self.epoch, self.step, self.updates = 0, 0, 0
+        self.resumed_meters: Optional[list] = None
+        self.bare_optimizer = optimizer
+        apply_freeze(task.model, plan, 0)
+        if args.torchcompile:
+            task.trainable_module.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        task.trainable_module = accelerator.prepare_model(task.trainable_module)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.summary = CsvLog(self.folder / 'summary.csv')
+        self.policy_log = CsvLog(self.folder / 'policy.csv')
+        self.signals = Signals()
+        self._started = time.monotonic()
+        self._epochs_done = 0
+
+    # -- resuming -----------------------------------------------------------------------------------------------------
+
+    def resume(self, source: Path) -> None:
+        """Continue from a `last/` folder.
+
+        Raises:
+            UserError: If it is missing, damaged, or of another model, Plan or data order.
+        """
+        args = self.args
+        state = read_state(source)
+        self._check_same_run(source, state)
+        optimizer = None if args.no_resume_opt else self.bare_optimizer
+        state = self.checkpoints.load_last(source, self.task.model, self.task.ema_model, optimizer)
+        self.epoch, self.step, self.updates = state['epoch'], state['step'], state['updates']
+        if optimizer is not None:
+            self.scheduler.load_state_dict(state['schedule'])
+        if args.start_epoch is not None:
+            self.epoch, self.step, self.updates = args.start_epoch, 0, args.start_epoch * self.updates_per_epoch
+        else:
+            self.resumed_meters = state['meters']
+        self.scheduler.step(self.epoch)
+        self.summary = CsvLog(self.folder / 'summary.csv', self.epoch)
+        self.policy_log = CsvLog(self.folder / 'policy.csv', self.epoch)
+
+    def _identity(self) -> dict[str, Any]:
+        """What the order and size of the steps follow from."""
+        return dict(
+            seed=self.args.seed,
+            samples=len(self.train_loader.dataset),
+            batch_size=self.args.batch_size,
+            grad_accum_steps=self.args.grad_accum_steps,
+            processes=self.accelerator.num_processes,
+        )
+
+    def _check_same_run(self, source: Path, state: dict[str, Any]) -> None:
+        differing = [
+            f'{name} {state["identity"].get(name)} before, {value} now'
+            for name, value in self._identity().items() if state['identity'].get(name) != value
+        ]
+        if state['plan'] != self.plan.to_dict():
+            _logger.warning('%s: the Plan differs from that of the checkpoint; the run continues with the new one', source)
+        if differing and state['step']:
+            raise UserError(
+                f'{source}: stands in the middle of an epoch, and the steps would differ ({"; ".join(differing)}); '
+                f'resume with the same settings')
+        if differing:
+            _logger.warning('%s: resumed with other settings (%s)', source, '; '.join(differing))
+
+    # -- one epoch ----------------------------------------------------------------------------------------------------
+
+    def train_epoch(self) -> dict[str, float]:
+        """Train the current epoch, from the current step on.
+
+        Returns:
+            `loss`, the mean over the epoch's samples of all processes, and of composites the columns of `policy.csv`
+            with the prefix `train_`; also `images_per_s`.
+
+        Raises:
+            Interrupted: After a signal, with a checkpoint written.
+            UserError: If the loss is no longer finite, or the disk is full.
+        """
+        self._apply_plan()
+        meter, monitor = _TrainMeter(self.accelerator.device), self._monitor()
+        holders = [meter] if monitor is None else [meter, monitor]
+        self._restore_meters(holders)
+        if self.mixup is not None and self.args.mixup_off_epoch and self.epoch >= self.args.mixup_off_epoch:
+            self.mixup.mixup_enabled = False
+        self.task.train()
+        self.train_loader.set_epoch(self.epoch, self.step)
+        self.scheduler.step_update(self.updates)
+        steps, accum = len(self.train_loader), self.args.grad_accum_steps
+        start, images = time.monotonic(), 0
+        bar = tqdm(
+            self.train_loader, total=steps, initial=self.step, desc=f'epoch {self.epoch}', leave=False,
+            disable=not self._progress, dynamic_ncols=True)
+        for step, batch in enumerate(bar, start=self.step):
+            ends_update = (step + 1) % accum == 0 or step + 1 == steps
+            # Micro-batches of this update, the last of an epoch may have fewer.
+            micro = min(accum, steps - step // accum * accum)
+            self._train_step(step, batch, micro, ends_update, meter, monitor)
+            images += batch.step_size
+            self.step = step + 1
+            if ends_update:
+                self.updates += 1
+                self.scheduler.step_update(self.updates)
+                self._after_update(meter, holders, bar)
+        self._check_finite(meter)
+        seconds = time.monotonic() - start
+        reduce_tensors(self.accelerator, *holders)
+        if self.accelerator.num_processes > 1 and self.args.dist_bn:
+            distribute_bn(self.task.model, self.accelerator.num_processes, self.args.dist_bn == 'reduce')
+        policy = {} if monitor is None else monitor.row('train_')
+        return dict(policy, loss=meter.loss(), images_per_s=images / max(seconds, 1e-9))
+
+    def _train_step(self, step, batch, micro, ends_update, meter, monitor) -> None:
+        args, accelerator = self.args, self.accelerator
+        seed_step(args.seed, self.epoch, step, accelerator.process_index)
+        if args.save_images and step % args.log_interval == 0 and accelerator.is_main_process:
+            self._save_images(batch.input, step)
+        inputs, target = batch.input, batch.target
+        if self.mixup is not None:
+            inputs, target = self.mixup(inputs, target)
+        sync = contextlib.nullcontext() if ends_update else accelerator.no_sync(self.task.trainable_module)
+        with sync:
+            result = self.task(inputs, target)
+            # Reducers average over processes: this weight makes the gradient the mean over the update's samples.
+            weight = len(inputs) * accelerator.num_processes / (batch.step_size * micro)
+            accelerator.backward(result['loss'] * weight)
+        meter.update(result['loss'], len(inputs), step)
+        if monitor is not None and 'weights' in result:
+            monitor.update(result['weights'], batch.component)
+        if ends_update:
+            self._clip()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.task.update_ema(step=self.updates)
+
+    def _clip(self) -> None:
+        args = self.args
+        if args.clip_grad is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+            parameters = model_parameters(self.task.model, exclude_head='agc' in args.clip_mode)
+            dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
+
+    def _after_update(self, meter, holders, bar) -> None:
+        """Look at the loss, save and stop where due. Between updates there are no gradients to be lost."""
+        args = self.args
+        look = self.step % args.log_interval < args.grad_accum_steps
+        if look or self.accelerator.device.type == 'cpu':
+            self._check_finite(meter)
+        if look and self._progress:
+            bar.set_postfix(loss=f'{meter.loss():.3f}')
+        due = args.recovery_interval and self.step // args.recovery_interval > (
+            self.step - args.grad_accum_steps) // args.recovery_interval
+        stop = self._stop_signal()
+        if (due or stop) and self.step < len(self.train_loader):
+            self._check_finite(meter)
+            self.save(holders)
+        if stop and self.step < len(self.train_loader):
+            raise Interrupted(
+                stop, f'stopped in epoch {self.epoch} after step {self.step} of {len(self.train_loader)}; '
+                f'{self.checkpoints.last} is complete: go on with --resume auto')
+
+    def _stop_signal(self) -> int:
+        """The signal that any process has received, 0 if none; agreed between them."""
+        received = self.signals.received or 0
+        if self.accelerator.num_processes == 1:
+            return received
+        if self.updates % _AGREE_EVERY:
+            return 0
+        flag = torch.tensor([received], device=self.accelerator.device)
+        return int(gather(flag).max())
+
+    def _check_finite(self, meter: _TrainMeter) -> None:
+        step = int(meter.bad_step)
+        if self.accelerator.num_processes > 1:
+            step = int(gather(meter.bad_step).max())
+        if step >= 0:
+            last = self.checkpoints.last
+            where = f'the last good checkpoint is {last}' if last.exists() else 'there is no checkpoint yet'
+            raise UserError(
+                f'the loss is not finite at epoch {self.epoch}, step {step} (LR {self._lr_text()}); {where}; '
+                f'lower the LR, clip gradients (--clip-grad), or use bf16 instead of fp16')
+
+    def _apply_plan(self) -> None:
+        """Freeze and unfreeze for the epoch. A reducer knows only what trained when it was built: build it anew."""
+        changed = apply_freeze(self.task.model, self.plan, self.epoch)
+        module = self.task.trainable_module
+        if changed and isinstance(module, DistributedDataParallel):
+            self.task.trainable_module = DistributedDataParallel(
+                module.module, device_ids=module.device_ids, broadcast_buffers=module.broadcast_buffers)
+
+    def _monitor(self) -> Optional[PolicyMonitor]:
+        branches = getattr(self.task.model, 'branches', None)
+        if branches is None or getattr(self.task.model, 'policy', None) is None:
+            return None
+        return PolicyMonitor(len(branches), self.components, self.accelerator.device)
+
+    def _restore_meters(self, holders) -> None:
+        if self.resumed_meters is not None:
+            rank = self.accelerator.process_index
+            for holder, saved in zip(holders, self.resumed_meters):
+                for tensor, values in zip(holder.tensors(), saved):
+                    tensor.copy_(torch.tensor(values[rank], dtype=tensor.dtype))
+        self.resumed_meters = None
+
+    def _save_images(self, images: torch.Tensor, step: int) -> None:
+        from torchvision.utils import save_image
+
+        path = self.folder / f'train-batch-{self.epoch}-{step}.jpg'
+        save_image(images.float(), path, padding=0, normalize=True)
+
+    # -- around the epochs --------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> Optional[dict[str, Any]]:
+        """Evaluate after the current epoch, if it is due: the moving average where there is one, as timm.
+
+        Returns:
+            The metrics of `evaluate` and, of composites, the columns of `policy.csv`; None if not due.
+        """
+        last = self.epoch + 1 >= self.epochs
+        if (self.epoch + 1) % max(self.args.val_interval, 1) and not last:
+            return None
+        return self.evaluate_now()
+
+    def evaluate_now(self) -> dict[str, Any]:
+        """Evaluate the current weights."""
+        use_ema = self.task.has_ema() and not self.args.model_ema_force_cpu
+        module = self.task.get_trainable_module(ema=use_ema)
+        monitor = self._monitor()
+        # Processes may hold different numbers of batches: evaluate without the reducer around the model.
+        module = module.module if isinstance(module, DistributedDataParallel) else module
+        metrics = evaluate(module, self.val_loader, self.accelerator, monitor, progress=self._progress)
+        return dict(metrics, policy={} if monitor is None else monitor.row())
+
+    def finish_epoch(self, train: dict[str, Any], val: Optional[dict[str, Any]]) -> None:
+        """Record the epoch, save what it earned, set the next epoch's LRs and report."""
+        metric = None if val is None else val[self.args.eval_metric]
+        epoch, lrs = self.epoch, self._lrs()
+        if self.accelerator.is_main_process:
+            self._record(epoch, train, val, lrs)
+            weights = self.task.ema_model if self.task.has_ema() else self.task.model
+            best = self.checkpoints.save_epoch(weights, epoch, metric)
+        else:
+            best = False
+        self._epochs_done += 1
+        self.epoch, self.step = epoch + 1, 0
+        self.scheduler.step(self.epoch, metric)
+        self.save([])
+        if self.accelerator.is_main_process:
+            print(self._line(epoch, train, val, lrs, best), flush=True)
+        stop = self.signals.received or 0
+        if self.accelerator.num_processes > 1:
+            stop = int(gather(torch.tensor([stop], device=self.accelerator.device)).max())
+        if stop and self.epoch < self.epochs:
+            raise Interrupted(
+                stop, f'stopped after epoch {epoch}; {self.checkpoints.last} is complete: go on with --resume auto')
+
+    def save(self, holders) -> None:
+        """Write `last/`: the state at this moment, from which a resumed run gives the same bits."""
+        meters = [[self._gathered(tensor) for tensor in holder.tensors()] for holder in holders] or None
+        if self.accelerator.is_main_process:
+            self.checkpoints.save_last(self.task.model, self.task.ema_model, self.bare_optimizer, dict(
+                epoch=self.epoch,
+                step=self.step,
+                updates=self.updates,
+                identity=self._identity(),
+                plan=self.plan.to_dict(),
+                schedule=self.scheduler.state_dict(),
+                meters=meters,
+            ))
+        self.accelerator.wait_for_everyone()
+
+    def _gathered(self, tensor: torch.Tensor) -> list:
+        """The tensor of every process, by rank, exact to the bit in JSON."""
+        tensors = gather(tensor[None]) if self.accelerator.num_processes > 1 else tensor[None]
+        return tensors.tolist()
+
+    def _record(self, epoch, train, val, lrs) -> None:
+        row: dict[str, Any] = dict(epoch=epoch, train_loss=train['loss'])
+        val = val or {}
+        columns = ['loss', 'top1', 'top5', *(f'top1_{name}' for name in self.components if len(self.components) > 1)]
+        row.update({f'eval_{name}': val.get(name, '') for name in columns})
+        row['lr'] = self.bare_optimizer.param_groups[0]['lr']
+        row.update({f'lr_{role}': lr for role, lr in lrs.items()})
+        self.summary.append(row)
+        policy = {**val.get('policy', {}), **{k: v for k, v in train.items() if k.startswith('train_')}}
+        if policy:
+            self.policy_log.append(dict(epoch=epoch, **policy))
+        numbers = {**row, **policy, 'images_per_s': train['images_per_s']}
+        self.accelerator.log({k: v for k, v in numbers.items() if k != 'epoch' and v != ''}, step=epoch)
+
+    def _lrs(self) -> dict[str, float]:
+        """The highest LR of each role at this moment."""
+        lrs: dict[str, float] = {}
+        for group in self.bare_optimizer.param_groups:
+            lrs[group['role']] = max(group['lr'], lrs.get(group['role'], 0.))
+        return lrs
+
+    def _lr_text(self) -> str:
+        return ', '.join(f'{role} {lr:.3g}' for role, lr in self._lrs().items())
+
+    def report(self, val: dict[str, Any]) -> str:
+        """The metrics of an evaluation, on one line."""
+        parts = [f'eval loss {val["loss"]:.4f} top1 {val["top1"]:.2f} top5 {val["top5"]:.2f}']
+        if len(self.components) > 1:
+            parts.append(' '.join(f'{name} {val[f"top1_{name}"]:.2f}' for name in self.components))
+        accuracy = val['policy'].get('assignment_accuracy', '')
+        if accuracy != '':
+            parts.append(f'assignment {accuracy:.1f}')
+        return ' | '.join(parts)
+
+    def closing_line(self) -> str:
+        """What the run came to."""
+        seconds = timedelta(seconds=round(time.monotonic() - self._started))
+        best = self.checkpoints
+        if best.best_epoch is None:
+            return f'done in {seconds}; {self.folder}'
+        return (f'done in {seconds}: best {self.args.eval_metric} {best.best_metric:.3f} after epoch {best.best_epoch + 1}; '
+                f'{self.folder / "model_best.safetensors"}')
+
+    def _line(self, epoch, train, val, lrs, best) -> str:
+        parts = [f'epoch {epoch + 1}/{self.epochs}', f'train loss {train["loss"]:.4f}']
+        if val is not None:
+            parts.append(self.report(val))
+        parts.append('lr ' + ' '.join(f'{role} {lr:.3g}' for role, lr in lrs.items()))
+        each = (time.monotonic() - self._started) / self._epochs_done
+        left = timedelta(seconds=round(each * (self.epochs - epoch - 1)))
+        parts.append(f'{train["images_per_s"]:.0f} img/s, {left} left')
+        return ' | '.join(parts) + (' *' if best else '')
+
+    @property
+    def _progress(self) -> bool:
+        return self.accelerator.is_main_process and not self.args.no_progress and sys.stderr.isatty()

@@ -1,0 +1,109 @@
+"""What a run records of its epochs: running means, the policy's decisions, and the CSV files."""
+import csv
+import io
+import itertools
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+
+from timm_amf.engine.checkpoint import write_text
+
+__all__ = ['CsvLog', 'PolicyMonitor', 'best_assignment']
+
+
+class PolicyMonitor:
+    """Accumulates the weights that a policy gave to the branches, over all samples and per component.
+
+    Sums are float64 and live on the device, so that recording costs no synchronisation.
+
+    Args:
+        branches: Number of branches n.
+        components: Names of the components of the data.
+        device: Device of the weights.
+    """
+
+    def __init__(self, branches: int, components: list[str], device: Optional[torch.device] = None):
+        self.components = list(components)
+        self.sums = torch.zeros(len(components), branches, dtype=torch.float64, device=device)
+        # votes[c, b]: samples of component c whose largest weight is that of branch b
+        self.votes = torch.zeros(len(components), branches, dtype=torch.float64, device=device)
+
+    def update(self, weights: torch.Tensor, component: torch.Tensor) -> None:
+        """Record a batch: weights (B, n) and the component of each sample (B,)."""
+        weights = weights.detach().to(self.sums.dtype)
+        self.sums.index_add_(0, component, weights)
+        votes = torch.nn.functional.one_hot(weights.argmax(1), weights.shape[1])
+        self.votes.index_add_(0, component, votes.to(self.votes.dtype))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The accumulators, to be summed over processes in place or saved."""
+        return [self.sums, self.votes]
+
+    def row(self, prefix: str = '') -> dict[str, Any]:
+        """Columns of `policy.csv`: mean weight by branch, over all and by component, and the assignment accuracy.
+
+        The assignment accuracy (AMF paper, section IV-C5) is the share, in percent, of samples whose largest weight is
+        that of the branch matched to their component, under the matching that is best; empty with one component, where it
+        means nothing.
+        """
+        counts = self.votes.sum(1)
+        total = counts.sum().clamp(min=1)
+        row = {f'{prefix}weight_{i}': v for i, v in enumerate((self.sums.sum(0) / total).tolist())}
+        for name, sums, count in zip(self.components, self.sums, counts):
+            means = (sums / count.clamp(min=1)).tolist()
+            row.update({f'{prefix}{name}_weight_{i}': v for i, v in enumerate(means)})
+        if len(self.components) > 1:
+            matching = best_assignment(self.votes)
+            hits = sum(self.votes[c, b].item() for c, b in matching)
+            row[f'{prefix}assignment_accuracy'] = 100. * hits / total.item()
+        else:
+            row[f'{prefix}assignment_accuracy'] = ''
+        return row
+
+
+def best_assignment(votes: torch.Tensor) -> list[tuple[int, int]]:
+    """The matching of components to branches, one to one, that the most votes agree with.
+
+    Args:
+        votes: Counts of shape (components, branches).
+
+    Returns:
+        Pairs (component, branch), as many as the smaller of the two numbers.
+    """
+    rows, columns = votes.shape
+    if rows > columns:
+        return [(c, b) for b, c in best_assignment(votes.T)]
+    table = votes.tolist()
+    # By trying all of them: components and branches are few.
+    best = max(
+        itertools.permutations(range(columns), rows),
+        key=lambda order: sum(table[c][b] for c, b in enumerate(order)),
+    )
+    return list(enumerate(best))
+
+
+class CsvLog:
+    """A CSV file of one row an epoch, written whole or not at all.
+
+    Args:
+        path: The file.
+        start_epoch: Rows of this epoch and later ones are dropped: the resumed run writes them again.
+    """
+
+    def __init__(self, path: Union[str, Path], start_epoch: int = 0):
+        self.path = Path(path)
+        self.rows: list[dict[str, Any]] = []
+        if start_epoch and self.path.exists():
+            with open(self.path, newline='', encoding='utf-8') as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row['epoch']) < start_epoch]
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row; a row of the same epoch is replaced."""
+        self.rows = [r for r in self.rows if int(r['epoch']) != row['epoch']] + [row]
+        columns = list(dict.fromkeys(itertools.chain.from_iterable(self.rows)))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.path, text.getvalue())

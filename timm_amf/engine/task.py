@@ -1,0 +1,117 @@
+"""The training task: the model's forward pass with the loss, in timm's frame."""
+import argparse
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from timm.task import ClassificationTask
+from torch import nn
+
+from timm_amf.errors import UserError
+from timm_amf.models.amf import AMF, MultiTune
+
+__all__ = ['AdaptiveTask', 'Parts', 'criterion_kwargs']
+
+
+class Parts(nn.Module):
+    """A model whose forward gives, besides the logits, what its adaptive parts decided.
+
+    It is what the task trains and `DistributedDataParallel` wraps: everything the loss needs leaves one forward pass, so
+    the reducer sees every use of a parameter.
+
+    Args:
+        model: Any timm model, or a composite of this package.
+        branch_outputs: Also give each branch's own logits (AMF and MultiTune).
+    """
+
+    def __init__(self, model: nn.Module, branch_outputs: bool = False):
+        super().__init__()
+        self.model = model
+        self.is_fusion = isinstance(model, (AMF, MultiTune))
+        self.branch_outputs = branch_outputs and self.is_fusion
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Logits `output` (B, classes); of composites `weights` (B, n); on request `branch_outputs` (n, B, classes)."""
+        if not self.is_fusion:
+            return dict(output=self.model(x))
+        model = self.model
+        features = model.forward_branches(x)
+        result = {}
+        weighted = features
+        if getattr(model, 'policy', None) is not None:
+            result['weights'] = weights = model.forward_policy(x)
+            weighted = [m * weights[:, i:i + 1] for i, m in enumerate(features)]
+        result['output'] = model.fc(model.head_drop(torch.cat(weighted, dim=1)))
+        if self.branch_outputs:
+            result['branch_outputs'] = self._branch_outputs(features)
+        return result
+
+    def _branch_outputs(self, features: list[torch.Tensor]) -> torch.Tensor:
+        """Logits (n, B, classes) of each branch alone: its features through its columns of the classifier."""
+        fc = self.model.fc
+        columns = fc.weight.split([m.shape[1] for m in features], dim=1)
+        return torch.stack([F.linear(m, w, fc.bias) for m, w in zip(features, columns)])
+
+
+class AdaptiveTask(ClassificationTask):
+    """Classification with any model, and with the extra losses that a fusion of branches may want.
+
+    With `branch_loss` 0 (the papers' loss) the branches of an AMF are trained through the fused logits alone.
+
+    Args:
+        model: The bare model.
+        branch_loss: Weight of the mean of the branches' own losses, each on the logits that the classifier gives to its
+            features alone. It keeps a branch learning after a faster sibling has fitted the training set.
+        policy_balance: Weight of the squared coefficient of variation of the mean branch weights over the batch (the
+            importance loss of Shazeer et al., 2017, equation 6), against a policy that ignores a branch.
+        **kwargs: Arguments of `timm.task.ClassificationTask`.
+    """
+
+    def __init__(self, model: nn.Module, branch_loss: float = 0., policy_balance: float = 0., **kwargs):
+        super().__init__(Parts(model, branch_outputs=branch_loss > 0), verbose=False, **kwargs)
+        if (branch_loss or policy_balance) and not isinstance(model, (AMF, MultiTune)):
+            raise UserError(
+                f'--branch-loss and --policy-balance need an AMF or MultiTune, not {type(model).__name__}; remove them')
+        self.branch_loss = branch_loss
+        self.policy_balance = policy_balance
+
+    @property
+    def model(self) -> nn.Module:
+        """The bare model, whatever wraps it at the moment."""
+        module = self.trainable_module
+        return getattr(module, 'module', module).model
+
+    @property
+    def ema_model(self) -> Optional[nn.Module]:
+        """The bare moving average, or None."""
+        ema = self.get_trainable_module(ema=True)
+        return None if ema is None else ema.module.model
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Loss and outputs of a batch.
+
+        Args:
+            input: Images (B, C, H, W).
+            target: Class indices (B,) or soft targets (B, classes).
+
+        Returns:
+            `loss` (scalar), `output` (B, classes) and the other parts of the model's forward pass.
+        """
+        result = self.trainable_module(input)
+        loss = self.criterion(result['output'], target)
+        if self.branch_loss:
+            outputs = result['branch_outputs']
+            loss = loss + self.branch_loss * torch.stack([self.criterion(o, target) for o in outputs]).mean()
+        if self.policy_balance and 'weights' in result:
+            importance = result['weights'].float().mean(0)
+            loss = loss + self.policy_balance * importance.var(unbiased=False) / importance.mean().square()
+        return dict(result, loss=loss)
+
+
+def criterion_kwargs(args: argparse.Namespace, soft_targets: bool) -> dict:
+    """timm's loss flags as arguments of `timm.loss.create_classification_loss`."""
+    loss = args.loss or ('bce' if args.bce_loss else 'ce')
+    kwargs = dict(loss_type=loss, smoothing=args.smoothing, soft_targets=soft_targets)
+    if loss == 'bce':
+        kwargs.update(bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight)
+    return kwargs

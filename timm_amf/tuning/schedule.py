@@ -1,0 +1,157 @@
+"""One LR schedule for each parameter group, all of them timm's."""
+import copy
+import warnings
+from typing import Any, Optional
+
+import torch
+from timm.scheduler import create_scheduler_v2
+
+from timm_amf.errors import UserError
+from timm_amf.tuning.plan import Plan, Schedule
+
+__all__ = ['GroupScheduler']
+
+
+class _Shape:
+    """One timm scheduler over a single group of LR 1: its value is the fraction of the LR at a time."""
+
+    def __init__(
+            self,
+            schedule: Schedule,
+            start_epoch: int,
+            epochs: int,
+            updates_per_epoch: int,
+            on_updates: bool,
+            plateau_mode: str,
+    ):
+        self.unit = updates_per_epoch if on_updates else 1
+        self.on_updates = on_updates
+        self.start = start_epoch * self.unit
+        self.warmup = schedule.warmup_epochs * self.unit
+        self.hold = schedule.hold_epochs * self.unit
+        self.is_plateau = schedule.sched == 'plateau'
+        length = max(1, epochs - start_epoch - int(schedule.hold_epochs))
+        self._proxy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.)
+        try:
+            with warnings.catch_warnings():
+                # timm deprecates plateau for its state, which is saved here.
+                warnings.simplefilter('ignore', FutureWarning)
+                self._scheduler, total = create_scheduler_v2(
+                    self._proxy,
+                    **_timm_kwargs(schedule),
+                    num_epochs=length,
+                    plateau_mode=plateau_mode,
+                    step_on_epochs=not on_updates,
+                    updates_per_epoch=updates_per_epoch,
+                )
+        except (AssertionError, ValueError) as e:
+            raise UserError(f'schedule {schedule.sched!r} cannot be made: {e}') from None
+        self.total_epochs = total + start_epoch + int(schedule.hold_epochs)
+
+    def factor(self, t: float, metric: Optional[float] = None) -> float:
+        """The fraction of the LR at time t, in epochs or updates."""
+        t -= self.start
+        if t < 0:
+            return 0.
+        if self.warmup <= t < self.warmup + self.hold:
+            return 1.
+        if t >= self.warmup + self.hold:
+            t -= self.hold
+        if self.on_updates:
+            self._scheduler.step_update(t)
+        elif not (self.is_plateau and t == 0):  # timm's plateau takes any step as the end of an epoch
+            self._scheduler.step(t, metric)
+        return self._proxy.param_groups[0]['lr']
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self.is_plateau:
+            return {}  # a pure function of time
+        return dict(
+            lr=self._proxy.param_groups[0]['lr'],
+            restore_lr=self._scheduler.restore_lr,
+            plateau=copy.deepcopy(self._scheduler.lr_scheduler.state_dict()),
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.is_plateau and state:
+            self._proxy.param_groups[0]['lr'] = state['lr']
+            self._scheduler.restore_lr = state['restore_lr']
+            self._scheduler.lr_scheduler.load_state_dict(state['plateau'])
+
+
+def _timm_kwargs(schedule: Schedule) -> dict[str, Any]:
+    kwargs = {k: v for k, v in vars(schedule).items() if k not in ('warmup_scale', 'min_scale', 'hold_epochs')}
+    return dict(kwargs, warmup_lr=schedule.warmup_scale, min_lr=schedule.min_scale)
+
+
+class GroupScheduler:
+    """Sets the LR of every parameter group of an optimiser to its own LR times its own schedule.
+
+    Each group's `role` picks its schedule from the Plan, and its `start_epoch` the time from which that counts (LR 0
+    before it). Values are timm's, computed on fractions: warm-up and minimum are fractions of the group's own LR,
+    where a plain timm scheduler shares the absolute ones between all groups.
+
+    Args:
+        optimizer: Optimiser over the groups of `timm_amf.param_groups`.
+        plan: The Plan of the groups.
+        updates_per_epoch: Optimiser updates an epoch; needed with `plan.sched_on_updates`.
+        plateau_mode: `max` or `min`: the direction in which the metric of `plateau` improves.
+
+    Attributes:
+        total_epochs: Epochs to train: the Plan's, with warm-up prefix, cycles and cool-down, as timm counts them.
+
+    Raises:
+        UserError: If a schedule's arguments do not fit each other.
+    """
+
+    def __init__(
+            self,
+            optimizer: torch.optim.Optimizer,
+            plan: Plan,
+            updates_per_epoch: int = 1,
+            plateau_mode: str = 'max',
+    ):
+        self.optimizer = optimizer
+        self.on_updates = plan.sched_on_updates
+        self._shapes: dict[tuple[str, int], _Shape] = {}
+        self._keys = []
+        for group in optimizer.param_groups:
+            group.setdefault('initial_lr', group['lr'])
+            key = (group['role'], group['start_epoch'])
+            self._keys.append(key)
+            if key not in self._shapes:
+                self._shapes[key] = _Shape(
+                    plan.role_schedule(key[0]), key[1], plan.epochs, updates_per_epoch, self.on_updates, plateau_mode)
+        self._lrs = [group['initial_lr'] for group in optimizer.param_groups]
+        self.total_epochs = max(shape.total_epochs for shape in self._shapes.values()) if plan.epochs else 0
+        self._set(0)
+
+    def step(self, epoch: int, metric: Optional[float] = None) -> None:
+        """Set the LRs of an epoch.
+
+        Args:
+            epoch: The epoch about to run, from 0: the number of epochs that have ended.
+            metric: The metric of the epoch that ended, for `plateau`.
+        """
+        if not self.on_updates:
+            self._set(epoch, metric)
+
+    def step_update(self, num_updates: int) -> None:
+        """Set the LRs of an update, if the Plan steps on updates; `num_updates` is the number of updates done."""
+        if self.on_updates:
+            self._set(num_updates)
+
+    def _set(self, t: float, metric: Optional[float] = None) -> None:
+        factors = {key: shape.factor(t, metric) for key, shape in self._shapes.items()}
+        # The Plan's LRs, also after an optimiser's state of an older Plan was loaded.
+        for group, key, lr in zip(self.optimizer.param_groups, self._keys, self._lrs):
+            group['initial_lr'], group['lr'] = lr, lr * factors[key]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state that time alone does not give (that of `plateau`)."""
+        return {f'{role}@{start}': shape.state_dict() for (role, start), shape in self._shapes.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`."""
+        for (role, start), shape in self._shapes.items():
+            shape.load_state_dict(state.get(f'{role}@{start}', {}))

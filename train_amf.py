@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""Fine-tune any timm model, or an adaptive composite of several, by a Plan.
+
+    accelerate launch train_amf.py --config demo
+    python train_amf.py DIR --model amf_resnet18x2 --pretrained --branch-lr 0.0008 0.03 --head-lr 0.008 --policy-lr 3e-5
+    torchrun --nproc_per_node 2 train_amf.py DIR --model resnet50 --pretrained --lr 0.01 --cpu
+
+It takes the flags of timm's own train script, with their names and meaning, and others beside them (`--help`,
+docs/flags.md). A run writes the folder --output/--experiment: args.yaml and plan.yaml (what was run), summary.csv and
+policy.csv (a row an epoch), model_best.safetensors, and last/ (from which --resume auto goes on).
+"""
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+from timm_amf.engine import build
+from timm_amf.engine.checkpoint import write_text
+from timm_amf.engine.loop import Interrupted, Trainer
+from timm_amf.engine.options import parse_args, resolve_lr, save_args
+from timm_amf.engine.run import find_resume, prepare_folder
+from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
+from timm_amf.errors import UserError
+from timm_amf.tuning import create_optimizer, describe_groups, model_roles, plan_from_args
+
+_logger = logging.getLogger('train')
+
+
+def train(argv: Optional[Sequence[str]] = None) -> None:
+    """Parse, build, loop.
+
+    Raises:
+        UserError: If a setting, the data, a checkpoint or the disk is at fault.
+        Interrupted: If a signal stopped the run; its checkpoint is written.
+    """
+    args = parse_args(argv)
+    accelerator = build.build_accelerator(args)
+    folder = build.run_folder(args, accelerator)
+    resume = find_resume(args, folder)
+
+    train_set, val_set = build.build_data(args, accelerator)
+    model = build.build_model(args, train_set.num_classes)
+    model = build.place_model(model, args, accelerator)
+    train_loader, val_loader = build.build_loaders(args, model, train_set, val_set, accelerator)
+
+    lr = resolve_lr(args, args.batch_size * accelerator.num_processes * args.grad_accum_steps)
+    plan = plan_from_args(args, model_roles(model), lr)
+    optimizer = create_optimizer(model, plan)
+    mixup = build.build_mixup(args, model.num_classes)
+    task = AdaptiveTask(
+        model, args.branch_loss, args.policy_balance, device=accelerator.device,
+        criterion_kwargs=criterion_kwargs(args, soft_targets=mixup is not None))
+    trainer = Trainer(args, accelerator, task, plan, optimizer, train_loader, val_loader, folder, mixup)
+
+    accelerator.print(describe_groups(optimizer.param_groups))
+    if args.dry_run:
+        return
+    if args.eval_only:
+        if resume is not None:
+            trainer.resume(resume)
+        accelerator.print(trainer.report(trainer.evaluate_now()))
+        return
+
+    if accelerator.is_main_process:
+        prepare_folder(args, folder, resume)
+        save_args(args, folder / 'args.yaml')
+        plan.to_yaml(folder / 'plan.yaml')
+    accelerator.wait_for_everyone()
+    if resume is not None:
+        trainer.resume(resume)
+    build.start_trackers(args, accelerator, plan)
+
+    with trainer.signals:
+        while trainer.epoch < trainer.epochs:
+            train_metrics = trainer.train_epoch()
+            val_metrics = trainer.evaluate()
+            trainer.finish_epoch(train_metrics, val_metrics)
+    accelerator.end_training()
+    accelerator.print(trainer.closing_line())
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run `train` and turn what goes wrong into one line and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
+    try:
+        train(argv)
+    except UserError as e:
+        print(f'train_amf.py: error: {e}', file=sys.stderr)
+        return 2
+    except Interrupted as e:
+        print(f'train_amf.py: {e}', file=sys.stderr)
+        return 128 + e.signum
+    except KeyboardInterrupt:
+        print('train_amf.py: interrupted', file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
