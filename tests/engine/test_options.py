@@ -1,8 +1,10 @@
 """The command line of train_amf.py: timm's flags as timm has them, recipes, and one line for every mistake."""
 import argparse
 import ast
+import importlib.util
 import logging
 import re
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -284,6 +286,8 @@ def test_key_values_are_literals_or_strings(parser):
     words = ['depths=(2, 2)', 'act=gelu', 'eps=1e-6', 'flag=False', 'eq=a=b']
     assert parser.parse_args(['--model-kwargs', *words]).model_kwargs == {
         'depths': (2, 2), 'act': 'gelu', 'eps': 1e-6, 'flag': False, 'eq': 'a=b'}
+    assert parser.parse_args(['--opt-kwargs', 'betas=(0.9, 0.95)', 'x=...']).opt_kwargs == {
+        'betas': (0.9, 0.95), 'x': '...'}
 
 
 def test_command_line_of_timms_documentation(folder):
@@ -486,6 +490,11 @@ def test_recipes_of_the_package(monkeypatch, tmp_path, folder):
         parse_args([folder, '--config', 'smal'])
 
 
+@pytest.mark.parametrize('name', config_file.list_recipes())
+def test_every_recipe_is_valid(name):
+    assert parse_args(['--config', name]).explicit
+
+
 def test_recipes_are_looked_for_in_wheel_and_checkout():
     package = Path(config_file.__file__).parents[1]
     assert config_file._RECIPE_DIRS == (package / 'hub_configs', package.parent / 'hub_configs')
@@ -496,7 +505,8 @@ def test_recipes_are_looked_for_in_wheel_and_checkout():
     ['--amp', '--amp-dtype', 'bfloat16', '--mean', '0.1', '0.2', '0.3', '--model-kwargs', 'a=1', 'b=x', '--lr', '1e-5'],
     ['--branch-lr', '1e-4', '0.1', '--freeze', 'policy', '--role', 'branch.0.lr=1', '--no-check-images', '--bce-loss'],
     ['--tracker', 'none', '--cpu', '--torchcompile', '--wandb-tags', '1', 'yes', '--experiment', '007'],
-    ['--device', 'cpu', '--drop-con', '0.1', '--resume', 'auto', '--train-interpolation', '', '--dist-bn', '', '--clip-grad', '1'],
+    ['--device', 'cpu', '--drop-con', '0.1', '--resume', 'auto', '--dist-bn', '', '--clip-grad', '1', '--pin-mem'],
+    ['--model-kwargs', 'depths=(2, 2)', "name='1'", 'rest=[(1,), {"a": (2, 3)}]', 'odd=1j', 'none=None', 'f=1e-5'],
 ])
 def test_saved_options_load_to_an_equal_namespace(tmp_path, folder, recipe, words):
     sections = {'plan': {'lr': 1e-5, 'roles': {}}, 'data': {'components': [{'name': 'a', 'root': 'b'}]}, 'card': {}}
@@ -563,8 +573,8 @@ def test_saved_options_hold_no_secrets(tmp_path, folder, recipe):
     ('--std 1 1 1 --in-chans 1', '--std: has 3 values for 1 channels'),
     ('--std 0', '--std: must be above 0'),
     ('--in-chans 1 --input-size 3 32 32', '--in-chans: 1 contradicts the 3 channels'),
-    ('--mixup 0.2 -b 5', '--batch-size: must be even'),
-    ('--cutmix-minmax 0.2 0.8 -b 5', '--batch-size: must be even'),
+    ('--mixup 0.2 -b 1', '--batch-size: must be at least 2 for mixup'),
+    ('--cutmix-minmax 0.2 0.8 -b 1', '--batch-size: must be at least 2 for mixup'),
     ('--loss asl --mixup 0.2', '--loss: asl cannot take the soft targets'),
     ('--bce-sum', '--bce-sum: only the binary cross-entropy has it; add --bce-loss'),
     ('--bce-loss --loss ce', '--bce-loss and --loss ce: give one'),
@@ -589,6 +599,31 @@ def test_mistake_on_the_command_line(folder, line, message):
     with pytest.raises(UserError, match='^' + re.escape(message)) as error:
         parse_args([folder, *line.split()])
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('line', ['--epocs 3', '--epochs ten', '', '--config nowhere', '. --tta 3'])
+def test_mistake_is_one_line_and_exit_code_2(capsys, line):
+    path = Path(__file__).parents[2] / 'train_amf.py'
+    spec = importlib.util.spec_from_file_location('train_amf_script', path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.main(line.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == '' and re.fullmatch(r'train_amf\.py: error: .+\n', captured.err)
+
+
+def test_modules_of_the_options_need_neither_torch_nor_timm():
+    # A stand-in for the package, whose own import registers the models.
+    package = Path(config_file.__file__).parents[1]
+    code = textwrap.dedent(f'''
+        import sys, types
+        for name, path in (('timm_amf', {str(package)!r}), ('timm_amf.engine', {str(package / 'engine')!r})):
+            sys.modules[name] = types.ModuleType(name)
+            sys.modules[name].__path__ = [path]
+        import timm_amf.engine.options
+        assert not {{'torch', 'timm', 'accelerate', 'numpy'}} & set(sys.modules)
+    ''')
+    subprocess.run([sys.executable, '-c', code], check=True)
 
 
 def test_no_data(tmp_path):

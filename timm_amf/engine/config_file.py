@@ -35,11 +35,16 @@ class KeyValues(argparse.Action):
             key, equals, value = item.partition('=')
             if not equals or not key:
                 raise argparse.ArgumentError(self, f'{item!r} is not of the form key=value')
-            try:
-                pairs[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                pairs[key] = value
+            pairs[key] = _literal(value)
         setattr(namespace, self.dest, pairs)
+
+
+def _literal(text: str) -> Any:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return value if isinstance(value, (bool, int, float, str, list, tuple, dict, type(None))) else text
 
 
 class _Loader(yaml.SafeLoader):
@@ -159,7 +164,7 @@ def _convert(action: argparse.Action, value: Any, where: str) -> Any:
     if isinstance(action, KeyValues):
         if not isinstance(value, Mapping):
             raise UserError(f'{where}: must be a mapping of names to values, not {value!r}')
-        return dict(value)
+        return _with_tuples(value)
     if action.nargs in ('+', '*') or isinstance(action.nargs, int) or isinstance(action, argparse._AppendAction):
         items = list(value) if isinstance(value, (list, tuple)) else [value]
         if isinstance(action.nargs, int) and len(items) != action.nargs:
@@ -168,6 +173,17 @@ def _convert(action: argparse.Action, value: Any, where: str) -> Any:
             raise UserError(f'{where}: must not be empty')
         return [_convert_item(action, item, where) for item in items]
     return _convert_item(action, value, where)
+
+
+def _with_tuples(value: Any) -> Any:
+    """Reads strings such as '(2, 2)' as tuples: YAML has none, and some constructors insist on them."""
+    if isinstance(value, Mapping):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_tuples(item) for item in value]
+    if isinstance(value, str) and value.startswith('(') and isinstance(_literal(value), tuple):
+        return _literal(value)
+    return value
 
 
 def _convert_item(action: argparse.Action, value: Any, where: str) -> Any:
@@ -203,16 +219,19 @@ def save_args(args: argparse.Namespace, path: Union[str, Path]) -> None:
     flags = {key: value for key, value in vars(args).items() if key not in ('recipe', 'explicit', 'config', 'data')}
     # Where there is a section `plan`, the flag of the same name is empty: `parse_args` sees to it.
     content = {**flags, **args.recipe, 'explicit': sorted(args.explicit)}
-    text = yaml.safe_dump(_without_secrets(content), default_flow_style=False)
+    text = yaml.safe_dump(_for_yaml(content), default_flow_style=False)
     Path(path).write_text(text, encoding='utf-8')
 
 
-def _without_secrets(value: Any) -> Any:
+def _for_yaml(value: Any) -> Any:
+    """Drops secrets and writes tuples as strings, which `_with_tuples` reads."""
     if isinstance(value, Mapping):
         return {
-            key: _without_secrets(item) for key, item in value.items()
+            key: _for_yaml(item) for key, item in value.items()
             if not (isinstance(item, str) and item and _SECRET_KEY.search(str(key)))
         }
-    if isinstance(value, (list, tuple)):
-        return [_without_secrets(item) for item in value]
+    if isinstance(value, list):
+        return [_for_yaml(item) for item in value]
+    if isinstance(value, tuple):
+        return _for_yaml(repr(value))
     return _SECRET_VALUE.sub('***', value) if isinstance(value, str) else value

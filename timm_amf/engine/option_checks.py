@@ -78,8 +78,8 @@ def _check_image(args: argparse.Namespace) -> None:
 
 def _check_loss(args: argparse.Namespace) -> None:
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    if mixes and args.batch_size % 2:
-        _fail('batch_size', f'must be even for mixup and cutmix, which pair the images, not {args.batch_size}')
+    if mixes and args.batch_size < 2:
+        _fail('batch_size', 'must be at least 2 for mixup and cutmix, which pair the images of a batch')
     if mixes and args.loss == 'asl':
         _fail('loss', 'asl cannot take the soft targets of mixup and cutmix; leave them out or use another loss')
     for dest in ('bce_sum', 'bce_target_thresh', 'bce_pos_weight'):

@@ -229,7 +229,7 @@ REPLACED = {
     'fuser': 'torch.compile replaced the TorchScript fusers; use --torchcompile',
     'torchscript': 'torch.compile replaced TorchScript for training; use --torchcompile',
     'synchronize_step': 'Accelerate decides when processes wait for each other; it does not change the result',
-    'no_prefetcher': 'there is one loader, and Accelerate places its batches on the device',
+    'no_prefetcher': 'there is one loader, whose batches come on the device and normalised',
     'use_multi_epochs_loader': 'the one loader always keeps its workers from epoch to epoch',
     'worker_seeding': "each sample's augmentation is drawn from seed, epoch and index, whatever the worker",
     'drop_connect': 'it acts as --drop-path, the name that replaced it',
