@@ -98,7 +98,7 @@ def build_cache(
     Args:
         dataset: The mixture; its bad images must have been removed.
         short_side: Images with a longer short side are shrunk to it. With the short side and interpolation of an
-            evaluation transform (`floor(size / crop_pct)`, centre crop), that transform gives the same pixels as before.
+            evaluation transform (`floor(size / crop_pct)`, centre crop), nothing changes.
         cache_dir: Folder of all caches. None: `default_cache_dir()`.
         interpolation: Of the shrinking, by timm's name.
         workers: Processes that decode.

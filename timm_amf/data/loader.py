@@ -13,12 +13,20 @@ import torch.utils.data
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.loader import adapt_to_chs
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from timm_amf.errors import UserError
 
 from .mixture import Mixture
 from .sampler import EvalSampler, Key, StepSampler
-from .transforms import SeededRandomErasing, guard_transform, sample_seed, seeded
+from .transforms import (
+    SeededRandomErasing,
+    crop_cached,
+    guard_transform,
+    kept_random_state,
+    sample_seed,
+    seed_globals,
+)
 
 __all__ = ['Batch', 'SeededLoader', 'create_loader']
 
@@ -67,35 +75,47 @@ class SeededSamples(torch.utils.data.Dataset):
     def __init__(self, dataset: Mixture, transform: Any, seed: Optional[int], splits: int = 0):
         self.dataset = dataset
         self.transform = transform
+        base = transform[0] if splits else transform
+        self.steps = base.transforms[0], base.transforms[1:]
         self.seed = seed
         self.splits = splits
 
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def __getitems__(self, keys: Sequence[Key]) -> list:
+        """A batch at once; a worker has no other use for its generators, the main process gets its states back."""
+        if self.seed is None or torch.utils.data.get_worker_info() is not None:
+            return [self[key] for key in keys]
+        with kept_random_state():
+            return [self[key] for key in keys]
+
     def __getitem__(self, key: Key) -> Any:
         try:
-            image = self.dataset.load(key.index)
+            images = self._images(key)
         except UserError as e:
             return _Failure(str(e))
-        try:
-            images = self._transform(image, key)
         except Exception as e:
             raise RuntimeError(f'{self.dataset.filename(key.index)}: {type(e).__name__}: {e}') from e
         return images, (int(self.dataset.targets[key.index]), int(self.dataset.component_of[key.index]), *key)
 
-    def _transform(self, image: Any, key: Key) -> list[torch.Tensor]:
-        if self.seed is None:
-            return [self.transform(image)]
-        with seeded(sample_seed(self.seed, key)):
-            if not self.splits:
-                return [self.transform(image)]
-            base, augment, final = self.transform
-            image = base(image)
-            images = [final(image)]
+    def _images(self, key: Key) -> list[torch.Tensor]:
+        """The transformed image, once for each augmentation split."""
+        first, rest = self.steps
+        cached = self.dataset.cache is not None and isinstance(first, RandomResizedCropAndInterpolation)
+        image = self.dataset.cache.array(key.index) if cached else self.dataset.load(key.index)
+        if self.seed is not None:
+            seed_globals(sample_seed(self.seed, key))
+        image = crop_cached(first, image, self.dataset.cache.mode) if cached else first(image)
+        for transform in rest:
+            image = transform(image)
+        if not self.splits:
+            return [image]
+        _, augment, final = self.transform
+        images = [final(image)]
         for split in range(1, self.splits):
-            with seeded(sample_seed(self.seed, key, stream=2 * split)):
-                images.append(final(augment(image)))
+            seed_globals(sample_seed(self.seed, key, stream=2 * split))
+            images.append(final(augment(image)))
         return images
 
 

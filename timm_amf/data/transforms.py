@@ -2,17 +2,19 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms import functional
 
 from .sampler import Key
 
-__all__ = ['SeededRandomErasing', 'guard_transform', 'sample_seed', 'seeded']
+__all__ = ['SeededRandomErasing', 'crop_cached', 'guard_transform', 'kept_random_state', 'sample_seed', 'seed_globals']
 
 _MASK = 2 ** 64 - 1
 
@@ -38,23 +40,19 @@ def seed_globals(seed: int) -> None:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators for a while, and give the main process its own states back.
-
-    In a worker process nothing else draws from them, so there they stay as they are.
-    """
-    if torch.utils.data.get_worker_info() is not None:
-        seed_globals(seed)
-        yield
-        return
+def kept_random_state(device: Optional[torch.device] = None) -> Iterator[None]:
+    """Give the global generators their states back at the end, that of the device among them."""
+    module = torch.get_device_module(device) if device is not None and device.type != 'cpu' else None
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    device_state = module.get_rng_state(device) if module else None
     try:
-        seed_globals(seed)
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.default_generator.set_state(states[2])
+        if module:
+            module.set_rng_state(device_state, device)
 
 
 class SeededRandomErasing(RandomErasing):
@@ -77,9 +75,7 @@ class SeededRandomErasing(RandomErasing):
             splits: Augmentation splits: the batch holds its samples this many times, one split after the other.
         """
         device = input.device
-        module = torch.get_device_module(device) if device.type != 'cpu' else None
-        state = random.getstate(), torch.default_generator.get_state(), module and module.get_rng_state(device)
-        try:
+        with kept_random_state(device):
             for i in range(len(input)):
                 split, sample = divmod(i, len(keys))
                 key = keys[sample]
@@ -89,14 +85,9 @@ class SeededRandomErasing(RandomErasing):
                 seed = sample_seed(self.seed, key, stream=1 + 2 * split)
                 random.seed(seed)
                 torch.default_generator.manual_seed(seed)
-                if module:
-                    module.manual_seed(seed)
+                if device.type != 'cpu':
+                    torch.get_device_module(device).manual_seed(seed)
                 self._erase(input[i], *input[i].shape, input.dtype)
-        finally:
-            random.setstate(state[0])
-            torch.default_generator.set_state(state[1])
-            if module:
-                module.set_rng_state(state[2], device)
         return input
 
 
@@ -110,6 +101,27 @@ def guard_transform(transform: Callable) -> Callable:
         if op.aug_fn is auto_augment.posterize:
             op.aug_fn = posterize
     return transform
+
+
+def crop_cached(crop: RandomResizedCropAndInterpolation, pixels: np.ndarray, mode: str) -> Image.Image:
+    """timm's random resized crop, with the same draws and the same result, of an image that is still an array.
+
+    Only the crop becomes a Pillow image, which takes a good part of the time that a cached image costs.
+
+    Args:
+        crop: The transform.
+        pixels: Image, (H, W, C) uint8.
+        mode: Its Pillow mode.
+    """
+    height, width = pixels.shape[:2]
+    outline = torch.empty(1, height, width, device='meta')
+    i, j, h, w = crop.get_params(outline, crop.scale, crop.ratio)
+    interpolation = crop.interpolation
+    if isinstance(interpolation, (tuple, list)):
+        interpolation = random.choice(interpolation)
+    part = np.ascontiguousarray(pixels[i:i + h, j:j + w])
+    image = Image.frombuffer(mode, (w, h), part, 'raw', mode, 0, 1)
+    return functional.resize(image, crop.size, interpolation)
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
