@@ -343,7 +343,7 @@ def test_data_config_of_timm_reads_the_namespace(folder):
 # What becomes of flags that do not apply
 
 @pytest.mark.parametrize('dest', REPLACED)
-def test_replaced_flag_warns_in_one_line(parser, folder, caplog, dest):
+def test_replaced_flag_warns_in_one_line(parser, folder, caplog, monkeypatch, dest):
     action = next(a for a in parser._actions if a.dest == dest)
     words = ['0.1'] if dest == 'drop_connect' else other_value(action)[0]
     with caplog.at_level(logging.WARNING):
@@ -351,6 +351,9 @@ def test_replaced_flag_warns_in_one_line(parser, folder, caplog, dest):
     [record] = caplog.records
     assert record.message.startswith(action.option_strings[0]) and '\n' not in record.message
     assert '[replaced]' in action.help
+    monkeypatch.setenv('RANK', '1')
+    parse_args([folder, action.option_strings[0], *words])
+    assert len(caplog.records) == 1  # the other processes keep silent
     assert args.drop_path == (0.1 if dest == 'drop_connect' else None)
 
 
@@ -417,6 +420,24 @@ def test_command_line_overrides_the_recipe(recipe, folder):
     assert explicit_flags(args) == {
         'model', 'batch_size', 'lr', 'weight_decay', 'amp', 'mean', 'opt_kwargs', 'opt', 'data_dir'}
     assert parse_args([folder, '-c', path]).batch_size == 32
+
+
+def test_command_line_overrides_the_other_flag_of_a_pair(recipe, folder, tmp_path):
+    path = recipe(f'amp: true\nbce_loss: true\nbce_sum: true\ndevice: cpu\namp_dtype: bfloat16\ndata_dir: {tmp_path}')
+    args = parse_args(['-c', path])
+    assert (args.mixed_precision, args.loss, args.cpu, args.data_dir) == ('bf16', 'bce', True, str(tmp_path))
+    save_args(args, tmp_path / 'args.yaml')
+    for config in (path, str(tmp_path / 'args.yaml')):
+        args = parse_args(['-c', config, folder])
+        assert args.data_dir == folder
+        args = parse_args(['-c', config, '--amp-dtype', 'float16', '--device', 'cuda'])
+        assert (args.mixed_precision, args.cpu) == ('fp16', False)
+        args = parse_args(['-c', config, '--mixed-precision', 'no'])
+        assert (args.mixed_precision, args.amp) == ('no', False) and 'amp' not in args.explicit
+        with pytest.raises(UserError, match='--bce-sum: only the binary cross-entropy has it'):
+            parse_args(['-c', config, '--loss', 'ce'])
+    args = parse_args([folder, '-c', recipe('mixed_precision: bf16'), '--amp'])
+    assert args.mixed_precision == 'fp16' and 'mixed_precision' not in args.explicit
 
 
 def test_flag_set_to_its_default_is_explicit(recipe, folder):

@@ -17,6 +17,8 @@ from timm_amf.errors import UserError
 
 __all__ = ['SECTIONS', 'KeyValues', 'find_config', 'list_recipes', 'nearest', 'read_config', 'save_args']
 
+# Options that others can set (--device cpu sets cpu, --amp sets mixed_precision), and that are then not the user's own.
+DERIVED = ('cpu', 'drop_path', 'loss', 'mixed_precision')
 SECTIONS = ('plan', 'data', 'expected', 'card')
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -216,7 +218,8 @@ def save_args(args: argparse.Namespace, path: Union[str, Path]) -> None:
         args: Result of `parse_args`.
         path: File to write.
     """
-    flags = {key: value for key, value in vars(args).items() if key not in ('recipe', 'explicit', 'config', 'data')}
+    left_out = {'recipe', 'explicit', 'config', 'data', *DERIVED} - set(args.explicit)
+    flags = {key: value for key, value in vars(args).items() if key not in left_out}
     # Where there is a section `plan`, the flag of the same name is empty: `parse_args` sees to it.
     content = {**flags, **args.recipe, 'explicit': sorted(args.explicit)}
     text = yaml.safe_dump(_for_yaml(content), default_flow_style=False)

@@ -10,7 +10,8 @@ import argparse
 import copy
 import importlib.util
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Container, Mapping, Sequence
 from typing import NoReturn, Optional
 
 from timm_amf.engine.config_file import KeyValues, find_config, nearest, read_config, save_args
@@ -132,7 +133,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     explicit = (set(values) if explicit is None else explicit) | set(vars(given)) - {'config'}
     args = argparse.Namespace(**{**copy.deepcopy(defaults), **values, **vars(given)})
     args.recipe, args.explicit = recipe, explicit
-    _settle(args)
+    _settle(args, vars(given), defaults)
     _check_applicable(args, defaults)
     check_values(args)
     resolve_trackers(args)
@@ -149,8 +150,13 @@ def _reject(unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn
     raise UserError(f'unknown flag {flag}{hint or "; --help lists them"}')
 
 
-def _settle(args: argparse.Namespace) -> None:
-    """Brings together the flags that say the same thing in two ways."""
+def _settle(args: argparse.Namespace, given: Container[str], defaults: Mapping) -> None:
+    """Brings together the flags that say the same thing in two ways; `given` are those of the command line."""
+    for pair in (('data', 'data_dir'), ('amp', 'mixed_precision'), ('bce_loss', 'loss')):
+        for one, other in (pair, pair[::-1]):
+            if one in given and other not in given:  # the command line wins over the file here, too
+                setattr(args, other, defaults[other])
+                args.explicit.discard(other)
     if args.data and args.data_dir and args.data != args.data_dir:
         raise UserError(f'two folders of data, {args.data} and --data-dir {args.data_dir}: give one')
     if args.data:
@@ -175,7 +181,7 @@ def _settle(args: argparse.Namespace) -> None:
         args.loss = 'bce'
 
 
-def _check_applicable(args: argparse.Namespace, defaults: dict) -> None:
+def _check_applicable(args: argparse.Namespace, defaults: Mapping) -> None:
     """Refuses flags whose work nobody does here, and warns of those whose work something else does."""
     for dest, reason in REFUSED.items():
         if getattr(args, dest) != defaults[dest]:
@@ -183,9 +189,10 @@ def _check_applicable(args: argparse.Namespace, defaults: dict) -> None:
     for (dest, value), reason in REFUSED_VALUES.items():
         if getattr(args, dest) == value:
             raise UserError(f'{_flag(dest)} {value}: {reason}')
+    first_process = os.environ.get('RANK', '0') == '0'
     for dest, reason in REPLACED.items():
         acts_as_cpu = dest == 'device' and args.device == 'cpu'
-        if getattr(args, dest) != defaults[dest] and not acts_as_cpu:
+        if getattr(args, dest) != defaults[dest] and not acts_as_cpu and first_process:
             _logger.warning(f'{_flag(dest)} has no effect of its own: {reason}')
 
 
