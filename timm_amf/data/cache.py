@@ -4,16 +4,10 @@ For training. Shrinking changes the pixels that the random crops see: the short 
 the margin that timm's evaluation has too, so only crops of less than 0.77 of the short side are enlarged more than
 they would be anyway. Images that are smaller are kept as they are; nothing is enlarged.
 """
-import errno
 import hashlib
 import json
 import logging
-import os
-import shutil
-import socket
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -26,17 +20,13 @@ from torchvision.transforms import functional
 from timm_amf.errors import UserError
 
 from .mixture import Mixture
+from .storage import cache_folder, open_or_write
 
-__all__ = ['ImageCache', 'build_cache', 'cache_short_side', 'default_cache_dir']
+__all__ = ['ImageCache', 'build_cache', 'cache_short_side']
 
 _logger = logging.getLogger(__name__)
 _VERSION = 1
 _CHUNK = 16  # images a worker sends at a time
-
-
-def default_cache_dir() -> Path:
-    """`timm_amf` in the user's cache folder."""
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_amf'
 
 
 def cache_short_side(input_size: Union[int, Sequence[int]]) -> int:
@@ -99,7 +89,7 @@ def build_cache(
         dataset: The mixture; its bad images must have been removed.
         short_side: Images with a longer short side are shrunk to it. With the short side and interpolation of an
             evaluation transform (`floor(size / crop_pct)`, centre crop), nothing changes.
-        cache_dir: Folder of all caches. None: `default_cache_dir()`.
+        cache_dir: Folder of all caches. None: `timm_amf` in the user's cache folder.
         interpolation: Of the shrinking, by timm's name.
         workers: Processes that decode.
         progress: Show a bar, if on a terminal.
@@ -116,7 +106,7 @@ def build_cache(
     if mode not in ('RGB', 'L', 'RGBA', 'CMYK', 'YCbCr', 'HSV', 'LAB'):
         raise UserError(f'--cache-images holds 8-bit images, not {mode!r}; leave it out, or set --input-img-mode RGB')
     key = fingerprint(dataset, f'images {_VERSION} {mode} {short_side} {interpolation}')
-    folder = Path(cache_dir or default_cache_dir()).expanduser() / f'images-{key}'
+    folder = cache_folder(cache_dir, f'images-{key}')
     items = _shrunk(dataset, short_side, interpolation, workers, progress)
 
     def write(path: Path) -> None:
@@ -139,66 +129,6 @@ def fingerprint(dataset: Mixture, purpose: str) -> str:
     for index in range(len(dataset)):
         digest.update(dataset.signature(index).encode('utf-8', 'surrogateescape') + b'\n')
     return digest.hexdigest()[:24]
-
-
-def open_or_write(folder: Path, read: Callable[[Path], Any], write: Callable[[Path], None]) -> Any:
-    """Open a folder of the cache, or fill it under a temporary name and rename it.
-
-    An interrupted writer leaves a temporary folder, which the next one on the same machine removes.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
-    if folder.exists():
-        try:
-            return read(folder)
-        except (OSError, ValueError, KeyError) as e:
-            _logger.warning(f'The cache {folder} is damaged ({e}); it is built again.')
-            shutil.rmtree(folder, ignore_errors=True)
-    with _disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(folder.parent)
-        prefix = f'{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}-'
-        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-        try:
-            write(temporary)
-            try:
-                temporary.rename(folder)
-            except OSError:
-                if not folder.exists():  # else another process was faster, with the same content
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return read(folder)
-
-
-@contextmanager
-def _disk_errors(folder: Path):
-    try:
-        yield
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f'no space left for the cache in {folder.parent}; free some, or set --cache-dir') from e
-        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f'cannot write the cache in {folder.parent} ({e.strerror}); set --cache-dir') from e
-        raise
-
-
-def _remove_stale(parent: Path) -> None:
-    for path in parent.glob(f'*.tmp-{socket.gethostname()}-*-*'):
-        pid = path.name.rsplit('-', 2)[1]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 class _Shrunk(torch.utils.data.Dataset):

@@ -10,8 +10,9 @@ from PIL import Image
 
 from timm_amf.errors import UserError
 
-from .cache import default_cache_dir, fingerprint, map_samples, open_or_write
+from .cache import fingerprint, map_samples
 from .mixture import Mixture
+from .storage import cache_folder, open_or_write
 
 __all__ = ['BadImage', 'check_images']
 
@@ -36,7 +37,7 @@ def check_images(
     Args:
         dataset: The mixture; with `skip_bad` its bad images are removed.
         skip_bad: Go on without the bad images.
-        cache_dir: Where to remember. None: `default_cache_dir()`.
+        cache_dir: Where to remember. None: `timm_amf` in the user's cache folder.
         workers: Processes that read.
         progress: Show a bar, if on a terminal.
 
@@ -73,7 +74,7 @@ def _remembered(
         progress: bool,
 ) -> dict[int, str]:
     """Reason by index of the bad images, from an earlier check of the same files if there was one."""
-    folder = Path(cache_dir or default_cache_dir()).expanduser() / f'checked-{fingerprint(dataset, "check 1")}'
+    folder = cache_folder(cache_dir, f'checked-{fingerprint(dataset, "check 1")}')
 
     def read(path: Path) -> dict[int, str]:
         return {int(k): v for k, v in json.loads((path / 'bad.json').read_text(encoding='utf-8')).items()}

@@ -1,17 +1,17 @@
 """One split of one dataset, however timm names it, as classes, targets and files in the dataset's own order."""
 import io
 import os
-from pathlib import Path
 from typing import Any, BinaryIO, Optional
 
 import numpy as np
 from PIL import Image
+from timm.utils.misc import natural_key
 
 from timm_amf.errors import UserError
 
 from .spec import Component, DataSpec
 
-__all__ = ['Source', 'FileSource', 'ArraySource', 'ReaderSource', 'open_source']
+__all__ = ['ArraySource', 'FileSource', 'ReaderSource', 'Source', 'open_source']
 
 # As timm's dataset factory, and 'test' beside them.
 _TRAIN = ('train', 'training')
@@ -29,7 +29,7 @@ _HOW_TO_GET = {
     'fgvc_aircraft': '{root}/fgvc-aircraft-2013b; add --dataset-download, or unpack fgvc-aircraft-2013b.tar.gz there',
     'dtd': '{root}/dtd/dtd; add --dataset-download, or unpack dtd-r1.0.1.tar.gz into {root}/dtd',
     'stanford_cars': '{root}/stanford_cars with devkit, cars_train, cars_test and cars_test_annos_withlabels.mat; its '
-                     'site is gone, take them from a mirror (torchvision issue 7545 lists some)',
+                     'own site is gone, but mirrors have them',
 }
 
 
@@ -154,7 +154,8 @@ def open_source(component: Component, split: str, spec: DataSpec) -> Source:
     if prefix == 'hfds':
         return _open_hfds(component, component.split_name(split), spec)
     if prefix in ('tfds', 'wds', 'hfids'):
-        raise UserError(f'data component {component.name!r}: {component.dataset} is not supported yet')
+        from .iterable import open_iterable
+        return open_iterable(component, component.split_name(split), split, spec)
     if component.dataset and (prefix or component.dataset not in ('folder', 'image_folder')):
         raise UserError(
             f'data component {component.name!r}: unknown dataset {component.dataset!r}; leave it out for a folder, or '
@@ -184,15 +185,19 @@ def _open_folder(component: Component, split: str) -> Source:
     try:
         reader = create_dataset('', root=folder, split=split, search_split=False, **kwargs).reader
     except (RuntimeError, AssertionError, ValueError, OSError) as e:
-        raise UserError(f'data component {component.name!r}: {folder}: {_first_line(e)}') from e
-    if not hasattr(reader, 'class_to_idx'):
+        raise UserError(f'data component {component.name!r}: {folder}: {first_line(e)}') from e
+    if not hasattr(reader, 'class_to_idx'):  # images in tar files
         version = f'{os.path.abspath(folder)} {os.stat(folder).st_mtime_ns}'
-        return ReaderSource(_names(reader.class_name_to_idx), reader.targets, reader, folder, version)
-    # Names that differ only in case sort alike for timm, and then the file system decides: settle it by the name.
-    samples = reader.samples
-    paths = [path for path, _ in samples]
-    targets = [target for _, target in samples]
-    return FileSource(_names(reader.class_to_idx), targets, paths)
+        return ReaderSource(class_names(reader.class_name_to_idx), reader.targets, reader, folder, version)
+    # timm sorts names without their case, and leaves those that then are equal in the order of the file system or of
+    # a set: settle both by the name itself, else runs differ.
+    names = class_names(reader.class_to_idx)
+    order = list(range(len(names)))
+    if not component.class_map:
+        order = sorted(order, key=lambda i: (natural_key(names[i]), names[i]))
+    new_index = {old: new for new, old in enumerate(order)}
+    samples = sorted((natural_key(path), path, new_index[target]) for path, target in reader.samples)
+    return FileSource([names[i] for i in order], [s[2] for s in samples], [s[1] for s in samples])
 
 
 def _split_folder(component: Component, split: str) -> str:
@@ -258,7 +263,7 @@ def _check_folder(component: Component, folder: str) -> None:
             f'({", ".join(sorted(extensions))}; others with input_key) or remove the folder')
 
 
-def _names(class_to_idx: dict) -> list[str]:
+def class_names(class_to_idx: dict) -> list[str]:
     """Class names by index; a class map may give several names one index, or leave an index without a name."""
     names: list[str] = [''] * (max(class_to_idx.values()) + 1)
     for name, index in class_to_idx.items():
@@ -288,10 +293,10 @@ def _open_torch(component: Component, name: str, split: str, spec: DataSpec) -> 
         if isinstance(e, ValueError) and 'split' in str(e):
             hint = ' (cut it out of train with splits.val=train, per_class.val=N, skip.train=N)' \
                 if name == 'stanford_cars' else ''
-            raise UserError(f'{where}: torch/{name} has no split {split!r}{hint}: {_first_line(e)}') from e
+            raise UserError(f'{where}: torch/{name} has no split {split!r}{hint}: {first_line(e)}') from e
         how = _HOW_TO_GET.get(name, '{root}; add --dataset-download')
         raise UserError(
-            f'{where}: torch/{name} not found ({_first_line(e)}); expected in {how.format(root=root)}') from e
+            f'{where}: torch/{name} not found ({first_line(e)}); expected in {how.format(root=root)}') from e
     return _torch_source(dataset, name, where)
 
 
@@ -329,7 +334,7 @@ def _inaturalist_source(dataset: Any, where: str) -> Source:
     if kind == 'full':
         return FileSource(dataset.all_categories, [cat for cat, _ in dataset.index], paths)
     index = dataset.categories_index[kind]
-    return FileSource(_names(index), [dataset.categories_map[cat][kind] for cat, _ in dataset.index], paths)
+    return FileSource(class_names(index), [dataset.categories_map[cat][kind] for cat, _ in dataset.index], paths)
 
 
 # ---- Hugging Face datasets
@@ -342,18 +347,20 @@ def _open_hfds(component: Component, split: str, spec: DataSpec) -> Source:
     except ImportError as e:
         raise UserError(f'{where}: {component.dataset} needs Hugging Face datasets: pip install datasets') from e
     from timm.data import create_dataset
-    if not spec.download and not Path(component.dataset.partition('/')[2]).exists():
-        # Without this, load_dataset goes to the network even where the user asked for no download.
-        datasets.config.HF_HUB_OFFLINE = True
+    offline = datasets.config.HF_HUB_OFFLINE
     try:
+        # Without this, load_dataset goes to the network though the user allowed no download.
+        datasets.config.HF_HUB_OFFLINE = offline or not spec.download
         reader = create_dataset(
             component.dataset, root=component.root, split=split, class_map=component.class_map,
             input_key=component.input_key, target_key=component.target_key,
             trust_remote_code=spec.trust_remote_code).reader
     except Exception as e:  # the library has no common error type
         raise UserError(
-            f'{where}: {component.dataset}, split {split!r}: {_first_line(e)}; check the name and the split, and add '
+            f'{where}: {component.dataset}, split {split!r}: {first_line(e)}; check the name and the split, and add '
             f'--dataset-download if it is not on this machine yet') from e
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
     key = component.target_key or 'label'
     if reader.remap_class:
         targets = list(reader.iter_targets())
@@ -361,11 +368,11 @@ def _open_hfds(component: Component, split: str, spec: DataSpec) -> Source:
         targets = list(reader.dataset[key])
     if not targets or not all(isinstance(target, int) for target in targets):
         raise UserError(f'{where}: {component.dataset}: {key!r} is not one class index a sample; name it: target_key')
-    classes = _names(reader.class_to_idx) if reader.class_to_idx else [str(i) for i in range(max(targets) + 1)]
+    classes = class_names(reader.class_to_idx) if reader.class_to_idx else [str(i) for i in range(max(targets) + 1)]
     name = f'{component.dataset}/{split}'
     return ReaderSource(classes, targets, reader, name, getattr(reader.dataset, '_fingerprint', ''))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].strip().rstrip('.;') if lines else type(error).__name__

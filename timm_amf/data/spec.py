@@ -85,12 +85,14 @@ class DataSpec:
         input_img_mode: Pillow mode that images are converted to. None: `RGB`, or `L` for one input channel.
         num_samples: Samples by split of iterable datasets that do not know their own number.
         trust_remote_code: Passed to Hugging Face datasets.
+        cache_dir: Where iterable datasets are kept once read. None: `timm_amf` in the user's cache folder.
     """
     components: tuple[Component, ...]
     download: bool = False
     input_img_mode: Optional[str] = None
     num_samples: dict[str, int] = field(default_factory=dict)
     trust_remote_code: bool = False
+    cache_dir: Optional[str] = None
 
     def __post_init__(self):
         object.__setattr__(self, 'components', tuple(self.components))
@@ -116,8 +118,8 @@ class DataSpec:
         if not isinstance(data, Mapping):
             raise UserError(f'data: expected a mapping with components or a preset, not {data!r}')
         data = dict(data)
-        common = {key: data.pop(key) for key in ('download', 'input_img_mode', 'num_samples', 'trust_remote_code')
-                  if key in data}
+        common_keys = ('download', 'input_img_mode', 'num_samples', 'trust_remote_code', 'cache_dir')
+        common = {key: data.pop(key) for key in common_keys if key in data}
         defaults = {k: v for k, v in (defaults or {}).items() if v is not None}
         if 'preset' in data:
             if 'components' in data:
@@ -167,7 +169,7 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
         help='Decode and shrink the training images once and read them from a cache on disk.')
     group.add_argument(
         '--cache-dir', metavar='DIR', default=None,
-        help='Folder of the image cache (default: timm_amf in the cache folder of the user).')
+        help='Folder of what is decoded or checked once (default: timm_amf in the cache folder of the user).')
     group.add_argument(
         '--skip-bad-images', action='store_true', default=False,
         help='Train without the images that cannot be read, instead of stopping before training.')
@@ -215,6 +217,7 @@ def data_spec_from_args(args: argparse.Namespace, section: Optional[Mapping] = N
         input_img_mode=get('input_img_mode') or spec.input_img_mode,
         num_samples=spec.num_samples or {k: v for k, v in num_samples.items() if v},
         trust_remote_code=spec.trust_remote_code or bool(get('dataset_trust_remote_code')),
+        cache_dir=get('cache_dir') or spec.cache_dir,
     )
 
 
