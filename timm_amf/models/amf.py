@@ -18,6 +18,8 @@ Features: `forward_features` has the weights applied, is 4-D, and has `num_featu
   themselves as (B, C, 1, 1), since the weight must come after everything that a branch does.
 """
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -35,6 +37,7 @@ from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cf
 from .parts import Part, build_parts, probe_part
 from .policy import PolicyNetwork
 from .renorm import create_renorm
+from .routing import may_route, routed_fusion
 
 __all__ = ['AMF', 'MultiTune']
 
@@ -52,7 +55,7 @@ def _backbone_parts(
 ) -> list[Part]:
     """The branches as parts, `common` in the keyword arguments of each where it is not None."""
     if isinstance(backbones, str) or len(backbones) < 1:
-        raise UserError(f"backbones must name one architecture a branch, such as ('resnet18', 'resnet50'): {backbones!r}")
+        raise UserError(f"backbones must name an architecture a branch, like ('resnet18', 'resnet50'): {backbones!r}")
     if backbone_kwargs is None or isinstance(backbone_kwargs, dict):
         backbone_kwargs = [backbone_kwargs or {}] * len(backbones)
     if len(backbone_kwargs) != len(backbones):
@@ -132,6 +135,9 @@ class AMF(nn.Module):
         self.num_classes = num_classes
         self.fc_init_std = fc_init_std
         self.grad_checkpointing = False
+        self.checkpoint_whole = False
+        self._whole = ()
+        self.routing_eps = None
         self.backbone_parts = parts
         self._set_features(size, global_pool)
 
@@ -145,22 +151,23 @@ class AMF(nn.Module):
         self.renorms = nn.ModuleList(renorms[:n])
         self.branches = nn.ModuleList(nets[:n])
         self.policy = PolicyNetwork(nets[n], renorms[n], policy_input_size) if policy is not None else None
-        self.feature_info, self._levels = _joint_levels(self.branches)
         self.head_drop = nn.Dropout(drop_rate)
         self.fc = self._create_fc(**dd)
 
     def _set_features(self, size: tuple[int, int], global_pool: Optional[str]) -> None:
         """Learns the features' widths and layout from the architectures."""
-        probes = [probe_part(p, (self.in_chans, *size)) for p in self.backbone_parts]
-        alike = len({p.key for p in self.backbone_parts}) == 1
+        features = _joint_features(self.backbone_parts, (self.in_chans, *size))
+        self.img_size = size
         self.global_pool = global_pool
         self.pools = global_pool != ''
-        self.has_maps = alike and probes[0].map_size is not None
-        self.output_fmt = probes[0].map_fmt if self.has_maps else Format.NCHW
+        self.has_maps = features.map_size is not None
+        self.output_fmt = features.map_fmt
         self.channel_dim = get_channel_dim(self.output_fmt)
         self.spatial_dim = get_spatial_dim(self.output_fmt)
-        self.img_size = size
-        self.num_features = self.head_hidden_size = sum(p.width for p in probes)
+        self.widths = features.widths
+        self.num_features = self.head_hidden_size = sum(features.widths)
+        self.feature_info = features.levels
+        self._levels = features.own_levels
 
     def _create_fc(self, device=None, dtype=None) -> nn.Module:
         if self.num_classes <= 0:
@@ -203,13 +210,16 @@ class AMF(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Checkpoints each network in its own way, and as a whole those that have none."""
-        for net in self._networks().values():
+        """Each branch checkpoints in its own way, and as a whole if it has none; the policy if it can."""
+        whole = []
+        for path, net in self._networks().items():
             try:
                 net.set_grad_checkpointing(enable)
-                net._checkpoint_whole = False
             except (AssertionError, AttributeError, NotImplementedError):
-                net._checkpoint_whole = enable
+                if enable and path.startswith('branches.'):
+                    whole.append(int(path.split('.')[1]))
+        self._whole = tuple(whole)
+        self.checkpoint_whole = bool(whole)
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -242,16 +252,33 @@ class AMF(nn.Module):
     def forward_branches(self, x: Tensor) -> list[Tensor]:
         """Pooled features (B, C_i) of each branch, not weighted."""
         pooled = []
-        for renorm, branch in zip(self.renorms, self.branches):
-            pooled.append(branch.forward_head(branch.forward_features(renorm(x)), pre_logits=True))
+        for i, (renorm, branch) in enumerate(zip(self.renorms, self.branches)):
+            if self.checkpoint_whole and not torch.jit.is_scripting():
+                pooled.append(self._checkpointed_branch(i, x))
+            else:
+                pooled.append(branch.forward_head(branch.forward_features(renorm(x)), pre_logits=True))
         return pooled
 
+    def _run_branch(self, index: int, x: Tensor) -> Tensor:
+        branch = self.branches[index]
+        return branch.forward_head(branch.forward_features(self.renorms[index](x)), pre_logits=True)
+
+    def _checkpointed_branch(self, index: int, x: Tensor) -> Tensor:
+        if index in self._whole:
+            return checkpoint(self._run_branch, index, x)
+        return self._run_branch(index, x)
+
     def _fuse(self, x: Tensor) -> Tensor:
+        """The concatenation (B, head_hidden_size) of the weighted pooled features z_i = h_i * m_i."""
         pooled = self.forward_branches(x)
         if self.policy is not None:
             weights = self.policy(x)
             pooled = [m * weights[:, i:i + 1] for i, m in enumerate(pooled)]
         return torch.cat(pooled, dim=1)
+
+    def _fuse_routed(self, x: Tensor, eps: float) -> Tensor:
+        branches = [partial(self._run_branch, i) for i in range(len(self.branches))]
+        return routed_fusion(x, self.policy(x), eps, branches, self.widths)
 
     def forward_features(self, x: Tensor) -> Tensor:
         if self.has_maps:
@@ -273,30 +300,183 @@ class AMF(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.pools:
             return self.forward_head(self.forward_features(x))
+        if not torch.jit.is_scripting():
+            if self.routing_eps is not None and may_route(self, x):
+                return self.fc(self.head_drop(self._fuse_routed(x, self.routing_eps)))
         return self.fc(self.head_drop(self._fuse(x)))
 
+    def set_routing(self, eps: Optional[float] = None) -> None:
+        """Routed evaluation: `forward` leaves a branch out for the images that weigh it below `eps`.
 
-def _joint_levels(branches: Sequence[nn.Module]) -> tuple[list[dict[str, Any]], list[list[int]]]:
-    """The levels of features that all branches have, and which of its own each of them is for a branch.
+        In eager evaluation only; training, scripting and tracing always run all branches, and so do
+        `forward_features` and `forward_intermediates`. `routing_error` reports what it costs in accuracy.
 
-    Branches with the same reductions match one to one; others at the deepest level of each reduction that all have.
+        Args:
+            eps: Least weight in [0, 1]; the largest weight of an image always runs. None runs all branches.
+
+        Raises:
+            UserError: If `eps` is no weight, or the model has no policy to route by.
+        """
+        if eps is not None and self.policy is None:
+            raise UserError('a MultiTune has fixed weights and no branch to leave out; routing needs an AMF.')
+        if eps is not None and not 0. <= eps <= 1.:
+            raise UserError(f'the routing threshold is a weight between 0 and 1, not {eps}.')
+        self.routing_eps = eps
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: Optional[Union[int, list[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
+        """Features at the levels of `feature_info`, the branches' maps side by side, weighted as everything else.
+
+        Args:
+            x: Images (B, C, H, W).
+            indices: Levels: the last n for an int, all for None.
+            norm: Apply each branch's last norm to its maps.
+            stop_early: Leave out what lies behind the last level.
+            output_fmt: Layout of the maps.
+            intermediates_only: Return the levels alone.
+
+        Returns:
+            (`forward_features`, levels), or the levels.
+
+        Raises:
+            UserError: If the architectures have no level of the same reduction.
+        """
+        self._require_levels()
+        take, _ = feature_take_indices(len(self.feature_info), indices)
+        finals, levels = [], []
+        for renorm, branch, own in zip(self.renorms, self.branches, self._levels, strict=True):
+            result = branch.forward_intermediates(
+                renorm(x),
+                indices=[own[i] for i in take],
+                norm=norm,
+                stop_early=stop_early,
+                output_fmt='NCHW',
+                intermediates_only=intermediates_only,
+            )
+            levels.append(result if intermediates_only else result[1])
+            finals.append(None if intermediates_only else result[0])
+        weights = self.forward_policy(x)
+        fused = [_weigh(_same_size(maps), weights, 1) for maps in zip(*levels, strict=True)]
+        fused = [nchw_to(f, Format(output_fmt)) for f in fused]
+        if intermediates_only:
+            return fused
+        if self.has_maps:
+            return _weigh(finals, weights, self.channel_dim), fused
+        pooled = [b.forward_head(f, pre_logits=True) for b, f in zip(self.branches, finals, strict=True)]
+        return _weigh(pooled, weights, 1)[:, :, None, None], fused
+
+    def _require_levels(self) -> None:
+        if not self.feature_info:
+            names = ', '.join(p.name for p in self.backbone_parts)
+            raise UserError(f'{names} have no level of features in common, so there are no intermediate features.')
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, list[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> list[int]:
+        """Removes from the branches what `forward_intermediates` does not need for these levels; the policy stays.
+
+        Args:
+            indices: Levels to keep.
+            prune_norm: Remove the branches' last norms too.
+            prune_head: Remove the classifier and the branches' heads: then only `forward_intermediates` runs.
+        """
+        self._require_levels()
+        take, _ = feature_take_indices(len(self.feature_info), indices)
+        for branch, own in zip(self.branches, self._levels, strict=True):
+            if hasattr(branch, 'prune_intermediate_layers'):
+                branch.prune_intermediate_layers([own[i] for i in take], prune_norm=prune_norm, prune_head=prune_head)
+        if prune_head:
+            self.reset_classifier(0)
+        return take
+
+    def set_input_size(self, img_size: Union[int, tuple[int, int]]) -> None:
+        """Resizes the networks whose input size is fixed, such as a ViT's position embedding.
+
+        Args:
+            img_size: New size in pixels, (H, W) or a side.
+        """
+        size = _pair(img_size)
+        nets = list(self.branches)
+        if self.policy is not None and self.policy.input_size is None:
+            nets.append(self.policy.net)
+        for net in nets:
+            if hasattr(net, 'set_input_size'):
+                net.set_input_size(img_size=size)
+        for part in self.backbone_parts:
+            if 'img_size' in part.kwargs:
+                part.kwargs['img_size'] = size
+        self._set_features(size, self.global_pool)
+        update_model_input_size(self, size)
+
+
+def _weigh(tensors: Sequence[Tensor], weights: Tensor, dim: int) -> Tensor:
+    """Each branch's (B, ...) tensor times its weights' column, concatenated."""
+    shape = (-1,) + (1,) * (tensors[0].ndim - 1)
+    return torch.cat([t * weights[:, i].view(shape) for i, t in enumerate(tensors)], dim=dim)
+
+
+def _same_size(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Maps (B, C, H, W) at the size of the first: paddings differ between architectures."""
+    size = maps[0].shape[-2:]
+    return [m if m.shape[-2:] == size else F.interpolate(m, size=size, mode='bilinear') for m in maps]
+
+
+@dataclass(frozen=True)
+class _Features:
+    """What branches give together.
+
+    Args:
+        widths: Width of the pooled features of each.
+        map_size: (H, W) of their unpooled features, if these fuse side by side; else None.
+        map_fmt: Layout of those.
+        levels: `feature_info` of the levels that all have.
+        own_levels: For each branch, which of its own levels those are.
     """
-    infos = [list(b.feature_info) if hasattr(b, 'forward_intermediates') else [] for b in branches]
+    widths: list[int]
+    map_size: Optional[tuple[int, int]]
+    map_fmt: Format
+    levels: list[dict[str, Any]]
+    own_levels: list[list[int]]
+
+
+def _joint_features(parts: Sequence[Part], input_size: tuple[int, int, int]) -> _Features:
+    probes = [probe_part(p, input_size) for p in parts]
+    alike = len({p.key for p in parts}) == 1
+    return _Features(
+        [p.width for p in probes],
+        probes[0].map_size if alike else None,
+        probes[0].map_fmt if alike else Format.NCHW,
+        *_joint_levels([p.levels for p in probes]),
+    )
+
+
+def _joint_levels(infos: Sequence[Sequence[dict[str, Any]]]) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """Branches with the same reductions match one to one; others at the deepest level of each reduction all have."""
     strides = [[f['reduction'] for f in info] for info in infos]
     if all(s == strides[0] for s in strides):
-        levels = [list(range(len(strides[0])))] * len(branches)
+        own = [list(range(len(strides[0])))] * len(infos)
     else:
         common = sorted(set(strides[0]).intersection(*strides[1:]))
-        levels = [[len(s) - 1 - s[::-1].index(r) for r in common] for s in strides]
-    joint = []
-    for indices in zip(*levels):
-        taken = [info[i] for info, i in zip(infos, indices)]
-        joint.append(dict(
+        own = [[len(s) - 1 - s[::-1].index(r) for r in common] for s in strides]
+    levels = []
+    for indices in zip(*own, strict=True):
+        taken = [info[i] for info, i in zip(infos, indices, strict=True)]
+        levels.append(dict(
             num_chs=sum(f['num_chs'] for f in taken),
             reduction=taken[0]['reduction'],
             module=f"branches.0.{taken[0]['module']}",
         ))
-    return joint, levels
+    return levels, own
 
 
 class MultiTune(AMF):
@@ -327,14 +507,22 @@ _VARIANTS = {
     'multitune': (('resnet18', 'resnet18'), None),
     'multitune_inception_v4x2': (('inception_v4',) * 2, None),
 }
+# Unpadded convolutions: below this, its last maps are less than half of what their reduction says.
+_MIN_INPUT_SIZES = {'inception_v4': (3, 160, 160)}
 
 
-def _cfg(backbones: Sequence[str], policy: Optional[str], **kwargs) -> dict[str, Any]:
-    parts = _backbone_parts(backbones, kwargs.get('backbone_kwargs'))
+def _cfg(
+        backbones: Sequence[str],
+        policy: Optional[str],
+        backbone_kwargs: KwargsT = None,
+        policy_kwargs: Optional[dict[str, Any]] = None,
+) -> dict[str, Any]:
+    parts = _backbone_parts(backbones, backbone_kwargs)
     named = {f'branches.{i}': p for i, p in enumerate(parts)}
     if policy is not None:
-        named['policy.net'] = _policy_part(policy, len(parts), kwargs.get('policy_kwargs'))
-    return composite_cfg(named, list(named)[:len(parts)])
+        named['policy.net'] = _policy_part(policy, len(parts), policy_kwargs)
+    smallest = next((_MIN_INPUT_SIZES[b] for b in backbones if b in _MIN_INPUT_SIZES), None)
+    return composite_cfg(named, list(named)[:len(parts)], **{'min_input_size': smallest} if smallest else {})
 
 
 default_cfgs = generate_default_cfgs({f'{name}.{PARTS_TAG}': _cfg(*v) for name, v in _VARIANTS.items()})
@@ -345,11 +533,23 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> AMF:
     kwargs.setdefault('backbones', backbones)
     if policy is not None:
         kwargs.setdefault('policy', policy)
-    model_cls = AMF if policy is not None else MultiTune
-    parts_cfg = _cfg(kwargs['backbones'], kwargs.get('policy'), **{
-        k: kwargs.get(k) for k in ('backbone_kwargs', 'policy_kwargs')})
+    given = {k: kwargs[k] for k in ('backbone_kwargs', 'policy_kwargs') if k in kwargs}
+    cfg = _cfg(kwargs['backbones'], kwargs.get('policy'), **given)
+
+    size = _pair(kwargs.get('img_size')) or cfg['input_size'][-2:]
+    parts = [p.sized(size) for p in _backbone_parts(kwargs['backbones'], kwargs.get('backbone_kwargs'))]
+    features = _joint_features(parts, (kwargs.get('in_chans', cfg['input_size'][0]), *size))
+    cfg['pool_size'] = features.map_size or (1, 1)
+    # All levels of a pyramid; the last three where there are many of few reductions, as timm has it for a ViT.
+    levels = tuple(range(len(features.levels))) if len(features.levels) <= 5 else 3
     return build_composite(
-        model_cls, variant, pretrained, parts_cfg, feature_cfg=dict(feature_cls='getter'), **kwargs)
+        AMF if policy is not None else MultiTune,
+        variant,
+        pretrained,
+        cfg,
+        feature_cfg=dict(feature_cls='getter', out_indices=levels),
+        **kwargs,
+    )
 
 
 @register_model

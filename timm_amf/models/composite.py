@@ -151,7 +151,7 @@ def _check_checkpoint(state_dict: dict[str, Tensor], model: nn.Module, features_
     missing = [k for k in own if k not in state_dict]
     if missing:
         raise UserError(
-            f'this is no checkpoint of {name}: {len(missing)} of its {len(own)} tensors are missing, {missing[0]} first. '
+            f'this is no checkpoint of {name}: {len(missing)} of {len(own)} tensors are missing, {missing[0]} first. '
             "Weights of one network go into backbone_kwargs={'pretrained_cfg_overlay': {'file': ...}}."
         )
     unlike = [k for k, shape in own.items() if k not in free and state_dict[k].shape != shape]

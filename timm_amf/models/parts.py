@@ -185,40 +185,38 @@ class Probe:
         map_size: Height and width of the unpooled features at the probed input, if the pooled features are their plain
             spatial mean; else None.
         map_fmt: Layout of those unpooled features.
-        levels: `num_chs` and `reduction` of each level of `forward_intermediates`; empty if it has none.
+        levels: timm's `feature_info`, the levels of `forward_intermediates`; empty if it has none.
     """
     width: int
     map_size: Optional[tuple[int, int]] = None
     map_fmt: Format = Format.NCHW
-    levels: tuple[tuple[int, int], ...] = ()
+    levels: tuple[dict[str, Any], ...] = ()
 
 
 _probes: dict[tuple, Probe] = {}
 
 
-def probe_part(part: Part, input_size: tuple[int, int, int], **kwargs) -> Probe:
+def probe_part(part: Part, input_size: tuple[int, int, int]) -> Probe:
     """Probes an architecture on the meta device, where nothing is allocated or computed.
 
     Args:
         part: What to probe; built with `num_classes=0`.
         input_size: (C, H, W) of the input.
-        **kwargs: Arguments common to all parts.
 
     Raises:
         UserError: If the architecture does not give flat pooled features for this input.
     """
-    key = part.key, tuple(input_size), json.dumps(kwargs, sort_keys=True, default=repr)
+    key = part.key, tuple(input_size)
     if key not in _probes:
         # Some constructors draw numbers even on meta: a cached probe must not change what a seed gives.
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            _probes[key] = _probe(part, tuple(input_size), kwargs)
+            _probes[key] = _probe(part, tuple(input_size))
     return _probes[key]
 
 
-def _probe(part: Part, input_size: tuple[int, int, int], kwargs: dict[str, Any]) -> Probe:
-    headless = Part(part.name, 0, {k: v for k, v in part.kwargs.items() if k != 'pretrained_cfg_overlay'})
+def _probe(part: Part, input_size: tuple[int, int, int]) -> Probe:
     with torch.device('meta'):
-        net = _create(headless, **{**kwargs, 'device': 'meta', 'dtype': None}).eval()
+        net = _create(Part(part.name, 0, part.kwargs), in_chans=input_size[0], device='meta').eval()
         x = torch.empty(2, *input_size)
     shape = 'x'.join(str(s) for s in input_size)
     try:
@@ -233,7 +231,7 @@ def _probe(part: Part, input_size: tuple[int, int, int], kwargs: dict[str, Any])
             f"'{part.name}' cannot be a branch: a branch must give flat pooled features (batch, width) from "
             f'forward_head(pre_logits=True), and it gives {got}.'
         )
-    levels = tuple((f['num_chs'], f['reduction']) for f in _level_info(net))
+    levels = tuple(dict(f) for f in _level_info(net))
     fmt = Format(getattr(net, 'output_fmt', 'NCHW'))
     if torch.is_tensor(features) and features.ndim == 4 and _pools_by_mean(net, features.shape, fmt):
         size = tuple(features.shape[1:3] if fmt == Format.NHWC else features.shape[2:])
