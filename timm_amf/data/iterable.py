@@ -7,10 +7,13 @@ import hashlib
 import io
 import json
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Optional
 
 import numpy as np
+from PIL import Image
 
 from timm_amf.errors import UserError
 
@@ -74,20 +77,22 @@ def open_iterable(component: Component, split: str, role: str, spec: DataSpec) -
     def write(path: Path) -> None:
         try:
             dataset = _timm_dataset(component, split, role, spec)
-            _logger.warning(f'{where}: {component.dataset} can only be iterated; split {split!r} is read once and kept '
-                            f'in {folder}.')
-            _pack(dataset, path, where)
         except (ImportError, AssertionError) as e:
             raise UserError(f'{where}: cannot open {component.dataset} ({first_line(e)}); it may need: pip install '
                             f'{_PACKAGE[prefix]}') from e
-        except (RuntimeError, ValueError, KeyError) as e:
+        except Exception as e:  # the libraries have no common error type
             raise UserError(f'{where}: {component.dataset}, split {split!r}: {first_line(e)}') from e
+        _logger.warning(
+            f'{where}: {component.dataset} can only be iterated; split {split!r} is read once and kept in {folder}.')
+        _pack(dataset, path, where)
 
     return open_or_write(folder, lambda path: PackedSource(path, f'{component.dataset}/{split}'), write)
 
 
 def _timm_dataset(component: Component, split: str, role: str, spec: DataSpec) -> Any:
     from timm.data import create_dataset
+    num_samples = spec.num_samples.get(role)
+    streaming = component.dataset.lower().startswith('hfids/')
     dataset = create_dataset(
         component.dataset,
         root=component.root,
@@ -95,12 +100,14 @@ def _timm_dataset(component: Component, split: str, role: str, spec: DataSpec) -
         class_map=component.class_map,
         is_training=False,
         download=spec.download,
-        num_samples=spec.num_samples.get(role),
+        num_samples=num_samples or (1 if streaming else None),  # hfids/ insists on a number that it then ignores
         input_img_mode=spec.input_img_mode or 'RGB',
         input_key=component.input_key,
         target_key=component.target_key,
         trust_remote_code=spec.trust_remote_code,
     )
+    if streaming and not num_samples:
+        dataset.reader.num_samples = 0
     # timm's readers keep to their process's part of the data where torch.distributed runs; here it is read whole.
     for attribute, value in (('dist_rank', 0), ('dist_num_replicas', 1), ('global_num_workers', 1)):
         if hasattr(dataset.reader, attribute):
@@ -108,11 +115,19 @@ def _timm_dataset(component: Component, split: str, role: str, spec: DataSpec) -
     return dataset
 
 
+def _samples(dataset: Any, where: str) -> Iterator[tuple[Image.Image, Any]]:
+    """The samples; an error in reading them is told from one in writing them."""
+    try:
+        yield from dataset
+    except Exception as e:
+        raise UserError(f'{where}: reading stopped: {first_line(e)}') from e
+
+
 def _pack(dataset: Any, path: Path, where: str) -> None:
     from tqdm import tqdm
     index = []
     with open(path / 'images.bin', 'wb') as file:
-        for image, target in tqdm(dataset, desc='Reading dataset', unit='img', disable=None):
+        for image, target in tqdm(_samples(dataset, where), desc='Reading dataset', unit='img', disable=None):
             if not isinstance(target, (int, np.integer)):
                 raise UserError(f'{where}: target {target!r} is not one class index a sample; name it with target_key')
             encoded = io.BytesIO()
@@ -129,10 +144,14 @@ def _pack(dataset: Any, path: Path, where: str) -> None:
     (path / 'about.json').write_text(json.dumps({'classes': classes}), encoding='utf-8')
 
 
-def _files(root: Any, name: str) -> list[tuple]:
-    """Names, sizes and times of the files of a dataset that lies in a folder."""
-    for folder in (Path(root or '.', name), Path(root or name or '.')):
-        if folder.is_dir():
-            files = sorted(path for path in folder.rglob('*') if path.is_file())
-            return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return []
+def _files(root: Optional[str], name: str) -> list[tuple]:
+    """Names, sizes and times of the files of a dataset that lies in a folder: all below its own, or those in `root`."""
+    own = Path(root or '.', name)
+    if name and own.is_dir():
+        paths = own.rglob('*')
+    elif root and os.path.isdir(root):
+        paths = Path(root).iterdir()
+    else:
+        return []
+    files = sorted(path for path in paths if path.is_file())
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]

@@ -1,0 +1,95 @@
+import argparse
+
+import pytest
+import yaml
+
+from timm_amf.data import Component, DataSpec, add_data_args, data_spec_from_args, list_presets
+from timm_amf.errors import UserError
+
+
+def parse(*flags, **timm_flags):
+    parser = argparse.ArgumentParser()
+    parser.add_argument('data', nargs='?')
+    for name in ('data-dir', 'dataset', 'class-map', 'input-key', 'target-key', 'input-img-mode'):
+        parser.add_argument(f'--{name}')
+    parser.add_argument('--train-split', default='train')
+    parser.add_argument('--val-split', default='validation')
+    parser.add_argument('--dataset-download', action='store_true')
+    add_data_args(parser)
+    return parser.parse_args(flags)
+
+
+def test_a_plain_folder_is_a_mixture_of_one():
+    spec = data_spec_from_args(parse('/data/pets', '--val-split', 'dev'))
+    assert spec == DataSpec((Component('pets', root='/data/pets', splits={'train': 'train', 'val': 'dev'}),))
+    assert spec == data_spec_from_args(parse('--data-dir', '/data/pets', '--val-split', 'dev'))
+
+
+def test_a_named_dataset_is_a_mixture_of_one():
+    spec = data_spec_from_args(parse('--dataset', 'torch/cifar10', '--data-dir', '/data', '--dataset-download'))
+    assert (spec.components[0].name, spec.components[0].dataset, spec.download) == ('cifar10', 'torch/cifar10', True)
+
+
+def test_component_flags_and_yaml_say_the_same():
+    flags = parse(
+        '--component', 'name=signs,path=/data/signs,classes=10,per_class=33',
+        '--component',
+        'name=cars,dataset=torch/stanford_cars,path=/data,per_class.val=18,skip.train=18,splits.val=train')
+    section = yaml.safe_load("""
+        components:
+          - {name: signs, path: /data/signs, classes: 10, per_class: 33}
+          - name: cars
+            dataset: torch/stanford_cars
+            root: /data
+            per_class: {val: 18}
+            skip: {train: 18}
+            splits: {val: train}
+    """)
+    spec = data_spec_from_args(flags)
+    assert spec == data_spec_from_args(parse(), section)
+    assert spec.components[1].limit('val') == (0, 18)
+    assert spec.components[1].limit('train') == (18, None)
+    assert spec.components[1].split_name('val') == 'train'
+    named = {'components': {item.pop('name'): item for item in section['components']}}
+    assert spec == data_spec_from_args(parse(), named)
+
+
+def test_flags_replace_the_section_and_the_section_replaces_a_dataset():
+    section = {'preset': 'demo'}
+    assert [c.name for c in data_spec_from_args(parse('/d'), section).components] == ['digits', 'textures']
+    args = parse('--component', 'name=x,path=/x')
+    args.data = section  # as a recipe's section may arrive
+    assert [c.name for c in data_spec_from_args(args).components] == ['x']
+
+
+@pytest.mark.parametrize('preset', list_presets())
+def test_mapping_round_trip(preset):
+    spec = DataSpec.from_mapping({'preset': preset, 'root': '/data'})
+    assert DataSpec.from_mapping(yaml.safe_load(yaml.safe_dump(spec.to_mapping()))) == spec
+    assert spec == data_spec_from_args(parse('--data-preset', preset, '--data-dir', '/data'))
+
+
+@pytest.mark.parametrize('section, words', [
+    ({'preset': 'aircraft'}, 'aircraft-dtd'),
+    ({'preset': 'demo', 'components': []}, 'not both'),
+    ({'components': []}, 'no component'),
+    ({'components': [{'name': 'a', 'klasses': 3}]}, "'klasses'"),
+    ({'components': [{'name': 'a'}, {'name': 'a'}]}, "named 'a'"),
+    ({'components': [{'name': 'a b'}]}, "'a b'"),
+    ({'components': [{'name': 'a', 'classes': 0}]}, 'classes'),
+    ({'components': [{'name': 'a', 'per_class': '3'}]}, 'per_class'),
+    ({'components': [{'name': 'a', 'per_class': {'dev': 3}}]}, "'dev'"),
+    ({'components': [{'name': 'a'}], 'shuffle': True}, "'shuffle'"),
+    ({'components': 3}, 'components'),
+    ({'components': [3]}, 'component'),
+])
+def test_mistakes_in_yaml_are_one_line(section, words):
+    with pytest.raises(UserError, match=words) as error:
+        DataSpec.from_mapping(section)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('text', ['signs', 'name=a,classes=ten', 'name=a,per_class=3,per_class.val=2', 'name=a,x=1'])
+def test_mistakes_in_flags_are_one_line(text):
+    with pytest.raises(UserError):
+        data_spec_from_args(parse('--component', text))
