@@ -138,10 +138,17 @@ def _pack(dataset: Any, path: Path, where: str) -> None:
     promised = getattr(dataset.reader, 'num_samples', 0)
     if promised and len(index) != promised:
         _logger.warning(f'{where}: {len(index)} samples could be read, where the dataset says {promised}.')
-    known = getattr(dataset.reader, 'class_to_idx', None)
-    classes = class_names(known) if known else [str(i) for i in range(max(target for _, target in index) + 1)]
+    classes = _class_names(dataset.reader) or [str(i) for i in range(max(target for _, target in index) + 1)]
     np.save(path / 'index.npy', np.array(index, dtype=np.int64))
     (path / 'about.json').write_text(json.dumps({'classes': classes}), encoding='utf-8')
+
+
+def _class_names(reader: Any) -> list[str]:
+    """What timm's reader knows, or the features of a stream of Hugging Face, which are known once it runs."""
+    if getattr(reader, 'class_to_idx', None):
+        return class_names(reader.class_to_idx)
+    features = getattr(getattr(reader, 'ds', None), 'features', None) or {}
+    return list(getattr(features.get(getattr(reader, 'target_key', None)), 'names', None) or [])
 
 
 def _files(root: Optional[str], name: str) -> list[tuple]:
