@@ -13,11 +13,9 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Optional
 
 from timm_amf.engine import build
-from timm_amf.engine.checkpoint import write_text
 from timm_amf.engine.loop import Interrupted, Trainer
 from timm_amf.engine.options import parse_args, resolve_lr, save_args
 from timm_amf.engine.run import find_resume, prepare_folder

@@ -88,14 +88,14 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def save_weights(module: nn.Module, path: Union[str, Path], metadata: Optional[dict[str, str]] = None) -> None:
-    """Write a module's weights as safetensors, whole or not at all.
+def save_weights(module: nn.Module, path: Union[str, Path]) -> None:
+    """Write a module's weights as safetensors, whole or not at all; equal weights give equal files.
 
     Raises:
         UserError: If the disk is full or not writable; a file that was there before stays as it was.
     """
-    metadata = {'format': 'pt', **(metadata or {})}
-    _replace(Path(path), lambda temporary: save_file(_tensors(module), temporary, metadata=metadata))
+    # One entry only: safetensors writes several in random order.
+    _replace(Path(path), lambda temporary: save_file(_tensors(module), temporary, metadata={'format': 'pt'}))
 
 
 def load_weights(module: nn.Module, path: Union[str, Path]) -> None:
@@ -269,10 +269,9 @@ class Checkpointer:
         Returns:
             Whether the epoch is the best so far.
         """
-        metadata = dict(epoch=str(epoch), metric=str(metric))
         best = metric is not None and self.is_best(metric)
         if best:
-            save_weights(model, self.folder / 'model_best.safetensors', metadata)
+            save_weights(model, self.folder / 'model_best.safetensors')
             self.best_metric, self.best_epoch = metric, epoch
         wanted = epoch in self.keep_epochs
         if self.keep and metric is not None:
@@ -283,7 +282,7 @@ class Checkpointer:
             self.kept = ranked[:self.keep]
             wanted = wanted or (metric, epoch) in self.kept
         if wanted:
-            save_weights(model, self._numbered(epoch), metadata)
+            save_weights(model, self._numbered(epoch))
         return best
 
     def _numbered(self, epoch: int) -> Path:

@@ -30,10 +30,14 @@ def find_resume(args: argparse.Namespace, folder: Path) -> Optional[Path]:
                 f'--resume {source}: is a file; give the folder of a run, or start from weights with --initial-checkpoint')
         source = source.parent if source.name == 'last' else source
     last = Checkpointer(source).last
-    found = any((source / name / 'state.json').exists() for name in ('last', 'last.new', 'last.old'))
+    found = _has_checkpoint(source)
     if not found and args.resume != 'auto':
         raise UserError(f'--resume {args.resume}: no checkpoint there; give the folder of a run, or its last/')
     return last if found else None
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any((folder / name / 'state.json').exists() for name in ('last', 'last.new', 'last.old'))
 
 
 def prepare_folder(args: argparse.Namespace, folder: Path, resume: Optional[Path]) -> None:
@@ -45,7 +49,7 @@ def prepare_folder(args: argparse.Namespace, folder: Path, resume: Optional[Path
     """
     if resume is not None:
         Checkpointer(resume.parent).settle()
-    elif not args.overwrite and (folder / 'args.yaml').exists():
+    elif not args.overwrite and _has_checkpoint(folder):
         raise UserError(f'{folder}: holds a run already; continue it with --resume auto, or add --overwrite')
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 """Freezing that stays frozen: weights and batch-norm statistics, and the way back."""
-import types
+import functools
 
 from torch import nn
 
@@ -58,9 +58,9 @@ def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
 
 def freeze_norm(norm: nn.Module) -> None:
     """Keep a norm in evaluation mode whatever mode the model around it is set to."""
-    # An attribute of the instance, since `nn.Module.train` recurses through `child.train(mode)`. A bound method of a
-    # module-level function survives deepcopy (EMA) and pickling.
-    norm.train = types.MethodType(_stay_in_eval, norm)
+    # An attribute of the instance, since `nn.Module.train` recurses through `child.train(mode)`. A partial follows its
+    # module through deepcopy (EMA) and pickling; a bound method would be pickled by a name the module has not.
+    norm.train = functools.partial(_stay_in_eval, norm)
     norm.train(False)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
+from timm.optim._param_groups import _matches_pattern
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -40,7 +41,7 @@ def settings(model: nn.Module, plan: Plan) -> dict[str, Setting]:
         UserError: If the Plan names a role or a block that the model has not, or more low blocks than it has.
     """
     roles = _checked_roles(model, plan)
-    exempt = set(getattr(model, 'no_weight_decay', lambda: ())())
+    exempt = getattr(model, 'no_weight_decay', lambda: ())()
     of_norms = {f'{n}.{p}' for n, m in running_norms(model).items() for p, _ in m.named_parameters(recurse=False)}
     where = places(model)
     result = {}
@@ -106,7 +107,7 @@ def _training_blocks(name, role, blocks) -> Optional[frozenset[str]]:
     return frozenset(training)
 
 
-def _setting(name: str, param: nn.Parameter, place: Place, role: _Role, plan: Plan, exempt: set[str]) -> Setting:
+def _setting(name: str, param: nn.Parameter, place: Place, role: _Role, plan: Plan, exempt) -> Setting:
     settings = role.plan
     scale = settings.low_lr_scale if place.depth < settings.low_blocks else 1.
     trains = role.training is None or place.block in role.training
@@ -114,7 +115,8 @@ def _setting(name: str, param: nn.Parameter, place: Place, role: _Role, plan: Pl
         layer_scale = max(plan.layer_decay_min_scale, settings.layer_decay ** place.layer)
         trains = trains and not (plan.layer_decay_no_opt_scale and layer_scale < plan.layer_decay_no_opt_scale)
         scale *= layer_scale
-    decays = not (plan.weight_decay_exclude_1d and param.ndim <= 1) and name not in exempt
+    one_dimensional = param.ndim <= 1 or name.endswith('.bias')
+    decays = not (plan.weight_decay_exclude_1d and one_dimensional) and not _matches_pattern(name, exempt)
     return Setting(
         place=place,
         trains=trains,

@@ -1,5 +1,6 @@
 """One LR schedule for each parameter group, all of them timm's."""
 import copy
+import math
 import warnings
 from typing import Any, Optional
 
@@ -28,7 +29,7 @@ class _Shape:
         self.on_updates = on_updates
         self.start = start_epoch * self.unit
         self.warmup = schedule.warmup_epochs * self.unit
-        self.hold = schedule.hold_epochs * self.unit
+        self.hold = round(schedule.hold_epochs * self.unit)  # timm's noise wants whole times
         self.is_plateau = schedule.sched == 'plateau'
         length = max(1, epochs - start_epoch - int(schedule.hold_epochs))
         self._proxy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.)
@@ -46,7 +47,7 @@ class _Shape:
                 )
         except (AssertionError, ValueError) as e:
             raise UserError(f'schedule {schedule.sched!r} cannot be made: {e}') from None
-        self.total_epochs = total + start_epoch + int(schedule.hold_epochs)
+        self.total_epochs = math.ceil(total + start_epoch + int(schedule.hold_epochs))
 
     def factor(self, t: float, metric: Optional[float] = None) -> float:
         """The fraction of the LR at time t, in epochs or updates."""
@@ -81,6 +82,8 @@ class _Shape:
 
 def _timm_kwargs(schedule: Schedule) -> dict[str, Any]:
     kwargs = {k: v for k, v in vars(schedule).items() if k not in ('warmup_scale', 'min_scale', 'hold_epochs')}
+    # timm's counts of epochs become floats with a float here.
+    kwargs['warmup_epochs'] = int(schedule.warmup_epochs) if schedule.warmup_epochs % 1 == 0 else schedule.warmup_epochs
     return dict(kwargs, warmup_lr=schedule.warmup_scale, min_lr=schedule.min_scale)
 
 

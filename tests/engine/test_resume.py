@@ -1,0 +1,222 @@
+"""A run that is stopped, however and whenever, and resumed gives the bits of one that never was."""
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from conftest_engine import ROOT, SMALL, assert_same_run, rows
+
+import train_amf
+from timm_amf import UserError
+from timm_amf.engine import checkpoint, loop
+
+# Everything that holds state: momentum, moving average, mixup, dropout, plateau, accumulation, a role that starts late.
+STATEFUL = [
+    '--model-ema', '--model-ema-decay', '0.9', '--mixup', '0.4', '--drop', '0.3', '--reprob', '0.5', '--aa',
+    'rand-m5-mstd0.5', '--grad-accum-steps', '2', '--role', 'policy.start_epoch=1', '--sched', 'plateau',
+    '--patience-epochs', '0', '--recovery-interval', '2',
+]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of the code under test catches it."""
+
+
+def kill_at(monkeypatch, epoch, step):
+    """Die at the beginning of a step."""
+    original = loop.Trainer._train_step
+
+    def dying(self, at, *args):
+        if (self.epoch, at) == (epoch, step):
+            raise Killed
+        return original(self, at, *args)
+
+    monkeypatch.setattr(loop.Trainer, '_train_step', dying)
+
+
+@pytest.fixture
+def whole(run):
+    return run('whole', *STATEFUL)
+
+
+@pytest.mark.parametrize('epoch, step', [(0, 3), (1, 0), (1, 5), (2, 4)])
+def test_killed_in_a_step(run, whole, monkeypatch, epoch, step):
+    with monkeypatch.context() as patch:
+        kill_at(patch, epoch, step)
+        with pytest.raises(Killed):
+            run('killed', *STATEFUL)
+    assert_same_run(whole, run('killed', *STATEFUL, '--resume', 'auto'))
+
+
+def test_killed_twice_and_before_the_first_checkpoint(run, whole, monkeypatch):
+    for epoch, step in ((0, 1), (0, 5), (2, 1)):
+        with monkeypatch.context() as patch:
+            kill_at(patch, epoch, step)
+            with pytest.raises(Killed):
+                run('killed', *STATEFUL, '--resume', 'auto')
+    assert_same_run(whole, run('killed', *STATEFUL, '--resume', 'auto'))
+
+
+@pytest.mark.parametrize('function', ['save_file', 'torch.save', 'os.rename', 'shutil.rmtree', 'os.replace'])
+@pytest.mark.parametrize('call', [3, 8])
+def test_killed_while_writing(run, whole, monkeypatch, function, call):
+    """Die in the n-th call of each function that writing goes through, half of the file written."""
+    with monkeypatch.context() as patch:
+        owner, name = (checkpoint, function) if '.' not in function else (
+            getattr(checkpoint, function.split('.')[0]), function.split('.')[1])
+        original, calls = getattr(owner, name), []
+
+        def dying(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == call:
+                if function == 'save_file':
+                    args[1].write_bytes(b'half')
+                raise Killed
+            return original(*args, **kwargs)
+
+        patch.setattr(owner, name, dying)
+        with pytest.raises(Killed):
+            run('killed', *STATEFUL)
+    assert_same_run(whole, run('killed', *STATEFUL, '--resume', 'auto'))
+    assert not [p for p in (whole.parent / 'killed').iterdir() if p.name.endswith(('.tmp', '.new', '.old'))]
+
+
+@pytest.mark.parametrize('moment', [0, 1])
+def test_killed_between_the_two_renames_of_last(run, whole, monkeypatch, moment):
+    with monkeypatch.context() as patch:
+        original, calls = os.rename, []
+
+        def dying(source, target):
+            if len(calls) > 6 and (len(calls) % 2) == moment:
+                raise Killed
+            calls.append(target)
+            return original(source, target)
+
+        patch.setattr(checkpoint.os, 'rename', dying)
+        with pytest.raises(Killed):
+            run('killed', *STATEFUL)
+    assert_same_run(whole, run('killed', *STATEFUL, '--resume', 'auto'))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(run, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        original, calls = torch.save, []
+
+        def full(*args, **kwargs):
+            calls.append(1)
+            if len(calls) >= 4:
+                raise OSError(errno.ENOSPC, 'No space left on device')
+            return original(*args, **kwargs)
+
+        patch.setattr(checkpoint.torch, 'save', full)
+        with pytest.raises(UserError, match='no space left on the disk.*previous checkpoint is whole'):
+            run('full', *STATEFUL)
+    folder = whole.parent / 'full'
+    safetensors.torch.load_file(folder / 'last/model.safetensors')
+    assert not (folder / 'last.tmp').exists()
+    assert_same_run(whole, run('full', *STATEFUL, '--resume', 'auto'))
+
+
+@pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_leave(run, components, tmp_path, signum, code):
+    """A real process, a real signal, in the middle of an epoch."""
+    flags = ['--aa', 'rand-m5-mstd0.5', '--epochs', '40']
+    whole = run('whole', *flags)
+    command = [
+        sys.executable, str(ROOT / 'train_amf.py'), *SMALL, *components, *flags,
+        '--output', str(tmp_path), '--experiment', 'stopped']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    summary = tmp_path / 'stopped' / 'summary.csv'
+    for _ in range(1200):
+        if summary.exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert 'go on with --resume auto' in errors and 'Traceback' not in errors
+    assert len(rows(summary)) < 40
+    assert_same_run(whole, run('stopped', *flags, '--resume', 'auto'))
+
+
+def test_resume_of_a_finished_run_changes_nothing(run):
+    whole = run('whole')
+    copied = whole.parent / 'copied'
+    shutil.copytree(whole, copied)
+    assert_same_run(whole, run('copied', '--resume', 'auto'))
+
+
+def test_resume_by_path_into_another_folder_and_more_epochs(run):
+    first = run('first')
+    second = run('second', '--resume', str(first), '--epochs', '5')
+    assert [int(r['epoch']) for r in rows(second / 'summary.csv')] == [3, 4]
+    third = run('third', '--resume', str(first / 'last'), '--epochs', '5')
+    assert_same_run(second, third)
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--resume', 'nowhere'], ['nowhere']),
+    (['--resume', 'auto', '--model-kwargs', "backbones=('test_resnet','test_vit')", 'policy=test_resnet'], ['does not fit']),
+    (['--resume', 'auto', '--model-ema', '--epochs', '9'], ['moving average']),
+    (['--resume', 'auto', '--freeze', 'branch.0', '--epochs', '9'], ['Plan']),
+    ([], ['--resume auto', '--overwrite']),
+])
+def test_what_cannot_be_resumed_is_one_line(run, flags, words):
+    run('first')
+    with pytest.raises(UserError) as error:
+        run('first', *flags)
+    assert '\n' not in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_the_middle_of_an_epoch_needs_the_same_steps(run, monkeypatch):
+    flags = ['--recovery-interval', '2']
+    with monkeypatch.context() as patch:
+        kill_at(patch, 1, 4)
+        with pytest.raises(Killed):
+            run('killed', *flags)
+    with pytest.raises(UserError, match='batch_size 8 before, 16 now'):
+        run('killed', *flags, '-b', '16', '--resume', 'auto')
+
+
+def test_a_damaged_checkpoint_is_named(run):
+    folder = run('first')
+    for name, words in (('model.safetensors', 'damaged'), ('optimizer.pt', 'damaged'), ('state.json', 'damaged')):
+        path = folder / 'last' / name
+        content = path.read_bytes()
+        path.write_bytes(content[:len(content) // 2])
+        with pytest.raises(UserError, match=f'{name}.*{words}'):
+            run('first', '--resume', 'auto', '--epochs', '9')
+        path.write_bytes(content)
+
+
+def test_a_hostile_optimizer_file_is_not_executed(run, tmp_path):
+    folder = run('first')
+
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f'touch {tmp_path / "executed"}',)
+
+    torch.save(Hostile(), folder / 'last/optimizer.pt')
+    with pytest.raises(UserError, match='damaged'):
+        run('first', '--resume', 'auto', '--epochs', '9')
+    assert not (tmp_path / 'executed').exists()
+
+
+def test_overwrite_starts_anew(run):
+    first = run('first', '--epochs', '2')
+    before = (first / 'last/model.safetensors').read_bytes()
+    second = run('first', '--epochs', '1', '--overwrite')
+    assert len(rows(second / 'summary.csv')) == 1
+    assert before != (second / 'last/model.safetensors').read_bytes()
+
+
+def test_main_turns_mistakes_into_one_line_and_exit_code_2(capsys):
+    assert train_amf.main(['/nowhere/at/all', '--model', 'resnet18', '--cpu']) == 2
+    errors = capsys.readouterr().err
+    assert 'nowhere' in errors and 'Traceback' not in errors

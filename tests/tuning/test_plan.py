@@ -1,0 +1,168 @@
+"""The Plan as data: round trips, precedence, validation."""
+import argparse
+
+import pytest
+import yaml
+
+from timm_amf import Plan, RolePlan, Schedule, UserError
+from timm_amf.tuning.plan_args import add_plan_args, plan_from_args
+
+ROLES = ['branch.0', 'branch.1', 'policy', 'head']
+
+
+def paper_plan() -> Plan:
+    return Plan(
+        lr=0.008,
+        epochs=1000,
+        schedule=Schedule(sched='step', decay_rate=0.94, decay_epochs=20),
+        roles={
+            'branch': RolePlan(low_blocks=8),
+            'branch.0': RolePlan(lr=0.0008),
+            'branch.1': RolePlan(lr=0.03),
+            'policy': RolePlan(lr=3e-5, schedule=dict(hold_epochs=5)),
+        },
+    )
+
+
+def test_yaml_round_trip(tmp_path):
+    plan = paper_plan()
+    plan.to_yaml(tmp_path / 'plan.yaml')
+    assert Plan.from_yaml(tmp_path / 'plan.yaml') == plan
+    # A bare mapping, without the key `plan`, reads the same.
+    bare = yaml.safe_load((tmp_path / 'plan.yaml').read_text())['plan']
+    (tmp_path / 'bare.yaml').write_text(yaml.safe_dump(bare))
+    assert Plan.from_yaml(tmp_path / 'bare.yaml') == plan
+
+
+def test_a_role_takes_its_own_then_its_kinds_then_the_common_value():
+    plan = paper_plan()
+    assert [plan.role(r).lr for r in ROLES] == [0.0008, 0.03, 3e-5, 0.008]
+    assert [plan.role(r).low_blocks for r in ROLES] == [8, 8, 0, 0]
+    assert plan.role('branch.1').low_lr_scale == 0.4  # the paper: the first layers' LR is "reduced 60%"
+    assert plan.role_schedule('policy').hold_epochs == 5
+    assert plan.role_schedule('policy').decay_rate == 0.94
+    assert plan.role_schedule('head').hold_epochs == 0
+
+
+def test_with_role_leaves_the_original_alone():
+    plan = paper_plan()
+    other = plan.with_role('policy', start_epoch=3, schedule=dict(sched='cosine'))
+    assert other.role_schedule('policy').sched == 'cosine' and other.role_schedule('policy').hold_epochs == 5
+    assert other.role('policy').lr == 3e-5 and other.role('policy').start_epoch == 3
+    assert plan == paper_plan()
+
+
+@pytest.mark.parametrize('data, words', [
+    (dict(lrr=1), ['lrr', "'lr'"]),
+    (dict(lr='fast'), ['lr', 'fast']),
+    (dict(lr=-1), ['lr', '-1']),
+    (dict(lr=float('nan')), ['lr']),
+    (dict(epochs=1.5), ['epochs', '1.5']),
+    (dict(schedule=dict(sched='cosin')), ['cosin', 'cosine']),
+    (dict(schedule=dict(min_scale=2)), ['min_scale', '2']),
+    (dict(schedule=dict(warmup=2)), ['warmup', 'warmup_']),
+    (dict(roles=dict(head=dict(train='some'))), ['train', 'some']),
+    (dict(roles=dict(head=dict(lr=-1))), ['head', 'lr']),
+    (dict(roles=dict(head=dict(schedule=dict(sched='x')))), ['sched', 'x']),
+    (dict(roles=['head']), ['roles']),
+    (dict(opt_betas='0.9'), ['opt_betas']),
+])
+def test_a_mistake_is_one_line_that_names_it(data, words):
+    with pytest.raises(UserError) as error:
+        Plan.from_dict(data)
+    message = str(error.value)
+    assert '\n' not in message and all(word in message for word in words), message
+
+
+def test_missing_or_damaged_file(tmp_path):
+    with pytest.raises(UserError, match='nowhere.yaml'):
+        Plan.from_yaml(tmp_path / 'nowhere.yaml')
+    (tmp_path / 'bad.yaml').write_text('plan: [')
+    with pytest.raises(UserError, match='not valid YAML'):
+        Plan.from_yaml(tmp_path / 'bad.yaml')
+    (tmp_path / 'list.yaml').write_text('- 1')
+    with pytest.raises(UserError, match='no mapping'):
+        Plan.from_yaml(tmp_path / 'list.yaml')
+
+
+def test_yaml_1_1_floats_are_read_as_numbers(tmp_path):
+    (tmp_path / 'plan.yaml').write_text('plan: {lr: 1e-4, roles: {head: {lr: 3e-5}}}')  # PyYAML gives strings for these
+    plan = Plan.from_yaml(tmp_path / 'plan.yaml')
+    assert plan.lr == 1e-4 and plan.role('head').lr == 3e-5
+
+
+# -- from the command line --------------------------------------------------------------------------------------------
+
+TIMM_DEFAULTS = dict(
+    epochs=300, opt='sgd', momentum=0.9, weight_decay=2e-5, layer_decay=None, layer_decay_min_scale=0,
+    layer_decay_no_opt_scale=None, opt_eps=None, opt_betas=None, opt_kwargs={}, sched_on_updates=False, sched='cosine',
+    warmup_epochs=5, warmup_prefix=False, decay_epochs=90, decay_milestones=[90, 180, 270], decay_rate=0.1,
+    cooldown_epochs=0, patience_epochs=10, lr_cycle_mul=1., lr_cycle_decay=0.5, lr_cycle_limit=1, lr_k_decay=1.,
+    lr_decay_fn=None, lr_stable_timescale=None, lr_noise=None, lr_noise_pct=0.67, lr_noise_std=1., seed=42,
+    warmup_lr=1e-5, min_lr=0., lr=None,
+)
+
+
+def parse(*argv, recipe=None, **timm_flags) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_plan_args(parser)
+    args = parser.parse_args(argv)
+    vars(args).update(TIMM_DEFAULTS | timm_flags)
+    args.explicit, args.recipe = set(timm_flags), recipe or {}
+    return args
+
+
+def test_timms_flags_alone_make_timms_plan():
+    plan = plan_from_args(parse(lr=0.1), ROLES, 0.1)
+    assert plan.lr == 0.1 and plan.epochs == 300 and plan.schedule.sched == 'cosine'
+    assert plan.schedule.warmup_epochs == 5 and plan.schedule.warmup_scale == pytest.approx(1e-4)
+    assert plan.roles == {}
+
+
+def test_flags_of_roles():
+    plan = plan_from_args(
+        parse('--branch-lr', '0.0008', '0.03', '--policy-lr', '3e-5', '--head-lr', '0.008', '--low-blocks', '8',
+              '--policy-start-epoch', '2', '--policy-hold-epochs', '4', '--freeze', 'branch.0',
+              '--role', 'branch.1.train=[-1,-2]', 'policy.schedule.min_scale=0.5', 'head.weight_decay=0'),
+        ROLES, 0.1)
+    assert [plan.role(r).lr for r in ROLES] == [0.0008, 0.03, 3e-5, 0.008]
+    assert [plan.role(r).low_blocks for r in ROLES] == [8, 8, 0, 0]
+    assert plan.role('branch.0').train == 'none' and plan.role('branch.1').train == [-1, -2]
+    assert plan.role('policy').start_epoch == 2 and plan.role('head').weight_decay == 0
+    policy = plan.role_schedule('policy')
+    assert (policy.sched, policy.hold_epochs, policy.min_scale) == ('cosine', 4, 0.5)
+
+
+def test_a_recipes_plan_means_what_it_means_to_from_yaml_and_given_flags_win():
+    recipe = dict(plan=paper_plan().to_dict())
+    assert plan_from_args(parse(recipe=recipe), ROLES, 0.1) == paper_plan()
+    plan = plan_from_args(parse(recipe=recipe, epochs=7, sched='cosine'), ROLES, 0.1)
+    assert plan.epochs == 7 and plan.schedule.sched == 'cosine' and plan.lr == 0.008
+    assert plan.role('branch.1').lr == 0.03
+    assert plan_from_args(parse(recipe=recipe, lr=0.5), ROLES, 0.5).lr == 0.5
+
+
+def test_a_plan_file(tmp_path):
+    paper_plan().to_yaml(tmp_path / 'plan.yaml')
+    plan = plan_from_args(parse('--plan', str(tmp_path / 'plan.yaml'), '--head-lr', '1'), ROLES, 0.1)
+    assert plan.role('head').lr == 1 and plan.role('branch.0').lr == 0.0008 and plan.lr == 0.008
+
+
+@pytest.mark.parametrize('argv, words', [
+    (['--branch-lr', '0.1'], ['--branch-lr', '1', '2']),
+    (['--freeze', 'brunch'], ['brunch', 'branch.0']),
+    (['--backbone-lr', '0.1'], ['--backbone-lr', 'backbone']),
+    (['--role', 'branch.0'], ['branch.0']),
+    (['--role', 'policy.lrr=1'], ['lrr']),
+    (['--role', 'policy.lr=fast'], ['lr', 'fast']),
+])
+def test_mistakes_on_the_command_line(argv, words):
+    with pytest.raises(UserError) as error:
+        plan_from_args(parse(*argv), ROLES, 0.1)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_warm_up_that_would_go_down_is_refused_only_if_asked_for():
+    with pytest.raises(UserError, match='--warmup-lr'):
+        plan_from_args(parse(warmup_lr=1e-2), ROLES, 1e-3)
+    assert plan_from_args(parse(), ROLES, 1e-6).schedule.warmup_scale == 1  # timm's default of 1e-5 with a tiny LR
