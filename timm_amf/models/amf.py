@@ -150,7 +150,11 @@ class AMF(nn.Module):
         ]
         self.renorms = nn.ModuleList(renorms[:n])
         self.branches = nn.ModuleList(nets[:n])
-        self.policy = PolicyNetwork(nets[n], renorms[n], policy_input_size) if policy is not None else None
+        self.policy = None
+        if policy is not None:
+            self.policy = PolicyNetwork(nets[n], renorms[n], policy_input_size)
+            if not (pretrained_parts and nets[n].pretrained_cfg['num_classes'] == n):
+                self.policy.init_classifier()
         self.head_drop = nn.Dropout(drop_rate)
         self.fc = self._create_fc(**dd)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .parts import Part, part_cfg
+from .sources import check_source, loading
 
 __all__ = ['PARTS_TAG', 'build_composite', 'composite_cfg', 'joint_input_cfg']
 
@@ -113,16 +114,24 @@ def build_composite(
         pretrained_parts=pretrained and of_parts,
         cache_dir=cache_dir,
     )
-    return build_model_with_cfg(
+    own = pretrained and not of_parts
+    if own:
+        check_source(variant, cfg, cache_dir)
+    build = partial(
+        build_model_with_cfg,
         model_cls,
         variant,
-        pretrained and not of_parts,
+        own,
         pretrained_cfg=cfg,
         pretrained_filter_fn=partial(_check_checkpoint, features_only=features_only),
         features_only=features_only,
         cache_dir=cache_dir,
         **kwargs,
     )
+    if not own:
+        return build()
+    with loading(variant, cfg, (cfg.get('classifier') or 'fc',)):
+        return build()
 
 
 def _check_checkpoint(state_dict: dict[str, Tensor], model: nn.Module, features_only: bool) -> dict[str, Tensor]:

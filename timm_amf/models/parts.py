@@ -7,7 +7,6 @@ local files) applies to each network on its own.
 import copy
 import difflib
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,22 +14,14 @@ from typing import Any, Optional, Union
 
 import timm
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from timm.layers import Format
 from timm.models import resolve_pretrained_cfg, split_model_name_tag
 from torch import nn
 
 from ..errors import UserError
+from .sources import check_source, loading
 
 __all__ = ['Part', 'Probe', 'build_parts', 'part_cfg', 'probe_part']
-
-_logger = logging.getLogger(__name__)
-
-# What timm looks for in a Hub repository, in its order.
-_HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
-# Seconds that the Hub gets to answer before a run without network fails.
-_HUB_TIMEOUT = 5.0
 
 
 @dataclass
@@ -87,53 +78,8 @@ def _create(part: Part, pretrained: bool = False, **kwargs) -> nn.Module:
     kwargs = {k: v for k, v in {**part.kwargs, **kwargs}.items() if v is not None}
     try:
         return timm.create_model(part.name, pretrained=pretrained, num_classes=part.num_classes, **kwargs)
-    except TypeError as e:
-        raise UserError(f"'{part.name}' does not take these arguments: {e}.") from e
-
-
-def _offline(part: Part, where: str, reason: str) -> UserError:
-    return UserError(
-        f"cannot get the pretrained weights of '{part.name}' from {where} ({reason}): go online once so that they are "
-        f"cached, name a local copy with pretrained_cfg_overlay={{'file': ...}} in its keyword arguments, "
-        'or pass pretrained=False.'
-    )
-
-
-def _check_hub(part: Part, hub_id: str, filename: Optional[str], cache_dir: Optional[Union[str, Path]]) -> None:
-    """Fails within seconds where `hf_hub_download` would retry for most of a minute and name neither model nor file."""
-    repo, _, revision = hub_id.partition('@')
-    names = (filename,) if filename else _HUB_FILES
-    where = f'Hub repository {hub_id}'
-    if any(isinstance(try_to_load_from_cache(repo, n, cache_dir, revision or None), str) for n in names):
-        return
-    try:
-        get_hf_file_metadata(hf_hub_url(repo, names[0], revision=revision or None), timeout=_HUB_TIMEOUT)
-    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as e:
-        raise UserError(
-            f"the pretrained weights of '{part.name}' are not at {where} ({type(e).__name__}): check the name, "
-            'or log in with `hf auth login` if it is private.'
-        ) from e
-    except EntryNotFoundError:
-        pass  # the repository answers; timm tries its other file names
-    except Exception as e:  # the Hub's client raises its HTTP library's own types, which differ between versions
-        raise _offline(part, where, type(e).__name__) from e
-
-
-def _check_weights(part: Part, cache_dir: Optional[Union[str, Path]]) -> None:
-    """Checks that the part's weights can be had, before any network is built."""
-    cfg = part_cfg(part)
-    if cfg.get('state_dict'):
-        return
-    if cfg.get('file'):
-        if not Path(cfg['file']).exists():
-            raise UserError(f"the weights file of '{part.name}' does not exist: {cfg['file']}")
-    elif cfg.get('hf_hub_id'):
-        _check_hub(part, cfg['hf_hub_id'], cfg.get('hf_hub_filename'), cache_dir)
-    elif not cfg.get('url'):
-        raise UserError(
-            f"timm has no pretrained weights for '{part.name}': name a local file with "
-            "pretrained_cfg_overlay={'file': ...} in its keyword arguments, or pass pretrained=False."
-        )
+    except (AssertionError, TypeError, ValueError) as e:
+        raise UserError(f"'{part.name}' cannot be built with these arguments: {e}.") from e
 
 
 def build_parts(
@@ -155,25 +101,19 @@ def build_parts(
     """
     if not pretrained:
         return [_create(p, **kwargs) for p in parts]
-    loaded: dict[str, nn.Module] = {}
-    for part in {p.key: p for p in parts}.values():
-        _check_weights(part, cache_dir)
-    for part in parts:
-        if part.key in loaded:
-            continue
-        try:
-            loaded[part.key] = _create(part, pretrained=True, cache_dir=cache_dir, **kwargs)
-        except OSError as e:
-            cfg = part_cfg(part)
-            where = cfg.get('file') or cfg.get('hf_hub_id') or cfg.get('url')
-            raise _offline(part, where, type(e).__name__) from e
-    used: set[str] = set()
-    networks = []
-    for part in parts:
-        network = loaded[part.key]
-        networks.append(copy.deepcopy(network) if part.key in used else network)
-        used.add(part.key)
-    return networks
+    distinct = {p.key: p for p in parts}
+    for part in distinct.values():
+        check_source(part.name, part_cfg(part), cache_dir)
+    loaded = {key: _load(part, cache_dir=cache_dir, **kwargs) for key, part in distinct.items()}
+    # The first of each kind is the loaded network itself, the others are copies of it.
+    return [loaded[p.key] if parts.index(p) == i else copy.deepcopy(loaded[p.key]) for i, p in enumerate(parts)]
+
+
+def _load(part: Part, **kwargs) -> nn.Module:
+    cfg = part_cfg(part)
+    classifiers = cfg.get('classifier') or ()
+    with loading(part.name, cfg, (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)):
+        return _create(part, pretrained=True, **kwargs)
 
 
 @dataclass(frozen=True)

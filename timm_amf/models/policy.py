@@ -55,5 +55,18 @@ class PolicyNetwork(nn.Module):
         return lambda name: ids.get(name.removeprefix('net.'), top)
 
     @torch.jit.ignore
+    def init_classifier(self) -> None:
+        """Draws the classifier anew as PyTorch draws a linear layer, without bias.
+
+        The weights then start near 1/n (AMF, Section IV-C4). Some architectures draw theirs so wide for a few classes
+        that the softmax starts saturated, and a saturated policy does not learn.
+        """
+        classifier = self.net.get_classifier()
+        for layer in classifier if isinstance(classifier, (tuple, list)) else (classifier,):
+            layer.reset_parameters()
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.net.get_classifier()
