@@ -24,7 +24,6 @@ from PIL import Image
 
 from timm_amf.data import Component, DataSpec, build_cache, cache_short_side, create_dataset, create_loader
 
-
 CLOCKS = {'wall': time.perf_counter, 'cpu': lambda: sum(os.times()[:4])}
 
 

@@ -107,13 +107,12 @@ def build_cache(
         raise UserError(f'--cache-images holds 8-bit images, not {mode!r}; leave it out, or set --input-img-mode RGB')
     key = fingerprint(dataset, f'images {_VERSION} {mode} {short_side} {interpolation}')
     folder = cache_folder(cache_dir, f'images-{key}')
-    items = _shrunk(dataset, short_side, interpolation, workers, progress)
 
     def write(path: Path) -> None:
         _logger.info(f'Building the image cache of {len(dataset)} images in {folder}.')
         shapes = []
         with open(path / 'pixels.bin', 'wb') as file:
-            for array in items:
+            for array in _shrunk(dataset, short_side, interpolation, workers, progress):
                 file.write(array)
                 shapes.append(array.shape[:2])
         np.save(path / 'index.npy', np.array(shapes, dtype=np.int64).reshape(-1, 2))

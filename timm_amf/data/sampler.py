@@ -82,13 +82,18 @@ class StepSampler(torch.utils.data.Sampler):
     def __len__(self) -> int:
         return self.steps
 
+    def step_size(self, step: int) -> int:
+        """Number of samples in a step, over all processes."""
+        size, extra = divmod(self.draws, self.steps)
+        return size + (step < extra)
+
     def __iter__(self) -> Iterator[list[Key]]:
         start, self.start_step = self.start_step, 0
         indices, repeats = self._draws()
         size, extra = divmod(self.draws, self.steps)
         for step in range(start, self.steps):
             low = step * size + min(step, extra)
-            count = size + (step < extra)
+            count = self.step_size(step)
             yield [
                 Key(self.epoch, int(indices[low + p]), int(repeats[low + p]), p, count)
                 for p in range(self.rank, count, self.world_size)

@@ -1,0 +1,113 @@
+import os
+
+import pytest
+from PIL import Image
+
+from timm_amf.data import Component, DataSpec, check_images, create_dataset
+from timm_amf.data import check as check_module
+from timm_amf.errors import UserError
+
+
+@pytest.fixture
+def damaged(make_folder, save):
+    """A folder in which images are bad in all the ways that images are, and good in some that look bad."""
+    root = make_folder(suffix='jpg', number=6, size=(90, 70)) / 'train'
+    content = (root / 'a' / '0.jpg').read_bytes()
+    (root / 'a' / '0.jpg').write_bytes(content[:len(content) // 2])  # truncated
+    (root / 'a' / '1.jpg').write_bytes(b'')
+    (root / 'b' / '1.jpg').write_bytes(b'<html>not found</html>')
+    (root / 'b' / '2.jpg').unlink()
+    (root / 'b' / '2.jpg').symlink_to(root / 'nowhere.jpg')
+    png = root / 'c' / 'x.png'
+    save(png, (50, 40))
+    png.write_bytes(png.read_bytes()[:-40])
+    for i, mode in enumerate(('P', 'RGBA', 'I;16', 'LA')):
+        Image.new(mode, (9, 8)).save(root / 'c' / f'good{i}.png')
+    Image.new('CMYK', (9, 8)).save(root / 'c' / 'good.jpg')
+    (root / 'c' / '0.jpg').write_bytes((root / 'c' / '1.jpg').read_bytes() + b'some bytes too many')
+    return root
+
+
+BAD = {'a/0.jpg', 'a/1.jpg', 'b/1.jpg', 'b/2.jpg', 'c/x.png'}
+
+
+def open_folder(root):
+    return create_dataset(DataSpec((Component('x', root=str(root)),)))
+
+
+def short(path):
+    return '/'.join(path.split('/')[-2:])
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_bad_images_stop_before_training(damaged, tmp_path, workers):
+    with pytest.raises(UserError, match='5 of 24 images cannot be read.*--skip-bad-images') as error:
+        check_images(open_folder(damaged), cache_dir=tmp_path / 'cache', workers=workers)
+    assert all(name in str(error.value) for name in BAD)
+    assert '\n' not in str(error.value)
+
+
+def test_what_is_bad_is_what_timm_cannot_read(damaged, tmp_path):
+    data = open_folder(damaged)
+    unreadable = set()
+    for i in range(len(data)):
+        try:
+            with Image.open(data.filename(i)) as image:
+                image.convert('RGB')
+        except OSError:
+            unreadable.add(short(data.filename(i)))
+    assert unreadable == BAD
+    assert {short(image.filename) for image in check_images(data, True, tmp_path / 'cache')} == unreadable
+
+
+def test_skipping_goes_on_without_them(damaged, tmp_path, caplog):
+    data = open_folder(damaged)
+    bad = check_images(data, skip_bad=True, cache_dir=tmp_path / 'cache')
+    assert len(bad) == 5 and dict(bad)[str(damaged / 'b' / '2.jpg')] == 'no such file'
+    assert len(data) == 19
+    assert not BAD & {short(data.filename(i)) for i in range(19)}
+    assert data.class_names == ['a', 'b', 'c'] and data.class_counts().tolist() == [4, 4, 11]
+    assert all(data[i][1] == 'abc'.index(data.filename(i).split('/')[-2]) for i in range(19))
+    assert '5 of 24 images cannot be read' in caplog.text
+
+
+def test_a_class_with_no_other_images_is_an_error(damaged, tmp_path):
+    for i in range(6):
+        (damaged / 'a' / f'{i}.jpg').write_bytes(b'')
+    with pytest.raises(UserError, match="class 'a' has no image that can be read"):
+        check_images(open_folder(damaged), skip_bad=True, cache_dir=tmp_path / 'cache')
+
+
+def test_the_first_ten_are_named(make_folder, tmp_path):
+    root = make_folder(number=12)
+    for i in range(12):
+        (root / 'train' / 'b' / f'{i}.png').write_bytes(b'')
+    with pytest.raises(UserError) as error:
+        check_images(open_folder(root), cache_dir=tmp_path / 'cache')
+    assert 'b/9.png' in str(error.value) and 'b/10.png' not in str(error.value)
+    assert 'and 2 more' in str(error.value)
+
+
+def test_what_was_found_is_remembered_until_a_file_changes(damaged, tmp_path, monkeypatch):
+    first = check_images(open_folder(damaged), True, tmp_path / 'cache')
+    with monkeypatch.context() as patch:
+        patch.setattr(check_module, '_Readable', lambda data: pytest.fail('checked again'))
+        assert check_images(open_folder(damaged), True, tmp_path / 'cache') == first
+    (damaged / 'a' / '0.jpg').write_bytes((damaged / 'a' / '2.jpg').read_bytes())
+    assert len(check_images(open_folder(damaged), True, tmp_path / 'cache')) == 4
+
+
+def test_it_works_where_nothing_can_be_remembered(damaged, tmp_path, caplog):
+    (tmp_path / 'file').touch()
+    bad = check_images(open_folder(damaged), skip_bad=True, cache_dir=tmp_path / 'file' / 'cache')
+    assert len(bad) == 5
+    assert 'not remembered' in caplog.text
+
+
+def test_good_images_and_images_in_memory(make_folder, tmp_path):
+    assert check_images(open_folder(make_folder()), cache_dir=tmp_path / 'cache') == []
+    pytest.importorskip('sklearn')
+    pytest.importorskip('skimage')
+    demo = create_dataset(DataSpec.from_mapping({'preset': 'demo'}))
+    assert check_images(demo, cache_dir=tmp_path / 'other') == []
+    assert not os.path.exists(tmp_path / 'other')
