@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from timm.data import Mixup, resolve_data_config
 from timm.data.mixup import mixup_target
-from timm.layers import convert_sync_batchnorm, set_fast_norm
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import safe_model_name
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -77,6 +77,7 @@ def run_folder(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
     # The clocks of two processes may stand on either side of a second.
     folder = Path(args.output or 'output/train') / broadcast_object_list([name])[0]
+    accelerator.project_configuration.logging_dir = None  # else it stays that of the constructor
     accelerator.project_configuration.set_directories(str(folder))
     return folder
 
@@ -128,6 +129,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
         raise UserError(f'--model {args.model} cannot be built: {first}') from None
     _adjust_norms(model, args)
     _adjust_head(model, args)
+    if args.split_bn:
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
     return model
@@ -230,7 +233,8 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, train: Mixture, va
                     dataset, side, args.cache_dir, config['interpolation'], args.workers,
                     accelerator.is_local_main_process)
     train_loader = create_loader(
-        train, batch_size=args.batch_size, is_training=True, epoch_repeats=args.epoch_repeats, **augmentation, **common)
+        train, batch_size=args.batch_size, is_training=True, num_aug_repeats=args.aug_repeats,
+        num_aug_splits=args.aug_splits, re_split=args.resplit, epoch_repeats=args.epoch_repeats, **augmentation, **common)
     val_loader = create_loader(
         val, batch_size=args.validation_batch_size or args.batch_size, interpolation=config['interpolation'],
         crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], **common)
@@ -243,8 +247,10 @@ def start_trackers(args: argparse.Namespace, accelerator: Accelerator, plan: Pla
         return
     config = dict(model=args.model, batch_size=args.batch_size, lr=plan.lr, epochs=plan.epochs, opt=plan.opt)
     wandb = dict(name=args.experiment or None, tags=args.wandb_tags, id=args.wandb_resume_id or None)
+    # For TensorBoard the name of the project is that of a folder in the run's.
+    only_tensorboard = resolve_trackers(args) == ['tensorboard']
     accelerator.init_trackers(
-        args.wandb_project or 'timm_amf', config=config,
+        'tensorboard' if only_tensorboard else args.wandb_project or 'timm_amf', config=config,
         init_kwargs=dict(wandb={**wandb, 'resume': 'must'} if args.wandb_resume_id else wandb))
 
 

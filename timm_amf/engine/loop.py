@@ -131,8 +131,8 @@ class Trainer:
             keep_epochs=args.save_epochs or (),
             decreasing=self.decreasing,
         )
-        accum = args.grad_accum_steps
-        self.updates_per_epoch = math.ceil(len(train_loader) / accum)
+        self.steps = min(len(train_loader), args.train_batches_per_epoch or len(train_loader))
+        self.updates_per_epoch = math.ceil(self.steps / args.grad_accum_steps)
         self.scheduler = GroupScheduler(
             optimizer, plan, self.updates_per_epoch, plateau_mode='min' if self.decreasing else 'max')
         self.total_epochs = self.scheduler.total_epochs
@@ -191,6 +191,7 @@ class Trainer:
             samples=len(self.train_loader.dataset),
             batch_size=self.args.batch_size,
             grad_accum_steps=self.args.grad_accum_steps,
+            steps=self.steps,
             processes=self.accelerator.num_processes,
         )
 
@@ -230,22 +231,21 @@ class Trainer:
         self.task.train()
         self.train_loader.set_epoch(self.epoch, self.step)
         self.scheduler.step_update(self.updates)
-        steps, accum = len(self.train_loader), self.args.grad_accum_steps
         start, images = time.monotonic(), 0
         bar = tqdm(
-            self.train_loader, total=steps, initial=self.step, desc=f'epoch {self.epoch}', leave=False,
+            self.train_loader, total=self.steps, initial=self.step, desc=f'epoch {self.epoch}', leave=False,
             disable=not self._progress, dynamic_ncols=True)
         for step, batch in enumerate(bar, start=self.step):
-            ends_update = (step + 1) % accum == 0 or step + 1 == steps
-            # Micro-batches of this update, the last of an epoch may have fewer.
-            micro = min(accum, steps - step // accum * accum)
-            self._train_step(step, batch, micro, ends_update, meter, monitor)
+            ends_update = (step + 1) % self.args.grad_accum_steps == 0 or step + 1 == self.steps
+            self._train_step(step, batch, ends_update, meter, monitor)
             images += batch.step_size
             self.step = step + 1
             if ends_update:
                 self.updates += 1
                 self.scheduler.step_update(self.updates)
                 self._after_update(meter, holders, bar)
+            if self.step == self.steps:
+                break
         self._check_finite(meter)
         seconds = time.monotonic() - start
         reduce_tensors(self.accelerator, *holders)
@@ -254,7 +254,7 @@ class Trainer:
         policy = {} if monitor is None else monitor.row('train_')
         return dict(policy, loss=meter.loss(), images_per_s=images / max(seconds, 1e-9))
 
-    def _train_step(self, step, batch, micro, ends_update, meter, monitor) -> None:
+    def _train_step(self, step, batch, ends_update, meter, monitor) -> None:
         args, accelerator = self.args, self.accelerator
         seed_step(args.seed, self.epoch, step, accelerator.process_index)
         if args.save_images and step % args.log_interval == 0 and accelerator.is_main_process:
@@ -265,9 +265,7 @@ class Trainer:
         sync = contextlib.nullcontext() if ends_update else accelerator.no_sync(self.task.trainable_module)
         with sync:
             result = self.task(inputs, target)
-            # Reducers average over processes: this weight makes the gradient the mean over the update's samples.
-            weight = len(inputs) * accelerator.num_processes / (batch.step_size * micro)
-            accelerator.backward(result['loss'] * weight)
+            accelerator.backward(result['loss'] * self._weight(step, len(inputs), batch.step_size))
         meter.update(result['loss'], len(inputs), step)
         if monitor is not None and 'weights' in result:
             monitor.update(result['weights'], batch.component)
@@ -276,6 +274,17 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.task.update_ema(step=self.updates)
+
+    def _weight(self, step: int, samples: int, step_size: int) -> float:
+        """What makes the gradient of an update the mean over its samples, of all processes and accumulated steps.
+
+        A loss is the mean over this process's samples of the step, and a reducer averages over processes.
+        """
+        accum = self.args.grad_accum_steps
+        first = step // accum * accum
+        sizes = [self.train_loader.sampler.step_size(s) for s in range(first, min(first + accum, self.steps))]
+        share = self.train_loader.sampler.step_size(step) / sum(sizes)
+        return samples * self.accelerator.num_processes / step_size * share
 
     def _clip(self) -> None:
         args = self.args
@@ -295,12 +304,12 @@ class Trainer:
         due = args.recovery_interval and self.step // args.recovery_interval > (
             self.step - args.grad_accum_steps) // args.recovery_interval
         stop = self._stop_signal()
-        if (due or stop) and self.step < len(self.train_loader):
+        if (due or stop) and self.step < self.steps:
             self._check_finite(meter)
             self.save(holders)
-        if stop and self.step < len(self.train_loader):
+        if stop and self.step < self.steps:
             raise Interrupted(
-                stop, f'stopped in epoch {self.epoch} after step {self.step} of {len(self.train_loader)}; '
+                stop, f'stopped in epoch {self.epoch} after step {self.step} of {self.steps}; '
                 f'{self.checkpoints.last} is complete: go on with --resume auto')
 
     def _stop_signal(self) -> int:

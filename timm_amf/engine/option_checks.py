@@ -14,13 +14,13 @@ _BOUNDS = {
     **dict.fromkeys((
         'batch_size', 'validation_batch_size', 'grad_accum_steps', 'num_classes', 'img_size', 'in_chans', 'input_size',
         'lr_base_size', 'lr_cycle_limit', 'train_num_samples', 'val_num_samples', 'recount', 'log_interval',
-        'val_interval', 'checkpoint_hist',
+        'val_interval', 'checkpoint_hist', 'train_batches_per_epoch',
     ), (1, None)),
     **dict.fromkeys((
         'epochs', 'start_epoch', 'stop_epoch', 'warmup_epochs', 'cooldown_epochs', 'patience_epochs', 'epoch_repeats',
         'mixup_off_epoch', 'lr_base', 'warmup_lr', 'min_lr', 'decay_rate', 'weight_decay', 'layer_decay', 'clip_grad',
         'opt_eps', 'save_epochs', 'mixup', 'cutmix', 'bn_eps', 'seed', 'workers', 'recovery_interval', 'tta',
-        'branch_loss', 'policy_balance',
+        'branch_loss', 'policy_balance', 'aug_repeats', 'aug_splits',
     ), (0, None)),
     **dict.fromkeys((
         'momentum', 'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob',
@@ -82,6 +82,14 @@ def _check_loss(args: argparse.Namespace) -> None:
         _fail('batch_size', 'must be at least 2 for mixup and cutmix, which pair the images of a batch')
     if mixes and args.loss == 'asl':
         _fail('loss', 'asl cannot take the soft targets of mixup and cutmix; leave them out or use another loss')
+    if (args.jsd_loss or args.loss == 'jsd') and args.aug_splits < 2:
+        _fail('aug_splits', 'must be at least 2 for the JSD loss, which compares the splits of a batch')
+    if args.aug_splits == 1:
+        _fail('aug_splits', 'must be 0 or at least 2')
+    if args.aug_splits and mixes:
+        _fail('aug_splits', 'cannot be combined with mixup and cutmix; leave one of them out')
+    if (args.split_bn or args.resplit) and not args.aug_splits:
+        _fail('split_bn' if args.split_bn else 'resplit', 'needs --aug-splits')
     for dest in ('bce_sum', 'bce_target_thresh', 'bce_pos_weight'):
         if getattr(args, dest) not in (None, False) and args.loss != 'bce':
             _fail(dest, 'only the binary cross-entropy has it; add --bce-loss')

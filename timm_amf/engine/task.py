@@ -110,8 +110,10 @@ class AdaptiveTask(ClassificationTask):
 
 def criterion_kwargs(args: argparse.Namespace, soft_targets: bool) -> dict:
     """timm's loss flags as arguments of `timm.loss.create_classification_loss`."""
-    loss = args.loss or ('bce' if args.bce_loss else 'ce')
+    loss = args.loss or ('bce' if args.bce_loss else 'jsd' if args.jsd_loss else 'ce')
     kwargs = dict(loss_type=loss, smoothing=args.smoothing, soft_targets=soft_targets)
     if loss == 'bce':
         kwargs.update(bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight)
+    if loss == 'jsd':
+        kwargs.update(jsd_splits=args.aug_splits)
     return kwargs

@@ -238,16 +238,10 @@ REPLACED = {
 _DISTILLATION = 'distillation is not part of this script; train the student with the train.py of timm'
 _MULTI_SIZE = 'training at several image sizes is not part of this script; choose one with --img-size'
 _NAFLEX = 'the NaFlex loader is not part of this script; leave it out or use the train.py of timm'
-_SPLITS = 'augmentation splits are not part of this script; leave them out or use the train.py of timm'
 _MULTI_LABEL = 'targets with several labels are not part of this script; use the train.py of timm'
 
 # An error if they differ from their default, because nothing here does their work: dest -> why, and what to do.
 REFUSED = {
-    'aug_repeats': 'repeated augmentation would show a sample more than once an epoch; raise --epochs instead',
-    'aug_splits': _SPLITS,
-    'jsd_loss': _SPLITS,
-    'resplit': _SPLITS,
-    'split_bn': _SPLITS,
     'tta': 'the loader makes no copies of an image that could be averaged; leave it out',
     'target_format': _MULTI_LABEL,
     'multilabel_threshold': _MULTI_LABEL,
@@ -257,7 +251,7 @@ REFUSED = {
     ), _DISTILLATION),
     **dict.fromkeys((
         'train_img_sizes', 'train_batch_sizes', 'train_size_probs', 'train_size_schedule', 'train_size_schedule_spread',
-        'train_size_random_mix', 'train_batches_per_epoch', 'variable_batch_loss_scale',
+        'train_size_random_mix', 'variable_batch_loss_scale',
     ), _MULTI_SIZE),
     **dict.fromkeys((
         'naflex_loader', 'naflex_train_seq_lens', 'naflex_max_seq_len', 'naflex_patch_sizes', 'naflex_patch_size_probs',
@@ -268,7 +262,6 @@ REFUSED = {
 # Single values of flags that are otherwise fine.
 REFUSED_VALUES = {
     ('task', 'multilabel'): _MULTI_LABEL,
-    ('loss', 'jsd'): _SPLITS,
     ('loss', 'twoway'): _MULTI_LABEL,
     ('loss', 'zlpr'): _MULTI_LABEL,
     ('loss', 'db'): _MULTI_LABEL,
