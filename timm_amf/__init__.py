@@ -1,7 +1,7 @@
 """timm_amf: adaptive fine-tuning for any timm backbone.
 
-Importing the package registers its models with timm. Everything else is imported when it is first used, so that the import
-costs little more than timm's own.
+Importing the package registers its models with timm. Everything else is imported when it is first used, so that the
+import costs little more than timm's own.
 """
 import importlib
 from typing import Any

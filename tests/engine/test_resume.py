@@ -162,7 +162,8 @@ def test_resume_by_path_into_another_folder_and_more_epochs(run):
 
 @pytest.mark.parametrize('flags, words', [
     (['--resume', 'nowhere'], ['nowhere']),
-    (['--resume', 'auto', '--model-kwargs', "backbones=('test_resnet','test_vit')", 'policy=test_resnet'], ['does not fit']),
+    (['--resume', 'auto', '--model-kwargs', "backbones=('test_resnet','test_vit')", 'policy=test_resnet'],
+     ['does not fit']),
     (['--resume', 'auto', '--model-ema', '--epochs', '9'], ['moving average']),
     (['--resume', 'auto', '--freeze', 'branch.0', '--epochs', '9'], ['Plan']),
     ([], ['--resume auto', '--overwrite']),

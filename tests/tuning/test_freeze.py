@@ -44,7 +44,8 @@ def test_a_frozen_branch_keeps_weights_and_statistics_through_train_calls():
     train_steps(model, optimizer)
     assert equal(before['branches.0'], state(model, 'branches.0'))
     assert not equal(before['branches.1'], state(model, 'branches.1'))
-    assert not torch.equal(before['policy']['policy.net.bn1.running_mean'], model.state_dict()['policy.net.bn1.running_mean'])
+    mean = 'policy.net.bn1.running_mean'
+    assert not torch.equal(before['policy'][mean], model.state_dict()[mean])
     assert not apply_freeze(model, plan), 'a second call changes nothing'
 
 

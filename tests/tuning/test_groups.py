@@ -55,7 +55,9 @@ def test_layer_decay_of_a_branch_is_that_of_the_whole_model(amf):
 
 
 def test_every_parameter_is_in_one_group_and_has_its_roles_lr(amf):
-    plan = Plan(lr=1., roles={'branch.0': dict(lr=2.), 'branch.1': dict(lr=3.), 'policy': dict(lr=4.), 'head': dict(lr=5.)})
+    plan = Plan(lr=1., roles={
+        'branch.0': dict(lr=2.), 'branch.1': dict(lr=3.), 'policy': dict(lr=4.), 'head': dict(lr=5.),
+    })
     lrs = by_param(amf, param_groups(amf, plan))
     assert len(lrs) == len(list(amf.parameters()))
     expected = {'branches.0': 2., 'branches.1': 3., 'policy': 4., 'fc': 5.}
@@ -93,7 +95,9 @@ def test_what_lies_between_blocks_goes_with_the_one_that_follows():
 
 def test_train_picks_blocks(amf):
     plan = Plan(roles={
-        'branch.0': dict(train=[-1, 'layer1.0', 'stem']), 'branch.1': dict(train='none'), 'policy': dict(train=['tail']),
+        'branch.0': dict(train=[-1, 'layer1.0', 'stem']),
+        'branch.1': dict(train='none'),
+        'policy': dict(train=['tail']),
     })
     names = set(by_param(amf, param_groups(amf, plan)))
     assert {n for n in names if n.startswith('branches.0')} == {
@@ -132,7 +136,9 @@ def test_a_plan_that_does_not_fit_is_refused(amf, roles, words):
 def test_the_groups_train_each_parameter_at_its_lr():
     """One step of plain SGD moves each parameter by its LR times its gradient."""
     model = timm.create_model('amf', backbones=('test_resnet', 'test_resnet'), policy='test_resnet', num_classes=3)
-    plan = Plan(lr=0.5, momentum=0., weight_decay=0., roles={'branch.0': dict(lr=0.25, low_blocks=1), 'policy': dict(lr=0.125)})
+    plan = Plan(lr=0.5, momentum=0., weight_decay=0., roles={
+        'branch.0': dict(lr=0.25, low_blocks=1), 'policy': dict(lr=0.125),
+    })
     groups = param_groups(model, plan)
     lrs = by_param(model, groups)
     optimizer = create_optimizer_v2(groups, opt='momentum', lr=plan.lr, momentum=0., weight_decay=0.)

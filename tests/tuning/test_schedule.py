@@ -28,13 +28,15 @@ def course(scheduler, epochs, metrics=None):
 
 def test_step_decay_of_the_paper_in_closed_form():
     plan = Plan(epochs=100, schedule=Schedule(sched='step', decay_rate=0.94, decay_epochs=20))
-    for epoch, lrs in enumerate(course(GroupScheduler(optimizer_for(('branch.0', 3e-5), ('branch.1', 0.03)), plan), 100)):
+    scheduler = GroupScheduler(optimizer_for(('branch.0', 3e-5), ('branch.1', 0.03)), plan)
+    for epoch, lrs in enumerate(course(scheduler, 100)):
         assert lrs == pytest.approx([lr * 0.94 ** (epoch // 20) for lr in (3e-5, 0.03)], rel=1e-12)
 
 
 def test_cosine_with_warm_up_and_minimum_in_closed_form():
     schedule = Schedule(sched='cosine', warmup_epochs=4, warmup_scale=0.1, min_scale=0.01)
-    lrs = course(GroupScheduler(optimizer_for(('head', 3e-5), ('policy', 0.03)), Plan(epochs=20, schedule=schedule)), 20)
+    plan = Plan(epochs=20, schedule=schedule)
+    lrs = course(GroupScheduler(optimizer_for(('head', 3e-5), ('policy', 0.03)), plan), 20)
     for t, row in enumerate(lrs):
         warm = 0.1 + 0.9 * t / 4
         cosine = 0.01 + 0.5 * 0.99 * (1 + math.cos(math.pi * t / 20))
@@ -43,10 +45,16 @@ def test_cosine_with_warm_up_and_minimum_in_closed_form():
 
 @pytest.mark.parametrize('on_updates', [False, True])
 @pytest.mark.parametrize('schedule', [
-    dict(sched='cosine', cycle_limit=2, cycle_mul=2., cycle_decay=0.5), dict(sched='tanh'), dict(sched='poly', decay_rate=0.9),
-    dict(sched='multistep', decay_milestones=[3, 7], decay_rate=0.1), dict(sched='step', decay_epochs=2.5),
-    dict(sched='wsd', decay_epochs=4), dict(sched='constant'), dict(sched='cosine', warmup_prefix=True, cooldown_epochs=3),
-    dict(sched='cosine', noise=[0.2, 0.8]), dict(sched='rsqrt', decay_epochs=3, stable_timescale=2),
+    dict(sched='cosine', cycle_limit=2, cycle_mul=2., cycle_decay=0.5),
+    dict(sched='cosine', warmup_prefix=True, cooldown_epochs=3),
+    dict(sched='cosine', noise=[0.2, 0.8]),
+    dict(sched='tanh'),
+    dict(sched='poly', decay_rate=0.9),
+    dict(sched='multistep', decay_milestones=[3, 7], decay_rate=0.1),
+    dict(sched='step', decay_epochs=2.5),
+    dict(sched='constant'),
+    dict(sched='wsd', decay_epochs=4),
+    dict(sched='rsqrt', decay_epochs=3, stable_timescale=2),
 ])
 def test_equals_timm_on_absolute_lrs(schedule, on_updates):
     lr, epochs, updates = 0.02, 12, 5
@@ -75,7 +83,8 @@ def test_the_policys_own_schedule():
     plan = Plan(
         epochs=20,
         schedule=Schedule(sched='step', decay_rate=0.5, decay_epochs=5),
-        roles=dict(policy=dict(start_epoch=3, schedule=dict(warmup_epochs=2, hold_epochs=4, decay_rate=0.1, decay_epochs=2))),
+        roles=dict(policy=dict(
+            start_epoch=3, schedule=dict(warmup_epochs=2, hold_epochs=4, decay_rate=0.1, decay_epochs=2))),
     )
     lrs = course(GroupScheduler(optimizer_for(('branch.0', 1.), ('policy', 2.), start=dict(policy=3)), plan), 20)
     assert [row[0] for row in lrs] == pytest.approx([0.5 ** (t // 5) for t in range(20)])

@@ -37,8 +37,8 @@ _logger = logging.getLogger(__name__)
 def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
     """Seed Python, NumPy and torch for one step of one process.
 
-    All that a step draws (mixup, dropout, stochastic depth) follows from these four numbers. So there is no random state
-    to restore: a run that resumes at a step continues with the same bits.
+    All that a step draws (mixup, dropout, stochastic depth) follows from these four numbers. So there is no random
+    state to restore: a run that resumes at a step continues with the same bits.
     """
     state = np.random.SeedSequence([seed, epoch, step, rank]).generate_state(3)
     random.seed(int(state[0]))
@@ -110,7 +110,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
         UserError: If the model cannot be built as asked, or its weights cannot be had.
     """
     if args.num_classes is not None and args.num_classes < num_classes:
-        raise UserError(f'--num-classes {args.num_classes}: the data have {num_classes} classes; raise it or leave it out')
+        raise UserError(
+            f'--num-classes {args.num_classes}: the data have {num_classes} classes; raise it or leave it out')
     if args.fast_norm:
         set_fast_norm()
     # The initial weights are those of the seed on every process.
@@ -222,6 +223,10 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, train: Mixture, va
         re_prob=args.reprob,
         re_mode=args.remode,
         re_count=args.recount,
+        re_split=args.resplit,
+        num_aug_repeats=args.aug_repeats,
+        num_aug_splits=args.aug_splits,
+        epoch_repeats=args.epoch_repeats,
         interpolation=args.train_interpolation or config['interpolation'],
     )
     if args.cache_images:
@@ -232,9 +237,7 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, train: Mixture, va
                 build_cache(
                     dataset, side, args.cache_dir, config['interpolation'], args.workers,
                     accelerator.is_local_main_process)
-    train_loader = create_loader(
-        train, batch_size=args.batch_size, is_training=True, num_aug_repeats=args.aug_repeats,
-        num_aug_splits=args.aug_splits, re_split=args.resplit, epoch_repeats=args.epoch_repeats, **augmentation, **common)
+    train_loader = create_loader(train, batch_size=args.batch_size, is_training=True, **augmentation, **common)
     val_loader = create_loader(
         val, batch_size=args.validation_batch_size or args.batch_size, interpolation=config['interpolation'],
         crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], **common)

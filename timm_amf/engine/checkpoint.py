@@ -1,8 +1,8 @@
 """What a run leaves on disk, written so that a kill or a full disk at any moment loses nothing that was whole.
 
-A run's folder holds `last/` (all that resume needs) and `model_best.safetensors`. Everything is written under a temporary
-name, flushed to the disk, and renamed. A folder cannot be renamed over another, so `last/` changes in two steps, `last` to
-`last.old` and `last.new` to `last`; whichever moment a kill picks, one whole checkpoint is found again.
+A run's folder holds `last/` (all that resume needs) and `model_best.safetensors`. Everything is written under a
+temporary name, flushed to the disk, and renamed. A folder cannot be renamed over another, so `last/` changes in two
+steps, `last` to `last.old` and `last.new` to `last`; whichever moment a kill picks, one whole checkpoint is found.
 """
 import contextlib
 import errno
@@ -44,7 +44,8 @@ def _disk_errors(path: Path):
                 raise
         reason = 'no space left on the disk' if full else ' '.join(str(e).split())
         raise UserError(
-            f'{path}: cannot be written ({reason}); the previous checkpoint is whole: make room, then --resume auto') from e
+            f'{path}: cannot be written ({reason}); the previous checkpoint is whole: make room, then --resume auto'
+        ) from e
 
 
 def _sync(path: Path) -> None:
@@ -112,7 +113,8 @@ def load_weights(module: nn.Module, path: Union[str, Path]) -> None:
         raise UserError(f'{path}: is damaged or no safetensors file ({" ".join(str(e).split())})') from None
     except RuntimeError as e:
         first = ' '.join(str(e).split())[:200]
-        raise UserError(f'{path}: does not fit {type(module).__name__} ({first}); build the model it was made of') from None
+        raise UserError(
+            f'{path}: does not fit {type(module).__name__} ({first}); build the model it was made of') from None
 
 
 class Checkpointer:

@@ -201,7 +201,7 @@ class Trainer:
             for name, value in self._identity().items() if state['identity'].get(name) != value
         ]
         if state['plan'] != self.plan.to_dict():
-            _logger.warning('%s: the Plan differs from that of the checkpoint; the run continues with the new one', source)
+            _logger.warning('%s: has another Plan than this run, which continues with its own', source)
         if differing and state['step']:
             raise UserError(
                 f'{source}: stands in the middle of an epoch, and the steps would differ ({"; ".join(differing)}); '
@@ -467,8 +467,8 @@ class Trainer:
         best = self.checkpoints
         if best.best_epoch is None:
             return f'done in {seconds}; {self.folder}'
-        return (f'done in {seconds}: best {self.args.eval_metric} {best.best_metric:.3f} after epoch {best.best_epoch + 1}; '
-                f'{self.folder / "model_best.safetensors"}')
+        return (f'done in {seconds}: best {self.args.eval_metric} {best.best_metric:.3f} after epoch '
+                f'{best.best_epoch + 1}; {self.folder / "model_best.safetensors"}')
 
     def _line(self, epoch, train, val, lrs, best) -> str:
         parts = [f'epoch {epoch + 1}/{self.epochs}', f'train loss {train["loss"]:.4f}']

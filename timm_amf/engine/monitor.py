@@ -44,8 +44,8 @@ class PolicyMonitor:
         """Columns of `policy.csv`: mean weight by branch, over all and by component, and the assignment accuracy.
 
         The assignment accuracy (AMF paper, section IV-C5) is the share, in percent, of samples whose largest weight is
-        that of the branch matched to their component, under the matching that is best; empty with one component, where it
-        means nothing.
+        that of the branch matched to their component, under the matching that is best; empty with one component, where
+        it means nothing.
         """
         counts = self.votes.sum(1)
         total = counts.sum().clamp(min=1)

@@ -27,7 +27,8 @@ def find_resume(args: argparse.Namespace, folder: Path) -> Optional[Path]:
         source = Path(args.resume)
         if source.is_file():
             raise UserError(
-                f'--resume {source}: is a file; give the folder of a run, or start from weights with --initial-checkpoint')
+                f'--resume {source}: is a file; give the folder of a run, '
+                f'or start from weights with --initial-checkpoint')
         source = source.parent if source.name == 'last' else source
     last = Checkpointer(source).last
     found = _has_checkpoint(source)

@@ -16,8 +16,8 @@ __all__ = ['AdaptiveTask', 'Parts', 'criterion_kwargs']
 class Parts(nn.Module):
     """A model whose forward gives, besides the logits, what its adaptive parts decided.
 
-    It is what the task trains and `DistributedDataParallel` wraps: everything the loss needs leaves one forward pass, so
-    the reducer sees every use of a parameter.
+    It is what the task trains and `DistributedDataParallel` wraps: everything the loss needs leaves one forward pass,
+    so the reducer sees every use of a parameter.
 
     Args:
         model: Any timm model, or a composite of this package.

@@ -1,8 +1,9 @@
 """The Plan: how a model is fine-tuned, as plain data.
 
-A model says what is computed, a Plan how it is fine-tuned: for each role of the model (`branch.0`, `policy`, `head`, ...)
-and each depth within it, what trains, how fast and on which schedule. It is a dataclass that reads from and writes to
-YAML, is validated when it is built, and knows nothing of any model: `timm_amf.param_groups(model, plan)` joins the two.
+A model says what is computed, a Plan how it is fine-tuned: for each role of the model (`branch.0`, `policy`, `head`,
+...) and each depth within it, what trains, how fast and on which schedule. It is a dataclass that reads from and writes
+to YAML, is validated when it is built, and knows nothing of any model: `timm_amf.param_groups(model, plan)` joins the
+two.
 """
 import copy
 import dataclasses
@@ -152,8 +153,8 @@ _ROLE_DEFAULTS = dict(low_blocks=0, low_lr_scale=0.4, train='all', start_epoch=0
 class Plan:
     """How a model is fine-tuned: what is common, and what differs by role.
 
-    Keys of `roles` are the roles of the model (`branch.0`, `branch.1`, `policy`, `head`; `backbone` and `head` for a plain
-    timm model), or a kind (`branch`) that stands for all roles `branch.*`; the exact name wins field by field.
+    Keys of `roles` are the roles of the model (`branch.0`, `branch.1`, `policy`, `head`; `backbone` and `head` for a
+    plain timm model), or a kind (`branch`) that stands for all roles `branch.*`; the exact name wins field by field.
 
     Attributes:
         lr: Learning rate of every role that has none of its own.
@@ -312,8 +313,7 @@ def _check_types(instance, where: str) -> None:
         try:
             setattr(instance, f.name, _coerce(value, hints[f.name]))
         except (TypeError, ValueError):
-            expected = str(f.type).replace('typing.', '').replace('Optional', '')
-            expected = getattr(f.type, '__name__', expected.strip('[]')) if isinstance(f.type, type) else expected.strip('[]')
+            expected = f.type.__name__ if isinstance(f.type, type) else str(f.type).replace('typing.', '')
             raise UserError(f'{where}: {f.name} must be {expected}, not {value!r}') from None
 
 

@@ -34,8 +34,8 @@ _LR_FLAGS = ('lr', 'lr_base', 'lr_base_size', 'lr_base_scale')
 
 def add_plan_args(parser: argparse.ArgumentParser) -> None:
     """Add the group `Plan parameters`: what differs by role. Everything common has timm's own flags."""
-    add = parser.add_argument_group(
-        'Plan parameters', 'How each role of the model is fine-tuned; what is common has timm\'s own flags.').add_argument
+    description = "How each role of the model is fine-tuned; what is common has timm's own flags."
+    add = parser.add_argument_group('Plan parameters', description).add_argument
     add('--plan', default='', metavar='FILE', help='read a Plan (plan.yaml of a run, or a recipe); flags override it')
     add('--branch-lr', type=float, nargs='+', metavar='LR', help='LR of each branch, in order')
     add('--policy-lr', type=float, metavar='LR', help='LR of the policy network')
@@ -58,9 +58,9 @@ def add_plan_args(parser: argparse.ArgumentParser) -> None:
 def plan_from_args(args: argparse.Namespace, roles: Iterable[str], lr: float) -> Plan:
     """The Plan of a command line.
 
-    Without a Plan, all of timm's flags make one, timm's defaults included. A Plan (`--plan`, or else the recipe's `plan:`
-    section) means here what it means to `Plan.from_yaml`: what it leaves out takes the Plan's own defaults, and only flags
-    that were given, on the command line or in the recipe, override it.
+    Without a Plan, all of timm's flags make one, timm's defaults included. A Plan (`--plan`, or else the recipe's
+    `plan:` section) means here what it means to `Plan.from_yaml`: what it leaves out takes the Plan's own defaults, and
+    only flags that were given, on the command line or in the recipe, override it.
 
     timm's `--warmup-lr` and `--min-lr` are absolute, for the LR of `--lr`; they become fractions of it.
 
@@ -107,8 +107,8 @@ def _schedule_values(args, lr: float, only=None) -> dict[str, Any]:
             continue
         fraction = getattr(args, flag) / lr if lr else 0.
         if fraction > 1 and flag in args.explicit:
-            raise UserError(
-                f'--{flag.replace("_", "-")} {getattr(args, flag):g} is above the LR of {lr:g}; lower it, or raise --lr')
+            name = flag.replace('_', '-')
+            raise UserError(f'--{name} {getattr(args, flag):g} is above the LR of {lr:g}; lower it, or raise --lr')
         values[field] = min(1., fraction)  # timm's default of 1e-5 can lie above a very small LR
     if values.get('sched') == 'none':
         values.update(sched='constant', warmup_epochs=0)
