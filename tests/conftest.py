@@ -1,0 +1,10 @@
+"""Tests run two at a time on two cores: one thread each, and no cache of the user's is touched."""
+import os
+import tempfile
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp(prefix='timm_amf_cache_')
+
+import torch  # noqa: E402  after the number of threads
+
+torch.set_num_threads(1)
