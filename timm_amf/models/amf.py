@@ -65,7 +65,7 @@ def _backbone_parts(
 
 
 def _policy_part(policy: str, num_branches: int, policy_kwargs: Optional[dict[str, Any]]) -> Part:
-    return Part(policy, num_branches, dict(policy_kwargs or {}))
+    return Part(policy, num_branches, {} if policy_kwargs is None else policy_kwargs)
 
 
 class AMF(nn.Module):

@@ -111,9 +111,11 @@ class _BlockFinder:
 
     def _open(self, path: str, entry: bool) -> Iterator[str]:
         """The blocks of a stage, or the module itself if it is a block, or stands among blocks as an `entry`."""
-        stage = path if self._is_container(path) else next(
-            (c for c in self._children(path) if c.rsplit('.', 1)[-1] in _STAGE_NAMES and self._is_container(c)), None)
-        children = self._children(stage) if stage is not None else []
+        children = self._children(path)
+        of_one = not entry and len(list(self.modules[path].children())) == 1 and all(map(self._is_block, children))
+        if not self._is_container(path) and not of_one:
+            stages = [c for c in children if c.rsplit('.', 1)[-1] in _STAGE_NAMES and self._is_container(c)]
+            children = self._children(stages[0]) if stages else []
         alone = len(children) == 1 and bool(self._children(children[0]))
         if children and (alone or all(self._is_block(c) or self._is_container(c) for c in children)):
             for child in children:
@@ -147,7 +149,10 @@ def _ancestors(name: str) -> list[str]:
 
 
 def _classifier_names(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
-    found = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    try:
+        found = model.get_classifier()
+    except AttributeError:  # the model has no such method, or looks for a part of a classifier that was removed
+        found = None
     found = found if isinstance(found, (tuple, list)) else [found]
     names = [n for n, m in modules.items() if n and any(m is f for f in found)]
     named = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or ()

@@ -158,16 +158,17 @@ def _check_checkpoint(state_dict: dict[str, Tensor], model: nn.Module, features_
     free = {f'{n}.weight' for n in first_conv}  # timm adapts these to the input channels
     own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith(f'{classifier}.')}
     missing = [k for k in own if k not in state_dict]
-    if missing:
+    if len(missing) > len(own) // 2:
         raise UserError(
-            f'this is no checkpoint of {name}: {len(missing)} of {len(own)} tensors are missing, {missing[0]} first. '
-            "Weights of one network go into backbone_kwargs={'pretrained_cfg_overlay': {'file': ...}}."
+            f'this is no checkpoint of {name}: {len(missing)} of its {len(own)} tensors are missing. Weights of one '
+            "network go into backbone_kwargs={'pretrained_cfg_overlay': {'file': ...}}."
         )
-    unlike = [k for k, shape in own.items() if k not in free and state_dict[k].shape != shape]
+    unlike = missing or [k for k, shape in own.items() if k not in free and state_dict[k].shape != shape]
     if unlike:
         k = unlike[0]
+        has = f'no {k}' if missing else f'{k} of shape {tuple(state_dict[k].shape)}, not {tuple(own[k])}'
         raise UserError(
-            f'this checkpoint does not fit {name}: {k} has shape {tuple(state_dict[k].shape)} and the model '
-            f'{tuple(own[k])}; build the model with the arguments that it was trained with.'
+            f'this checkpoint does not fit {name}: it has {has}; build the model with the arguments that it was '
+            'trained with.'
         )
     return state_dict
