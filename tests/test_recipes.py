@@ -1,0 +1,35 @@
+"""Every recipe parses, and its Plan fits its model."""
+import pytest
+import timm
+import torch
+
+from timm_amf.data import data_spec_from_args
+from timm_amf.engine.config_file import list_recipes
+from timm_amf.engine.options import parse_args, resolve_lr
+from timm_amf.tuning import GroupScheduler, create_optimizer, model_roles, plan_from_args
+
+
+@pytest.mark.parametrize('name', list_recipes())
+def test_recipe(name, tmp_path):
+    args = parse_args(['--config', name, '--data-dir', str(tmp_path)])
+    spec = data_spec_from_args(args, args.recipe.get('data'))
+    assert spec.components
+    with torch.device('meta'):
+        model = timm.create_model(args.model, num_classes=10, **args.model_kwargs)
+    plan = plan_from_args(args, model_roles(model), resolve_lr(args, args.batch_size))
+    scheduler = GroupScheduler(create_optimizer(model, plan), plan)
+    assert scheduler.total_epochs == plan.epochs
+    assert {g['role'] for g in scheduler.optimizer.param_groups} == set(model_roles(model))
+
+
+def test_the_papers_setting():
+    args = parse_args(['--config', 'amf_inception_v4x2.aircraft_dtd', '--data-dir', '.'])
+    plan = plan_from_args(args, ['branch.0', 'branch.1', 'policy', 'head'], 1.)
+    assert [plan.role(r).lr for r in ('branch.0', 'branch.1', 'head', 'policy')] == [0.0008, 0.03, 0.008, 3e-5]
+    assert (args.batch_size, args.aa, args.reprob) == (32, 'rand-m9-mstd0.5-inc1', 0.5)
+    assert plan.opt == 'sgd' and plan.momentum == 0.9 and plan.schedule.sched == 'step'
+    assert 0.9 <= plan.schedule.decay_rate <= 0.96 and 20 <= plan.schedule.decay_epochs <= 25
+
+
+def test_there_is_a_demo():
+    assert 'demo' in list_recipes()
