@@ -10,7 +10,7 @@ from timm.data import create_transform
 
 from timm_amf.data import Component, DataSpec, create_dataset, create_loader
 from timm_amf.data.sampler import Key
-from timm_amf.data.transforms import guard_transform, sample_seed
+from timm_amf.data.transforms import sample_seed
 from timm_amf.errors import UserError
 
 AUGMENT = dict(input_size=(3, 24, 24), is_training=True, auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.5,
@@ -94,16 +94,18 @@ def test_skipped_steps_are_not_decoded(dataset, monkeypatch):
     assert sorted(loaded) == sorted(i for batch in rest for i in batch.index.tolist())
 
 
-def test_each_sample_is_timms_transform_under_its_seed(dataset):
-    transform = guard_transform(create_transform(
-        (3, 24, 24), is_training=True, auto_augment='rand-m9-mstd0.5-inc1', interpolation='random',
-        use_prefetcher=True))
-    loader = create_loader(dataset, batch_size=5, workers=0, seed=7, **{**AUGMENT, 're_prob': 0.})
+@pytest.mark.parametrize('augment', [False, True])
+def test_each_sample_is_timms_transform_under_its_seed(dataset, augment):
+    policy = 'rand-m9-mstd0.5-inc1' if augment else None
+    transform = create_transform(
+        (3, 24, 24), is_training=True, auto_augment=policy, interpolation='random', use_prefetcher=True)
+    loader = create_loader(
+        dataset, batch_size=5, workers=0, seed=8, **{**AUGMENT, 're_prob': 0., 'auto_augment': policy})
     got = by_index(epoch_of(loader, 4))
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1) * 255
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 255
     for index, image in got.items():
-        seed = sample_seed(7, Key(4, index, 0, 0, 0))
+        seed = sample_seed(8, Key(4, index, 0, 0, 0))
         random.seed(seed)
         np.random.seed(seed % 2 ** 32)
         torch.manual_seed(seed)

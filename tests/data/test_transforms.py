@@ -10,8 +10,8 @@ from timm.data.random_erasing import RandomErasing
 from timm_amf.data.sampler import Key
 from timm_amf.data.transforms import (
     SeededRandomErasing,
+    adapt_transform,
     crop_cached,
-    guard_transform,
     kept_random_state,
     posterize,
     sample_seed,
@@ -82,7 +82,7 @@ def test_posterize_is_what_older_pillow_made(mode, bits):
 @pytest.mark.parametrize('policy', ['rand-m9-mstd0.5-inc1', 'rand-m20-mmax20-inc1', 'v0', 'originalr-mstd0.5',
                                     'augmix-m5-w4-d2'])
 def test_every_posterize_of_a_policy_is_guarded(policy):
-    transform = guard_transform(create_transform(32, is_training=True, auto_augment=policy, use_prefetcher=True))
+    transform = adapt_transform(create_transform(32, is_training=True, auto_augment=policy, use_prefetcher=True))
     found = []
 
     def visit(node):  # by brute force through whatever attributes there are
@@ -103,7 +103,7 @@ def test_every_posterize_of_a_policy_is_guarded(policy):
 
 
 def test_posterize_to_no_bits_within_a_policy():
-    transform = guard_transform(
+    transform = adapt_transform(
         create_transform(32, is_training=True, auto_augment='rand-m9-mstd0.5-inc1', use_prefetcher=True))
     augment = next(t for t in transform.transforms if hasattr(t, 'ops'))
     op = next(op for op in augment.ops if op.name == 'PosterizeIncreasing')
@@ -117,9 +117,25 @@ def test_posterize_to_no_bits_within_a_policy():
         assert np.asarray(ImageOps.posterize(noise(), 0)).max() == 0
 
 
+@pytest.mark.parametrize('jitter', [0.4, (0.4, 0.2, 0.9), (0., 0.4, 0.), (0.4, 0., 0.3)])
+@pytest.mark.parametrize('probability', [None, 0.7])
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+def test_faster_colour_jitter_is_torchvisions(jitter, probability, mode):
+    options = dict(is_training=True, color_jitter=jitter, color_jitter_prob=probability, use_prefetcher=True)
+    plain, fast = create_transform(24, **options), adapt_transform(create_transform(24, **options))
+    assert 'FastColorJitter' in repr(fast) and 'FastColorJitter' not in repr(plain)
+    for seed in range(25):
+        with kept_random_state():
+            seed_globals(seed)
+            expected, after = plain(noise(mode=mode)), torch.rand(1)
+            seed_globals(seed)
+            assert torch.equal(fast(noise(mode=mode)), expected)
+            assert torch.equal(torch.rand(1), after)
+
+
 @pytest.mark.slow
 def test_forty_thousand_augmented_images():
-    transform = guard_transform(create_transform(
+    transform = adapt_transform(create_transform(
         32, is_training=True, auto_augment='rand-m9-mstd0.5-inc1', use_prefetcher=True, interpolation='random'))
     images = [noise((48, 40), seed=i) for i in range(10)]
     with kept_random_state():

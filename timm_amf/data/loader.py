@@ -21,8 +21,8 @@ from .mixture import Mixture
 from .sampler import EvalSampler, Key, StepSampler
 from .transforms import (
     SeededRandomErasing,
+    adapt_transform,
     crop_cached,
-    guard_transform,
     kept_random_state,
     sample_seed,
     seed_globals,
@@ -343,7 +343,7 @@ def create_loader(
     return SeededLoader(
         dataset,
         sampler,
-        guard_transform(transform),
+        adapt_transform(transform),
         seed=seed if is_training and not no_aug else None,
         mean=mean,
         std=std,
