@@ -312,7 +312,7 @@ class AMF(nn.Module):
     def set_routing(self, eps: Optional[float] = None) -> None:
         """Routed evaluation: `forward` leaves a branch out for the images that weigh it below `eps`.
 
-        In eager evaluation only; training, scripting and tracing always run all branches, and so do
+        In eager evaluation only; training, scripting, tracing and compiling always run all branches, and so do
         `forward_features` and `forward_intermediates`. `routing_error` reports what it costs in accuracy.
 
         Args:

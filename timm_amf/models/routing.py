@@ -14,7 +14,8 @@ __all__ = ['kept_branches', 'may_route', 'routed_fusion', 'routing_error']
 
 def may_route(model: nn.Module, x: Tensor) -> bool:
     """Only in eager evaluation: what is routed depends on the values, which a trace or graph would freeze."""
-    return not (model.training or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy))
+    graph = torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy)
+    return not (model.training or graph)
 
 
 def kept_branches(weights: Tensor, eps: float) -> Tensor:
