@@ -3,7 +3,15 @@ import argparse
 import pytest
 import yaml
 
-from timm_amf.data import Component, DataSpec, add_data_args, data_spec_from_args, list_presets
+from timm_amf.data import (
+    Component,
+    DataSpec,
+    add_data_args,
+    create_datasets,
+    data_spec_from_args,
+    list_presets,
+    splits_from_args,
+)
 from timm_amf.errors import UserError
 
 
@@ -21,7 +29,7 @@ def parse(*flags, **timm_flags):
 
 def test_a_plain_folder_is_a_mixture_of_one():
     spec = data_spec_from_args(parse('/data/pets', '--val-split', 'dev'))
-    assert spec == DataSpec((Component('pets', root='/data/pets', splits={'train': 'train', 'val': 'dev'}),))
+    assert spec == DataSpec((Component('pets', root='/data/pets', splits={'val': 'dev'}),))
     assert spec == data_spec_from_args(parse('--data-dir', '/data/pets', '--val-split', 'dev'))
 
 
@@ -93,3 +101,23 @@ def test_mistakes_in_yaml_are_one_line(section, words):
 def test_mistakes_in_flags_are_one_line(text):
     with pytest.raises(UserError):
         data_spec_from_args(parse('--component', text))
+
+
+@pytest.mark.parametrize('train, val, expected, own', [
+    ('train', 'validation', ('train', 'val'), {}),
+    ('train+val', 'test', ('train+val', 'test'), {}),
+    ('training', 'eval', ('train', 'val'), {}),
+    ('trainval', 'holdout', ('train', 'val'), {'train': 'trainval', 'val': 'holdout'}),
+])
+def test_splits_of_the_mixture_and_splits_of_a_dataset(tmp_path, train, val, expected, own):
+    args = parse(str(tmp_path), '--train-split', train, '--val-split', val)
+    assert splits_from_args(args) == expected
+    assert data_spec_from_args(args).components[0].splits == own
+
+
+def test_a_preset_is_evaluated_on_its_test_split():
+    args = parse('--data-preset', 'demo', '--train-split', 'train+val', '--val-split', 'test')
+    train, test = create_datasets(data_spec_from_args(args), splits_from_args(args))
+    parts = create_datasets(data_spec_from_args(args), ('train', 'val', 'test'))
+    assert len(train) == len(parts[0]) + len(parts[1]) and len(test) == len(parts[2])
+    assert train.class_names == test.class_names

@@ -10,7 +10,9 @@ import yaml
 
 from timm_amf.errors import UserError
 
-__all__ = ['Component', 'DataSpec', 'add_data_args', 'data_spec_from_args', 'list_presets', 'load_preset']
+__all__ = [
+    'Component', 'DataSpec', 'add_data_args', 'data_spec_from_args', 'list_presets', 'load_preset', 'splits_from_args',
+]
 
 DEFAULT_SPLITS = {'train': 'train', 'val': 'validation', 'test': 'test'}
 _PRESET_DIR = Path(__file__).parent / 'presets'
@@ -195,10 +197,11 @@ def data_spec_from_args(args: argparse.Namespace, section: Optional[Mapping] = N
     positional = get('data')
     if isinstance(positional, Mapping):
         section, positional = section or positional, None
-    splits = {'train': get('train_split'), 'val': get('val_split')}
+    own = (('train', get('train_split')), ('val', get('val_split')))
+    splits = {role: name for role, name in own if name and not _mixture_split(name)}
     defaults = {
         'root': get('data_dir') or positional,
-        'splits': {k: v for k, v in splits.items() if v},
+        'splits': splits,
         'class_map': get('class_map'),
         'input_key': get('input_key'),
         'target_key': get('target_key'),
@@ -219,6 +222,19 @@ def data_spec_from_args(args: argparse.Namespace, section: Optional[Mapping] = N
         trust_remote_code=spec.trust_remote_code or bool(get('dataset_trust_remote_code')),
         cache_dir=get('cache_dir') or spec.cache_dir,
     )
+
+
+def splits_from_args(args: argparse.Namespace) -> tuple[str, str]:
+    """The splits of the mixture that `--train-split` and `--val-split` name: `train`, `val`, `test`, or `train+val`.
+
+    Any other name is a dataset's own, which `data_spec_from_args` gives to the components that have none.
+    """
+    return _mixture_split(args.train_split) or 'train', _mixture_split(args.val_split) or 'val'
+
+
+def _mixture_split(name: Optional[str]) -> Optional[str]:
+    parts = [_SPLIT_SYNONYMS.get(part, part) for part in (name or '').split('+')]
+    return '+'.join(parts) if all(part in DEFAULT_SPLITS for part in parts) else None
 
 
 def _component_list(items: Any) -> list[dict]:
