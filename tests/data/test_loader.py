@@ -1,6 +1,7 @@
 import os
 import pickle
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -189,6 +190,15 @@ def test_a_worker_that_dies(dataset, monkeypatch):
     monkeypatch.setattr(dataset, 'load', lambda i: os._exit(9))
     with pytest.raises(UserError, match='a data loading worker died.*--workers'):
         epoch_of(create_loader(dataset, batch_size=4, workers=1, **AUGMENT))
+
+
+def test_ctrl_c_is_for_the_main_process(dataset):
+    loader = create_loader(dataset, batch_size=1, workers=2, **AUGMENT)
+    batches = iter(loader)
+    next(batches)
+    for worker in loader._loader._iterator._workers:
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(list(batches)) == 22
 
 
 def test_grey_images(make_folder):

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from timm_amf.data import Component, DataSpec, create_dataset, create_datasets
+from timm_amf.data import Component, DataSpec, create_dataset, create_datasets, create_loader
 from timm_amf.errors import UserError
 
 
@@ -57,6 +58,16 @@ def test_train_and_validation_cut_out_of_one_split(make_folder):
     assert not files[0] & files[1]
     both = create_dataset(spec(part), 'train+val')
     assert {both.filename(i) for i in range(len(both))} == files[0] | files[1]
+
+
+def test_images_that_train_and_validation_share_are_told(make_folder, caplog):
+    root = str(make_folder())
+    with caplog.at_level(logging.WARNING):
+        create_datasets(spec(Component('a', root=root)))
+        assert not caplog.text
+        part = Component('a', root=root, splits={'val': 'train'}, per_class={'val': 3}, skip={'train': 1})
+        create_datasets(spec(part))
+    assert 'train and val have 6 images in common' in caplog.text
 
 
 def test_shared_and_overlapping_labels(make_folder):
@@ -192,4 +203,5 @@ def test_tar_file(make_folder, tmp_path):
     shutil.rmtree(root)
     train, val = create_datasets(spec(Component('x', root=str(tmp_path))))
     assert (len(train), len(val), train.class_names) == (12, 12, ['a', 'b', 'c'])
-    assert train[0][0].size == (40, 30)
+    batches = [list(create_loader(train, 24, batch_size=5, workers=w)) for w in (0, 2)]
+    assert all(torch.equal(a.input, b.input) for a, b in zip(*batches, strict=True))

@@ -6,7 +6,7 @@ from typing import NamedTuple, Optional, Union
 
 import numpy as np
 import torch.utils.data
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from timm_amf.errors import UserError
 
@@ -115,6 +115,8 @@ class _Readable(torch.utils.data.Dataset):
                 _read(file)
         except FileNotFoundError:
             return 'no such file'
+        except UnidentifiedImageError:  # its own message names the file, badly
+            return 'not an image'
         except Exception as e:  # Pillow's plugins raise whatever they like
             return str(e).splitlines()[0] if str(e) else type(e).__name__
         return ''

@@ -3,7 +3,7 @@
 Workers decode and transform to uint8; normalisation and random erasing run on the batch on its device, as in timm's
 PrefetchLoader.
 """
-import logging
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
@@ -29,8 +29,6 @@ from .transforms import (
 )
 
 __all__ = ['Batch', 'SeededLoader', 'create_loader']
-
-_logger = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -138,6 +136,14 @@ class _Collate:
         )
 
 
+def _ignore_interrupts(worker_id: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; the main one may want more batches before it stops.
+
+    SIGTERM is left as it is: with it a main process that exits ends its workers.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class SeededLoader:
     """Iterates over `Batch`es; see `create_loader`.
 
@@ -181,8 +187,9 @@ class SeededLoader:
             batch_sampler=sampler,
             num_workers=workers,
             collate_fn=_Collate(channels_last),
-            pin_memory=pin_memory,
+            pin_memory=pin_memory and device.type != 'cpu',
             persistent_workers=persistent_workers and workers > 0,
+            worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),  # else every epoch draws from the global generator
         )
 

@@ -5,11 +5,11 @@ from typing import Any, Optional
 
 import numpy as np
 import torch.utils.data
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from timm_amf.errors import UserError
 
-from .sources import Source, open_source
+from .sources import Source, first_line, open_source
 from .spec import Component, DataSpec
 
 __all__ = ['Mixture', 'create_dataset', 'create_datasets']
@@ -94,9 +94,10 @@ class Mixture(torch.utils.data.Dataset):
         try:
             return source.load(local, self.input_img_mode)
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
+            reason = 'not an image' if isinstance(e, UnidentifiedImageError) else first_line(e)
             raise UserError(
-                f'cannot read image {self.filename(index)} ({e or type(e).__name__}); mend or remove it, or go on '
-                f'without such images with --skip-bad-images') from e
+                f'cannot read image {self.filename(index)} ({reason}); mend or remove it, or go on without such images '
+                f'with --skip-bad-images') from e
 
     def filename(self, index: int) -> str:
         source, local = self.source(index)
@@ -113,6 +114,15 @@ class Mixture(torch.utils.data.Dataset):
         keep[np.asarray(indices, dtype=np.int64)] = False
         for name in ('_part', '_local', 'component_of', 'targets'):
             setattr(self, name, getattr(self, name)[keep])
+
+    def count_shared(self, other: 'Mixture') -> int:
+        """Number of samples that another dataset has too, opened together with this one."""
+        shared = 0
+        for i, one in enumerate(self._sources):
+            for j, two in enumerate(other._sources):
+                if one is two:
+                    shared += len(np.intersect1d(self._local[self._part == i], other._local[other._part == j]))
+        return shared
 
     def class_counts(self) -> np.ndarray:
         """Number of samples of each class."""
@@ -135,7 +145,13 @@ def create_datasets(
         UserError: A dataset, split or class that is missing, empty or not as the spec has it.
     """
     opened: dict[tuple[int, str], Source] = {}
-    return tuple(create_dataset(spec, split, in_chans=in_chans, _opened=opened) for split in splits)
+    datasets = tuple(create_dataset(spec, split, in_chans=in_chans, _opened=opened) for split in splits)
+    for i, one in enumerate(datasets):
+        for j in range(i):
+            shared = one.count_shared(datasets[j])
+            if shared:
+                _logger.warning(f'data: {splits[j]} and {splits[i]} have {shared} images in common.')
+    return datasets
 
 
 def create_dataset(

@@ -55,7 +55,7 @@ class Source:
         raise NotImplementedError
 
     def load(self, index: int, mode: Optional[str]) -> Image.Image:
-        """The image, converted to a Pillow mode as timm does (EXIF rotation is left alone, as timm does)."""
+        """The image, converted to a Pillow mode as timm does; as in timm, EXIF's rotation is not heeded."""
         with self.open(index) as file:
             image = Image.open(file)
             if mode:
@@ -182,6 +182,8 @@ def _open_folder(component: Component, split: str) -> Source:
     if os.path.isdir(folder):
         _check_folder(component, folder)
     kwargs = dict(class_map=component.class_map, input_key=component.input_key)
+    if folder.endswith('.tar'):  # a tar file kept open would share its position among forked workers
+        kwargs = dict(class_map=component.class_map, cache_tarfiles=False)
     try:
         reader = create_dataset('', root=folder, split=split, search_split=False, **kwargs).reader
     except (RuntimeError, AssertionError, ValueError, OSError) as e:
