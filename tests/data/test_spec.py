@@ -106,7 +106,8 @@ def test_mistakes_in_flags_are_one_line(text):
 @pytest.mark.parametrize('train, val, expected, own', [
     ('train', 'validation', ('train', 'val'), {}),
     ('train+val', 'test', ('train+val', 'test'), {}),
-    ('training', 'eval', ('train', 'val'), {}),
+    ('training', 'valid', ('train', 'val'), {'train': 'training', 'val': 'valid'}),
+    ('train', 'testing', ('train', 'test'), {'test': 'testing'}),
     ('trainval', 'holdout', ('train', 'val'), {'train': 'trainval', 'val': 'holdout'}),
 ])
 def test_splits_of_the_mixture_and_splits_of_a_dataset(tmp_path, train, val, expected, own):

@@ -197,8 +197,10 @@ def data_spec_from_args(args: argparse.Namespace, section: Optional[Mapping] = N
     positional = get('data')
     if isinstance(positional, Mapping):
         section, positional = section or positional, None
-    own = (('train', get('train_split')), ('val', get('val_split')))
-    splits = {role: name for role, name in own if name and not _mixture_split(name)}
+    # A dataset's own name ('valid') is passed on to it, also where it says which split of the mixture is meant.
+    own = ((_mixture_split(name) or role, name) for role, name in (
+        ('train', get('train_split')), ('val', get('val_split'))) if name)
+    splits = {role: name for role, name in own if DEFAULT_SPLITS.get(role, name) != name}
     defaults = {
         'root': get('data_dir') or positional,
         'splits': splits,
