@@ -109,7 +109,13 @@ class Mixture(torch.utils.data.Dataset):
         return source.signature(local)
 
     def remove(self, indices: Sequence[int]) -> None:
-        """Leave samples out; classes and their indices stay."""
+        """Leave samples out; classes and their indices stay.
+
+        Raises:
+            RuntimeError: The dataset has a cache already, which is by index.
+        """
+        if self.cache is not None:
+            raise RuntimeError('remove samples before the cache is built')
         keep = np.ones(len(self), dtype=bool)
         keep[np.asarray(indices, dtype=np.int64)] = False
         for name in ('_part', '_local', 'component_of', 'targets'):
