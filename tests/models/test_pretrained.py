@@ -103,6 +103,23 @@ def test_branches_equal_the_plain_model(weights):
     assert model.pretrained_cfg['mean'] == HALF
 
 
+def test_each_branch_from_its_own_weights(weights, tmp_path):
+    """Two sets of weights of one architecture are one layout; equal arguments written unlike are two networks."""
+    first = weights('test_resnet')
+    second = str(tmp_path / 'second.safetensors')
+    save_file(timm.create_model('test_resnet').state_dict(), second)
+    overlays = [dict(pretrained_cfg_overlay=dict(file=f)) for f in (first, second)]
+    model = timm.create_model('amf', pretrained=True, backbones=('test_resnet',) * 2, policy='test_resnet',
+                              backbone_kwargs=overlays, policy_kwargs=overlays[0], num_classes=2)
+    for branch, path in zip(model.branches, (first, second)):
+        assert same(branch, timm.models.load_state_dict(path))
+    assert model.has_maps
+    alike = [dict(overlays[0], channels=(32, 48, 48, 96)), dict(overlays[0], channels=[32, 48, 48, 96])]
+    model = timm.create_model('amf', pretrained=True, backbones=('test_resnet',) * 2, policy='test_resnet',
+                              backbone_kwargs=alike, policy_kwargs=overlays[0], num_classes=2)
+    assert model.branches[0] is not model.branches[1]
+
+
 @pytest.mark.parametrize('in_chans', [1, 4])
 def test_input_channels_are_adapted_as_timm_does(weights, in_chans):
     overlay = dict(pretrained_cfg_overlay=dict(file=weights('test_resnet')))

@@ -455,7 +455,7 @@ class _Features:
 
 def _joint_features(parts: Sequence[Part], input_size: tuple[int, int, int]) -> _Features:
     probes = [probe_part(p, input_size) for p in parts]
-    alike = len({p.key for p in parts}) == 1
+    alike = len({p.layout for p in parts}) == 1
     return _Features(
         [p.width for p in probes],
         probes[0].map_size if alike else None,
@@ -541,7 +541,9 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> AMF:
     cfg = _cfg(kwargs['backbones'], kwargs.get('policy'), **given)
 
     size = _pair(kwargs.get('img_size')) or cfg['input_size'][-2:]
-    parts = [p.sized(size) for p in _backbone_parts(kwargs['backbones'], kwargs.get('backbone_kwargs'))]
+    pool = kwargs.get('global_pool') or None
+    parts = _backbone_parts(kwargs['backbones'], kwargs.get('backbone_kwargs'), global_pool=pool)
+    parts = [p.sized(size) for p in parts]
     features = _joint_features(parts, (kwargs.get('in_chans', cfg['input_size'][0]), *size))
     cfg['pool_size'] = features.map_size or (1, 1)
     # All levels of a pyramid; the last three where there are many of few reductions, as timm has it for a ViT.

@@ -15,7 +15,7 @@ from typing import Any, Optional, Union
 import timm
 import torch
 from timm.layers import Format
-from timm.models import resolve_pretrained_cfg, split_model_name_tag
+from timm.models import get_arch_name, resolve_pretrained_cfg, split_model_name_tag
 from torch import nn
 
 from ..errors import UserError
@@ -53,8 +53,14 @@ class Part:
 
     @property
     def key(self) -> str:
-        """Equal for parts whose networks are built alike."""
+        """Equal for parts whose networks are built and loaded alike."""
         return json.dumps([self.name, self.num_classes, self.kwargs], sort_keys=True, default=repr)
+
+    @property
+    def layout(self) -> str:
+        """Equal for parts that compute alike, whatever their weights."""
+        kwargs = {k: v for k, v in self.kwargs.items() if k not in ('pretrained_cfg', 'pretrained_cfg_overlay')}
+        return json.dumps([get_arch_name(self.name), kwargs], sort_keys=True, default=repr)
 
 
 def part_cfg(part: Part) -> dict[str, Any]:
@@ -106,7 +112,8 @@ def build_parts(
         check_source(part.name, part_cfg(part), cache_dir)
     loaded = {key: _load(part, cache_dir=cache_dir, **kwargs) for key, part in distinct.items()}
     # The first of each kind is the loaded network itself, the others are copies of it.
-    return [loaded[p.key] if parts.index(p) == i else copy.deepcopy(loaded[p.key]) for i, p in enumerate(parts)]
+    keys = [p.key for p in parts]
+    return [loaded[k] if keys.index(k) == i else copy.deepcopy(loaded[k]) for i, k in enumerate(keys)]
 
 
 def _load(part: Part, **kwargs) -> nn.Module:
