@@ -71,16 +71,25 @@ class Signals:
 
 
 class _TrainMeter:
-    """Sum of the loss over samples, on the device, and the first step whose loss was not finite."""
+    """Sum of the loss over samples, and the first step whose loss was not finite; in few operations on the device."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, first_step: int = 0):
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self.bad_step = torch.full((1,), -1, dtype=torch.int64, device=device)
+        self._loss, self._samples = self.sums.unbind()  # views
+        self._finite_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._first_step, self._steps = first_step, 0
 
-    def update(self, loss: torch.Tensor, samples: int, step: int) -> None:
-        loss = loss.detach()
-        self.sums += torch.stack([loss.double() * samples, loss.new_tensor(samples, dtype=torch.float64)])
-        self.bad_step = torch.where((self.bad_step < 0) & ~loss.isfinite(), step, self.bad_step)
+    def update(self, loss: torch.Tensor, samples: int) -> None:
+        self._loss.add_(loss.detach(), alpha=samples)
+        self._samples.add_(samples)
+        # A sum once not finite stays so; finite losses do not take a float64 out of its range.
+        self._finite_steps.add_(self._loss.isfinite())
+        self._steps += 1
+
+    def bad_step(self) -> int:
+        """The first step whose loss was not finite, -1 if all were. Waits for the device."""
+        finite = int(self._finite_steps)
+        return self._first_step + finite if finite < self._steps else -1
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.sums]
@@ -224,7 +233,7 @@ class Trainer:
             UserError: If the loss is no longer finite, or the disk is full.
         """
         self._apply_plan()
-        meter, monitor = _TrainMeter(self.accelerator.device), self._monitor()
+        meter, monitor = _TrainMeter(self.accelerator.device, self.step), self._monitor()
         holders = [meter] if monitor is None else [meter, monitor]
         self._restore_meters(holders)
         if self.mixup is not None and self.args.mixup_off_epoch and self.epoch >= self.args.mixup_off_epoch:
@@ -267,7 +276,7 @@ class Trainer:
         with sync:
             result = self.task(inputs, target)
             accelerator.backward(result['loss'] * self._weight(step, len(inputs), batch.step_size))
-        meter.update(result['loss'], len(inputs), step)
+        meter.update(result['loss'], len(inputs))
         if monitor is not None and 'weights' in result:
             monitor.update(result['weights'], batch.component)
         if ends_update:
@@ -324,9 +333,9 @@ class Trainer:
         return int(gather(flag).max())
 
     def _check_finite(self, meter: _TrainMeter) -> None:
-        step = int(meter.bad_step)
+        step = meter.bad_step()
         if self.accelerator.num_processes > 1:
-            step = int(gather(meter.bad_step).max())
+            step = int(gather(torch.tensor([step], device=self.accelerator.device)).max())
         if step >= 0:
             last = self.checkpoints.last
             where = f'the last good checkpoint is {last}' if last.exists() else 'there is no checkpoint yet'
