@@ -70,11 +70,15 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
         trainer.resume(resume)
     build.start_trackers(args, accelerator, plan)
 
-    with trainer.signals:
-        while trainer.epoch < trainer.epochs:
-            train_metrics = trainer.train_epoch()
-            val_metrics = trainer.evaluate()
-            trainer.finish_epoch(train_metrics, val_metrics)
+    try:
+        with trainer.signals:
+            while trainer.epoch < trainer.epochs:
+                train_metrics = trainer.train_epoch()
+                val_metrics = trainer.evaluate()
+                trainer.finish_epoch(train_metrics, val_metrics)
+    finally:
+        train_loader.close()
+        val_loader.close()
     accelerator.end_training()
     accelerator.print(trainer.closing_line())
 

@@ -123,25 +123,27 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(run, whole, monkeypatc
     assert_same_run(whole, run('full', *STATEFUL, '--resume', 'auto'))
 
 
+@pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_save_and_leave(run, components, tmp_path, signum, code):
-    """A real process, a real signal, in the middle of an epoch."""
-    flags = ['--aa', 'rand-m5-mstd0.5', '--epochs', '40']
+def test_signals_save_and_leave(run, components, tmp_path, signum, code, workers):
+    """A real process and its workers, a real signal to all of them, in the middle of an epoch."""
+    flags = ['--aa', 'rand-m5-mstd0.5', '--epochs', '15']
     whole = run('whole', *flags)
     command = [
         sys.executable, str(ROOT / 'train_amf.py'), *SMALL, *components, *flags,
-        '--output', str(tmp_path), '--experiment', 'stopped']
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        '--output', str(tmp_path), '--experiment', 'stopped', '--workers', str(workers)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     summary = tmp_path / 'stopped' / 'summary.csv'
     for _ in range(1200):
         if summary.exists() or process.poll() is not None:
             break
         time.sleep(0.05)
-    process.send_signal(signum)
+    os.killpg(process.pid, signum)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == code, errors
     assert 'go on with --resume auto' in errors and 'Traceback' not in errors
-    assert len(rows(summary)) < 40
+    assert len(rows(summary)) < 15
     assert_same_run(whole, run('stopped', *flags, '--resume', 'auto'))
 
 

@@ -30,6 +30,9 @@ from .transforms import (
 
 __all__ = ['Batch', 'SeededLoader', 'create_loader']
 
+# Seconds that a worker lives on after a SIGTERM.
+_GRACE = 10
+
 
 class Batch(NamedTuple):
     """One process's part of a step, on the device.
@@ -136,12 +139,15 @@ class _Collate:
         )
 
 
-def _ignore_interrupts(worker_id: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the main one may want more batches before it stops.
+def _outlive_signals(_: int) -> None:
+    """Let a worker outlive the signals that stop a run, so that the main process can finish its step and save.
 
-    SIGTERM is left as it is: with it a main process that exits ends its workers.
+    A terminal, torchrun and job schedulers signal the whole process group. A worker ends when its loader closes; if that
+    should not come, a while after SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+
 
 
 class SeededLoader:
@@ -189,7 +195,7 @@ class SeededLoader:
             collate_fn=_Collate(channels_last),
             pin_memory=pin_memory and device.type != 'cpu',
             persistent_workers=persistent_workers and workers > 0,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_outlive_signals,
             generator=torch.Generator(),  # else every epoch draws from the global generator
         )
 
@@ -200,6 +206,12 @@ class SeededLoader:
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Choose the epoch of the next iteration, and the step it begins at: earlier steps are not even decoded."""
         self.sampler.set_epoch(epoch, start_step)
+
+    def close(self) -> None:
+        """End the workers that are kept from epoch to epoch."""
+        iterator, self._loader._iterator = self._loader._iterator, None
+        if iterator is not None and hasattr(iterator, '_shutdown_workers'):
+            iterator._shutdown_workers()
 
     def __iter__(self) -> Iterator[Batch]:
         if self.device.type == 'cuda':
