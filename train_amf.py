@@ -59,6 +59,8 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
         if resume is not None:
             trainer.resume(resume)
         accelerator.print(trainer.report(trainer.evaluate_now()))
+        if args.routing_eps is not None:
+            accelerator.print(trainer.report_routing(args.routing_eps))
         return
 
     if accelerator.is_main_process:

@@ -302,3 +302,18 @@ def test_the_last_checkpoint_before_the_loss_failed_is_good(run, monkeypatch):
         run('first')  # six steps an epoch
     monkeypatch.undo()
     assert_same_run(run('first', '--resume', 'auto'), run('whole'))
+
+
+def test_routed_evaluation_reports_its_error(run, capsys):
+    folder = run('first', '--epochs', '1')
+    flags = ['--initial-checkpoint', str(folder / 'model_best.safetensors'), '--eval-only']
+    lines = {}
+    for eps in ('0', '1'):
+        capsys.readouterr()
+        run('e', *flags, '--routing-eps', eps)
+        lines[eps] = capsys.readouterr().out.splitlines()[-2:]
+    dense, routed = lines['0']
+    assert dense.split(' | assignment')[0] in routed and '100.0 % of the branches run' in routed
+    assert '50.0 % of the branches run' in lines['1'][1]  # one of two branches for each image
+    with pytest.raises(UserError, match='--eval-only'):
+        run('second', '--routing-eps', '0.1')

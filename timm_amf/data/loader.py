@@ -142,8 +142,8 @@ class _Collate:
 def _outlive_signals(_: int) -> None:
     """Let a worker outlive the signals that stop a run, so that the main process can finish its step and save.
 
-    A terminal, torchrun and job schedulers signal the whole process group. A worker ends when its loader closes; if that
-    should not come, a while after SIGTERM.
+    A terminal, torchrun and job schedulers signal the whole process group. A worker ends when its loader closes; if
+    that should not come, a while after SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))

@@ -25,6 +25,7 @@ from timm_amf.engine.evaluate import evaluate, reduce_tensors
 from timm_amf.engine.monitor import CsvLog, PolicyMonitor
 from timm_amf.engine.task import AdaptiveTask
 from timm_amf.errors import UserError
+from timm_amf.models import routing_error
 from timm_amf.tuning import GroupScheduler, Plan, apply_freeze
 
 __all__ = ['Interrupted', 'Signals', 'Trainer']
@@ -392,7 +393,8 @@ class Trainer:
         # Processes may hold different numbers of batches: evaluate without the reducer around the model.
         module = module.module if isinstance(module, DistributedDataParallel) else module
         metrics = evaluate(module, self.val_loader, self.accelerator, monitor, progress=self._progress)
-        return dict(metrics, policy={} if monitor is None else monitor.row())
+        seen = monitor is not None and monitor.votes.sum() > 0
+        return dict(metrics, policy=monitor.row() if seen else {})
 
     def finish_epoch(self, train: dict[str, Any], val: Optional[dict[str, Any]]) -> None:
         """Record the epoch, save what it earned, set the next epoch's LRs and report."""
@@ -470,6 +472,23 @@ class Trainer:
         if accuracy != '':
             parts.append(f'assignment {accuracy:.1f}')
         return ' | '.join(parts)
+
+    def report_routing(self, eps: float) -> str:
+        """Evaluate without the branches whose weight is below `eps`: the metrics, and what changed, on one line."""
+        if getattr(self.task.model, 'policy', None) is None:
+            raise UserError(f'--routing-eps: {type(self.task.model).__name__} has no policy to route by; leave it out')
+        self.task.model.set_routing(eps)
+        try:
+            metrics = self.evaluate_now()
+            errors = [(len(b.input), routing_error(self.task.model, b.input)) for b in self.val_loader]
+        finally:
+            self.task.model.set_routing(None)
+        count = sum(n for n, _ in errors)
+        run, kept, off = (
+            sum(n * e[name] for n, e in errors) / count for name in ('branches_run', 'top1_agreement', 'mean_abs'))
+        return (
+            f'routed at {eps:g}: {self.report(metrics)} | {100 * run:.1f} % of the branches run, '
+            f'{100 * kept:.2f} % of the predictions kept, logits off by {off:.2g} on average')
 
     def closing_line(self) -> str:
         """What the run came to."""

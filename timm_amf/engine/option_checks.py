@@ -25,7 +25,7 @@ _BOUNDS = {
     **dict.fromkeys((
         'momentum', 'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob',
         'smoothing', 'mixup_prob', 'mixup_switch_prob', 'drop', 'drop_path', 'drop_block', 'bn_momentum',
-        'model_ema_decay',
+        'model_ema_decay', 'routing_eps',
     ), (0, 1)),
 }
 
@@ -56,6 +56,8 @@ def check_values(args: argparse.Namespace) -> None:
     _check_loss(args)
     if args.eval_only and not (args.pretrained or args.pretrained_path or args.initial_checkpoint or args.resume):
         _fail('eval_only', 'there are no weights to evaluate; add --initial-checkpoint FILE, --resume or --pretrained')
+    if args.routing_eps is not None and not args.eval_only:
+        _fail('routing_eps', 'is for evaluation; add --eval-only, or leave it out')
     if args.cpu and args.mixed_precision == 'fp16':
         raise UserError('fp16 mixed precision needs a GPU; on the CPU use --amp-dtype bfloat16')
     if args.mixed_precision not in (None, 'no') and args.model_dtype not in (None, 'float32'):

@@ -41,6 +41,8 @@ RUN_FLAGS = (
     ('--branch-loss', float, 0., "weight of an extra loss on each branch's own logits (AMF, MultiTune)"),
     ('--policy-balance', float, 0., "weight of a penalty on branches that get more than their share of the policy's "
      'weight on average (AMF)'),
+    ('--routing-eps', float, None, 'evaluate an AMF without the branches whose weight for an image is below this, and '
+     'tell what that changes'),
     ('--dry-run', bool, False, "build everything, print the plan's parameter groups, and leave"),
     ('--overwrite', bool, False, 'write into an experiment folder that is not empty'),
 )

@@ -8,7 +8,7 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from timm_amf.errors import UserError
-from timm_amf.models.amf import AMF, MultiTune
+from timm_amf.models.amf import AMF
 
 __all__ = ['AdaptiveTask', 'Parts', 'criterion_kwargs']
 
@@ -27,21 +27,19 @@ class Parts(nn.Module):
     def __init__(self, model: nn.Module, branch_outputs: bool = False):
         super().__init__()
         self.model = model
-        self.is_fusion = isinstance(model, (AMF, MultiTune))
+        self.is_fusion = isinstance(model, AMF)
         self.branch_outputs = branch_outputs and self.is_fusion
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Logits `output` (B, classes); of composites `weights` (B, n); on request `branch_outputs` (n, B, classes)."""
         if not self.is_fusion:
             return dict(output=self.model(x))
-        model = self.model
-        features = model.forward_branches(x)
-        result = {}
-        weighted = features
-        if getattr(model, 'policy', None) is not None:
-            result['weights'] = weights = model.forward_policy(x)
-            weighted = [m * weights[:, i:i + 1] for i, m in enumerate(features)]
-        result['output'] = model.fc(model.head_drop(torch.cat(weighted, dim=1)))
+        if self.model.routing_eps is not None and not self.training:
+            return dict(output=self.model(x))
+        output, weights, features = self.model.forward_parts(x)
+        result = dict(output=output)
+        if weights is not None:
+            result['weights'] = weights
         if self.branch_outputs:
             result['branch_outputs'] = self._branch_outputs(features)
         return result
@@ -69,7 +67,7 @@ class AdaptiveTask(ClassificationTask):
 
     def __init__(self, model: nn.Module, branch_loss: float = 0., policy_balance: float = 0., **kwargs):
         super().__init__(Parts(model, branch_outputs=branch_loss > 0), verbose=False, **kwargs)
-        if (branch_loss or policy_balance) and not isinstance(model, (AMF, MultiTune)):
+        if (branch_loss or policy_balance) and not isinstance(model, AMF):
             raise UserError(
                 f'--branch-loss and --policy-balance need an AMF or MultiTune, not {type(model).__name__}; remove them')
         self.branch_loss = branch_loss

@@ -280,6 +280,18 @@ class AMF(nn.Module):
             pooled = [m * weights[:, i:i + 1] for i, m in enumerate(pooled)]
         return torch.cat(pooled, dim=1)
 
+    def forward_parts(self, x: Tensor) -> tuple[Tensor, Optional[Tensor], list[Tensor]]:
+        """What one dense pass computes, for losses and records that look at more than the logits.
+
+        Returns:
+            Logits (B, num_classes), as `forward` gives them without routing; the policy's weights (B, n), None without
+            a policy; the pooled features (B, C_i) of each branch, not weighted.
+        """
+        pooled = self.forward_branches(x)
+        weights = None if self.policy is None else self.policy(x)
+        fused = torch.cat(pooled, dim=1) if weights is None else _weigh(pooled, weights, 1)
+        return self.fc(self.head_drop(fused)), weights, pooled
+
     def _fuse_routed(self, x: Tensor, eps: float) -> Tensor:
         branches = [partial(self._run_branch, i) for i in range(len(self.branches))]
         return routed_fusion(x, self.policy(x), eps, branches, self.widths)
