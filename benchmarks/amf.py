@@ -5,7 +5,8 @@
 
 train: a training step of an AMF against the sum of its parts, plain timm networks of the same architectures that each
     run alone on the same input: every branch (pooled features), the policy (logits), the classifier with the loss. Both
-    the bare model and the model in `AdaptiveTask`, as `train_amf.py` trains it. Limit 1.03.
+    the bare model and the model in `AdaptiveTask`, as `train_amf.py` trains it. Limit 1.03. On a CPU, as there, with
+    `keep_freed_memory`; `--plain-malloc` shows what goes to the system without it, more for a step with more memory.
 eval: evaluation in channels_last with bf16 autocast against contiguous fp32. Limit 0.55, which needs bf16 arithmetic in
     the processor (AMX or AVX-512 BF16, or a GPU) and kernels that use it.
 routing: routed evaluation against the arithmetic, the policy and the classifier once and of each branch the share of
@@ -24,6 +25,7 @@ from _timing import Row, create_parser, interleave, parse, per_round, report
 from torch import Tensor, nn
 
 import timm_amf  # noqa: F401  registers the models
+from timm_amf.engine.memory import keep_freed_memory
 from timm_amf.engine.task import AdaptiveTask
 from timm_amf.models.routing import kept_branches
 
@@ -40,7 +42,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--only', nargs='+', choices=('train', 'eval', 'routing'), default=('train', 'eval', 'routing'))
     parser.add_argument('-b', '--batch-size', type=int, help='instead of the batch sizes of the cases')
     parser.add_argument('--img-size', type=int, help='instead of the image sizes of the cases')
+    parser.add_argument('--plain-malloc', action='store_true', help='let the C library return freed memory')
     args = parse(parser, argv)
+    if args.device.type == 'cpu' and not args.plain_malloc:
+        keep_freed_memory()
     print(f'{describe(args.device)}; {args.threads} thread(s), {args.clock} time, {args.rounds} rounds')
     passed = True
     for title, (backbones, policy, size, batch) in (TINY if args.quick else {**LARGE, **SMALL}).items():

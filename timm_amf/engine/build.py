@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from timm_amf.data import Mixture, create_datasets, create_loader, data_spec_from_args, splits_from_args
 from timm_amf.data.cache import build_cache, cache_short_side
 from timm_amf.data.check import check_images
+from timm_amf.engine.memory import keep_freed_memory
 from timm_amf.engine.options import resolve_trackers
 from timm_amf.errors import UserError
 from timm_amf.tuning import Plan
@@ -92,6 +93,8 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     if accelerator.device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+    if accelerator.device.type == 'cpu':
+        keep_freed_memory()
     return accelerator
 
 
