@@ -23,8 +23,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = create_parser(__doc__, rounds=9)
     parser.add_argument('--modules', type=int, default=8, help='how many of the slowest modules to list (default: 8)')
     args = parser.parse_args(argv)
-    rounds = 1 if args.quick else args.rounds
-    times = measure(rounds)
+    times = measure(1, warmup=0) if args.quick else measure(args.rounds)
 
     def ratio(a: str, b: str) -> list[float]:
         return per_round(lambda x, y: x / y, times[a], times[b])
@@ -42,10 +41,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return int(args.check and not passed and not args.quick)
 
 
-def measure(rounds: int) -> dict[str, list[float]]:
-    """Seconds of user and system time of each side in each round, after one round that fills the disk cache."""
+def measure(rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of user and system time of each side in each round, after rounds that fill the disk cache."""
     times: dict[str, list[float]] = {name: [] for name in SIDES}
-    for number in range(-1, rounds):
+    for number in range(-warmup, rounds):
         for name in SIDES if number % 2 else reversed(SIDES):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run([sys.executable, '-c', SIDES[name]], check=True)

@@ -29,6 +29,26 @@ def test_policy_row_against_a_naive_loop():
     assert row['assignment_accuracy'] == pytest.approx(100 * best / 101)
 
 
+def test_the_sums_do_not_depend_on_when_they_are_looked_at():
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        (torch.rand(7, 2, generator=generator).softmax(1), torch.randint(0, 3, (7,), generator=generator))
+        for _ in range(100)
+    ]
+    often, once = (PolicyMonitor(2, ['a', 'b', 'c']) for _ in range(2))
+    for batch in batches:
+        often.update(*batch)
+        often.tensors()
+        once.update(*batch)
+    sums = torch.zeros(3, 2, dtype=torch.float64)
+    for weights, component in batches:
+        sums.index_add_(0, component, weights.double())
+    for a, b in zip(often.tensors(), once.tensors()):
+        assert torch.equal(a, b)
+    assert torch.equal(once.sums, sums)
+    assert once.votes.sum() == 700
+
+
 @pytest.mark.parametrize('votes, expected', [
     ([[10, 0], [0, 10]], [(0, 0), (1, 1)]),
     ([[0, 10], [10, 0]], [(0, 1), (1, 0)]),

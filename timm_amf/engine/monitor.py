@@ -11,11 +11,15 @@ from timm_amf.engine.checkpoint import write_text
 
 __all__ = ['CsvLog', 'PolicyMonitor', 'best_assignment']
 
+# Batches that a monitor keeps before it adds them: the operations cost more than what they do.
+_PENDING = 32
+
 
 class PolicyMonitor:
     """Accumulates the weights that a policy gave to the branches, over all samples and per component.
 
-    Sums are float64 and live on the device, so that recording costs no synchronisation.
+    Sums are float64 and live on the device, so that recording costs no synchronisation. Batches are added some at a
+    time, in their order: the sums do not depend on when that is done.
 
     Args:
         branches: Number of branches n.
@@ -25,16 +29,37 @@ class PolicyMonitor:
 
     def __init__(self, branches: int, components: list[str], device: Optional[torch.device] = None):
         self.components = list(components)
-        self.sums = torch.zeros(len(components), branches, dtype=torch.float64, device=device)
-        # votes[c, b]: samples of component c whose largest weight is that of branch b
-        self.votes = torch.zeros(len(components), branches, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(components), branches, dtype=torch.float64, device=device)
+        self._votes = torch.zeros(len(components), branches, dtype=torch.float64, device=device)
+        self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """Sums (components, branches) of the weights."""
+        self._add_pending()
+        return self._sums
+
+    @property
+    def votes(self) -> torch.Tensor:
+        """votes[c, b]: samples of component c whose largest weight is that of branch b."""
+        self._add_pending()
+        return self._votes
 
     def update(self, weights: torch.Tensor, component: torch.Tensor) -> None:
         """Record a batch: weights (B, n) and the component of each sample (B,)."""
-        weights = weights.detach().to(self.sums.dtype)
-        self.sums.index_add_(0, component, weights)
+        # A copy: a CUDA graph's outputs hold until its next replay only.
+        self._pending.append((weights.detach().to(self._sums.dtype, copy=True), component))
+        if len(self._pending) == _PENDING:
+            self._add_pending()
+
+    def _add_pending(self) -> None:
+        if not self._pending:
+            return
+        weights, component = (torch.cat(tensors) for tensors in zip(*self._pending))
+        self._pending.clear()
+        self._sums.index_add_(0, component, weights)
         votes = torch.nn.functional.one_hot(weights.argmax(1), weights.shape[1])
-        self.votes.index_add_(0, component, votes.to(self.votes.dtype))
+        self._votes.index_add_(0, component, votes.to(self._votes.dtype))
 
     def tensors(self) -> list[torch.Tensor]:
         """The accumulators, to be summed over processes in place or saved."""
