@@ -36,6 +36,8 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
+_SEEDS_AT_ONCE = 64
+
 
 def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
     """Seed Python, NumPy and torch for one step of one process.
@@ -43,10 +45,18 @@ def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
     All that a step draws (mixup, dropout, stochastic depth) follows from these four numbers. So there is no random
     state to restore: a run that resumes at a step continues with the same bits.
     """
-    state = np.random.SeedSequence([seed, epoch, step, rank]).generate_state(3)
-    random.seed(int(state[0]))
-    np.random.seed(state[1])
-    _torch_seeder()(int(state[2]))
+    block, offset = divmod(step, _SEEDS_AT_ONCE)
+    for_python, for_numpy, for_torch = _step_seeds(seed, epoch, block, rank)[offset]
+    random.seed(for_python)
+    np.random.seed(for_numpy)
+    _torch_seeder()(for_torch)
+
+
+@functools.lru_cache(maxsize=2)
+def _step_seeds(seed: int, epoch: int, block: int, rank: int) -> list[list[int]]:
+    """The three seeds of each step of a block; one by one, between steps, they would take ten times as long."""
+    steps = range(block * _SEEDS_AT_ONCE, (block + 1) * _SEEDS_AT_ONCE)
+    return [np.random.SeedSequence([seed, epoch, step, rank]).generate_state(3).tolist() for step in steps]
 
 
 @functools.cache
