@@ -35,12 +35,12 @@ TINY_AMF = dict(backbones=('test_resnet', 'test_resnet'), policy='test_resnet')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    parser = create_parser(__doc__, rounds=21)
+    parser = create_parser(__doc__, rounds=31)
     parser.add_argument('--mixed-precision', choices=('no', 'bf16'), default='no', help='of both loops (default: no)')
     parser.add_argument('--img-size', type=int, default=128, help='for resnet10t (default: 128)')
     parser.add_argument('-b', '--batch-size', type=int, default=16, help='for resnet10t (default: 16)')
     args = parse(parser, argv)
-    few, many = (2, 4) if args.quick else (4, 40)
+    few, many = (2, 4) if args.quick else (4, 20)
     passed = True
     large = 64 if args.quick else args.img_size
     for title, create, size, batch, steps, limit in (
@@ -86,6 +86,8 @@ def loop_rows(create, size, batch, steps, limit, args, folder) -> list[Row]:
     return [
         Row('bare loop, a step', [t * 1000 / steps for t in times['bare']], unit=' ms'),
         Row('control: bare / bare', per_round(lambda a, b: a / b, times['control'], times['bare'])),
+        Row('control: bare - bare, a step', per_round(
+            lambda a, b: (a - b) * 1000 / steps, times['control'], times['bare']), unit=' ms'),
         Row('loop / bare', per_round(lambda a, b: a / b, times['loop'], times['bare']), limit),
         Row('loop - bare, a step', per_round(lambda a, b: (a - b) / (steps - 1), more[''], more[', 1 step']),
             None if limit else OVERHEAD_LIMIT, unit=' ms'),
