@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import timm
@@ -317,3 +318,13 @@ def test_routed_evaluation_reports_its_error(run, capsys):
     assert '50.0 % of the branches run' in lines['1'][1]  # one of two branches for each image
     with pytest.raises(UserError, match='--eval-only'):
         run('second', '--routing-eps', '0.1')
+
+
+@pytest.mark.parametrize('model', ['test_resnet', 'amf_resnet18x2'])
+def test_without_network_pretrained_weights_fail_at_once(run, monkeypatch, model):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    start = time.monotonic()
+    with pytest.raises(UserError, match='pretrained weights of .*timm/.*') as error:
+        run('first', base=plain(), data=['--data-preset', 'demo', '--model', model, '--model-kwargs', 'drop_rate=0',
+                                         '--pretrained'])
+    assert time.monotonic() - start < 20 and '\n' not in str(error.value)

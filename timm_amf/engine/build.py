@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from timm.data import Mixup, resolve_data_config
 from timm.data.mixup import mixup_target
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
-from timm.models import safe_model_name
+from timm.models import is_model_in_modules, safe_model_name
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -27,6 +27,8 @@ from timm_amf.data.check import check_images
 from timm_amf.engine.memory import keep_freed_memory
 from timm_amf.engine.options import resolve_trackers
 from timm_amf.errors import UserError
+from timm_amf.models.parts import Part, part_cfg
+from timm_amf.models.sources import check_source
 from timm_amf.tuning import Plan
 
 __all__ = [
@@ -153,6 +155,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
             f'--num-classes {args.num_classes}: the data have {num_classes} classes; raise it or leave it out')
     if args.fast_norm:
         set_fast_norm()
+    if args.pretrained:
+        _check_weights(args)
     # The initial weights are those of the seed on every process.
     seed_step(args.seed, 0, 0, 0)
     try:
@@ -174,6 +178,18 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
     return model
+
+
+def _check_weights(args: argparse.Namespace) -> None:
+    """Fail at once, and in one line, where a plain model's weights cannot be had; composites see to theirs."""
+    name = args.model.split('.')[0]
+    if ':' in args.model or is_model_in_modules(name, ['amf']):
+        return
+    part = Part(args.model, 0, dict(pretrained_cfg_overlay=_cfg_overlay(args) or None))
+    try:
+        check_source(args.model, part_cfg(part))
+    except UserError as e:
+        raise UserError(f'{e} Here: --pretrained-path FILE, or no --pretrained.') from None
 
 
 def _model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
