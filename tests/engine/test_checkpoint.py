@@ -1,6 +1,8 @@
 """Files whole or not at all."""
 import errno
 import os
+import resource
+import signal
 
 import pytest
 import torch
@@ -88,3 +90,27 @@ def test_the_best_are_kept(tmp_path, decreasing):
     names = {f'checkpoint-{e}.safetensors' for e in {*order[:2], 0}} | {'model_best.safetensors'}
     assert set(os.listdir(tmp_path)) == names
     assert not checkpoints.save_epoch(nn.Linear(1, 1), 6, None)
+
+
+@pytest.mark.skipif(not hasattr(resource, 'RLIMIT_FSIZE'), reason='needs a limit on the size of files')
+@pytest.mark.parametrize('limit', [2_000, 60_000])
+def test_a_write_that_the_system_cuts_short_leaves_the_previous_checkpoint(tmp_path, limit):
+    """A real refusal by the system, in the middle of the weights or of the optimiser's archive."""
+    net = nn.Linear(100, 100)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.randn(2, 100)).sum().backward()
+    optimizer.step()
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save_last(net, None, optimizer, dict(epoch=1))
+    before = {p.name: p.read_bytes() for p in checkpoints.last.iterdir()}
+    previous = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing fails instead
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, previous[1]))
+    try:
+        with pytest.raises(UserError, match='last: cannot be written'):
+            checkpoints.save_last(net, None, optimizer, dict(epoch=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == ['last']
+    assert {p.name: p.read_bytes() for p in checkpoints.last.iterdir()} == before

@@ -37,8 +37,10 @@ def _disk_errors(path: Path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as e:
-        # torch and safetensors wrap the system's error in text of their own.
-        full = getattr(e, 'errno', None) == errno.ENOSPC or 'No space left' in str(e) or 'os error 28' in str(e)
+        # torch and safetensors wrap the system's error in text of their own; torch's archive writer finds on a full disk
+        # no more than that its file is shorter than it should be.
+        full = getattr(e, 'errno', None) == errno.ENOSPC or any(
+            text in str(e) for text in ('No space left', 'os error 28', 'unexpected pos'))
         if not full and not isinstance(e, OSError):
             if not any(word in str(e) for word in ('write', 'I/O', 'IO')):
                 raise
