@@ -72,25 +72,28 @@ class Signals:
 
 
 class _TrainMeter:
-    """Sum of the loss over samples, and the first step whose loss was not finite; in few operations on the device."""
+    """Sum of the loss over samples, on the device, and the first step whose loss was not finite."""
 
     def __init__(self, device: torch.device, first_step: int = 0):
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._loss, self._samples = self.sums.unbind()  # views
-        self._finite_steps = torch.zeros((), dtype=torch.int64, device=device)
-        self._first_step, self._steps = first_step, 0
+        self._unseen: list[torch.Tensor] = []
+        self._first_unseen = first_step
 
     def update(self, loss: torch.Tensor, samples: int) -> None:
-        self._loss.add_(loss.detach(), alpha=samples)
+        loss = loss.detach()
+        self._loss.add_(loss, alpha=samples)
         self._samples.add_(samples)
-        # A sum once not finite stays so; finite losses do not take a float64 out of its range.
-        self._finite_steps.add_(self._loss.isfinite())
-        self._steps += 1
+        self._unseen.append(loss)
 
     def bad_step(self) -> int:
-        """The first step whose loss was not finite, -1 if all were. Waits for the device."""
-        finite = int(self._finite_steps)
-        return self._first_step + finite if finite < self._steps else -1
+        """The first step since the last look whose loss was not finite, -1 if all were. Waits for the device."""
+        for step, loss in enumerate(self._unseen, start=self._first_unseen):
+            if not math.isfinite(loss):
+                return step
+        self._first_unseen += len(self._unseen)
+        self._unseen.clear()
+        return -1
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.sums]
@@ -276,7 +279,8 @@ class Trainer:
         sync = contextlib.nullcontext() if ends_update else accelerator.no_sync(self.task.trainable_module)
         with sync:
             result = self.task(inputs, target)
-            accelerator.backward(result['loss'] * self._weight(step, len(inputs), batch.step_size))
+            weight = self._weight(step, len(inputs), batch.step_size)
+            accelerator.backward(result['loss'] if weight == 1 else result['loss'] * weight)
         meter.update(result['loss'], len(inputs))
         if monitor is not None and 'weights' in result:
             monitor.update(result['weights'], batch.component)
