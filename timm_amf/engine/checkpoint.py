@@ -37,7 +37,7 @@ def _disk_errors(path: Path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as e:
-        # torch and safetensors wrap the error of the system in their own text; on a full disk the archive writer of torch
+        # torch and safetensors wrap the system's error in text of their own; on a full disk torch's archive writer
         # finds no more than that its file is shorter than it should be.
         full = getattr(e, 'errno', None) == errno.ENOSPC or any(
             text in str(e) for text in ('No space left', 'os error 28', 'unexpected pos'))
