@@ -5,7 +5,7 @@ from torch import nn
 
 from timm_amf.tuning.groups import running_norms, settings
 from timm_amf.tuning.plan import Plan
-from timm_amf.tuning.roles import places
+from timm_amf.tuning.roles import places, role_defaults
 
 __all__ = ['apply_freeze', 'freeze_norm', 'unfreeze_norm']
 
@@ -39,7 +39,7 @@ def apply_freeze(model: nn.Module, plan: Plan, epoch: int = 0) -> bool:
         own = [f'{name}.{n}' for n, _ in norm.named_parameters(recurse=False)]
         # A norm without affine parameters goes with the block around it.
         role, block = where[name].role, where[name].block
-        around = (role, block) in training_blocks and not plan.role(role).freeze_bn
+        around = (role, block) in training_blocks and not plan.role(role, role_defaults(model)).freeze_bn
         moves = any(trains[n] for n in own) if own else around
         unfreeze_norm(norm) if moves else freeze_norm(norm)
     changed = False

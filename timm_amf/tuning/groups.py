@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from timm_amf.errors import UserError
 from timm_amf.tuning.plan import Plan, RolePlan
-from timm_amf.tuning.roles import Place, model_roles, places, role_blocks
+from timm_amf.tuning.roles import Place, model_roles, places, role_blocks, role_defaults
 
 __all__ = ['Setting', 'create_optimizer', 'describe_groups', 'param_groups', 'running_norms', 'settings']
 
@@ -75,7 +75,7 @@ def _checked_roles(model, plan) -> dict[str, _Role]:
             raise UserError(f'plan: {type(model).__name__} has no role {key!r} (it has {", ".join(names)}){hint}')
     roles = {}
     for name in names:
-        role, blocks = plan.role(name), role_blocks(model, name)
+        role, blocks = plan.role(name, role_defaults(model)), role_blocks(model, name)
         if role.low_blocks > len(blocks):
             raise UserError(
                 f'plan: low_blocks of {name} is {role.low_blocks}, but it has {len(blocks)} blocks; lower it')
@@ -130,9 +130,10 @@ def param_groups(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
     """The parameter groups of a Plan for `timm.optim.create_optimizer_v2` or any torch optimiser.
 
     One group for each distinct (role, LR, weight decay), in the order of the model. Besides `params`, `lr` and
-    `weight_decay`, a group carries `role`, `start_epoch` and `param_names`. Parameters that start to train at a later
-    epoch are in the groups from the beginning, so that unfreezing needs no new optimiser: without a gradient an
-    optimiser passes them over. Parameters that never train are in none.
+    `weight_decay`, a group carries `role`, `start_epoch`, `schedule` (the role's differences from the Plan's) and
+    `param_names`. Parameters that start to train at a later epoch are in the groups from the beginning, so that
+    unfreezing needs no new optimiser: without a gradient an optimiser passes them over. Parameters that never train are
+    in none.
 
     Args:
         model: Any timm model, or a composite with `tuning_roles`. Its `requires_grad` flags play no part.
@@ -156,6 +157,7 @@ def param_groups(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
             weight_decay=setting.weight_decay,
             role=setting.place.role,
             start_epoch=setting.start_epoch,
+            schedule=plan.role(setting.place.role, role_defaults(model)).schedule,
             param_names=[],
         ))
         group['params'].append(params[name])

@@ -201,18 +201,27 @@ class Plan:
         _check_range('plan', self, 0, None, 'lr', 'epochs', 'momentum', 'weight_decay')
         _check_range('plan', self, 0, 1, 'layer_decay', 'layer_decay_min_scale')
 
-    def role(self, name: str) -> RolePlan:
-        """The settings of one role with every field filled in: defaults, then the Plan's, the kind's and its own."""
+    def role(self, name: str, defaults: Optional[Mapping[str, Mapping[str, Any]]] = None) -> RolePlan:
+        """The settings of one role with every field filled in.
+
+        Args:
+            name: The role.
+            defaults: A model's own settings by role or kind (`role_defaults`). What is later in this order wins, field
+                by field: the package's defaults, the Plan's common values, these, then the Plan's for the kind of the
+                role and for the role itself.
+        """
         merged = RolePlan(
             lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay, **copy.deepcopy(_ROLE_DEFAULTS))
-        for key in dict.fromkeys((name.split('.')[0], name)):
-            if key in self.roles:
-                merged = merged.merged(self.roles[key])
+        keys = tuple(dict.fromkeys((name.split('.')[0], name)))
+        for settings in (defaults or {}, self.roles):
+            for key in keys:
+                if key in settings:
+                    merged = merged.merged(_build(RolePlan, settings[key], f'role_defaults.{key}'))
         return merged
 
-    def role_schedule(self, name: str) -> Schedule:
-        """The schedule of one role."""
-        return self.schedule.replace(**self.role(name).schedule)
+    def role_schedule(self, name: str, defaults: Optional[Mapping[str, Mapping[str, Any]]] = None) -> Schedule:
+        """The schedule of one role; `defaults` as in `role`."""
+        return self.schedule.replace(**self.role(name, defaults).schedule)
 
     def with_role(self, name: str, **settings) -> 'Plan':
         """A copy of the Plan in which the role `name` has the given settings besides those that it had."""

@@ -127,7 +127,7 @@ def _role_settings(args, roles: list[str]) -> list[tuple[str, dict[str, Any]]]:
         value = getattr(args, f'{kind}_lr')
         if value is not None:
             result.append((_known(kind, roles, f'--{kind}-lr'), dict(lr=value)))
-    bodies = branches or [r for r in roles if r not in ('head', 'policy')]
+    bodies = branches or [r for r in roles if r not in ('head', 'policy', 'stem', 'frozen')]
     low = _values(args, dict(low_blocks='low_blocks', low_lr_scale='low_lr_scale'))
     result += [(r, low) for r in bodies if low]
     result += [(_known(r, roles, '--freeze'), dict(train='none')) for r in args.freeze]

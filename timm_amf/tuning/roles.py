@@ -1,13 +1,13 @@
 """Where each parameter stands: its role and its depth within the role."""
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Union
+from typing import Any, Union
 
 from torch import nn
 
 from timm_amf.models.blocks import list_blocks
 
-__all__ = ['Place', 'model_roles', 'places', 'role_blocks']
+__all__ = ['Place', 'model_roles', 'places', 'role_blocks', 'role_defaults']
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,30 @@ def _classifier_names(model: nn.Module) -> list[str]:
     return [n for n in names if any(True for _ in modules[n].parameters())]
 
 
+def role_defaults(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a composite says of its own roles (`role_defaults`): fields of `RolePlan` by role, beneath the Plan's."""
+    return getattr(model, 'role_defaults', None) or {}
+
+
 def role_blocks(model: nn.Module, role: str) -> list[str]:
-    """Full names of the blocks of a role, in order; none for `head`."""
+    """Full names of the blocks of a role, in order; none for `head`.
+
+    A role that covers one module has that module's blocks (`list_blocks`). Of a role that is a list of paths each path
+    is a block, except whole networks (those with a `group_matcher`), which have blocks of their own, and what owns no
+    matrix or kernel (a norm, a position embedding), which lies before, between or after the blocks.
+    """
     if role == 'head':
         return []
+    modules = dict(model.named_modules(remove_duplicate=False))
+    given = (getattr(model, 'tuning_roles', None) or {}).get(role, '')
     blocks = []
-    for path in model_roles(model)[role]:
-        prefix = f'{path}.' if path else ''
-        blocks += [prefix + name for name in list_blocks(model.get_submodule(path))]
+    for path in [given] if isinstance(given, str) else given:
+        module = modules.get(path)
+        if isinstance(given, str) or hasattr(module, 'group_matcher'):
+            prefix = f'{path}.' if path else ''
+            blocks += [prefix + name for name in list_blocks(model.get_submodule(path))]
+        elif module is not None and any(p.ndim > 1 for p in module.parameters()):
+            blocks.append(path)
     return blocks
 
 
@@ -125,13 +141,19 @@ def _following_block(model, order, blocks, owner_of):
 
 
 def _layers(model, roles):
-    """Layer-decay positions from the top, as timm numbers them; a role without blocks is one level."""
+    """Layer-decay positions from the top, as timm numbers them; a role without blocks is one level.
+
+    A composite whose roles are no networks of their own says it itself: `role_layers()`, parameter -> position.
+    """
     from timm.models._manipulate import group_with_matcher
 
+    if hasattr(model, 'role_layers'):
+        return model.role_layers()
     layers = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
     for role, paths in roles.items():
         for path in paths:
-            part = model.get_submodule(path)
+            part = modules.get(path)  # None where the path is that of a parameter
             if role == 'head' or not hasattr(part, 'group_matcher'):
                 continue
             # The extra name matches nothing and so takes the top level, which timm gives to the classifier: a branch

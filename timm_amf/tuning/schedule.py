@@ -123,8 +123,11 @@ class GroupScheduler:
             key = (group['role'], group['start_epoch'])
             self._keys.append(key)
             if key not in self._shapes:
+                # The group's own, since the model may have a say in it (`role_defaults`).
+                own = group.get('schedule')
+                schedule = plan.role_schedule(key[0]) if own is None else plan.schedule.replace(**own)
                 self._shapes[key] = _Shape(
-                    plan.role_schedule(key[0]), key[1], plan.epochs, updates_per_epoch, self.on_updates, plateau_mode)
+                    schedule, key[1], plan.epochs, updates_per_epoch, self.on_updates, plateau_mode)
         self._lrs = [group['initial_lr'] for group in optimizer.param_groups]
         self.total_epochs = max(shape.total_epochs for shape in self._shapes.values()) if plan.epochs else 0
         self._set(0)
