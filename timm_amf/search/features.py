@@ -1,0 +1,189 @@
+"""Features of a data set by pretrained networks, computed once and kept on disk."""
+import argparse
+import copy
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional, Union
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_data_config
+from tqdm import tqdm
+
+from timm_amf.data import Mixture, create_loader
+from timm_amf.data.cache import fingerprint
+from timm_amf.data.storage import cache_folder, open_or_write
+from timm_amf.engine import build
+from timm_amf.errors import UserError
+
+__all__ = ['Features', 'FeatureNet', 'extract_features']
+
+_logger = logging.getLogger(__name__)
+_VERSION = 1
+
+
+@dataclass
+class Features:
+    """What a network computes of each image of a data set, in the data set's order.
+
+    Attributes:
+        pooled: Features before the classifier, (N, D) float32.
+        logits: The pretrained classifier's, (N, source classes) float32, or None if it has none.
+        labels: Class of each, (N,) int64.
+        component: Component of each, (N,) int64.
+    """
+    pooled: np.ndarray
+    logits: Optional[np.ndarray]
+    labels: np.ndarray
+    component: np.ndarray
+
+    def probabilities(self) -> Optional[np.ndarray]:
+        """The pretrained classifier's probabilities, (N, source classes) float64, or None."""
+        if self.logits is None:
+            return None
+        shifted = np.exp(self.logits.astype(np.float64) - self.logits.max(axis=1, keepdims=True))
+        return shifted / shifted.sum(axis=1, keepdims=True)
+
+    def of_component(self, index: int) -> 'Features':
+        """Those of one component."""
+        chosen = self.component == index
+        logits = None if self.logits is None else self.logits[chosen]
+        return Features(self.pooled[chosen], logits, self.labels[chosen], self.component[chosen])
+
+
+class FeatureNet:
+    """A pretrained network with its own classifier, ready to be measured.
+
+    Args:
+        args: Options of `train_amf.py` that name a plain timm model and its weights.
+        accelerator: Accelerate's context.
+        classifier: The weights hold the pretrained classifier. False: only the features are used.
+
+    Raises:
+        UserError: If the model or its weights cannot be had.
+    """
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, classifier: bool = True):
+        self.args = plain = copy.deepcopy(args)
+        self.accelerator = accelerator
+        if not plain.initial_checkpoint:  # a checkpoint's number of classes is that of --num-classes
+            plain.num_classes = None
+        self.name = args.model
+        self.source_classes = (plain.num_classes or self._count_classes()) if classifier else 0
+        model = build.build_model(plain, self.source_classes)
+        self.model = build.place_model(model, plain, accelerator).eval()
+
+    def _count_classes(self) -> int:
+        """Number of classes that the pretrained classifier has; 0 where the weights come without one."""
+        bare = copy.copy(self.args)
+        bare.pretrained, bare.initial_checkpoint = False, ''
+        with torch.device('meta'):
+            cfg = build.build_model(bare, 0).pretrained_cfg
+        return int(cfg.get('num_classes') or 0)
+
+    def fingerprint(self) -> str:
+        """Changes with the weights and with what else decides the features of an image."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+            digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
+        about = (
+            self.name, self.args.model_kwargs, self.args.gp, self.args.bn_eps, self.accelerator.mixed_precision,
+            self.source_classes)
+        digest.update(json.dumps(about, sort_keys=True, default=repr).encode())
+        return digest.hexdigest()
+
+    def loader(self, dataset: Mixture):
+        """The images of a data set in order, with the evaluation transform."""
+        args = self.args
+        config = resolve_data_config(vars(args), model=self.model, verbose=False)
+        return create_loader(
+            dataset, config['input_size'], args.validation_batch_size or args.batch_size,
+            interpolation=config['interpolation'], mean=config['mean'], std=config['std'],
+            crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], device=self.accelerator.device,
+            img_dtype=next(self.model.parameters()).dtype, channels_last=args.channels_last, workers=args.workers,
+            pin_memory=args.pin_mem)
+
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Pooled features (B, D) and the classifier's logits (B, source classes), or None."""
+        maps = self.model.forward_features(images)
+        pooled = self.model.forward_head(maps, pre_logits=True)
+        if not torch.is_tensor(pooled) or pooled.ndim != 2:
+            raise UserError(f'{self.name} gives no flat pooled features to measure; choose another model')
+        return pooled, self.model.forward_head(maps) if self.source_classes else None
+
+
+def extract_features(
+        net: FeatureNet,
+        dataset: Mixture,
+        cache_dir: Union[str, Path, None] = None,
+        progress: bool = True,
+        description: str = 'Features',
+) -> Features:
+    """Features of every image of a data set, from the cache on disk where they are in it.
+
+    They are found again by the weights, the images (names, sizes, times), the transform and the precision. A file
+    appears whole or not at all, whatever interrupts its making.
+
+    Args:
+        net: The network.
+        dataset: The images.
+        cache_dir: Folder of all caches. None: `timm_amf` in the user's cache folder.
+        progress: Show a bar.
+        description: Its label.
+
+    Raises:
+        UserError: An image that cannot be read, features that are not finite, no room for the cache.
+    """
+    loader = net.loader(dataset)
+    stats = loader.mean.flatten().tolist(), loader.std.flatten().tolist(), str(loader.img_dtype)
+    key = fingerprint(dataset, f'features {_VERSION} {net.fingerprint()} {loader.transform} {stats}')
+    folder = cache_folder(cache_dir, f'features-{key}')
+
+    def read(path: Path) -> Features:
+        try:
+            tensors = load_file(path / 'features.safetensors')
+        except SafetensorError as e:
+            raise ValueError(str(e)) from e
+        if len(tensors['pooled']) != len(dataset):
+            raise ValueError('the wrong number of images')
+        logits = tensors.get('logits')
+        return Features(
+            tensors['pooled'].numpy(), None if logits is None else logits.numpy(), dataset.targets,
+            dataset.component_of)
+
+    def write(path: Path) -> None:
+        save_file(_compute(net, loader, progress, description), path / 'features.safetensors')
+
+    try:
+        return open_or_write(folder, read, write)
+    finally:
+        loader.close()
+
+
+@torch.inference_mode()
+def _compute(net: FeatureNet, loader, progress: bool, description: str) -> dict[str, torch.Tensor]:
+    parts: dict[str, list[torch.Tensor]] = {'pooled': [], 'logits': []}
+    with tqdm(total=len(loader.dataset), desc=description, unit='img', disable=None if progress else True) as bar:
+        for batch in loader:
+            with net.accelerator.autocast():
+                result = net(batch.input)
+            for name, tensor in zip(parts, result):
+                if tensor is None:
+                    continue
+                tensor = tensor.float().cpu()
+                bad = ~tensor.isfinite().all(dim=1)
+                if bad.any():
+                    name = loader.dataset.filename(int(batch.index[int(bad.nonzero()[0])]))
+                    raise UserError(
+                        f'{net.name} gives NaN or infinite features for {int(bad.sum())} images of a batch, {name} '
+                        f'among them; check its weights, and compute without half precision')
+                parts[name].append(tensor)
+            bar.update(len(batch.input))
+    return {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
