@@ -1,12 +1,15 @@
 """How a model is fine-tuned: the Plan, and what it drives."""
 from .freeze import apply_freeze
-from .groups import create_optimizer, describe_groups, param_groups
+from .groups import create_optimizer, describe_depths, describe_groups, param_groups
+from .l2sp import L2SP
 from .plan import Plan, RolePlan, Schedule
 from .plan_args import add_plan_args, plan_from_args
+from .reinit import reinit
 from .roles import Place, model_roles, places
 from .schedule import GroupScheduler
 
 __all__ = [
-    'GroupScheduler', 'Place', 'Plan', 'RolePlan', 'Schedule', 'add_plan_args', 'apply_freeze', 'create_optimizer',
-    'describe_groups', 'model_roles', 'param_groups', 'places', 'plan_from_args',
+    'GroupScheduler', 'L2SP', 'Place', 'Plan', 'RolePlan', 'Schedule', 'add_plan_args', 'apply_freeze',
+    'create_optimizer', 'describe_depths', 'describe_groups', 'model_roles', 'param_groups', 'places',
+    'plan_from_args', 'reinit',
 ]

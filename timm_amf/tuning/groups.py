@@ -1,19 +1,25 @@
 """Plan x model -> the parameter groups of an optimiser."""
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from timm.optim._param_groups import _matches_pattern
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from timm_amf.errors import UserError
+from timm_amf.tuning.l2sp import L2SP
 from timm_amf.tuning.plan import Plan, RolePlan
 from timm_amf.tuning.roles import Place, model_roles, places, role_blocks, role_defaults
 
-__all__ = ['Setting', 'create_optimizer', 'describe_groups', 'param_groups', 'running_norms', 'settings']
+__all__ = [
+    'RoleSettings', 'Setting', 'checked_roles', 'create_optimizer', 'describe_depths', 'describe_groups',
+    'param_groups', 'running_norms', 'settings',
+]
 
 
 @dataclass(frozen=True)
@@ -25,22 +31,24 @@ class Setting:
         trains: False if it never trains.
         start_epoch: Epoch from which it trains.
         lr: Its learning rate at the peak of its schedule.
-        weight_decay: Its weight decay.
+        weight_decay: Its weight decay towards zero; 0 where `l2sp_alpha` acts.
+        l2sp_alpha: Its weight decay towards the starting point, or 0.
     """
     place: Place
     trains: bool
     start_epoch: int
     lr: float
     weight_decay: float
+    l2sp_alpha: float
 
 
 def settings(model: nn.Module, plan: Plan) -> dict[str, Setting]:
     """What the Plan says of each parameter of the model, by name.
 
     Raises:
-        UserError: If the Plan names a role or a block that the model has not, or more low blocks than it has.
+        UserError: If the Plan names a role or a block that the model has not, or more blocks than it has.
     """
-    roles = _checked_roles(model, plan)
+    roles = checked_roles(model, plan)
     exempt = getattr(model, 'no_weight_decay', lambda: ())()
     of_norms = {f'{n}.{p}' for n, m in running_norms(model).items() for p, _ in m.named_parameters(recurse=False)}
     where = places(model)
@@ -59,13 +67,40 @@ def running_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @dataclass(frozen=True)
-class _Role:
+class RoleSettings:
+    """A role of the Plan, joined with the role of the model.
+
+    Attributes:
+        plan: Its settings, all filled in.
+        blocks: Its blocks, in order.
+        training: Names of the blocks that train, `stem` and `tail` among them; None where all of it does.
+    """
     plan: RolePlan
     blocks: list[str]
-    training: Optional[frozenset[str]]  # names of blocks, `stem`, `tail`; None: all of them
+    training: Optional[frozenset[str]]
+
+    @property
+    def transferred(self) -> int:
+        """Number of blocks that keep their weights."""
+        return len(self.blocks) - self.plan.reinit_blocks
+
+    def reinitialised(self, place: Place) -> bool:
+        """Whether what stands there starts anew; never the stem."""
+        return self.plan.reinit_blocks > 0 and place.block != 'stem' and place.depth >= self.transferred
+
+    def pulled(self, place: Place) -> bool:
+        """Whether what stands there decays towards its starting point."""
+        if not self.plan.l2sp_alpha or self.reinitialised(place):
+            return False
+        return self.plan.l2sp_blocks in (None, 'all') or place.depth < self.plan.l2sp_blocks
 
 
-def _checked_roles(model, plan) -> dict[str, _Role]:
+def checked_roles(model: nn.Module, plan: Plan) -> dict[str, RoleSettings]:
+    """The Plan's word on each role of the model.
+
+    Raises:
+        UserError: If the Plan names a role or a block that the model has not, or more blocks than it has.
+    """
     names = list(model_roles(model))
     kinds = [*names, *dict.fromkeys(n.split('.')[0] for n in names)]
     for key in plan.roles:
@@ -76,11 +111,25 @@ def _checked_roles(model, plan) -> dict[str, _Role]:
     roles = {}
     for name in names:
         role, blocks = plan.role(name, role_defaults(model)), role_blocks(model, name)
-        if role.low_blocks > len(blocks):
-            raise UserError(
-                f'plan: low_blocks of {name} is {role.low_blocks}, but it has {len(blocks)} blocks; lower it')
-        roles[name] = _Role(role, blocks, _training_blocks(name, role, blocks))
+        _check_counts(name, role, len(blocks))
+        roles[name] = RoleSettings(role, blocks, _training_blocks(name, role, blocks))
     return roles
+
+
+def _check_counts(name: str, role: RolePlan, count: int) -> None:
+    for field in ('low_blocks', 'reinit_blocks', 'l2sp_blocks'):
+        value = getattr(role, field)
+        if isinstance(value, int) and value > count:
+            raise UserError(f'plan: {field} of {name} is {value}, but it has {count} blocks; lower it')
+    if role.l2sp_blocks is not None and role.l2sp_alpha is None:
+        raise UserError(f'plan: {name} has l2sp_blocks but no l2sp_alpha; set both, or neither')
+    if name == 'head' and role.l2sp_alpha:
+        raise UserError('plan: l2sp_alpha of head: the classifier is new and has no starting point; use weight_decay')
+    transferred = count - role.reinit_blocks
+    if role.l2sp_alpha and isinstance(role.l2sp_blocks, int) and role.l2sp_blocks > transferred:
+        raise UserError(
+            f'plan: l2sp_blocks of {name} is {role.l2sp_blocks}, but only {transferred} of its {count} blocks keep '
+            f'their weights (reinit_blocks {role.reinit_blocks}), and the others have no starting point; lower it')
 
 
 def _training_blocks(name, role, blocks) -> Optional[frozenset[str]]:
@@ -88,6 +137,8 @@ def _training_blocks(name, role, blocks) -> Optional[frozenset[str]]:
         return None
     if role.train == 'none':
         return frozenset()
+    if role.train == 'random':
+        return _drawn_blocks(name, role, blocks)
     training = set()
     for item in role.train:
         if isinstance(item, int):
@@ -107,7 +158,16 @@ def _training_blocks(name, role, blocks) -> Optional[frozenset[str]]:
     return frozenset(training)
 
 
-def _setting(name: str, param: nn.Parameter, place: Place, role: _Role, plan: Plan, exempt) -> Setting:
+def _drawn_blocks(name, role, blocks) -> frozenset[str]:
+    if not blocks:
+        raise UserError(f'plan: {name} has no blocks to draw from; set its train to "all" or "none"')
+    number = max(1, math.floor(role.train_share * len(blocks) + 0.5))
+    # A generator whose numbers NumPy keeps the same for good: a resumed run draws the same blocks.
+    drawn = np.random.RandomState(role.train_seed).permutation(len(blocks))[:number]
+    return frozenset([*(blocks[i] for i in drawn), 'tail'])
+
+
+def _setting(name: str, param: nn.Parameter, place: Place, role: RoleSettings, plan: Plan, exempt) -> Setting:
     settings = role.plan
     scale = settings.low_lr_scale if place.depth < settings.low_blocks else 1.
     trains = role.training is None or place.block in role.training
@@ -122,18 +182,19 @@ def _setting(name: str, param: nn.Parameter, place: Place, role: _Role, plan: Pl
         trains=trains,
         start_epoch=settings.start_epoch,
         lr=settings.lr * scale,
-        weight_decay=settings.weight_decay if decays else 0.,
+        weight_decay=settings.weight_decay if decays and not role.pulled(place) else 0.,
+        l2sp_alpha=settings.l2sp_alpha if role.pulled(place) and (decays or settings.l2sp_1d) else 0.,
     )
 
 
 def param_groups(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
     """The parameter groups of a Plan for `timm.optim.create_optimizer_v2` or any torch optimiser.
 
-    One group for each distinct (role, LR, weight decay), in the order of the model. Besides `params`, `lr` and
-    `weight_decay`, a group carries `role`, `start_epoch`, `schedule` (the role's differences from the Plan's) and
-    `param_names`. Parameters that start to train at a later epoch are in the groups from the beginning, so that
-    unfreezing needs no new optimiser: without a gradient an optimiser passes them over. Parameters that never train are
-    in none.
+    One group for each distinct (role, LR, decay), in the order of the model. Besides `params`, `lr` and `weight_decay`,
+    a group carries `l2sp_alpha` (for `L2SP`, which `create_optimizer` attaches), `role`, `start_epoch`, `schedule` (the
+    role's differences from the Plan's) and `param_names`. Parameters that start to train at a later epoch are in the
+    groups from the beginning, so that unfreezing needs no new optimiser: without a gradient an optimiser passes them
+    over. Parameters that never train are in none.
 
     Args:
         model: Any timm model, or a composite with `tuning_roles`. Its `requires_grad` flags play no part.
@@ -150,11 +211,12 @@ def param_groups(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
     for name, setting in settings(model, plan).items():
         if not setting.trains:
             continue
-        key = (setting.place.role, setting.lr, setting.weight_decay)
+        key = (setting.place.role, setting.lr, setting.weight_decay, setting.l2sp_alpha)
         group = groups.setdefault(key, dict(
             params=[],
             lr=setting.lr,
             weight_decay=setting.weight_decay,
+            l2sp_alpha=setting.l2sp_alpha,
             role=setting.place.role,
             start_epoch=setting.start_epoch,
             schedule=plan.role(setting.place.role, role_defaults(model)).schedule,
@@ -170,6 +232,9 @@ def param_groups(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
 def create_optimizer(model: nn.Module, plan: Plan, **kwargs) -> torch.optim.Optimizer:
     """The Plan's optimiser over the Plan's parameter groups, made by timm's factory.
 
+    Where the Plan asks for L2-SP, the weights that the model has now are the starting point, and the `L2SP` that pulls
+    towards it is `optimizer.l2sp` (None otherwise).
+
     Raises:
         UserError: If the Plan does not fit the model, or the optimiser refuses its arguments.
     """
@@ -182,19 +247,43 @@ def create_optimizer(model: nn.Module, plan: Plan, **kwargs) -> torch.optim.Opti
         kwargs['betas'] = tuple(plan.opt_betas)
     groups = param_groups(model, plan)
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             groups, opt=plan.opt, lr=plan.lr, weight_decay=plan.weight_decay, momentum=plan.momentum, **kwargs)
     except (TypeError, ValueError, AssertionError) as e:
         raise UserError(f'optimiser {plan.opt!r} cannot be made: {" ".join(str(e).split())}') from None
+    optimizer.l2sp = L2SP(optimizer) if any(group['l2sp_alpha'] for group in groups) else None
+    return optimizer
 
 
 def describe_groups(groups: list[dict[str, Any]]) -> str:
-    """A table of parameter groups, a line each: role, LR, weight decay, first epoch, tensors, parameters."""
-    rows = [('role', 'lr', 'weight_decay', 'from epoch', 'tensors', 'parameters')]
+    """A table of parameter groups, a line each: role, LR, weight decay, L2-SP, first epoch, tensors, parameters."""
+    rows = [('role', 'lr', 'weight_decay', 'l2sp_alpha', 'from epoch', 'tensors', 'parameters')]
     for group in groups:
         rows.append((
             group['role'], f'{group.get("initial_lr", group["lr"]):g}', f'{group["weight_decay"]:g}',
-            str(group['start_epoch']), str(len(group['params'])), f'{sum(p.numel() for p in group["params"]):,}',
+            f'{group["l2sp_alpha"]:g}', str(group['start_epoch']), str(len(group['params'])),
+            f'{sum(p.numel() for p in group["params"]):,}',
         ))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def describe_depths(model: nn.Module, plan: Plan) -> str:
+    """What the Plan does to single blocks, a line each: those drawn at random, re-initialised, pulled to their start.
+
+    Empty where it treats all blocks of a role alike.
+    """
+    lines = []
+    for name, role in checked_roles(model, plan).items():
+        if role.plan.train == 'random':
+            drawn = [block for block in role.blocks if block in role.training]
+            lines.append(
+                f'{name}: {len(drawn)} of {len(role.blocks)} blocks train, drawn with seed {role.plan.train_seed}: '
+                f'{", ".join(drawn)}')
+        if role.plan.reinit_blocks:
+            lines.append(f'{name}: re-initialised: {", ".join(role.blocks[role.transferred:])}, and what follows')
+        if role.plan.l2sp_alpha:
+            count = role.plan.l2sp_blocks if isinstance(role.plan.l2sp_blocks, int) else role.transferred
+            lines.append(
+                f'{name}: L2-SP with alpha {role.plan.l2sp_alpha:g} on the first {count} of {len(role.blocks)} blocks')
+    return '\n'.join(lines)

@@ -108,7 +108,20 @@ class RolePlan:
         layer_decay: Factor of the LR for each step of depth towards the input, as timm's `--layer-decay`.
         train: `all`, `none`, or a list of blocks: names or indices (negative ones count from the end) of
             `timm_amf.list_blocks`, and `stem` or `tail` for what lies before the first and after the last block.
-            What is not listed is frozen, batch-norm statistics included.
+            What is not listed is frozen, batch-norm statistics included. `random` draws the blocks ("stochastic
+            fine-tuning", SpotTune paper, section 4.1): the stem is frozen, what lies after the last block trains.
+        train_share: Share of the blocks that `random` draws, above 0 to 1; rounded to the nearest number, at least one.
+        train_seed: What the draw of `random` follows from, besides the number of blocks.
+        reinit_blocks: Number of blocks, counted from the output, that start anew with the architecture's own
+            initialisation, and with them what lies after the last block (non-binary paper, section 4.3: 0, 1, 2 are
+            its 1, 2, 3 layers, of which the classifier is the first).
+        l2sp_alpha: Weight decay towards the starting point instead of zero (L2-SP): the penalty is
+            alpha / 2 * ||w - w_0||^2, its gradient alpha * (w - w_0). 0 is none, and then weight decay acts.
+        l2sp_blocks: Number of transferred blocks, counted from the input and including the stem before them, on which
+            `l2sp_alpha` acts instead of `weight_decay`; `all` (the default) takes all that is transferred, also what
+            lies after the last block. The rest, and what is re-initialised, has `weight_decay` (non-binary paper,
+            Table 5, where it is called beta).
+        l2sp_1d: Also pull what weight decay spares: biases, norms, and what the model exempts from it.
         start_epoch: Epoch at which the role starts to train; frozen until then, and its schedule counts from there.
         freeze_bn: Keep the statistics and the affine parameters of the batch norms fixed though the role trains.
         schedule: Fields of `Schedule` that differ from the Plan's.
@@ -119,16 +132,32 @@ class RolePlan:
     low_lr_scale: Optional[float] = None
     layer_decay: Optional[float] = None
     train: Optional[Union[str, list[Union[int, str]]]] = None
+    train_share: Optional[float] = None
+    train_seed: Optional[int] = None
+    reinit_blocks: Optional[int] = None
+    l2sp_alpha: Optional[float] = None
+    l2sp_blocks: Optional[Union[int, str]] = None
+    l2sp_1d: Optional[bool] = None
     start_epoch: Optional[int] = None
     freeze_bn: Optional[bool] = None
     schedule: Optional[dict[str, Any]] = None
 
     def __post_init__(self):
         _check_types(self, 'role')
-        _check_range('role', self, 0, None, 'lr', 'weight_decay', 'low_blocks', 'low_lr_scale', 'start_epoch')
-        _check_range('role', self, 0, 1, 'layer_decay')
-        if isinstance(self.train, str) and self.train not in ('all', 'none'):
-            raise UserError(f'role: train must be "all", "none" or a list of blocks, not {self.train!r}')
+        _check_range(
+            'role', self, 0, None,
+            'lr', 'weight_decay', 'low_blocks', 'low_lr_scale', 'start_epoch', 'train_seed', 'reinit_blocks',
+            'l2sp_alpha',
+        )
+        _check_range('role', self, 0, 1, 'layer_decay', 'train_share')
+        if self.train_share == 0:
+            raise UserError('role: train_share must be above 0; to train nothing, set train to "none"')
+        if isinstance(self.train, str) and self.train not in ('all', 'none', 'random'):
+            raise UserError(f'role: train must be "all", "none", "random" or a list of blocks, not {self.train!r}')
+        if isinstance(self.l2sp_blocks, str) and self.l2sp_blocks != 'all':
+            raise UserError(f'role: l2sp_blocks must be a number of blocks or "all", not {self.l2sp_blocks!r}')
+        if isinstance(self.l2sp_blocks, int):
+            _check_range('role', self, 0, None, 'l2sp_blocks')
         if self.schedule is not None:
             _check_names(self.schedule, Schedule, 'role.schedule')
             Schedule(**self.schedule)
@@ -146,7 +175,10 @@ class RolePlan:
 
 
 # What a role does when neither it nor the Plan says otherwise.
-_ROLE_DEFAULTS = dict(low_blocks=0, low_lr_scale=0.4, train='all', start_epoch=0, freeze_bn=False, schedule={})
+_ROLE_DEFAULTS = dict(
+    low_blocks=0, low_lr_scale=0.4, train='all', train_share=0.5, train_seed=0, reinit_blocks=0, l2sp_1d=False,
+    start_epoch=0, freeze_bn=False, schedule={},
+)
 
 
 @dataclass

@@ -29,6 +29,10 @@ _POLICY_SCHEDULE_FLAGS = {
     'policy_sched': 'sched', 'policy_hold_epochs': 'hold_epochs', 'policy_warmup_epochs': 'warmup_epochs',
     'policy_decay_epochs': 'decay_epochs', 'policy_decay_rate': 'decay_rate',
 }
+# Of the roles that have blocks, all alike.
+_DEPTH_FLAGS = (
+    'low_blocks', 'low_lr_scale', 'reinit_blocks', 'l2sp_alpha', 'l2sp_blocks', 'train_share', 'train_seed',
+)
 _LR_FLAGS = ('lr', 'lr_base', 'lr_base_size', 'lr_base_scale')
 
 
@@ -43,6 +47,15 @@ def add_plan_args(parser: argparse.ArgumentParser) -> None:
     add('--backbone-lr', type=float, metavar='LR', help='LR of a plain model apart from its classifier')
     add('--low-blocks', type=int, metavar='N', help='the first N blocks of the backbone or of each branch train slower')
     add('--low-lr-scale', type=float, metavar='F', help='factor of the LR of the low blocks (default: 0.4)')
+    add('--reinit-blocks', type=int, metavar='N',
+        help='the last N blocks of the backbone or of each branch start anew, as the classifier does')
+    add('--l2sp-alpha', type=float, metavar='A',
+        help='weight decay of the backbone or of each branch towards its start instead of zero (L2-SP)')
+    add('--l2sp-blocks', type=_number_or_all, metavar='N',
+        help='L2-SP on the first N blocks only, weight decay on the rest (default: all)')
+    add('--train-share', type=float, metavar='F',
+        help='only this share of the blocks of the backbone or of each branch trains, drawn at random')
+    add('--train-seed', type=int, metavar='N', help='what the draw of --train-share follows from (default: 0)')
     add('--freeze', nargs='+', default=[], metavar='ROLE', help='roles that do not train')
     add('--freeze-bn', nargs='+', default=[], metavar='ROLE', help='roles whose batch norms stay fixed')
     add('--policy-start-epoch', type=int, metavar='N', help='the policy network is frozen before this epoch')
@@ -53,6 +66,10 @@ def add_plan_args(parser: argparse.ArgumentParser) -> None:
     add('--policy-decay-rate', type=float, metavar='F', help='decay rate of the policy LR')
     add('--role', nargs='+', default=[], metavar='ROLE.FIELD=VALUE', dest='role_settings',
         help='any setting of any role, e.g. branch.0.lr=0.0008 policy.schedule.sched=cosine backbone.train=[-1,-2]')
+
+
+def _number_or_all(text: str):
+    return text if text == 'all' else int(text)
 
 
 def plan_from_args(args: argparse.Namespace, roles: Iterable[str], lr: float) -> Plan:
@@ -128,8 +145,10 @@ def _role_settings(args, roles: list[str]) -> list[tuple[str, dict[str, Any]]]:
         if value is not None:
             result.append((_known(kind, roles, f'--{kind}-lr'), dict(lr=value)))
     bodies = branches or [r for r in roles if r not in ('head', 'policy', 'stem', 'frozen')]
-    low = _values(args, dict(low_blocks='low_blocks', low_lr_scale='low_lr_scale'))
-    result += [(r, low) for r in bodies if low]
+    depths = _values(args, {name: name for name in _DEPTH_FLAGS})
+    if args.train_share is not None:
+        depths['train'] = 'random'
+    result += [(r, depths) for r in bodies if depths]
     result += [(_known(r, roles, '--freeze'), dict(train='none')) for r in args.freeze]
     result += [(_known(r, roles, '--freeze-bn'), dict(freeze_bn=True)) for r in args.freeze_bn]
     policy = _values(args, dict(policy_start_epoch='start_epoch'))

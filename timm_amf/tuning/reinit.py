@@ -1,0 +1,104 @@
+"""The last blocks of a network drawn anew, as its architecture's constructor draws them.
+
+The network is built a second time without weights, and what the Plan re-initialises is copied from there: parameters
+and buffers, batch-norm statistics among them. Resetting module by module would not do: what an architecture initialises
+by position (the last norm of a residual branch at zero, layer scales, a depth-dependent standard deviation) is in its
+constructor and nowhere else.
+"""
+from collections.abc import Callable
+from typing import Optional
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from timm_amf.errors import UserError
+from timm_amf.tuning.groups import checked_roles
+from timm_amf.tuning.plan import Plan
+from timm_amf.tuning.roles import model_roles, places
+
+__all__ = ['reinit', 'reinit_names']
+
+
+def reinit_names(model: nn.Module, plan: Plan) -> list[str]:
+    """Names of the parameters and buffers that the Plan re-initialises (`reinit_blocks`).
+
+    Of each role the last blocks, what lies between and after them (a last norm, a `conv_head`), and not the classifier,
+    which is a role of its own and new anyway.
+
+    Raises:
+        UserError: If the Plan does not fit the model.
+    """
+    roles = {name: role for name, role in checked_roles(model, plan).items() if role.plan.reinit_blocks}
+    if not roles:
+        return []
+    names = [n for n, _ in model.named_parameters()]
+    # A buffer stands where the module stands that owns it; what is in no role (a normalisation of the input) stays.
+    paths = [path for of_role in model_roles(model).values() for path in of_role]
+    owners = {n: n.rpartition('.')[0] for n, _ in model.named_buffers()}
+    owners = {
+        n: owner for n, owner in owners.items()
+        if owner and any(not p or owner == p or owner.startswith(f'{p}.') for p in paths)}
+    where = places(model, [*names, *dict.fromkeys(owners.values())])
+
+    def anew(name: str) -> bool:
+        place = where[name]
+        return place.role in roles and roles[place.role].reinitialised(place)
+
+    return [n for n in names if anew(n)] + [n for n, owner in owners.items() if anew(owner)]
+
+
+def reinit(
+        model: nn.Module,
+        plan: Plan,
+        seed: int = 0,
+        fresh: Optional[Callable[[], nn.Module]] = None,
+) -> list[str]:
+    """Re-initialise what the Plan says, in place.
+
+    Call it after pretrained weights were loaded and before `create_optimizer`, which takes the starting point of L2-SP;
+    not when resuming.
+
+    Args:
+        model: The model, not wrapped, on any device.
+        plan: How it is fine-tuned.
+        seed: What the new weights follow from; torch's random state on the CPU is afterwards as it was.
+        fresh: Builds the same model without pretrained weights, on the CPU. Without it, timm builds the architecture
+            that the model's `pretrained_cfg` names, with its default arguments.
+
+    Returns:
+        Names of the parameters and buffers that were re-initialised.
+
+    Raises:
+        UserError: If the Plan does not fit the model, or the model cannot be built anew.
+    """
+    names = reinit_names(model, plan)
+    if not names:
+        return names
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        source = _tensors(_build(model) if fresh is None else fresh())
+    target = _tensors(model)
+    for name in names:
+        if name not in source or source[name].shape != target[name].shape:
+            raise UserError(
+                f'reinit_blocks: {type(model).__name__} cannot be built anew: the new one has no {name} of shape '
+                f'{tuple(target[name].shape)}; pass a function that builds this model without weights (fresh=...)')
+    with torch.no_grad():
+        for name in names:
+            target[name].copy_(source[name])
+    return names
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _build(model: nn.Module) -> nn.Module:
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    name = cfg.get('architecture', '')
+    if not timm.is_model(name):
+        raise UserError(
+            f'reinit_blocks: {type(model).__name__} is not of an architecture that timm can build anew; '
+            f'pass a function that builds this model without weights (fresh=...)')
+    return timm.create_model(name, pretrained=False, num_classes=getattr(model, 'num_classes', 0))
