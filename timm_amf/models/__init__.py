@@ -4,6 +4,7 @@ from .blocks import list_blocks
 from .decathlon import DecathlonResNet, convert_adapter_keys
 from .policy import PolicyNetwork
 from .routing import routing_error
+from .spottune import SpotTune
 
 __all__ = [
     'AMF', 'DecathlonResNet', 'MultiTune', 'PolicyNetwork', 'convert_adapter_keys', 'list_blocks', 'routing_error',

@@ -49,6 +49,9 @@ def list_blocks(model: nn.Module) -> list[str]:
     Returns:
         Module paths, none an ancestor of another, each owning weights, the classifier in none of them.
     """
+    own = getattr(model, 'block_names', None)
+    if own is not None:
+        return list(own)
     roles = getattr(model, 'tuning_roles', None)
     if roles is None:
         return _BlockFinder(model).find()

@@ -130,8 +130,13 @@ def build_composite(
     )
     if not own:
         return build()
-    with loading(variant, cfg, (cfg.get('classifier') or 'fc',)):
+    with loading(variant, cfg, _classifiers(cfg)):
         return build()
+
+
+def _classifiers(cfg: dict[str, Any]) -> tuple[str, ...]:
+    names = cfg.get('classifier') or 'fc'
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _check_checkpoint(state_dict: dict[str, Tensor], model: nn.Module, features_only: bool) -> dict[str, Tensor]:
@@ -142,7 +147,8 @@ def _check_checkpoint(state_dict: dict[str, Tensor], model: nn.Module, features_
     """
     cfg = model.pretrained_cfg
     name = cfg.get('architecture', type(model).__name__)
-    classifier = cfg.get('classifier') or 'fc'
+    classifiers = _classifiers(cfg)
+    classifier = classifiers[0]
     weight = state_dict.get(f'{classifier}.weight')
     if weight is not None:
         cfg['num_classes'] = weight.shape[0]
@@ -156,7 +162,7 @@ def _check_checkpoint(state_dict: dict[str, Tensor], model: nn.Module, features_
     first_conv = cfg.get('first_conv') or ()
     first_conv = (first_conv,) if isinstance(first_conv, str) else first_conv
     free = {f'{n}.weight' for n in first_conv}  # timm adapts these to the input channels
-    own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith(f'{classifier}.')}
+    own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith(tuple(f'{c}.' for c in classifiers))}
     missing = [k for k in own if k not in state_dict]
     if len(missing) > len(own) // 2:
         raise UserError(

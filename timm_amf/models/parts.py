@@ -21,7 +21,7 @@ from torch import nn
 from ..errors import UserError
 from .sources import check_source, loading
 
-__all__ = ['Part', 'Probe', 'build_parts', 'part_cfg', 'probe_part']
+__all__ = ['Part', 'Probe', 'build_parts', 'create_part', 'part_cfg', 'probe_part']
 
 
 @dataclass
@@ -80,7 +80,12 @@ def part_cfg(part: Part) -> dict[str, Any]:
         raise UserError(f"pretrained_cfg_overlay of '{part.name}': {e}.") from e
 
 
-def _create(part: Part, pretrained: bool = False, **kwargs) -> nn.Module:
+def create_part(part: Part, pretrained: bool = False, **kwargs) -> nn.Module:
+    """One network; further keyword arguments that are None count as not given.
+
+    Raises:
+        UserError: If the architecture refuses its arguments.
+    """
     kwargs = {k: v for k, v in {**part.kwargs, **kwargs}.items() if v is not None}
     try:
         return timm.create_model(part.name, pretrained=pretrained, num_classes=part.num_classes, **kwargs)
@@ -106,7 +111,7 @@ def build_parts(
         UserError: If an architecture refuses its arguments, or weights cannot be had.
     """
     if not pretrained:
-        return [_create(p, **kwargs) for p in parts]
+        return [create_part(p, **kwargs) for p in parts]
     distinct = {p.key: p for p in parts}
     for part in distinct.values():
         check_source(part.name, part_cfg(part), cache_dir)
@@ -120,7 +125,7 @@ def _load(part: Part, **kwargs) -> nn.Module:
     cfg = part_cfg(part)
     classifiers = cfg.get('classifier') or ()
     with loading(part.name, cfg, (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)):
-        return _create(part, pretrained=True, **kwargs)
+        return create_part(part, pretrained=True, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ def probe_part(part: Part, input_size: tuple[int, int, int]) -> Probe:
 
 def _probe(part: Part, input_size: tuple[int, int, int]) -> Probe:
     with torch.device('meta'):
-        net = _create(Part(part.name, 0, part.kwargs), in_chans=input_size[0], device='meta').eval()
+        net = create_part(Part(part.name, 0, part.kwargs), in_chans=input_size[0], device='meta').eval()
         x = torch.empty(2, *input_size)
     shape = 'x'.join(str(s) for s in input_size)
     try:

@@ -1,4 +1,7 @@
-"""Policy networks: a small network that looks at an image and says how much each branch counts."""
+"""Policy networks: a small network that looks at an image and decides how it is computed.
+
+AMF weighs branches by a softmax; SpotTune takes one of two paths in every block by straight-through Gumbel-softmax.
+"""
 from collections.abc import Callable
 from typing import Optional
 
@@ -8,7 +11,7 @@ from torch import Tensor, nn
 
 from .blocks import layer_ids
 
-__all__ = ['PolicyNetwork']
+__all__ = ['PolicyNetwork', 'gumbel_noise', 'straight_through']
 
 
 class PolicyNetwork(nn.Module):
@@ -70,3 +73,30 @@ class PolicyNetwork(nn.Module):
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.net.get_classifier()
+
+
+def gumbel_noise(logits: Tensor, generator: Optional[torch.Generator] = None) -> Tensor:
+    """Standard Gumbel noise -log(-log(U)) in the shape of the logits, in float32 or wider."""
+    if generator is not None:
+        uniform = torch.empty(logits.shape, dtype=torch.float32, device=generator.device)
+        return uniform.exponential_(generator=generator).log().neg().to(logits.device)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return torch.empty_like(logits, dtype=dtype, requires_grad=False).exponential_().log().neg()
+
+
+def straight_through(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """Straight-through Gumbel-softmax: exact one-hot samples whose gradient is that of the relaxed ones.
+
+    Args:
+        logits: (..., categories), the log of unnormalised probabilities.
+        noise: Gumbel noise of the same shape.
+        temperature: Above 0; the gradient's, it does not change what is drawn.
+
+    Returns:
+        One-hot samples argmax(logits + noise) (SpotTune, equation 3), with the gradient of
+        softmax((logits + noise) / temperature) (equation 4).
+    """
+    perturbed = logits + noise
+    soft = (perturbed / temperature).softmax(dim=-1)
+    hard = F.one_hot(perturbed.argmax(dim=-1), logits.shape[-1]).to(soft.dtype)
+    return hard + (soft - soft.detach())  # the bracket is exactly zero

@@ -1,0 +1,130 @@
+"""Which blocks of an architecture can exist twice: found by one forward pass in which nothing is computed."""
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .blocks import list_blocks
+from .folding import find_pairs
+from .parts import Part, create_part
+
+__all__ = ['BlockProbe', 'probe_blocks']
+
+# A batch size that no map, window or table of an architecture is likely to have as its first dimension.
+_BATCH = 13
+
+
+@dataclass(frozen=True)
+class BlockProbe:
+    """What a forward pass told of an architecture.
+
+    Attributes:
+        blocks: Names of the blocks that take and give one tensor, batch first, once a pass; in order of execution.
+        refused: The other blocks, and why each of them cannot be routed.
+        pairs: Names of convolutions and the batch norms that alone read them.
+    """
+    blocks: list[str]
+    refused: dict[str, str]
+    pairs: list[tuple[str, str]]
+
+
+@dataclass
+class _Calls:
+    """What hooks saw of one block."""
+    order: int = -1
+    count: int = 0
+    problem: str = ''
+
+    def see(self, order: int, args: tuple, kwargs: dict, output) -> None:
+        self.order, self.count = order, self.count + 1
+        self.problem = self.problem or _problem(args, kwargs, output)
+
+
+def _problem(args: tuple, kwargs: dict, output) -> str:
+    if not args or not torch.is_tensor(args[0]):
+        return 'takes no single tensor'
+    if not torch.is_tensor(output):
+        return f'gives a {type(output).__name__}, not one tensor'
+    if args[0].shape[0] != _BATCH or output.shape[0] != _BATCH:
+        return 'has no batch as its first dimension'
+    others = [a for a in (*args[1:], *kwargs.values()) if torch.is_tensor(a)]
+    if any(a.ndim and a.shape[0] == _BATCH for a in others):
+        return 'takes a second tensor that differs from image to image'
+    return ''
+
+
+@dataclass
+class _Watch:
+    model: nn.Module
+    calls: dict[str, _Calls] = field(default_factory=dict)
+    finished: int = 0
+
+    def __enter__(self) -> '_Watch':
+        self.hooks = []
+        for name in list_blocks(self.model):
+            self.calls[name] = _Calls()
+            module = self.model.get_submodule(name)
+            self.hooks.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+        return self
+
+    def _hook(self, name: str):
+        def after(module, args, kwargs, output):
+            self.finished += 1
+            self.calls[name].see(self.finished, args, kwargs, output)
+        return after
+
+    def __exit__(self, *_) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+_probes: dict[tuple, BlockProbe] = {}
+
+
+def probe_blocks(part: Part, input_size: tuple[int, int, int]) -> BlockProbe:
+    """Probes an architecture on the meta device.
+
+    Args:
+        part: What to probe.
+        input_size: (C, H, W) of the input.
+
+    Raises:
+        UserError: If it fails on such an input, or none of its blocks can be routed.
+    """
+    key = part.layout, tuple(input_size)
+    if key not in _probes:
+        # Some constructors draw numbers even on meta: a cached probe must not change what a seed gives.
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            _probes[key] = _probe(part, tuple(input_size))
+    return _probes[key]
+
+
+def _probe(part: Part, input_size: tuple[int, int, int]) -> BlockProbe:
+    with torch.device('meta'):
+        net = create_part(Part(part.name, 0, part.kwargs), in_chans=input_size[0], device='meta').eval()
+        x = torch.empty(_BATCH, *input_size)
+    try:
+        with _Watch(net) as watch, find_pairs(net) as finder:
+            result = net.forward_features(x)
+    except Exception as e:  # whatever the architecture raises, the user chose one that does not fit
+        reason = str(e).strip().split('\n')[0] or type(e).__name__
+        shape = 'x'.join(str(s) for s in input_size)
+        raise UserError(f"'{part.name}' cannot be routed: it fails on a {shape} input ({reason}).") from e
+    pairs = finder.pairs(result) if isinstance(result, Tensor) else []
+    refused = {}
+    for name, calls in watch.calls.items():
+        problem = calls.problem or ('' if calls.count == 1 else f'runs {calls.count} times an image')
+        if problem:
+            refused[name] = problem
+    blocks = sorted((n for n in watch.calls if n not in refused), key=lambda n: watch.calls[n].order)
+    if not blocks:
+        raise UserError(f"'{part.name}' cannot be routed: {_first_reason(refused)}.")
+    return BlockProbe(blocks, refused, pairs)
+
+
+def _first_reason(refused: dict[str, str]) -> str:
+    if not refused:
+        return 'it has no blocks that timm_amf.list_blocks could find'
+    name, why = next(iter(refused.items()))
+    return f'none of its {len(refused)} blocks takes and gives one tensor ({name} {why})'

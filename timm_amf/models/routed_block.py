@@ -1,0 +1,346 @@
+"""A block that exists twice, frozen and tuned, and the ways of computing it for a batch that is of two minds.
+
+- `both`: every image through both copies, then a mask (SpotTune, equation 2). What tracing and compiling use, and what
+  the other ways are tested against.
+- routed, evaluating: each image through its own copy only.
+- routed, training: the images that chose a copy go through it with gradients, the others without, since the
+  straight-through gradient of a choice is <gradient of the output, tuned - frozen> and needs both outputs, but the
+  gradients of a copy's weights need only the images that chose it. Exact as long as an image's output does not depend
+  on the other images of the batch. Where the tuned copy's batch norms are in training mode it does, and then the tuned
+  copy runs on the whole batch.
+
+The blocks between which a model's own code stands (a downsampling layer, a change of layout) see an ordinary batch in
+its ordinary order, so that any architecture works.
+"""
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from timm.models import checkpoint
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .folding import folded_view, norms_fixed
+
+__all__ = ['Decision', 'Route', 'RoutedBlock', 'eager']
+
+
+def eager(x: Tensor) -> bool:
+    """Whether Python runs here for every batch: a trace or a graph would freeze what depends on the values."""
+    graph = torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy)
+    return not graph
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which images take which copy of one block.
+
+    Attributes:
+        frozen: Their indices (B_f,), None where there are none.
+        tuned: Indices (B_t,) of the others, None where there are none.
+    """
+    frozen: Optional[Tensor]
+    tuned: Optional[Tensor]
+
+
+class Decision:
+    """What a policy decided for a batch.
+
+    Args:
+        shares: (B, blocks), exactly 0 for the frozen and 1 for the tuned copy; its gradient trains the policy.
+        routed: Plan the splits of the batch on the host, for routed execution.
+    """
+
+    def __init__(self, shares: Tensor, routed: bool):
+        self.shares = shares
+        self.routed = routed
+        self.splits = _plan(shares.detach()) if routed else []
+
+
+def _plan(shares: Tensor) -> list[Split]:
+    """The splits of all blocks, with one wait for the device."""
+    tuned = shares > 0.5
+    counts = tuned.sum(0).tolist()
+    order = tuned.to(torch.uint8).argsort(dim=0, stable=True).T.contiguous()  # the frozen ones first
+    batch, splits = len(shares), []
+    for rows, count in zip(order, counts):
+        k = batch - count
+        splits.append(Split(rows[:k] if k else None, rows[k:] if count else None))
+    return splits
+
+
+class Route:
+    """Where a model leaves its decision for its blocks, which its backbone's own code calls."""
+
+    def __init__(self):
+        self.decision: Optional[Decision] = None
+
+
+class RoutedBlock(nn.Module):
+    """A block twice: `frozen`, as it came, and `tuned`, a copy that is trained."""
+
+    def __init__(
+            self,
+            frozen: nn.Module,
+            tuned: nn.Module,
+            index: int,
+            route: Route,
+            pairs: tuple[tuple[str, str], ...] = (),
+            frozen_bn: str = 'frozen',
+    ):
+        """
+        Args:
+            frozen: The pretrained block.
+            tuned: A block of the same kind.
+            index: Its column in a decision.
+            route: Where decisions come from.
+            pairs: Names within the block of convolutions and norms that fold.
+            frozen_bn: `frozen` keeps all of the frozen copy in evaluation mode; `official` lets its batch norms follow
+                the model's mode, as the published code does.
+        """
+        super().__init__()
+        self.frozen = frozen
+        self.tuned = tuned
+        self.index = index
+        self.route = route
+        self.pairs = pairs
+        self.frozen_bn = frozen_bn
+        self.grad_checkpointing = False
+        self._views: Optional[tuple] = None
+
+    def train(self, mode: bool = True) -> 'RoutedBlock':
+        super().train(mode)
+        self._views = None
+        if self.frozen_bn == 'frozen':
+            self.frozen.eval()
+        return self
+
+    def _apply(self, fn, recurse: bool = True):
+        self._views = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self):
+        return {**self.__dict__, '_views': None}
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        decision = self.route.decision
+        if decision is None:
+            raise RuntimeError('a routed block runs only within its model, which decides for it')
+        if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_tracing():
+            return checkpoint(self._run, x, decision, args, kwargs)
+        return self._run(x, decision, args, kwargs)
+
+    def _run(self, x: Tensor, decision: Decision, args: tuple, kwargs: dict) -> Tensor:
+        if not decision.routed:
+            return self._both(x, decision.shares[:, self.index], args, kwargs)
+        split = decision.splits[self.index]
+        frozen, tuned = self._copies()
+        if not (self.training and torch.is_grad_enabled()):
+            return _one_each(frozen, tuned, x, split, args, kwargs)
+        share = decision.shares[:, self.index]
+        out = _exact_split(frozen, tuned, x, share, split, self._norms_fixed(self.tuned), args, kwargs)
+        return out if split.tuned is not None else _with_zero_grads(out, self.tuned)
+
+    def _both(self, x: Tensor, share: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        frozen, tuned = self.frozen(x, *args, **kwargs), self.tuned(x, *args, **kwargs)
+        share = share.to(tuned.dtype).view((-1,) + (1,) * (tuned.ndim - 1))
+        return share * tuned + (1 - share) * frozen
+
+    def exact(self) -> bool:
+        """Whether routed training gives the gradients of `both`: the frozen copy computes image by image, unchanged."""
+        return self._norms_fixed(self.frozen) and not any(p.requires_grad for p in self.frozen.parameters())
+
+    @staticmethod
+    def _norms_fixed(block: nn.Module) -> bool:
+        # Whatever its class: a norm that keeps running statistics mixes the images of a batch in training mode.
+        return norms_fixed([m for m in block.modules() if 'running_var' in m._buffers])
+
+    def _copies(self) -> tuple[nn.Module, nn.Module]:
+        """Both copies, with their norms folded where these are fixed."""
+        if self._views is None:
+            self._views = (self._view(self.frozen), self._view(self.tuned))
+        return tuple(
+            view if norms_fixed(norms) else block
+            for block, (view, norms) in zip((self.frozen, self.tuned), self._views)
+        )
+
+    def _view(self, block: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+        norms = [block.get_submodule(norm) for _, norm in self.pairs]
+        # A norm that was replaced since (a split one, say) may compute otherwise.
+        if not all(isinstance(n, _BatchNorm) for n in norms):
+            return block, []
+        return folded_view(block, self.pairs), norms
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A (B, -1) view, one row an image, in the order of the memory; a copy only where there is none."""
+    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        x = x.permute(0, 2, 3, 1)
+    return x.reshape(len(x), -1)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] in the memory format of x; in channels_last plain indexing is slower."""
+    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return x.index_select(0, index)
+
+
+def _put(parts: list[tuple[Tensor, Tensor]], batch: int) -> Tensor:
+    """The batch whose rows `index` are `part`, for each (index, part)."""
+    first = parts[0][1]
+    last = first.ndim == 4 and not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last)
+    if last:
+        parts = [(index, part.permute(0, 2, 3, 1)) for index, part in parts]
+    shape = (batch, *parts[0][1].shape[1:])
+    out = first.new_empty(shape)
+    for index, part in parts:
+        out = out.index_copy(0, index, part) if part.requires_grad else out.index_copy_(0, index, part)
+    return out.permute(0, 3, 1, 2) if last else out
+
+
+def _one_each(frozen, tuned, x: Tensor, split: Split, args: tuple, kwargs: dict) -> Tensor:
+    """Each image through the copy that it chose."""
+    if split.tuned is None:
+        return frozen(x, *args, **kwargs)
+    if split.frozen is None:
+        return tuned(x, *args, **kwargs)
+    y_frozen = frozen(_take(x, split.frozen), *args, **kwargs)
+    y_tuned = tuned(_take(x, split.tuned), *args, **kwargs)
+    if y_frozen.dtype != y_tuned.dtype:
+        y_frozen = y_frozen.to(y_tuned.dtype)
+    if torch.is_grad_enabled() and (y_frozen.requires_grad or y_tuned.requires_grad):
+        return _Join.apply(None, y_frozen, y_tuned, None, None, split.frozen, split.tuned)
+    return _put([(split.frozen, y_frozen), (split.tuned, y_tuned)], len(x))
+
+
+def _exact_split(
+        frozen: nn.Module,
+        tuned: nn.Module,
+        x: Tensor,
+        share: Tensor,
+        split: Split,
+        independent: bool,
+        args: tuple,
+        kwargs: dict,
+) -> Tensor:
+    """The output of `both` and its gradients, each copy with gradients only for the images that chose it.
+
+    Args:
+        frozen: The frozen copy.
+        tuned: The tuned copy.
+        x: Images or features (B, ...).
+        share: (B,), whose gradient trains the policy.
+        split: Who chose what.
+        independent: The tuned copy computes image by image.
+        args: Further arguments of the block.
+        kwargs: Further keyword arguments of the block.
+    """
+    if not independent:
+        return _tuned_whole(frozen, tuned, x, share, split, args, kwargs)
+    x_frozen, x_tuned = _halves(x, split)
+    y_frozen = None if x_frozen is None else frozen(x_frozen, *args, **kwargs)
+    y_tuned = None if x_tuned is None else tuned(x_tuned, *args, **kwargs)
+    if not share.requires_grad:
+        return _join(None, y_frozen, y_tuned, None, None, split)
+    with torch.no_grad():
+        other_frozen = None if x_tuned is None else frozen(x_tuned, *args, **kwargs)
+        other_tuned = None if x_frozen is None else tuned(x_frozen, *args, **kwargs)
+    return _join(share, y_frozen, y_tuned, other_frozen, other_tuned, split)
+
+
+def _tuned_whole(frozen, tuned, x, share, split: Split, args: tuple, kwargs: dict) -> Tensor:
+    """The same where the tuned copy's output depends on the batch."""
+    y = tuned(x, *args, **kwargs)
+    x_frozen, x_tuned = _halves(x, split)
+    y_frozen = None if x_frozen is None else frozen(x_frozen, *args, **kwargs)
+    y_tuned = None if x_tuned is None else _select(y, split.tuned, split.frozen is None)
+    if not share.requires_grad:
+        return _join(None, y_frozen, y_tuned, None, None, split)
+    with torch.no_grad():
+        other_frozen = None if x_tuned is None else frozen(x_tuned, *args, **kwargs)
+        other_tuned = None if x_frozen is None else _select(y.detach(), split.frozen, split.tuned is None)
+    return _join(share, y_frozen, y_tuned, other_frozen, other_tuned, split)
+
+
+def _halves(x: Tensor, split: Split) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    if split.tuned is None:
+        return x, None
+    if split.frozen is None:
+        return None, x
+    return _take(x, split.frozen), _take(x, split.tuned)
+
+
+def _select(x: Tensor, index: Tensor, whole: bool) -> Tensor:
+    return x if whole else _take(x, index)
+
+
+def _join(share, y_frozen, y_tuned, other_frozen, other_tuned, split: Split) -> Tensor:
+    if share is None and (y_frozen is None or y_tuned is None):
+        return y_tuned if y_frozen is None else y_frozen
+    dtype = next(y for y in (y_tuned, other_tuned, y_frozen) if y is not None).dtype
+    ys = [None if y is None else y.to(dtype) for y in (y_frozen, y_tuned, other_frozen, other_tuned)]
+    return _Join.apply(share, *ys, split.frozen, split.tuned)
+
+
+class _Join(torch.autograd.Function):
+    """Puts the two halves of a batch together, and gives a choice its gradient <g, tuned - frozen>.
+
+    Of all the other outputs only their difference to the chosen ones is kept for the backward pass. Where all images
+    agree nothing is copied: `data` is the same memory, and no view, so that what follows may work in place on it
+    wherever it could on the block's output itself.
+    """
+
+    @staticmethod
+    def forward(ctx, share, y_frozen, y_tuned, other_frozen, other_tuned, frozen, tuned):
+        ctx.halves = frozen, tuned
+        ctx.share_dtype = None if share is None else share.dtype
+        if share is not None:
+            ctx.save_for_backward(
+                None if y_frozen is None else other_tuned - y_frozen,
+                None if y_tuned is None else y_tuned - other_frozen,
+            )
+        if frozen is None or tuned is None:
+            return (y_frozen if tuned is None else y_tuned).data
+        return _put([(frozen, y_frozen), (tuned, y_tuned)], len(y_frozen) + len(y_tuned))
+
+    @staticmethod
+    def backward(ctx, grad):
+        frozen, tuned = ctx.halves
+        g_frozen, g_tuned = _halves(grad, Split(frozen, tuned))
+        g_share = None
+        if ctx.share_dtype is not None and ctx.needs_input_grad[0]:
+            g_share = torch.empty(len(grad), dtype=ctx.share_dtype, device=grad.device)
+            for g, difference, index in zip((g_frozen, g_tuned), ctx.saved_tensors, (frozen, tuned)):
+                if g is not None:
+                    g_share[index] = _dot(g, difference).to(g_share.dtype)
+        return g_share, g_frozen, g_tuned, None, None, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each row, summed in float32 or wider."""
+    if a.dtype in (torch.float16, torch.bfloat16):
+        a, b = a.float(), b.float()
+    if a.stride() != b.stride():
+        return (a * b).reshape(len(a), -1).sum(1)
+    return torch.linalg.vecdot(_rows(a), _rows(b))
+
+
+def _with_zero_grads(x: Tensor, block: nn.Module) -> Tensor:
+    """The same tensor; the block's parameters get gradients of zero, not none.
+
+    `DistributedDataParallel` waits for every gradient, and an optimiser passes over what has none, momentum included.
+    """
+    return _ZeroGrads.apply(x, *(p for p in block.parameters() if p.requires_grad))
+
+
+class _ZeroGrads(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, *params):
+        ctx.params = params
+        return x.data
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *(torch.zeros_like(p) for p in ctx.params)

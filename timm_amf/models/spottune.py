@@ -1,0 +1,685 @@
+"""SpotTune: every residual block frozen and tuned, and a policy network that routes each image block by block.
+
+SpotTune (Guo et al., "SpotTune: Transfer Learning through Adaptive Fine-tuning", Section 3): block l of a pretrained
+network is frozen, a copy of it is tuned, and I_l(x) in {0, 1} says which of the two an image takes (equation 2). The
+policy network gives the logits of all decisions at once; in training they are drawn by straight-through Gumbel-softmax
+(equations 3 and 4), in evaluation the likelier one is taken.
+
+Input: one image, normalised as the model's `pretrained_cfg` says, which is the backbone's; the policy renormalises
+inside. What the backbone has besides its blocks exists once: before and between them (role `stem`, frozen unless a Plan
+says otherwise), after the last one (`tail`) and the classifier (`head`).
+
+The frozen copies are frozen in the paper's sense: weights, affine parameters and statistics of their batch norms. The
+published code freezes convolutions only, so that the norms of its "frozen" path train; `frozen_bn='official'` does that.
+It also draws noise in evaluation, which makes its scores random: `set_sampling(seed)` does so, repeatably.
+
+How an image's path is computed is `routing`: `both` computes all copies for all images, `routed` what the paths need,
+with the same outputs and gradients; `auto` takes `routed` where it is exact.
+"""
+import copy
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from timm.layers import get_device_dtype
+from timm.models import generate_default_cfgs, register_model
+from timm.models._input import update_model_input_size
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import UserError
+from . import decathlon, policy_resnet  # noqa: F401  registered before they are named below
+from .block_probe import probe_blocks
+from .blocks import layer_ids
+from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg
+from .folding import folded_view, norms_fixed
+from .parts import Part, build_parts, create_part, part_cfg
+from .policy import PolicyNetwork, gumbel_noise, straight_through
+from .renorm import create_renorm
+from .routed_block import Decision, Route, RoutedBlock, eager
+
+__all__ = ['SpotTune']
+
+_logger = logging.getLogger(__name__)
+
+ROUTINGS = ('auto', 'both', 'routed')
+
+
+def _pair(size: Optional[Union[int, Sequence[int]]]) -> Optional[tuple[int, int]]:
+    return (size, size) if isinstance(size, int) else tuple(size) if size is not None else None
+
+
+class SpotTune(nn.Module):
+    """A backbone whose blocks exist twice, and a policy network that chooses for each image and block.
+
+    `backbone` is the timm model with a `RoutedBlock` in the place of each of its blocks, and its own classifier.
+    """
+
+    def __init__(
+            self,
+            backbone: str = 'resnet18',
+            policy: str = 'resnet10t',
+            backbone_kwargs: Optional[dict[str, Any]] = None,
+            policy_kwargs: Optional[dict[str, Any]] = None,
+            policy_input_size: Optional[int] = None,
+            first_block: int = 0,
+            temperature: float = 5.,
+            frozen_bn: str = 'frozen',
+            routing: str = 'auto',
+            num_classes: int = 1000,
+            in_chans: int = 3,
+            global_pool: Optional[str] = None,
+            drop_rate: float = 0.,
+            drop_path_rate: Optional[float] = None,
+            img_size: Optional[Union[int, tuple[int, int]]] = None,
+            mean: Optional[Sequence[float]] = None,
+            std: Optional[Sequence[float]] = None,
+            pretrained_parts: bool = False,
+            cache_dir: Optional[Union[str, Path]] = None,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            backbone: timm architecture, with or without a pretrained tag.
+            policy: timm architecture of the policy network.
+            backbone_kwargs: Keyword arguments of the backbone's `timm.create_model`.
+            policy_kwargs: Keyword arguments of the policy's.
+            policy_input_size: Side in pixels that the policy's input is resized to; None keeps the backbone's size.
+            first_block: Number of blocks before the first that is routed; they exist once and belong to the stem (the
+                first macro block of the decathlon experiments, Section 4.1).
+            temperature: Of the Gumbel-softmax, above 0 (5 in all of the paper's experiments).
+            frozen_bn: `frozen`, or `official` for norms of the frozen path that train.
+            routing: `auto`, `both` or `routed`.
+            num_classes: Classes; 0 gives the pooled features.
+            in_chans: Image channels.
+            global_pool: The backbone's pooling; None leaves it to the backbone.
+            drop_rate: The backbone's dropout before the classifier.
+            drop_path_rate: Stochastic depth of the tuned path, for architectures that have it.
+            img_size: Input size in pixels for architectures whose input size is fixed.
+            mean: Mean that the input is normalised with; None is the backbone's.
+            std: Standard deviation that the input is normalised with; None is the backbone's.
+            pretrained_parts: Load the pretrained weights of each architecture into its network.
+            cache_dir: Where those are cached.
+
+        Raises:
+            UserError: If an architecture is unknown or cannot be routed, an option is out of range, or weights cannot
+                be had.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if frozen_bn not in ('frozen', 'official'):
+            raise UserError(f"frozen_bn is 'frozen' or 'official', not {frozen_bn!r}.")
+        if routing not in ROUTINGS:
+            raise UserError(f'routing is one of {", ".join(ROUTINGS)}, not {routing!r}.')
+        common = dict(global_pool=global_pool, drop_path_rate=drop_path_rate, drop_rate=drop_rate or None)
+        part = _backbone_part(backbone, backbone_kwargs, num_classes, **common)
+        cfg = joint_input_cfg([part])
+        size = _pair(img_size) or tuple(cfg['input_size'][-2:])
+        self.backbone_part = part = part.sized(size)
+        probe = probe_blocks(part, (in_chans, *size))
+        if not 0 <= first_block < len(probe.blocks):
+            raise UserError(
+                f"first_block is {first_block}, but '{backbone}' has {len(probe.blocks)} blocks that can be routed: "
+                f'choose 0 to {len(probe.blocks) - 1}.')
+        self.in_chans = in_chans
+        self.img_size = size
+        self.temperature = temperature
+        self.frozen_bn = frozen_bn
+        self.routing = routing
+        self.first_block = first_block
+        self.fixed_blocks: Optional[tuple[int, ...]] = None
+        self.sampling: Optional[torch.Generator] = None
+        self.grad_checkpointing = False
+        self._route = Route()
+        self._fold: Optional[tuple] = None
+        self._names = tuple(probe.blocks[first_block:])
+        self._tail = _tail_modules(part, probe.blocks, in_chans)
+
+        policy_part = _policy_part(policy, len(self._names), policy_kwargs).sized(_pair(policy_input_size) or size)
+        nets = build_parts([part, policy_part], pretrained_parts, cache_dir=cache_dir, in_chans=in_chans, **dd)
+        stats = mean or cfg['mean'], std or cfg['std']
+        renorms = [
+            create_renorm(*stats, net.pretrained_cfg['mean'], net.pretrained_cfg['std'], in_chans, **dd) for net in nets
+        ]
+        self.policy = PolicyNetwork(nets[1], renorms[1], policy_input_size)
+        if not (pretrained_parts and nets[1].pretrained_cfg['num_classes'] == policy_part.num_classes):
+            self.policy.init_classifier()
+        self.renorm = renorms[0]
+        self.backbone = nets[0]
+        self._pairs = self._split_blocks(probe.pairs)
+        # The share of images that took each tuned copy lately; what `compact` goes by.
+        self.register_buffer('tuned_share', torch.full((len(self._names),), 0.5, **dd))
+        self._adopt()
+
+    def _split_blocks(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Puts a `RoutedBlock` in the place of each block; returns the pairs of convolution and norm outside them."""
+        pairs = list(pairs)
+        for index, name in enumerate(self._names):
+            block = self.backbone.get_submodule(name)
+            within = tuple(
+                (conv[len(name) + 1:], norm[len(name) + 1:]) for conv, norm in pairs
+                if conv.startswith(f'{name}.') and norm.startswith(f'{name}.')
+            )
+            routed = RoutedBlock(block, copy.deepcopy(block), index, self._route, within, self.frozen_bn)
+            _replace(self.backbone, name, routed.train(block.training))
+        prefixes = tuple(f'{name}.' for name in self._names)
+        return [(c, n) for c, n in pairs if not c.startswith(prefixes) and not n.startswith(prefixes)]
+
+    def _adopt(self) -> None:
+        """What timm asks of a model, as the backbone has it."""
+        self.num_classes = self.backbone.num_classes
+        self.num_features = self.backbone.num_features
+        self.head_hidden_size = getattr(self.backbone, 'head_hidden_size', self.num_features)
+        self.global_pool = getattr(self.backbone, 'global_pool', None)
+        self.feature_info = _prefixed(getattr(self.backbone, 'feature_info', None) or [])
+        if hasattr(self.backbone, 'output_fmt'):
+            self.output_fmt = self.backbone.output_fmt
+
+    # -- the parts ----------------------------------------------------------------------------------------------------
+
+    @property
+    def routed_blocks(self) -> list[RoutedBlock]:
+        """The routed blocks that the model has, in order of execution."""
+        return [m for m in self.backbone.modules() if isinstance(m, RoutedBlock)]
+
+    @property
+    def blocks_frozen(self) -> list[nn.Module]:
+        """The frozen copies, in order of execution."""
+        return [b.frozen for b in self.routed_blocks]
+
+    @property
+    def blocks_tuned(self) -> list[nn.Module]:
+        """The tuned copies, in order of execution."""
+        return [b.tuned for b in self.routed_blocks]
+
+    @property
+    def block_names(self) -> list[str]:
+        """Paths of the routed blocks, in order of execution."""
+        return [f'backbone.{name}' for name in self._names]
+
+    @property
+    def tuning_roles(self) -> dict[str, Union[str, list[str]]]:
+        """Role -> paths of the modules that it covers; the innermost path counts."""
+        present = [n for n, m in self.named_modules() if isinstance(m, RoutedBlock)]
+        tuned = [f'{name}.tuned' for name in present]
+        if self.frozen_bn == 'official':
+            tuned += [
+                f'{name}.frozen.{norm}' for name in present
+                for norm, m in self.get_submodule(name).frozen.named_modules() if isinstance(m, _BatchNorm)
+            ]
+        tail = [f'backbone.{n}' for n in self._tail if any(True for _ in self._parameters_of(n))]
+        roles = dict(
+            stem=['backbone'], frozen=[f'{name}.frozen' for name in present], tuned=tuned, tail=tail, policy='policy',
+            head=self._head_names())
+        return {role: paths for role, paths in roles.items() if paths}
+
+    def _parameters_of(self, name: str) -> Iterable[nn.Parameter]:
+        try:
+            return self.backbone.get_submodule(name).parameters()
+        except AttributeError:  # pruned
+            return ()
+
+    def _head_names(self) -> list[str]:
+        head = self.backbone.get_classifier()
+        heads = list(head) if isinstance(head, (tuple, list)) else [head]
+        return [
+            f'backbone.{n}' for n, m in self.backbone.named_modules()
+            if n and any(m is h for h in heads) and any(True for _ in m.parameters())
+        ]
+
+    @property
+    def role_defaults(self) -> dict[str, dict[str, Any]]:
+        """What a role does where a Plan says nothing: the frozen copies and the stem do not train."""
+        return {'frozen': {'train': 'none'}, 'stem': {'train': 'none'}}
+
+    def role_layers(self) -> dict[str, int]:
+        """Position of each parameter for layer decay, counted from the top."""
+        layers, top = self._layers()
+        return {n: top - layers.get(n, top) for n, _ in self.named_parameters()}
+
+    def _layers(self, coarse: bool = False) -> tuple[dict[str, int], int]:
+        """The layer of each parameter; both copies of a block are of its layer, the policy is aligned at the top."""
+        plain = _plain(self.backbone_part, self.in_chans)
+        ids, top = layer_ids(plain, coarse)
+        policy_ids, policy_top = layer_ids(self.policy.net, coarse)
+        depth = max(top, policy_top)
+        layers = {f'policy.net.{n}': depth - policy_top + i for n, i in policy_ids.items()}
+        for name, _ in self.backbone.named_parameters():
+            layers[f'backbone.{name}'] = depth - top + ids.get(self._plain_name(name), top)
+        return layers, depth
+
+    def _plain_name(self, name: str) -> str:
+        """The name that a parameter has in a plain backbone."""
+        for block in self._names:
+            for copy_name in ('frozen', 'tuned'):
+                if name.startswith(f'{block}.{copy_name}.'):
+                    return f'{block}.{name[len(block) + len(copy_name) + 2:]}'
+        return name
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The backbone's layers under the names they have here."""
+        layers, top = self._layers(coarse)
+        return lambda name: layers.get(name, top)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        plain = set(getattr(self.backbone, 'no_weight_decay', lambda: ())())
+        names = {f'backbone.{n}' for n, _ in self.backbone.named_parameters() if self._plain_name(n) in plain}
+        return names | {f'policy.net.{n}' for n in getattr(self.policy.net, 'no_weight_decay', lambda: ())()}
+
+    # -- deciding -----------------------------------------------------------------------------------------------------
+
+    def forward_policy(self, x: Tensor) -> Tensor:
+        """Logits (B, blocks, 2) of the decisions: column 0 for the frozen copy, 1 for the tuned one."""
+        return self.policy.forward_logits(x).unflatten(1, (len(self._names), 2))
+
+    def forward_shares(self, x: Tensor) -> Tensor:
+        """Which copy each image takes, (B, blocks): exactly 0 for the frozen one and 1 for the tuned one.
+
+        In training they are drawn, and their gradient is that of the relaxed ones.
+        """
+        if self.fixed_blocks is not None:
+            fixed = torch.zeros(len(self._names), device=x.device)
+            fixed[list(self.fixed_blocks)] = 1.
+            return fixed.expand(x.shape[0], -1)
+        logits = self.forward_policy(x)
+        if self.training:
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            return straight_through(logits, gumbel_noise(logits), self.temperature)[..., 1]
+        if self.sampling is not None:
+            logits = logits + gumbel_noise(logits, self.sampling)
+        return (logits[..., 1] > logits[..., 0]).to(logits.dtype)
+
+    def set_blocks(self, blocks: Optional[Union[str, Sequence[Union[int, str]]]] = None) -> None:
+        """Fixes the path of all images, or gives it back to the policy.
+
+        Args:
+            blocks: The blocks whose tuned copy is taken, by index or name (`block_names`); `tuned` for all of them
+                ("running fine-tuned blocks", Section 4.2.1), `frozen` for none; None for the policy.
+
+        Raises:
+            UserError: If there is no such block.
+        """
+        self.fixed_blocks = None if blocks is None else self._block_indices(blocks)
+
+    def _block_indices(self, blocks: Union[str, Sequence[Union[int, str]]]) -> tuple[int, ...]:
+        if isinstance(blocks, str):
+            if blocks not in ('tuned', 'frozen'):
+                raise UserError(f"blocks are 'tuned', 'frozen' or a list of blocks, not {blocks!r}.")
+            return tuple(range(len(self._names))) if blocks == 'tuned' else ()
+        names = {n: i for i, name in enumerate(self._names) for n in (name, f'backbone.{name}')}
+        indices = set()
+        for block in blocks:
+            index = names.get(block, block)
+            if isinstance(index, str) or not -len(self._names) <= index < len(self._names):
+                raise UserError(f'there is no routed block {block!r}: they are {", ".join(self._names)}.')
+            indices.add(index % len(self._names))
+        return tuple(sorted(indices))
+
+    def set_sampling(self, seed: Optional[int] = None) -> None:
+        """Evaluation draws the decisions with this seed, from now on, as the published code does; None takes argmax."""
+        self.sampling = None if seed is None else torch.Generator().manual_seed(seed)
+
+    def _routed(self, x: Tensor) -> bool:
+        if self.routing == 'both' or not eager(x):
+            return False
+        if not (self.training and torch.is_grad_enabled()):
+            return not (self.training and self.frozen_bn == 'official')
+        exact = all(block.exact() for block in self.routed_blocks)
+        if self.routing == 'routed' and not exact:
+            raise UserError(
+                "routing='routed' cannot train a frozen path that is not frozen: freeze its parameters and norms "
+                "(timm_amf.apply_freeze), or set routing='auto'.")
+        return exact
+
+    def _decide(self, x: Tensor) -> Decision:
+        routed = self._routed(x)
+        decision = Decision(self.forward_shares(x), routed)
+        self._route.decision = decision
+        return decision
+
+    # -- computing ----------------------------------------------------------------------------------------------------
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        decision = self._decide(x)
+        return self._network(decision).forward_features(self.renorm(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.backbone.forward_head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, num_classes), and the decisions (B, blocks) that led to them, as `forward_shares` gives them."""
+        decision = self._decide(x)
+        features = self._network(decision).forward_features(self.renorm(x))
+        return self.forward_head(features), decision.shares
+
+    def _network(self, decision: Decision) -> nn.Module:
+        """The backbone, in routed execution with its own norms folded too where they are fixed."""
+        if not decision.routed:
+            return self.backbone
+        if self._fold is None:
+            norms = [self.backbone.get_submodule(norm) for _, norm in self._pairs]
+            plain = not norms or not all(isinstance(n, _BatchNorm) for n in norms)
+            self._fold = (self.backbone, []) if plain else (folded_view(self.backbone, self._pairs), norms)
+        view, norms = self._fold
+        return view if norms_fixed(norms) else self.backbone
+
+    def train(self, mode: bool = True) -> 'SpotTune':
+        self._fold = None
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):
+        self._fold = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self):
+        state = {**self.__dict__, '_fold': None, 'sampling': None, '_route': Route()}
+        return state
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: Optional[Union[int, list[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
+        """The backbone's intermediate features, each image on its path; arguments as the backbone's."""
+        decision = self._decide(x)
+        return self._network(decision).forward_intermediates(
+            self.renorm(x),
+            indices=indices,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt=output_fmt,
+            intermediates_only=intermediates_only,
+        )
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, list[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> list[int]:
+        """Removes from the backbone what `forward_intermediates` does not need for these levels; the policy stays."""
+        self._fold = None
+        take = self.backbone.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
+        # What was removed cannot be folded.
+        modules = dict(self.backbone.named_modules())
+        self._pairs = [
+            (c, n) for c, n in self._pairs if isinstance(modules.get(c), nn.Conv2d) and n in modules
+        ]
+        self.num_classes = 0 if prune_head else self.num_classes
+        return take
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Every routed block is recomputed in the backward pass; the policy if it can."""
+        self.grad_checkpointing = enable
+        for block in self.routed_blocks:
+            block.grad_checkpointing = enable
+        try:
+            self.policy.net.set_grad_checkpointing(enable)
+        except (AssertionError, AttributeError, NotImplementedError):
+            pass
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.backbone.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """A new classifier, as the backbone draws it.
+
+        Args:
+            num_classes: Classes; 0 removes the classifier.
+            global_pool: Another pooling; None keeps it.
+        """
+        dd = get_device_dtype(self)
+        if global_pool is None:
+            self.backbone.reset_classifier(num_classes)
+        else:
+            self.backbone.reset_classifier(num_classes, global_pool)
+            self.backbone_part.kwargs['global_pool'] = global_pool
+        self.backbone_part.num_classes = num_classes
+        head = self.backbone.get_classifier()
+        for layer in head if isinstance(head, (tuple, list)) else [head]:
+            layer.to(**dd).train(self.training)
+        self._fold = None
+        self._adopt()
+
+    def set_input_size(self, img_size: Union[int, tuple[int, int]]) -> None:
+        """Resizes the networks whose input size is fixed, such as a ViT's position embedding.
+
+        Args:
+            img_size: New size in pixels, (H, W) or a side.
+        """
+        size = _pair(img_size)
+        nets = [self.backbone] + ([self.policy.net] if self.policy.input_size is None else [])
+        for net in nets:
+            if hasattr(net, 'set_input_size'):
+                net.set_input_size(img_size=size)
+        if 'img_size' in self.backbone_part.kwargs:
+            self.backbone_part.kwargs['img_size'] = size
+        self.img_size = size
+        update_model_input_size(self, size)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` takes in place of this model: its dense form, traced.
+
+        A backbone's own code calls its blocks with one argument, so a script has no way to hand them a decision; a
+        trace follows it through. The batch size stays free.
+        """
+        p = next(self.parameters())
+        example = torch.zeros(2, self.in_chans, *self.img_size, device=p.device, dtype=p.dtype)
+        with torch.no_grad():
+            return _Traced(torch.jit.trace(self, example, check_trace=False))
+
+    # -- one set of blocks for all images -----------------------------------------------------------------------------
+
+    def chosen_blocks(self, k: Optional[int] = None) -> tuple[int, ...]:
+        """The blocks whose tuned copy most images took lately (`tuned_share`).
+
+        Args:
+            k: Number of blocks, the most used first; None for all that more than half of the images used.
+        """
+        shares = self.tuned_share.tolist()
+        if k is None:
+            return tuple(i for i, share in enumerate(shares) if share > 0.5)
+        if not 0 <= k <= len(shares):
+            raise UserError(f'k is {k}, but {len(shares)} blocks are routed: choose 0 to {len(shares)}.')
+        return tuple(sorted(sorted(range(len(shares)), key=lambda i: -shares[i])[:k]))
+
+    @torch.no_grad()
+    def compact(self, blocks: Optional[Union[int, str, Sequence[Union[int, str]]]] = None) -> nn.Module:
+        """A plain timm model with the tuned copy of some blocks and the frozen copy of the others (Section 3.3).
+
+        It computes what this model computes under `set_blocks(blocks)`, needs nothing of this package, and is saved,
+        pushed and exported as any timm model.
+
+        Args:
+            blocks: As for `set_blocks`; a number for that many most used ones; None for those that most images used.
+
+        Returns:
+            A new model in this one's mode, its `pretrained_cfg` saying which normalisation it expects.
+        """
+        if blocks is None or isinstance(blocks, int):
+            tuned = self.chosen_blocks(blocks)
+        else:
+            tuned = self._block_indices(blocks)
+        dd = get_device_dtype(self)
+        plain = create_part(self.backbone_part, in_chans=self.in_chans, **dd)
+        kept = {f'{name}.{"tuned" if i in tuned else "frozen"}.': f'{name}.' for i, name in enumerate(self._names)}
+        dropped = tuple(f'{name}.' for name in self._names)
+        state = {}
+        for name, tensor in self.backbone.state_dict().items():
+            prefix = next((p for p in kept if name.startswith(p)), None)
+            if prefix is not None:
+                state[kept[prefix] + name[len(prefix):]] = tensor.clone()
+            elif not name.startswith(dropped):
+                state[name] = tensor.clone()
+        plain.load_state_dict(state)
+        plain.pretrained_cfg['num_classes'] = self.num_classes
+        return plain.train(self.training)
+
+
+class _Traced(nn.Module):
+    """What a trace becomes for `torch.jit.script`."""
+
+    def __init__(self, traced: torch.jit.ScriptModule):
+        super().__init__()
+        self.traced = traced
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.traced(x)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition('.')
+    parent = model.get_submodule(parent)
+    if isinstance(parent, (nn.Sequential, nn.ModuleList)):
+        parent[int(child)] = module
+    else:
+        setattr(parent, child, module)
+
+
+def _prefixed(info) -> list[dict[str, Any]]:
+    return [dict(f, module=f'backbone.{f["module"]}') for f in info]
+
+
+def _plain(part: Part, in_chans: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]), torch.device('meta'):
+        return create_part(Part(part.name, part.num_classes, part.kwargs), in_chans=in_chans, device='meta')
+
+
+def _tail_modules(part: Part, blocks: list[str], in_chans: int) -> tuple[str, ...]:
+    """Modules with weights that the backbone registers after its last block, its classifier apart."""
+    plain = _plain(part, in_chans)
+    last = blocks[-1]
+    top = [n for n, m in plain.named_children() if any(True for _ in m.parameters())]
+    after = top[top.index(last.split('.')[0]) + 1:] if last.split('.')[0] in top else []
+    head = plain.get_classifier()
+    heads = list(head) if isinstance(head, (tuple, list)) else [head]
+    return tuple(n for n in after if not any(m is h for h in heads for m in [plain.get_submodule(n)]))
+
+
+def _backbone_part(
+        backbone: str,
+        kwargs: Optional[dict[str, Any]] = None,
+        num_classes: int = 0,
+        **common,
+) -> Part:
+    common = {k: v for k, v in common.items() if v is not None}
+    return Part(backbone, num_classes, {**common, **(kwargs or {})})
+
+
+def _policy_part(policy: str, num_blocks: int, kwargs: Optional[dict[str, Any]]) -> Part:
+    return Part(policy, 2 * num_blocks, {} if kwargs is None else kwargs)
+
+
+# Registered name -> arguments.
+_VARIANTS: dict[str, dict[str, Any]] = {
+    'spottune': dict(backbone='resnet18', policy='resnet10t'),
+    'spottune_resnet26': dict(backbone='resnet26_decathlon', policy='resnet8_decathlon'),
+    'spottune_resnet18': dict(backbone='resnet18', policy='policy_resnet10'),
+    'spottune_resnet50': dict(backbone='resnet50', policy='policy_resnet10'),
+    'spottune_resnet101': dict(backbone='resnet101', policy='policy_resnet10'),
+    'spottune_mobilenetv2_100': dict(backbone='mobilenetv2_100', policy='mobilenetv3_small_050'),
+    'spottune_convnext_tiny': dict(backbone='convnext_tiny', policy='policy_resnet10'),
+    'spottune_vit_small_patch16_224': dict(backbone='vit_small_patch16_224', policy='policy_resnet10'),
+}
+
+
+def _cfg(
+        backbone: str,
+        policy: str,
+        backbone_kwargs: Optional[dict[str, Any]] = None,
+        policy_kwargs: Optional[dict[str, Any]] = None,
+        **_,
+) -> dict[str, Any]:
+    part = _backbone_part(backbone, backbone_kwargs)
+    named = {'backbone': part, 'policy.net': _policy_part(policy, 1, policy_kwargs)}
+    classifier = part_cfg(part).get('classifier') or ()
+    classifiers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    names = tuple(f'backbone.{c}' for c in classifiers)
+    return composite_cfg(named, ['backbone'], classifier=names[0] if len(names) == 1 else names)
+
+
+default_cfgs = generate_default_cfgs({f'{name}.{PARTS_TAG}': _cfg(**v) for name, v in _VARIANTS.items()})
+
+
+def _create(variant: str, pretrained: bool = False, **kwargs) -> SpotTune:
+    kwargs = {**_VARIANTS[variant], **kwargs}
+    cfg = _cfg(**kwargs)
+    size = _pair(kwargs.get('img_size')) or cfg['input_size'][-2:]
+    in_chans = kwargs.get('in_chans', cfg['input_size'][0])
+    part = _backbone_part(kwargs['backbone'], kwargs.get('backbone_kwargs')).sized(size)
+    plain = _plain(part, in_chans)
+    levels = len(getattr(plain, 'feature_info', None) or ()) if hasattr(plain, 'forward_intermediates') else 0
+    # All levels of a pyramid; the last three where there are many of few reductions, as timm has it for a ViT.
+    return build_composite(
+        SpotTune,
+        variant,
+        pretrained,
+        cfg,
+        feature_cfg=dict(feature_cls='getter', out_indices=tuple(range(levels)) if levels <= 5 else 3),
+        **kwargs,
+    )
+
+
+@register_model
+def spottune(pretrained: bool = False, **kwargs) -> SpotTune:
+    """SpotTune of any architecture: `backbone='resnet50', policy='resnet10t'`."""
+    return _create('spottune', pretrained, **kwargs)
+
+
+@register_model
+def spottune_resnet26(pretrained: bool = False, **kwargs) -> SpotTune:
+    """The ResNet-26 of the Visual Decathlon, 12 blocks, and a policy of three (SpotTune, Section 4.1).
+
+    There the first macro block is frozen and unrouted: `first_block=4`.
+    """
+    return _create('spottune_resnet26', pretrained, **kwargs)
+
+
+@register_model
+def spottune_resnet18(pretrained: bool = False, **kwargs) -> SpotTune:
+    """ResNet-18, 8 blocks, and a policy of four blocks."""
+    return _create('spottune_resnet18', pretrained, **kwargs)
+
+
+@register_model
+def spottune_resnet50(pretrained: bool = False, **kwargs) -> SpotTune:
+    """The paper's network: ResNet-50, 16 blocks, and a policy of four blocks (SpotTune, Section 4.1)."""
+    return _create('spottune_resnet50', pretrained, **kwargs)
+
+
+@register_model
+def spottune_resnet101(pretrained: bool = False, **kwargs) -> SpotTune:
+    """ResNet-101, 33 blocks, and a policy of four blocks."""
+    return _create('spottune_resnet101', pretrained, **kwargs)
+
+
+@register_model
+def spottune_mobilenetv2_100(pretrained: bool = False, **kwargs) -> SpotTune:
+    """MobileNetV2, 17 blocks, and a MobileNetV3-Small 0.5 policy."""
+    return _create('spottune_mobilenetv2_100', pretrained, **kwargs)
+
+
+@register_model
+def spottune_convnext_tiny(pretrained: bool = False, **kwargs) -> SpotTune:
+    """ConvNeXt-Tiny, 18 blocks, and a policy of four blocks."""
+    return _create('spottune_convnext_tiny', pretrained, **kwargs)
+
+
+@register_model
+def spottune_vit_small_patch16_224(pretrained: bool = False, **kwargs) -> SpotTune:
+    """ViT-Small/16, 12 blocks, and a policy of four blocks."""
+    return _create('spottune_vit_small_patch16_224', pretrained, **kwargs)
