@@ -7,5 +7,6 @@ from .routing import routing_error
 from .spottune import SpotTune
 
 __all__ = [
-    'AMF', 'DecathlonResNet', 'MultiTune', 'PolicyNetwork', 'convert_adapter_keys', 'list_blocks', 'routing_error',
+    'AMF', 'DecathlonResNet', 'MultiTune', 'PolicyNetwork', 'SpotTune', 'convert_adapter_keys', 'list_blocks',
+    'routing_error',
 ]

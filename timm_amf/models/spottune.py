@@ -10,8 +10,8 @@ inside. What the backbone has besides its blocks exists once: before and between
 says otherwise), after the last one (`tail`) and the classifier (`head`).
 
 The frozen copies are frozen in the paper's sense: weights, affine parameters and statistics of their batch norms. The
-published code freezes convolutions only, so that the norms of its "frozen" path train; `frozen_bn='official'` does that.
-It also draws noise in evaluation, which makes its scores random: `set_sampling(seed)` does so, repeatably.
+published code freezes convolutions only, so that the norms of its "frozen" path train; `frozen_bn='official'` does
+that. It also draws noise in evaluation, which makes its scores random: `set_sampling(seed)` does so, repeatably.
 
 How an image's path is computed is `routing`: `both` computes all copies for all images, `routed` what the paths need,
 with the same outputs and gradients; `auto` takes `routed` where it is exact.
