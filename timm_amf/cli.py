@@ -51,7 +51,14 @@ def _models(argv: list[str]) -> int:
     return 0
 
 
-_VERBS = {'train': _train, 'evaluate': _evaluate, 'models': _models}
+def _decathlon(argv: list[str]) -> int:
+    """score test accuracies on the Visual Decathlon, or write its submission file"""
+    from timm_amf.engine.submission import main as run
+
+    return run(argv)
+
+
+_VERBS = {'train': _train, 'evaluate': _evaluate, 'models': _models, 'decathlon': _decathlon}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

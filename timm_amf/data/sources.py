@@ -149,6 +149,10 @@ def open_source(component: Component, split: str, spec: DataSpec) -> Source:
     prefix = prefix.lower() if sep else ''
     if prefix == 'demo':
         return _open_demo(name, component.split_name(split))
+    if prefix == 'decathlon':
+        from .decathlon import open_labelled
+        where = f'data component {component.name!r}'
+        return open_labelled(component.root, name, component.split_name(split), where)
     if prefix == 'torch':
         return _open_torch(component, name.lower(), component.split_name(split), spec)
     if prefix == 'hfds':
@@ -159,7 +163,7 @@ def open_source(component: Component, split: str, spec: DataSpec) -> Source:
     if component.dataset and (prefix or component.dataset not in ('folder', 'image_folder')):
         raise UserError(
             f'data component {component.name!r}: unknown dataset {component.dataset!r}; leave it out for a folder, or '
-            f'begin it with torch/, hfds/, hfids/, tfds/ or wds/')
+            f'begin it with torch/, decathlon/, hfds/, hfids/, tfds/ or wds/')
     return _open_folder(component, component.split_name(split))
 
 

@@ -25,7 +25,8 @@ class Component:
 
     Args:
         name: Name in logs, tables and columns: letters, digits, `_`, `-` and `.`.
-        dataset: Dataset as timm names it: '' for a folder, `torch/...`, `hfds/...`, `tfds/...`, `wds/...`.
+        dataset: Dataset as timm names it: '' for a folder, `torch/...`, `decathlon/...`, `hfds/...`,
+            `tfds/...`, `wds/...`.
         root: Folder of the dataset.
         classes: Only the first this many classes, in the dataset's own order. None: all.
         per_class: At most this many images of each class, one number for all splits or one by split.

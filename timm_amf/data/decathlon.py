@@ -1,0 +1,292 @@
+"""The Visual Domain Decathlon: its ten domains, its folders and annotation files, and its score.
+
+The challenge (Rebuffi et al., "Learning multiple visual domains with residual adapters", NIPS 2017, section 4;
+robots.ox.ac.uk/~vgg/decathlon) distributes images of a short side of 72 pixels and annotations in the manner of COCO:
+
+    decathlon-1.0/annotations/aircraft_train.json, aircraft_val.json, aircraft_test_stripped.json
+    decathlon-1.0/data/aircraft/train/0001/000001.jpg
+"""
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+
+from timm_amf.errors import UserError
+
+from .sources import FileSource, Source
+
+__all__ = [
+    'DOMAINS', 'DecathlonSource', 'Domain', 'channel_stats', 'decathlon_score', 'domain_name', 'open_domain',
+    'open_labelled',
+]
+
+
+class Domain(NamedTuple):
+    """What is known of a domain.
+
+    Args:
+        column: Its name in the papers' tables.
+        baseline: Test accuracy (percent) of the network that is fine-tuned as a whole, which sets the scale of the
+            score: the row "Finetune" of Rebuffi et al. 2017, Table 1, whose score is 2500 by construction.
+        weight_decay: SpotTune's, from its authors' code (github.com/gyhui14/spottune, main.py); the paper has none.
+    """
+    column: str
+    baseline: float
+    weight_decay: float
+
+
+# In the order of the papers' tables.
+DOMAINS = {
+    'imagenet12': Domain('ImNet', 59.87, 0.0001),
+    'aircraft': Domain('Airc.', 60.34, 0.0005),
+    'cifar100': Domain('C100', 82.12, 0.0),
+    'daimlerpedcls': Domain('DPed', 92.82, 0.0005),
+    'dtd': Domain('DTD', 55.53, 0.0),
+    'gtsrb': Domain('GTSR', 97.53, 0.0),
+    'vgg-flowers': Domain('Flwr', 81.41, 0.0001),
+    'omniglot': Domain('OGlt', 87.69, 0.0005),
+    'svhn': Domain('SVHN', 96.55, 0.0),
+    'ucf101': Domain('UCF', 51.20, 0.0005),
+}
+
+_SPLITS = {
+    **dict.fromkeys(('train', 'training'), 'train'),
+    **dict.fromkeys(('validation', 'val', 'valid', 'eval', 'evaluation'), 'val'),
+    **dict.fromkeys(('test', 'testing', 'test_stripped'), 'test'),
+}
+
+
+def domain_name(name: str) -> str:
+    """The challenge's name of a domain that is called so, or as in the papers' tables.
+
+    Raises:
+        UserError: If there is no such domain.
+    """
+    plain = name.lower().rstrip('.')
+    for domain, about in DOMAINS.items():
+        if plain in (domain, about.column.lower().rstrip('.')):
+            return domain
+    raise UserError(f'decathlon: unknown domain {name!r}; there are {", ".join(DOMAINS)}')
+
+
+# ---- the score
+
+
+def decathlon_score(accuracies: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """The challenge's score, S = sum of 1000 (max(0, Emax - E) / Emax)^2 over the domains (Rebuffi et al. 2017, section
+    4; SpotTune, section 4.1), where E is the test error and Emax twice the error of the baseline.
+
+    Args:
+        accuracies: Domain -> test accuracy in percent. A domain that is left out earns nothing.
+
+    Returns:
+        The score, between 0 and 10000, and the points of each domain, between 0 and 1000.
+
+    Raises:
+        UserError: If a domain is unknown or named twice, or an accuracy is not a percentage.
+    """
+    points = {}
+    for name, accuracy in accuracies.items():
+        domain = domain_name(name)
+        if domain in points:
+            raise UserError(f'decathlon: two accuracies of {domain}; give one')
+        if isinstance(accuracy, bool) or not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 100:
+            raise UserError(f'decathlon: the accuracy of {domain} must be a percentage (0 to 100), not {accuracy!r}')
+        worst = 2 * (100 - DOMAINS[domain].baseline)
+        points[domain] = 1000 * (max(0., worst - (100 - accuracy)) / worst) ** 2
+    points = {domain: points[domain] for domain in DOMAINS if domain in points}
+    return sum(points.values()), points
+
+
+# ---- folders and annotation files
+
+
+class DecathlonSource(FileSource):
+    """One split of one domain.
+
+    Attributes:
+        domain: Name of the domain.
+        image_ids: The challenge's id of each image.
+        category_ids: The challenge's id of each class.
+        labelled: Whether the targets are known; else they are all -1.
+    """
+
+    def __init__(
+            self,
+            domain: str,
+            categories: dict[int, str],
+            images: dict[int, str],
+            targets: Optional[list[int]],
+    ):
+        labels = [-1] * len(images) if targets is None else targets
+        super().__init__(list(categories.values()), labels, list(images.values()))
+        self.domain = domain
+        self.category_ids = list(categories)
+        self.image_ids = list(images)
+        self.labelled = targets is not None
+
+
+def open_domain(root: Optional[str], domain: str, split: str, where: str = 'decathlon') -> DecathlonSource:
+    """Open a split of a domain of the challenge.
+
+    The classes are the categories of the training annotations by ascending id, as the challenge's own code has them.
+    For `test` a file `<domain>_test.json` with labels is taken where there is one, else `<domain>_test_stripped.json`,
+    which has none.
+
+    Args:
+        root: The folder `decathlon-1.0`, or the one that holds it.
+        domain: Name of the domain.
+        split: `train`, `val` or `test`, or one of timm's synonyms.
+        where: Whose data these are, for messages.
+
+    Raises:
+        UserError: If a file is missing, or is not what the challenge distributes.
+    """
+    domain = domain_name(domain)
+    if split not in _SPLITS:
+        raise UserError(f'{where}: decathlon/{domain} has no split {split!r}; it has train, val and test')
+    split = _SPLITS[split]
+    folder = _find_root(root, where)
+    train = _Annotations(folder / 'annotations' / f'{domain}_train.json', where)
+    categories = train.categories()
+    file = train
+    if split != 'train':
+        file = _Annotations(_annotation_file(folder, domain, split), where)
+    images = {image: str(folder / name) for image, name in file.images().items()}
+    first = Path(next(iter(images.values())))
+    if not first.exists():
+        raise UserError(f'{where}: {first} does not exist; unpack {domain}.tar in {folder / "data"}')
+    targets = file.targets(list(images), list(categories)) if split != 'test' or file.has_labels() else None
+    return DecathlonSource(domain, categories, images, targets)
+
+
+def open_labelled(root: Optional[str], domain: str, split: str, where: str) -> Source:
+    """As `open_domain`, for training and evaluation, which need labels.
+
+    Raises:
+        UserError: Also where the challenge keeps the labels to itself.
+    """
+    source = open_domain(root, domain, split, where)
+    if not source.labelled:
+        raise UserError(
+            f'{where}: the challenge gives no labels of decathlon/{source.domain}, split test: evaluate on val, or '
+            f'predict for its server with timm-amf decathlon submit')
+    return source
+
+
+def _find_root(root: Optional[str], where: str) -> Path:
+    if not root:
+        raise UserError(f'{where}: no folder; give that of decathlon-1.0 with --data-dir, or path= of the component')
+    path = Path(root).expanduser()
+    for folder in (path, path / 'decathlon-1.0'):
+        if (folder / 'annotations').is_dir():
+            return folder
+    raise UserError(
+        f'{where}: no folder annotations in {path}; give decathlon-1.0, the folder in decathlon-1.0-devkit.tar.gz')
+
+
+def _annotation_file(folder: Path, domain: str, split: str) -> Path:
+    path = folder / 'annotations' / f'{domain}_{split}.json'
+    if split == 'test' and not path.exists():
+        return path.with_name(f'{domain}_test_stripped.json')
+    return path
+
+
+class _Annotations:
+    """One annotation file, checked as it is read."""
+
+    def __init__(self, path: Path, where: str):
+        self.path = path
+        self.where = where
+        try:
+            self.content = json.loads(path.read_text(encoding='utf-8'))
+        except FileNotFoundError:
+            raise self._error('is missing; unpack decathlon-1.0-devkit.tar.gz there') from None
+        except (OSError, ValueError) as e:
+            raise self._error(f'cannot be read ({" ".join(str(e).split())[:120]}); unpack it anew') from None
+        if not isinstance(self.content, dict):
+            raise self._error('is not an annotation file of the challenge; unpack it anew')
+
+    def _error(self, what: str) -> UserError:
+        return UserError(f'{self.where}: {self.path} {what}')
+
+    def _rows(self, section: str, types: dict[str, Any]) -> list[tuple]:
+        """The entries of a section, each as the values of the named keys."""
+        rows = self.content.get(section)
+        if not isinstance(rows, list) or not rows:
+            raise self._error(f'has no {section}; unpack it anew')
+        for row in rows:
+            for key, kind in types.items():
+                if not isinstance(row, dict) or type(row.get(key)) is not kind:
+                    raise self._error(f'has an entry of {section} without {key}: {str(row)[:80]}; unpack it anew')
+        return [tuple(row[key] for key in types) for row in rows]
+
+    def _by_id(self, section: str, key: str) -> dict[int, str]:
+        rows = self._rows(section, {'id': int, key: str})
+        table = dict(rows)
+        if len(table) < len(rows):
+            raise self._error(f'gives an id to two {section}; unpack it anew')
+        return table
+
+    def categories(self) -> dict[int, str]:
+        """Category id -> name, by ascending id."""
+        return dict(sorted(self._by_id('categories', 'name').items()))
+
+    def images(self) -> dict[int, str]:
+        """Image id -> path within the challenge's folder, in the order of the file."""
+        images = self._by_id('images', 'file_name')
+        for name in images.values():
+            if PurePosixPath(name).is_absolute() or '..' in PurePosixPath(name).parts:
+                raise self._error(f'names the image {name!r}, which is outside of the folder; unpack it anew')
+        return images
+
+    def has_labels(self) -> bool:
+        # The stripped files have no annotations, or ones without a category.
+        rows = self.content.get('annotations')
+        return isinstance(rows, list) and any(isinstance(row, dict) and 'category_id' in row for row in rows)
+
+    def targets(self, image_ids: list[int], category_ids: list[int]) -> list[int]:
+        """Index of the category of each image."""
+        index = {category: i for i, category in enumerate(category_ids)}
+        known, found = set(image_ids), {}
+        for image, category in self._rows('annotations', {'image_id': int, 'category_id': int}):
+            if image not in known:
+                raise self._error(f'annotates image {image}, which it does not list; unpack it anew')
+            if category not in index:
+                raise self._error(f'has category {category}, which the training annotations lack; unpack it anew')
+            if found.setdefault(image, category) != category:
+                raise self._error(f'gives image {image} two categories; unpack it anew')
+        missing = next((image for image in image_ids if image not in found), None)
+        if missing is not None:
+            raise self._error(f'has no category for image {missing}; unpack it anew')
+        return [index[found[image]] for image in image_ids]
+
+
+# ---- statistics
+
+
+def channel_stats(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel over all pixels of all images, on the scale of 0 to 1.
+
+    The challenge's code reads such numbers from a pickle, which could hold a program as well as numbers and is not
+    read here.
+    """
+    total, squares, count = np.zeros(3), np.zeros(3), 0
+    for i in range(len(source)):
+        pixels = np.asarray(_load(source, i), dtype=np.float64).reshape(-1, 3) / 255
+        total += pixels.sum(0)
+        squares += (pixels ** 2).sum(0)
+        count += len(pixels)
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean ** 2, 0))
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def _load(source: Source, index: int) -> Any:
+    try:
+        return source.load(index, 'RGB')
+    except (OSError, SyntaxError, ValueError, EOFError) as e:
+        reason = ' '.join(str(e).split()) or type(e).__name__
+        raise UserError(f'cannot read image {source.filename(index)} ({reason}); unpack it anew') from None

@@ -1,0 +1,279 @@
+"""The Visual Decathlon after training: predictions for the challenge's server, and the verb `timm-amf decathlon`.
+
+The server takes one file for all domains, `[{"image_id": 10000001, "category_id": 10000042}, ...]`.
+"""
+import argparse
+import json
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional, Union
+
+import numpy as np
+import torch
+import yaml
+from timm.data import resolve_data_config
+from torch import nn
+
+from timm_amf.data import Mixture, create_loader, data_spec_from_args
+from timm_amf.data.decathlon import (
+    DOMAINS,
+    DecathlonSource,
+    channel_stats,
+    decathlon_score,
+    domain_name,
+    open_domain,
+)
+from timm_amf.engine.build import build_model
+from timm_amf.engine.checkpoint import load_weights
+from timm_amf.engine.options import parse_args
+from timm_amf.errors import UserError
+
+__all__ = ['Predictions', 'main', 'predict_run', 'write_results']
+
+# Where the weights of a run may be, by the name of the choice, in order of preference.
+_WEIGHTS = {
+    'best': ('model_best.safetensors',),
+    'last': ('last/ema.safetensors', 'last/model.safetensors'),
+}
+
+
+@dataclass
+class Predictions:
+    """What one run says of the images of one domain, in the order of the annotation file.
+
+    Args:
+        domain: Name of the domain.
+        image_ids: The challenge's id of each image.
+        category_ids: The challenge's id of the class predicted for each.
+        accuracy: Top-1 in percent, None where the labels are not known.
+    """
+    domain: str
+    image_ids: list[int]
+    category_ids: list[int]
+    accuracy: Optional[float] = None
+
+
+def predict_run(
+        run: Union[str, Path],
+        data_dir: Optional[str] = None,
+        split: str = 'test',
+        weights: str = 'best',
+        cpu: bool = False,
+        batch_size: Optional[int] = None,
+        workers: Optional[int] = None,
+) -> Predictions:
+    """Rebuild a run from its folder and predict a split of its domain, in float32 and without augmentation.
+
+    Args:
+        run: Folder with `args.yaml` and the weights.
+        data_dir: The folder `decathlon-1.0`. None: where the run had it.
+        split: `test` or `val`.
+        weights: `best` takes `model_best.safetensors`, `last` those of the last epoch (the moving average, if the run
+            kept one), which is right for a run that trained on the validation split too.
+        cpu: Compute on the CPU even where there is a GPU.
+        batch_size: Images at a time. None: the run's.
+        workers: Worker processes. None: the run's.
+
+    Raises:
+        UserError: If the folder holds no such run, or the data are missing, damaged or those of another challenge.
+    """
+    run = Path(run)
+    if not (run / 'args.yaml').is_file():
+        raise UserError(f'{run}: no args.yaml there; give the folder of a run')
+    # The trained weights take the place of whatever the run began from, which may be gone by now.
+    flags = ['--config', str(run / 'args.yaml'), '--initial-checkpoint', '', '--pretrained-path', '', '--resume', '']
+    args = parse_args([*flags, *(['--data-dir', data_dir] if data_dir else [])])
+    args.pretrained = False
+    source = _open(args, run, data_dir, split)
+    model = build_model(args, len(source.category_ids))
+    load_weights(model, _weights_file(run, weights))
+    device = torch.device('cuda' if torch.cuda.is_available() and not (cpu or args.cpu) else 'cpu')
+    predicted = _predict(model.to(device).eval(), source, args, device, batch_size, workers)
+    accuracy = 100 * float((predicted == source.targets).mean()) if source.labelled else None
+    ids = [source.category_ids[i] for i in predicted.tolist()]
+    return Predictions(source.domain, source.image_ids, ids, accuracy)
+
+
+def _open(args: argparse.Namespace, run: Path, data_dir: Optional[str], split: str) -> DecathlonSource:
+    components = data_spec_from_args(args, args.recipe.get('data')).components
+    prefix, _, domain = components[0].dataset.partition('/')
+    if len(components) > 1 or prefix.lower() != 'decathlon':
+        raise UserError(f'{run}: was trained on {", ".join(c.dataset or c.name for c in components)}, not on one '
+                        f'domain of the decathlon (dataset: decathlon/...)')
+    if components[0].classes is not None:
+        raise UserError(f'{run}: was trained on the first {components[0].classes} classes only')
+    return open_domain(data_dir or components[0].root, domain, split, str(run))
+
+
+def _weights_file(run: Path, weights: str) -> Path:
+    files = [run / name for name in _WEIGHTS[weights]]
+    return next((file for file in files if file.exists()), files[-1])
+
+
+@torch.inference_mode()
+def _predict(
+        model: nn.Module,
+        source: DecathlonSource,
+        args: argparse.Namespace,
+        device: torch.device,
+        batch_size: Optional[int],
+        workers: Optional[int],
+) -> np.ndarray:
+    """Class index of each image, in the source's order."""
+    config = resolve_data_config(vars(args), model=model, verbose=False)
+    count = len(source)
+    data = Mixture(
+        [source.domain], source.classes, [0] * len(source.classes), [(0, source, np.arange(count), source.targets)],
+        input_img_mode='L' if config['input_size'][0] == 1 else 'RGB')
+    loader = create_loader(
+        data,
+        input_size=config['input_size'],
+        batch_size=batch_size or args.validation_batch_size or args.batch_size,
+        workers=args.workers if workers is None else workers,
+        device=device,
+        mean=config['mean'],
+        std=config['std'],
+        interpolation=config['interpolation'],
+        crop_pct=config['crop_pct'],
+        crop_mode=config['crop_mode'],
+    )
+    predicted = np.full(count, -1)
+    for batch in loader:
+        # A model with more outputs than the domain has classes may not answer beyond them.
+        logits = model(batch.input)[:, :len(source.category_ids)]
+        predicted[batch.index.cpu().numpy()] = logits.argmax(1).cpu().numpy()
+    loader.close()
+    return predicted
+
+
+def write_results(predictions: Sequence[Predictions], path: Union[str, Path]) -> int:
+    """Write the file that the server takes: JSON, or if the name ends so a ZIP archive that holds `results.json`.
+
+    Returns:
+        The number of predictions in it.
+
+    Raises:
+        UserError: If two runs are of one domain, or the file cannot be written.
+    """
+    domains = [p.domain for p in predictions]
+    for domain in domains:
+        if domains.count(domain) > 1:
+            raise UserError(f'decathlon: two runs of {domain}; give one run a domain')
+    rows = [
+        {'image_id': image, 'category_id': category}
+        for p in predictions for image, category in zip(p.image_ids, p.category_ids, strict=True)]
+    path, text = Path(path), json.dumps(rows)
+    try:
+        if path.suffix.lower() == '.zip':
+            with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr('results.json', text)
+        else:
+            path.write_text(text, encoding='utf-8')
+    except OSError as e:
+        raise UserError(f'{path}: cannot be written ({e.strerror})') from None
+    return len(rows)
+
+
+# ---- the verb
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `timm-amf decathlon score|submit|stats` and turn what goes wrong into one line and an exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run_verb(args)
+    except UserError as e:
+        print(f'timm-amf decathlon: error: {e}', file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='timm-amf decathlon', description='The Visual Domain Decathlon.')
+    verbs = parser.add_subparsers(required=True, metavar='VERB')
+
+    score = verbs.add_parser('score', help='the score of test accuracies')
+    score.add_argument('accuracies', nargs='+', metavar='NAME=PERCENT or FILE.yaml',
+                       help='the test accuracy of a domain, or a YAML file that maps names to accuracies')
+    score.set_defaults(run_verb=_score)
+
+    submit = verbs.add_parser('submit', help='predict the test split of each domain and join the predictions')
+    submit.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run: args.yaml and weights')
+    submit.add_argument('--data-dir', metavar='DIR', help='the folder decathlon-1.0 (default: where each run had it)')
+    submit.add_argument('--out', default='results.json', metavar='FILE',
+                        help='file to write, .json or .zip (default: %(default)s)')
+    submit.add_argument('--split', choices=('test', 'val'), default='test', help='default: %(default)s')
+    submit.add_argument('--weights', choices=tuple(_WEIGHTS), default='best',
+                        help='those of the best epoch, or of the last (default: %(default)s)')
+    submit.add_argument('--batch-size', type=int, metavar='N', help="images at a time (default: the run's)")
+    submit.add_argument('--workers', type=int, metavar='N', help="worker processes (default: the run's)")
+    submit.add_argument('--cpu', action='store_true', help='use no GPU')
+    submit.set_defaults(run_verb=_submit)
+
+    stats = verbs.add_parser('stats', help='mean and standard deviation of the training images')
+    stats.add_argument('domains', nargs='+', metavar='DOMAIN', help=', '.join(DOMAINS))
+    stats.add_argument('--data-dir', required=True, metavar='DIR', help='the folder decathlon-1.0')
+    stats.set_defaults(run_verb=_stats)
+    return parser
+
+
+def _score(args: argparse.Namespace) -> None:
+    accuracies: dict[str, float] = {}
+    for text in args.accuracies:
+        for name, accuracy in _read_accuracies(text).items():
+            if domain_name(name) in accuracies:
+                raise UserError(f'two accuracies of {domain_name(name)}; give one')
+            accuracies[domain_name(name)] = accuracy
+    print(_score_table(accuracies))
+
+
+def _read_accuracies(text: str) -> dict[str, float]:
+    name, equals, value = text.partition('=')
+    if equals:
+        try:
+            return {name: float(value)}
+        except ValueError:
+            raise UserError(f'{text}: {value!r} is not a number; write for example dtd=57.13') from None
+    try:
+        content = yaml.safe_load(Path(text).read_text(encoding='utf-8'))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise UserError(f'{text}: cannot be read ({" ".join(str(e).split())[:120]}); give NAME=PERCENT, or a YAML file '
+                        f'of such pairs') from None
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UserError(f'{text}: must map names of domains to accuracies, such as "dtd: 57.13"')
+    return content
+
+
+def _score_table(accuracies: dict[str, float]) -> str:
+    total, points = decathlon_score(accuracies)
+    lines = [f'{"domain":16}{"accuracy":>9}{"points":>9}']
+    lines += [f'{domain:16}{accuracies[domain]:>9.2f}{value:>9.1f}' for domain, value in points.items()]
+    missing = [domain for domain in DOMAINS if domain not in points]
+    without = f', without {", ".join(missing)}' if missing else ''
+    return '\n'.join([*lines, f'{"score":16}{"":9}{total:>9.1f}   of 10000{without}'])
+
+
+def _submit(args: argparse.Namespace) -> None:
+    predictions = []
+    for run in args.runs:
+        one = predict_run(
+            run, args.data_dir, args.split, args.weights, args.cpu, args.batch_size, args.workers)
+        known = '' if one.accuracy is None else f', top-1 {one.accuracy:.2f} %'
+        print(f'{one.domain}: {len(one.image_ids)} images{known}')
+        predictions.append(one)
+    count = write_results(predictions, args.out)
+    missing = [domain for domain in DOMAINS if domain not in {p.domain for p in predictions}]
+    without = f', without {", ".join(missing)}' if missing else ''
+    print(f'{args.out}: {count} predictions of {len(predictions)} domains{without}')
+    if all(p.accuracy is not None for p in predictions):
+        print(_score_table({p.domain: p.accuracy for p in predictions}))
+
+
+def _stats(args: argparse.Namespace) -> None:
+    for domain in args.domains:
+        mean, std = channel_stats(open_domain(args.data_dir, domain, 'train'))
+        numbers = [', '.join(f'{x:.4f}' for x in values) for values in (mean, std)]
+        print(f'# {domain_name(domain)}\nmean: [{numbers[0]}]\nstd: [{numbers[1]}]')
