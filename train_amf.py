@@ -21,7 +21,7 @@ from timm_amf.engine.options import parse_args, resolve_lr, save_args
 from timm_amf.engine.run import find_resume, prepare_folder
 from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
 from timm_amf.errors import UserError
-from timm_amf.tuning import create_optimizer, describe_groups, model_roles, plan_from_args
+from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args
 
 _logger = logging.getLogger('train')
 
@@ -45,6 +45,8 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
 
     lr = resolve_lr(args, args.batch_size * accelerator.num_processes * args.grad_accum_steps)
     plan = plan_from_args(args, model_roles(model), lr)
+    if resume is None and not args.eval_only:
+        build.set_start(model, plan, args, train_set.num_classes)
     optimizer = create_optimizer(model, plan)
     mixup = build.build_mixup(args, model.num_classes)
     task = AdaptiveTask(
@@ -53,6 +55,7 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     trainer = Trainer(args, accelerator, task, plan, optimizer, train_loader, val_loader, folder, mixup)
 
     accelerator.print(describe_groups(optimizer.param_groups))
+    accelerator.print(describe_depths(model, plan), end='')
     if args.dry_run:
         return
     if args.eval_only:

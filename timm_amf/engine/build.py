@@ -29,11 +29,12 @@ from timm_amf.engine.options import resolve_trackers
 from timm_amf.errors import UserError
 from timm_amf.models.parts import Part, part_cfg
 from timm_amf.models.sources import check_source
-from timm_amf.tuning import Plan
+from timm_amf.tuning import Plan, reinit
+from timm_amf.tuning.groups import settings
 
 __all__ = [
     'build_accelerator', 'build_data', 'build_loaders', 'build_mixup', 'build_model', 'place_model', 'run_folder',
-    'seed_step', 'start_trackers',
+    'seed_step', 'set_start', 'start_trackers',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -170,6 +171,9 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
         )
     except (TypeError, ValueError, RuntimeError, KeyError, FileNotFoundError) as e:
         first = ' '.join(str(e).split())[:300]
+        if args.initial_checkpoint and 'state_dict' in first:
+            raise UserError(
+                f'--initial-checkpoint {args.initial_checkpoint} does not fit {args.model}: {first}') from None
         raise UserError(f'--model {args.model} cannot be built: {first}') from None
     _adjust_norms(model, args)
     _adjust_head(model, args)
@@ -234,6 +238,20 @@ def _adjust_head(model: nn.Module, args: argparse.Namespace) -> None:
                 layer.weight.mul_(args.head_init_scale)
             if args.head_init_bias is not None:
                 nn.init.constant_(layer.bias, args.head_init_bias)
+
+
+def set_start(model: nn.Module, plan: Plan, args: argparse.Namespace, num_classes: int) -> None:
+    """Give a model that does not resume the start that its Plan asks for: re-initialise, or have a start to decay to.
+
+    Raises:
+        UserError: If the Plan does not fit the model, or what it asks for cannot be had.
+    """
+    pulled = any(setting.l2sp_alpha for setting in settings(model, plan).values())
+    if pulled and not (args.pretrained or args.initial_checkpoint):
+        raise UserError(
+            'plan: l2sp_alpha decays towards weights that are random here; add --pretrained or --initial-checkpoint')
+    anew = argparse.Namespace(**{**vars(args), 'pretrained': False, 'initial_checkpoint': ''})
+    reinit(model, plan, args.seed, functools.partial(build_model, anew, num_classes))
 
 
 def place_model(model: nn.Module, args: argparse.Namespace, accelerator: Accelerator) -> nn.Module:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from timm_amf.errors import UserError
+from timm_amf.tuning.l2sp import L2SP
 
 __all__ = ['Checkpointer', 'load_weights', 'save_weights', 'write_text']
 
@@ -29,6 +30,7 @@ _STATE = 'state.json'
 _WEIGHTS = 'model.safetensors'
 _EMA = 'ema.safetensors'
 _OPTIMIZER = 'optimizer.pt'
+_START = 'l2sp.safetensors'
 
 
 @contextlib.contextmanager
@@ -79,10 +81,14 @@ def write_text(path: Union[str, Path], text: str) -> None:
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return _contiguous(module.state_dict())
+
+
+def _contiguous(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     # safetensors takes neither channels_last strides nor two names for one storage.
     seen: set[int] = set()
     tensors = {}
-    for name, tensor in module.state_dict().items():
+    for name, tensor in named.items():
         tensor = tensor.detach().contiguous().cpu()
         if tensor.data_ptr() in seen:
             tensor = tensor.clone()
@@ -117,6 +123,17 @@ def load_weights(module: nn.Module, path: Union[str, Path]) -> None:
         first = ' '.join(str(e).split())[:200]
         raise UserError(
             f'{path}: does not fit {type(module).__name__} ({first}); build the model it was made of') from None
+
+
+def _load_start(path: Path, l2sp: L2SP) -> None:
+    try:
+        l2sp.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise UserError(f'{path}: is not there: the run was without L2-SP; resume with the Plan of the run') from None
+    except SafetensorError as e:
+        raise UserError(f'{path}: is damaged or no safetensors file ({" ".join(str(e).split())})') from None
+    except UserError as e:
+        raise UserError(f'{path}: {e}') from None
 
 
 class Checkpointer:
@@ -154,6 +171,7 @@ class Checkpointer:
             ema: Optional[nn.Module],
             optimizer: torch.optim.Optimizer,
             state: dict[str, Any],
+            l2sp: Optional[L2SP] = None,
     ) -> None:
         """Write `last/`.
 
@@ -162,6 +180,7 @@ class Checkpointer:
             ema: Its moving average, or None.
             optimizer: The optimiser.
             state: Plain data: counters, schedule, meters.
+            l2sp: L2-SP, whose starting point is kept, or None.
 
         Raises:
             UserError: If the disk is full or not writable; the previous checkpoint stays whole.
@@ -177,6 +196,8 @@ class Checkpointer:
                 if ema is not None:
                     save_file(_tensors(ema), temporary / _EMA, metadata={'format': 'pt'})
                 torch.save(optimizer.state_dict(), temporary / _OPTIMIZER)
+                if l2sp is not None:
+                    save_file(_contiguous(l2sp.state_dict()), temporary / _START, metadata={'format': 'pt'})
                 (temporary / _STATE).write_text(json.dumps(state, indent=1), encoding='utf-8')
                 for file in temporary.iterdir():
                     _sync(file)
@@ -221,8 +242,9 @@ class Checkpointer:
             model: nn.Module,
             ema: Optional[nn.Module],
             optimizer: Optional[torch.optim.Optimizer],
+            l2sp: Optional[L2SP] = None,
     ) -> dict[str, Any]:
-        """Load a `last/` folder into the model, its moving average and the optimiser.
+        """Load a `last/` folder into the model, its moving average, the optimiser, and the starting point of L2-SP.
 
         Returns:
             The state that was saved with it.
@@ -240,6 +262,8 @@ class Checkpointer:
                 raise UserError(f'{source}: has no moving average; resume without --model-ema')
         if optimizer is not None:
             self._load_optimizer(source / _OPTIMIZER, optimizer)
+        if l2sp is not None:
+            _load_start(source / _START, l2sp)
         self.best_metric, self.best_epoch = state['best_metric'], state['best_epoch']
         self.kept = [(metric, epoch) for metric, epoch in state['kept']]
         return state

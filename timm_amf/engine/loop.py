@@ -166,6 +166,9 @@ class Trainer:
         if args.torchcompile:
             task.trainable_module.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         task.trainable_module = accelerator.prepare_model(task.trainable_module)
+        self.l2sp = getattr(optimizer, 'l2sp', None)
+        if self.l2sp is not None and accelerator.num_processes > 1:
+            self.l2sp.take()  # now the weights are those of the first process everywhere
         # Accelerate's wrapper is for the loss scaler of fp16; it looks for a package at every step (0.06 ms).
         self.optimizer = optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(optimizer)
         self.summary = CsvLog(self.folder / 'summary.csv')
@@ -186,7 +189,7 @@ class Trainer:
         state = read_state(source)
         self._check_same_run(source, state)
         optimizer = None if args.no_resume_opt else self.bare_optimizer
-        state = self.checkpoints.load_last(source, self.task.model, self.task.ema_model, optimizer)
+        state = self.checkpoints.load_last(source, self.task.model, self.task.ema_model, optimizer, self.l2sp)
         self.epoch, self.step, self.updates = state['epoch'], state['step'], state['updates']
         if optimizer is not None:
             self.scheduler.load_state_dict(state['schedule'])
@@ -435,7 +438,7 @@ class Trainer:
                 plan=self.plan.to_dict(),
                 schedule=self.scheduler.state_dict(),
                 meters=meters,
-            ))
+            ), self.l2sp)
         self.accelerator.wait_for_everyone()
 
     def _gathered(self, tensor: torch.Tensor) -> list:

@@ -269,7 +269,7 @@ def describe_groups(groups: list[dict[str, Any]]) -> str:
 
 
 def describe_depths(model: nn.Module, plan: Plan) -> str:
-    """What the Plan does to single blocks, a line each: those drawn at random, re-initialised, pulled to their start.
+    """What the Plan does to single blocks, lines on those drawn at random, re-initialised, pulled to their start.
 
     Empty where it treats all blocks of a role alike.
     """
@@ -286,4 +286,4 @@ def describe_depths(model: nn.Module, plan: Plan) -> str:
             count = role.plan.l2sp_blocks if isinstance(role.plan.l2sp_blocks, int) else role.transferred
             lines.append(
                 f'{name}: L2-SP with alpha {role.plan.l2sp_alpha:g} on the first {count} of {len(role.blocks)} blocks')
-    return '\n'.join(lines)
+    return ''.join(f'{line}\n' for line in lines)
