@@ -20,6 +20,7 @@ _PUBLIC = {
     'param_groups': 'tuning.groups',
     'model_roles': 'tuning.roles',
     'list_blocks': 'models.blocks',
+    'advise': 'search.advise',
     'UserError': 'errors',
 }
 

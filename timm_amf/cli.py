@@ -22,6 +22,13 @@ def _evaluate(argv: list[str]) -> int:
     return train_amf.main([*argv, '--eval-only'])
 
 
+def _advise(argv: list[str]) -> int:
+    """measure how well pretrained weights fit the data, and write a Plan: the flags of train_amf.py"""
+    from timm_amf.search.advise import main as advise_main
+
+    return advise_main(argv)
+
+
 def _models(argv: list[str]) -> int:
     """list the models, their parts and parameters, and the recipes"""
     parser = argparse.ArgumentParser(prog='timm-amf models', description=_models.__doc__)
@@ -58,7 +65,7 @@ def _decathlon(argv: list[str]) -> int:
     return run(argv)
 
 
-_VERBS = {'train': _train, 'evaluate': _evaluate, 'models': _models, 'decathlon': _decathlon}
+_VERBS = {'train': _train, 'evaluate': _evaluate, 'models': _models, 'advise': _advise, 'decathlon': _decathlon}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

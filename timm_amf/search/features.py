@@ -78,6 +78,8 @@ class FeatureNet:
         self.source_classes = (plain.num_classes or self._count_classes()) if classifier else 0
         model = build.build_model(plain, self.source_classes)
         self.model = build.place_model(model, plain, accelerator).eval()
+        self.config = resolve_data_config(vars(plain), model=self.model, verbose=False)
+        self.in_chans = self.config['input_size'][0]
 
     def _count_classes(self) -> int:
         """Number of classes that the pretrained classifier has; 0 where the weights come without one."""
@@ -101,8 +103,7 @@ class FeatureNet:
 
     def loader(self, dataset: Mixture):
         """The images of a data set in order, with the evaluation transform."""
-        args = self.args
-        config = resolve_data_config(vars(args), model=self.model, verbose=False)
+        args, config = self.args, self.config
         return create_loader(
             dataset, config['input_size'], args.validation_batch_size or args.batch_size,
             interpolation=config['interpolation'], mean=config['mean'], std=config['std'],

@@ -146,15 +146,13 @@ class Rule:
 
 
 def _threshold(measure: str) -> tuple[float, float]:
-    """(where the sides part, half the distance of their means), in the measure's own scale or its logarithm."""
+    """(where the sides part, half the distance of their means), in the scale of `_scaled`."""
+    unsuited, suited = (
+        [_scaled(measure, s.measures[measure]) for s in PAPER.values() if s.suited == side] for side in (False, True))
+    half = abs(sum(suited) / len(suited) - sum(unsuited) / len(unsuited)) / 2
     if measure == 'random_minus_fixed':
-        middle = 0.
-    values = {side: [_scaled(measure, s.measures[measure]) for s in PAPER.values() if s.suited == side]
-              for side in (True, False)}
-    if measure != 'random_minus_fixed':
-        low, high = sorted((values[True], values[False]), key=sum)
-        middle = (max(low) + min(high)) / 2
-    return middle, abs(sum(values[True]) - sum(values[False])) / 4
+        return 0., half  # section 5 says so
+    return (max(unsuited) + min(suited)) / 2, half
 
 
 def _scaled(measure: str, value: float) -> float:

@@ -200,9 +200,9 @@ def _regressions(features: np.ndarray, labels: np.ndarray, grid: Sequence[float]
 def fisher_score(features: np.ndarray, labels: np.ndarray, shrinkage: Shrinkage = 'ledoit_wolf') -> float:
     """Class-normalised Fisher score Tr(Sw^-1 Sb) / K (Plested et al., section 4.1, after Fukunaga, section 10.2).
 
-    Sw = sum_k P_k cov_k is the covariance within classes and Sb = sum_k P_k (m_k - m)(m_k - m)^T that between them. With
-    fewer images than features Sw has no inverse, and long before that its inverse is mostly noise, so it is shrunk:
-    (1 - a) Sw + a Tr(Sw)/D I. The paper does not say what it did.
+    Sw = sum_k P_k cov_k is the covariance within classes and Sb = sum_k P_k (m_k - m)(m_k - m)^T that between them.
+    With fewer images than features Sw has no inverse, and long before that its inverse is mostly noise, so it is
+    shrunk: (1 - a) Sw + a Tr(Sw)/D I. The paper does not say what it did.
 
     Args:
         features: (N, D).
@@ -297,7 +297,8 @@ def domain_similarity(
     source, target = _as_features(source_means), _as_features(target_means)
     if source.shape[1] != target.shape[1]:
         raise UserError(
-            f'the source has {source.shape[1]} features and the target {target.shape[1]}; compute both with one network')
+            f'the source has {source.shape[1]} features and the target {target.shape[1]}; '
+            f'compute both with one network')
     weights = [np.asarray(w, dtype=np.float64) for w in (source_weights, target_weights)]
     for w, means in zip(weights, (source, target)):
         if w.shape != (len(means),) or not (w > 0).all():
