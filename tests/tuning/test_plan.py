@@ -133,6 +133,20 @@ def test_flags_of_roles():
     assert (policy.sched, policy.hold_epochs, policy.min_scale) == ('cosine', 4, 0.5)
 
 
+def test_flags_of_depth_go_to_what_has_blocks():
+    argv = '--reinit-blocks 2 --l2sp-alpha 0.01 --l2sp-blocks 10 --train-share 0.25 --train-seed 3'.split()
+    plan = plan_from_args(parse(*argv, '--role', 'branch.1.l2sp_blocks=all'), ROLES, 0.1)
+    role = plan.role('branch.0')
+    assert (role.reinit_blocks, role.l2sp_alpha, role.l2sp_blocks) == (2, 0.01, 10)
+    assert (role.train, role.train_share, role.train_seed) == ('random', 0.25, 3)
+    assert plan.role('branch.1').l2sp_blocks == 'all'
+    assert plan.role('policy').reinit_blocks == 0 and plan.role('head').l2sp_alpha is None
+    assert Plan.from_dict(plan.to_dict()) == plan
+    spottune = plan_from_args(parse(*argv), ['stem', 'frozen', 'tuned', 'policy', 'head'], 0.1)
+    assert set(spottune.roles) == {'tuned'}
+    assert plan_from_args(parse('--l2sp-alpha', '1', '--l2sp-blocks', 'all'), ROLES, 0.1).roles
+
+
 def test_a_recipes_plan_means_what_it_means_to_from_yaml_and_given_flags_win():
     recipe = dict(plan=paper_plan().to_dict())
     assert plan_from_args(parse(recipe=recipe), ROLES, 0.1) == paper_plan()
