@@ -1,6 +1,8 @@
 """The Visual Decathlon's folders in small, and its score against the published tables."""
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,6 +129,18 @@ def test_reads_the_challenges_files(written):
     assert open_domain(str(written.parent), 'Airc.', 'valid').image_ids == [10000018 - i for i in range(6)]
 
 
+def test_numbers_where_others_write_words(root):
+    for path in (root / 'annotations').glob('*.json'):
+        content = json.loads(path.read_text())
+        for row in content['annotations']:
+            row['category_id'] = float(row['category_id'])
+        for digit, row in enumerate(content['categories']):
+            row['name'] = digit
+        path.write_text(json.dumps(content))
+    val = open_domain(str(root), 'aircraft', 'val')
+    assert val.classes == ['2', '1', '0'] and np.bincount(val.targets).tolist() == [2, 2, 2]
+
+
 def test_as_a_mixture(root):
     spec = DataSpec.from_mapping({'dataset': 'decathlon/aircraft', 'root': str(root)})
     assert spec.components[0].name == 'aircraft'
@@ -221,9 +235,22 @@ def test_statistics(root):
         channel_stats(source)
 
 
-# ---- the recipes
+# ---- the page and the recipes
 
 TARGETS = [domain for domain in DOMAINS if domain != 'imagenet12']
+PAGE = (Path(__file__).parents[2] / 'docs' / 'decathlon.md').read_text(encoding='utf-8')
+
+
+def test_the_pages_figures_and_example(written):
+    row = next(line for line in PAGE.splitlines() if line.startswith('| 59.87'))
+    assert by_domain(row.replace('|', ' ')) == {domain: about.baseline for domain, about in DOMAINS.items()}
+    decays = re.findall(r'^\| (0[.\d]*) \| ([\w, -]+) \|$', PAGE, re.MULTILINE)
+    told = {domain: float(decay) for decay, domains in decays for domain in domains.split(', ')}
+    assert {domain: told[domain] for domain in TARGETS} == {domain: DOMAINS[domain].weight_decay for domain in TARGETS}
+    section = yaml.safe_load(re.search(r'```yaml\n(.*?)```', PAGE, re.DOTALL)[1])['data']
+    spec = DataSpec.from_mapping({**section, 'root': str(written)})
+    assert create_datasets(spec, ('train',))[0].components == ['aircraft']
+
 
 
 @pytest.mark.parametrize('domain', TARGETS)

@@ -7,7 +7,7 @@ robots.ox.ac.uk/~vgg/decathlon) distributes images of a short side of 72 pixels 
     decathlon-1.0/data/aircraft/train/0001/000001.jpg
 """
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Optional
 
@@ -194,6 +194,17 @@ def _annotation_file(folder: Path, domain: str, split: str) -> Path:
     return path
 
 
+def _whole(value: Any) -> Optional[int]:
+    # The challenge's own code puts its ids through int(): some tools write whole numbers as 1.0.
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
+
+
+def _name(value: Any) -> Optional[str]:
+    return value if isinstance(value, str) else str(value) if isinstance(value, (int, float)) else None
+
+
 class _Annotations:
     """One annotation file, checked as it is read."""
 
@@ -212,19 +223,24 @@ class _Annotations:
     def _error(self, what: str) -> UserError:
         return UserError(f'{self.where}: {self.path} {what}')
 
-    def _rows(self, section: str, types: dict[str, Any]) -> list[tuple]:
-        """The entries of a section, each as the values of the named keys."""
+    def _rows(self, section: str, keys: dict[str, Callable[[Any], Any]]) -> list[tuple]:
+        """The entries of a section, each as the values of the named keys, read by a function that gives None for what
+        is no such value.
+        """
         rows = self.content.get(section)
         if not isinstance(rows, list) or not rows:
             raise self._error(f'has no {section}; unpack it anew')
+        values = []
         for row in rows:
-            for key, kind in types.items():
-                if not isinstance(row, dict) or type(row.get(key)) is not kind:
-                    raise self._error(f'has an entry of {section} without {key}: {str(row)[:80]}; unpack it anew')
-        return [tuple(row[key] for key in types) for row in rows]
+            read = {key: kind(row.get(key)) if isinstance(row, dict) else None for key, kind in keys.items()}
+            missing = next((key for key, value in read.items() if value is None), None)
+            if missing is not None:
+                raise self._error(f'has an entry of {section} without {missing}: {str(row)[:80]}; unpack it anew')
+            values.append(tuple(read.values()))
+        return values
 
     def _by_id(self, section: str, key: str) -> dict[int, str]:
-        rows = self._rows(section, {'id': int, key: str})
+        rows = self._rows(section, {'id': _whole, key: _name})
         table = dict(rows)
         if len(table) < len(rows):
             raise self._error(f'gives an id to two {section}; unpack it anew')
@@ -251,7 +267,7 @@ class _Annotations:
         """Index of the category of each image."""
         index = {category: i for i, category in enumerate(category_ids)}
         known, found = set(image_ids), {}
-        for image, category in self._rows('annotations', {'image_id': int, 'category_id': int}):
+        for image, category in self._rows('annotations', {'image_id': _whole, 'category_id': _whole}):
             if image not in known:
                 raise self._error(f'annotates image {image}, which it does not list; unpack it anew')
             if category not in index:

@@ -224,7 +224,7 @@ class DecathlonResNet(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Maps (B, num_features, H / 8, W / 8), or of one more half a stage more."""
+        """Maps (B, num_features, H / 8, W / 8): each stage halves them."""
         x = self.bn1(self.conv1(x))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.stages, x, flatten=True)
