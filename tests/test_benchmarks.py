@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
         'one branch an image (eps 1) / arithmetic',
     ]),
     ('train_loop', ['control: bare / bare', 'loop / bare', 'loop - bare, a step', 'loop - bare, once an epoch']),
+    ('l2sp', ['control: sgd / sgd', 'sgd: L2-SP / weight decay', 'adamw: L2-SP / weight decay']),
     ('import_time', ['control: timm / timm', 'timm_amf / timm']),
 ])
 def test_prints_its_rows(script, rows):
