@@ -142,8 +142,10 @@ def test_flags_of_depth_go_to_what_has_blocks():
     assert plan.role('branch.1').l2sp_blocks == 'all'
     assert plan.role('policy').reinit_blocks == 0 and plan.role('head').l2sp_alpha is None
     assert Plan.from_dict(plan.to_dict()) == plan
-    spottune = plan_from_args(parse(*argv), ['stem', 'frozen', 'tuned', 'policy', 'head'], 0.1)
-    assert set(spottune.roles) == {'tuned'}
+    roles = ['stem', 'frozen', 'tuned', 'tail', 'policy', 'head']
+    assert set(plan_from_args(parse(*argv), roles, 0.1).roles) == {'tuned'}
+    everything = plan_from_args(parse('--l2sp-alpha', '1'), roles, 0.1)
+    assert {r: s.l2sp_alpha for r, s in everything.roles.items()} == dict(tuned=1., tail=1.)
     assert plan_from_args(parse('--l2sp-alpha', '1', '--l2sp-blocks', 'all'), ROLES, 0.1).roles
 
 

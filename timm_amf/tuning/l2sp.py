@@ -1,8 +1,8 @@
 """L2-SP: weight decay towards the starting point of fine-tuning instead of zero.
 
-The penalty of Li et al. ("Explicit Inductive Bias for Transfer Learning with Convolutional Networks", 2018, equation
-4), alpha / 2 * ||w - w_0||^2, and of the non-binary transfer learning paper (section 4.5). It acts as weight decay does
-in the same optimiser, right before its step, so after clipping and loss scaling: where that is coupled (SGD, Adam),
+The penalty alpha / 2 * ||w - w_0||^2 of Li et al. ("Explicit Inductive Bias for Transfer Learning with Convolutional
+Networks", 2018) and of the non-binary transfer learning paper (section 4.5). It acts as weight decay does in the same
+optimiser, right before its step, so after clipping and loss scaling: where that is coupled (SGD, Adam),
 alpha * (w - w_0) joins the gradient; where it is decoupled (AdamW, SGDW), w moves by -lr * alpha * (w - w_0). There is
 no graph and no term in the reported loss.
 """

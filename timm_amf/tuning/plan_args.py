@@ -33,6 +33,8 @@ _POLICY_SCHEDULE_FLAGS = {
 _DEPTH_FLAGS = (
     'low_blocks', 'low_lr_scale', 'reinit_blocks', 'l2sp_alpha', 'l2sp_blocks', 'train_share', 'train_seed',
 )
+# Roles that the flags of depth pass over: they have no blocks of their own, or none that train.
+_WITHOUT_BLOCKS = ('frozen', 'head', 'policy', 'stem', 'tail')
 _LR_FLAGS = ('lr', 'lr_base', 'lr_base_size', 'lr_base_scale')
 
 
@@ -144,11 +146,14 @@ def _role_settings(args, roles: list[str]) -> list[tuple[str, dict[str, Any]]]:
         value = getattr(args, f'{kind}_lr')
         if value is not None:
             result.append((_known(kind, roles, f'--{kind}-lr'), dict(lr=value)))
-    bodies = branches or [r for r in roles if r not in ('head', 'policy', 'stem', 'frozen')]
+    bodies = branches or [r for r in roles if r not in _WITHOUT_BLOCKS]
     depths = _values(args, {name: name for name in _DEPTH_FLAGS})
     if args.train_share is not None:
         depths['train'] = 'random'
     result += [(r, depths) for r in bodies if depths]
+    if 'tail' in roles and 'l2sp_alpha' in depths and depths.get('l2sp_blocks', 'all') == 'all':
+        # Of all that is transferred; where the block before it starts anew, it has nothing to stay near to.
+        result += [] if depths.get('reinit_blocks') else [('tail', dict(l2sp_alpha=depths['l2sp_alpha']))]
     result += [(_known(r, roles, '--freeze'), dict(train='none')) for r in args.freeze]
     result += [(_known(r, roles, '--freeze-bn'), dict(freeze_bn=True)) for r in args.freeze_bn]
     policy = _values(args, dict(policy_start_epoch='start_epoch'))
