@@ -230,7 +230,7 @@ def _measure_network(
 
 
 def _announced(train, network: str, component: str, *args):
-    def run() -> float:
+    def run() -> tuple[float, float]:
         print(f'Training {network} from random weights on {component}.', file=sys.stderr)
         return train(*args)
     return run

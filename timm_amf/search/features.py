@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load
+from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from tqdm import tqdm
 
@@ -76,7 +77,12 @@ class FeatureNet:
             plain.num_classes = None
         self.name = args.model
         self.source_classes = (plain.num_classes or self._count_classes()) if classifier else 0
-        model = build.build_model(plain, self.source_classes)
+        try:
+            model = build.build_model(plain, self.source_classes)
+        except UserError as e:
+            if self.source_classes and 'Missing key' in str(e):
+                raise UserError(f'{e} If the weights have no classifier, add --no-source-classifier.') from e
+            raise
         self.model = build.place_model(model, plain, accelerator).eval()
         self.config = resolve_data_config(vars(plain), model=self.model, verbose=False)
         self.in_chans = self.config['input_size'][0]
@@ -149,15 +155,13 @@ def extract_features(
 
     def read(path: Path) -> Features:
         try:
-            tensors = load_file(path / 'features.safetensors')
+            # Read, not mapped: what becomes of the file must not reach the arrays.
+            tensors = load((path / 'features.safetensors').read_bytes())
         except SafetensorError as e:
             raise ValueError(str(e)) from e
         if len(tensors['pooled']) != len(dataset):
             raise ValueError('the wrong number of images')
-        logits = tensors.get('logits')
-        return Features(
-            tensors['pooled'].numpy(), None if logits is None else logits.numpy(), dataset.targets,
-            dataset.component_of)
+        return Features(tensors['pooled'], tensors.get('logits'), dataset.targets, dataset.component_of)
 
     def write(path: Path) -> None:
         save_file(_compute(net, loader, progress, description), path / 'features.safetensors')

@@ -1,5 +1,6 @@
 """All measures of one data set under one network."""
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Optional
@@ -30,6 +31,9 @@ LABELS = {
 # Those that compare networks on one data set; EMD and the Fisher score depend on the scale or width of the features.
 RANKING = ('fixed_top1', 'log_me', 'leep', 'nce', 'h_score', 'trans_rate')
 
+# A network from random weights whose training loss is above this share of chance's has not been trained to its end.
+_UNTRAINED = 0.5
+
 
 @dataclass
 class Measures:
@@ -52,7 +56,7 @@ def measure(
         val: Features,
         class_names: Optional[Sequence[str]] = None,
         source: Optional[tuple[np.ndarray, np.ndarray]] = None,
-        random_init: Optional[Callable[[], float]] = None,
+        random_init: Optional[Callable[[], tuple[float, float]]] = None,
 ) -> Measures:
     """Compute every measure that can be.
 
@@ -61,7 +65,7 @@ def measure(
         val: Features of the validation images: the accuracy of fixed features is of these.
         class_names: Name of each label.
         source: Mean features (Ks, D) of the classes of the source data, and their weights (Ks,).
-        random_init: Gives the accuracy in percent of the network trained from random weights.
+        random_init: Trains the network from random weights and gives its accuracy in percent and last training loss.
 
     Raises:
         UserError: If the features or labels cannot be measured.
@@ -89,8 +93,15 @@ def measure(
     else:
         missing['emd'] = 'needs images of the source data: --source-dir DIR'
     if random_init is not None:
-        values['random_init'] = random_init()
-        values['random_minus_fixed'] = values['random_init'] - values['fixed_top1']
+        values['random_init'], loss = random_init()
+        difference = values['random_init'] - values['fixed_top1']
+        limit = _UNTRAINED * math.log(result.classes)
+        if difference < 0 and not loss <= limit:  # more epochs could change its sign
+            missing['random_minus_fixed'] = (
+                f'not trained long enough: {difference:.1f} at a training loss of {loss:.2f}, above {limit:.2f}; more '
+                f'--random-init EPOCHS')
+        else:
+            values['random_minus_fixed'] = difference
     else:
         missing['random_minus_fixed'] = 'needs training from scratch: --random-init EPOCHS'
     return result

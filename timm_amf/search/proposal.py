@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+import yaml
+
 from timm_amf.engine.options import build_parser, resolve_lr, save_args
 from timm_amf.errors import UserError
 from timm_amf.models.parts import Part, part_cfg
@@ -161,7 +163,6 @@ def _build_plan(args: argparse.Namespace, target: Target, followed: dict[str, An
     notes = []
     batch = args.batch_size * args.grad_accum_steps
     flags_lr = resolve_lr(args, batch)
-    explicit = set(args.explicit)
     base = _without_lrs(args)
     plan = plan_from_args(base, target.roles, flags_lr)
     sgd = plan.opt.lower().removeprefix('lookahead_') in ('sgd', 'momentum', 'nesterov', 'sgdw', 'nesterovw')
@@ -181,15 +182,16 @@ def _build_plan(args: argparse.Namespace, target: Target, followed: dict[str, An
             PAPER[c.decision.like].head_lr for c in followed.values()))) * scale if sgd else high
         decay = {plan.role(r).weight_decay for r in target.bodies}
         plan = plan.with_role('head', lr=head, **({'weight_decay': decay.pop()} if len(decay) == 1 else {}))
+    short = plan.epochs < _SHORT
     if 'policy' in target.roles:
-        short = plan.epochs < _SHORT
         plan = plan.with_role('policy', lr=_POLICY_LR_SHORT if short else _POLICY_LR)
-        if short and 'branch_loss' not in explicit:
-            args.branch_loss = 1.
-            args.explicit.add('branch_loss')
-            notes.append(
-                f'For {plan.epochs} epochs the policy has an LR of {_POLICY_LR_SHORT:g} and each branch a loss of its '
-                f'own (docs/results.md); the AMF paper trains for about a thousand.')
+    if target.is_composite and short and 'branch_loss' not in args.explicit:
+        args.branch_loss = 1.
+        args.explicit.add('branch_loss')
+        policy = f'the policy has an LR of {_POLICY_LR_SHORT:g} and ' if 'policy' in target.roles else ''
+        notes.append(
+            f'For {plan.epochs} epochs {policy}each branch has a loss of its own (docs/results.md); the AMF paper '
+            f'trains for about a thousand.')
     plan = plan.updated({'lr': max(lrs)})
     if not any(c.decision.suited for c in followed.values()):
         notes.append(f'L2 (weight decay {plan.weight_decay:g}) is that of the flags: the paper does not say its own.')
@@ -225,6 +227,11 @@ def _config(args: argparse.Namespace, plan: Plan, header: Sequence[str]) -> str:
     with tempfile.TemporaryDirectory(prefix='timm_amf-') as folder:
         path = Path(folder) / 'args.yaml'
         save_args(options, path)
-        text = path.read_text(encoding='utf-8')
+        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+    del content['explicit']  # as in a recipe: what the file sets is what counts as set
+    first, last = ('model', 'data_dir', 'pretrained'), ('data', 'plan')
+    keys = [*(k for k in first if k in content), *(k for k in content if k not in (*first, *last))]
+    content = {key: content[key] for key in [*keys, *(k for k in last if k in content)]}
+    text = yaml.safe_dump(content, sort_keys=False)
     lines = ['# By `timm-amf advise`, from Table 7 of Plested et al., "Rethinking binary hyperparameters".', *header]
     return '\n'.join([*lines, text])

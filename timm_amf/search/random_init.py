@@ -26,8 +26,8 @@ _RESET = (
 )
 
 
-def random_init_accuracy(args: argparse.Namespace, data: DataSpec, epochs: int) -> float:
-    """Validation accuracy in percent of the network trained from random weights (Plested et al., Table 1).
+def random_init_accuracy(args: argparse.Namespace, data: DataSpec, epochs: int) -> tuple[float, float]:
+    """Train the network from random weights (Plested et al., Table 1).
 
     By the train script, with the augmentation of the options. The optimiser is SGD with a cosine schedule, a tenth of
     the epochs of warm-up and an LR of 0.05 at batch 32, unless the options name an optimiser and an LR of their own:
@@ -37,6 +37,9 @@ def random_init_accuracy(args: argparse.Namespace, data: DataSpec, epochs: int) 
         args: Options of `train_amf.py` that name a plain timm model.
         data: The data.
         epochs: Epochs.
+
+    Returns:
+        Validation accuracy in percent and mean training loss, both of the last epoch.
 
     Raises:
         UserError: As the train script.
@@ -68,4 +71,4 @@ def random_init_accuracy(args: argparse.Namespace, data: DataSpec, epochs: int) 
             rows = list(csv.DictReader(file))
     if not rows:
         raise UserError('--random-init: no epoch was trained; give 1 or more')
-    return float(rows[-1]['eval_top1'])
+    return float(rows[-1]['eval_top1']), float(rows[-1]['train_loss'])

@@ -86,8 +86,8 @@ PAPER = {
 # measure -> how far it can be trusted, and why (section 4.6). EMD similarity has no vote: "a poor predictor".
 RELIABILITY = {
     'random_minus_fixed': (1.0, "the paper's best measure; its threshold is 0"),
-    'fixed_accuracy': (0.5, 'one half of the best measure; separates the four data sets of Table 1'),
-    'fisher': (0.25, 'a reasonable alternative with less pronounced differences; its scale depends on the network'),
+    'fixed_accuracy': (0.5, "one half of the best measure; parts the paper's four sets"),
+    'fisher': (0.25, 'less pronounced; its scale depends on the network'),
 }
 
 

@@ -40,12 +40,15 @@ def component_table(name: str, network: str, measures: Measures, decision: Decis
         elif key in measures.missing:
             rows.append((label, '-', '', '', measures.missing[key]))
     side = 'well suited' if decision.suited else 'not well suited'
-    rules = [('rule (Table 7)', 'advice', 'how sure', "agreement of the paper's own results")]
+    names = {True: [], False: []}
+    for vote in decision.votes:
+        names[(vote.score > 0) == decision.suited].append(LABELS[vote.measure])
+    rules = [('rule (Table 7)', 'advice', 'how sure', "the paper's results agree", 'for', 'against')]
     for rule in RULES.values():
         sure = decision.sure * max(0., 2 * rule.support - 1)
         rules.append((
             rule.name, rule.suited if decision.suited else rule.unsuited, f'{sureness(sure)} ({sure:.2f})',
-            f'{rule.support:.0%}'))
+            f'{rule.support:.0%}', ', '.join(names[True]), ', '.join(names[False])))
     title = f'{name} under {network}: {measures.images} training images, {measures.classes} classes'
     verdict = f'The pretrained weights are {side}, {sureness(decision.sure)} ({decision.sure:.2f}); nearest of the ' \
               f"paper's data sets: {decision.like} (LR {PAPER[decision.like].lr:g})"

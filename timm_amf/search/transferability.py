@@ -50,7 +50,7 @@ def check_features(
     counts = np.bincount(labels)
     if counts.min() < 2:
         which = found[counts.argmin()]
-        name = class_names[which] if class_names is not None else which
+        name = class_names[which] if class_names is not None else int(which)
         raise UserError(f'class {name!r} has one image, and its spread cannot be measured; add images, or leave it out')
     varies = features.max(axis=0) > features.min(axis=0)
     if not varies.any():
@@ -198,7 +198,7 @@ def _regressions(features: np.ndarray, labels: np.ndarray, grid: Sequence[float]
 
 
 def fisher_score(features: np.ndarray, labels: np.ndarray, shrinkage: Shrinkage = 'ledoit_wolf') -> float:
-    """Class-normalised Fisher score Tr(Sw^-1 Sb) / K (Plested et al., section 4.1, after Fukunaga, section 10.2).
+    """Class-normalised Fisher score Tr(Sw^-1 Sb) / K (Plested et al., section 4.1, after Fukunaga, chapter 10).
 
     Sw = sum_k P_k cov_k is the covariance within classes and Sb = sum_k P_k (m_k - m)(m_k - m)^T that between them.
     With fewer images than features Sw has no inverse, and long before that its inverse is mostly noise, so it is
@@ -224,9 +224,9 @@ def fisher_score(features: np.ndarray, labels: np.ndarray, shrinkage: Shrinkage 
 
 
 def h_score(features: np.ndarray, labels: np.ndarray, shrinkage: Shrinkage = 'ledoit_wolf') -> float:
-    """H-score Tr(cov(f)^-1 cov(E[f | y])) (Bao et al. 2019, definition 2).
+    """H-score Tr(cov(f)^-1 cov(E[f | y])) (Bao et al. 2019).
 
-    With shrinkage a it is that of Ibrahim et al. 2022 ("Newer is not always better", section 3): cov(f) is shrunk and
+    With shrinkage a it is that of Ibrahim et al. 2022 ("Newer is not always better"): cov(f) is shrunk and
     cov(E[f | y]) is multiplied by 1 - a.
 
     Args:
@@ -275,7 +275,7 @@ def domain_similarity(
         target_weights: np.ndarray,
         gamma: float = 0.01,
 ) -> float:
-    """Domain similarity exp(-gamma d), d the earth mover's distance of class means (Cui et al. 2018, section 4.1).
+    """Domain similarity exp(-gamma d), d the earth mover's distance of class means (Cui et al. 2018).
 
     A class is a point, its mean features, that weighs as much as its share of the images; the ground distance is
     Euclidean.
@@ -309,12 +309,12 @@ def domain_similarity(
 
 
 def log_me(features: np.ndarray, labels: np.ndarray, max_steps: int = 100) -> float:
-    """LogME: the largest log evidence of a linear model of the labels, per image (You et al. 2021, equation 2).
+    """LogME: the largest log evidence of a linear model of the labels, per image (You et al. 2021).
 
     One Bayesian linear regression a class, on the one-hot labels, with a Gaussian prior of precision alpha and noise of
     precision beta; both by the fixed-point iteration of the paper's extended version (You et al. 2022, "Ranking and
-    tuning pre-trained models", algorithm 3), from one singular value decomposition. The features that the images do not
-    span enter the determinant with log(alpha) each, as equation 2 has it.
+    tuning pre-trained models"), from one singular value decomposition. Directions of features that the images do not
+    span enter the log determinant with log(alpha) each, as the evidence has it; the authors' code leaves them out.
 
     Args:
         features: (N, D).
@@ -353,7 +353,7 @@ def _log_evidence(sigma: np.ndarray, x: np.ndarray, y: np.ndarray, width: int, m
 
 
 def leep(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """LEEP: log expected empirical prediction (Nguyen et al. 2020, equation 2). At most 0.
+    """LEEP: log expected empirical prediction (Nguyen et al. 2020). At most 0.
 
     The source classifier's probabilities theta(x)_z and the labels give P(y, z), and the prediction sum_z P(y | z)
     theta(x)_z; LEEP is the mean log of that for the true labels.
@@ -373,7 +373,7 @@ def leep(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 def nce(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """NCE: negative conditional entropy -H(Y | Z) in nats (Tran et al. 2019, equation 6). At most 0.
+    """NCE: negative conditional entropy -H(Y | Z) in nats (Tran et al. 2019). At most 0.
 
     Z is the source class of the largest probability.
 
@@ -393,7 +393,7 @@ def nce(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 def trans_rate(features: np.ndarray, labels: np.ndarray, eps: float = 1e-4, scaled: bool = True) -> float:
-    """TransRate: coding rate of all features less that within classes (Huang et al. 2022, equations 3 to 5). 0 or more.
+    """TransRate: coding rate of all features less that within classes (Huang et al. 2022).
 
     R(Z) = 1/2 log det(I + Z^T Z / (N eps)) of centred features, and R(Z | Y) = sum_k (N_k / N) R(Z_k).
 
