@@ -56,6 +56,7 @@ def test_unsuited(advise_cli, images, monkeypatch):
     sided(monkeypatch, noise=False)
     code, text, path = advise_cli(str(images / 'noise'), '--lr', '7', '--weight-decay', '3e-4')
     assert code == 0, text
+    assert 'lr' not in yaml.safe_load(path.read_text())  # or it would be the Plan's
     groups = dry_run(path)
     assert {g['lr'] for g in groups if g['role'] == 'backbone'} == {0.0125, 0.005}
     assert {g['l2sp_alpha'] for g in groups} == {0.} and {g['weight_decay'] for g in groups} == {0., 3e-4}
@@ -165,7 +166,7 @@ def test_python(images, weights, tmp_path):
 def test_random_init(images, flags, monkeypatch):
     """A short training says nothing against the features; a long one decides."""
     def run(*extra):
-        advice, _ = module._run([str(images / 'colours'), *flags, *extra])
+        advice = module._run([str(images / 'colours'), *flags, *extra])
         return advice.components[0].measures
 
     short = run('--random-init', '1')

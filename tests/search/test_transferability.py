@@ -170,8 +170,6 @@ class TestTransRate:
 
 
 class TestDomainSimilarity:
-    pytest.importorskip('ot')
-
     def test_one_dimension(self):
         rng = np.random.default_rng(0)
         a, b, wa, wb = rng.normal(size=7), rng.normal(3, 1, 5), rng.random(7), rng.random(5)

@@ -142,8 +142,8 @@ def _split_models(text: Optional[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _run(argv: Sequence[str], progress: bool = True) -> tuple[Advice, argparse.Namespace]:
-    """Advice for a command line, and the options of advise itself."""
+def _run(argv: Sequence[str], progress: bool = True) -> Advice:
+    """Advice for a command line."""
     own, rest = _own_parser().parse_known_args(argv)
     models = _split_models(own.models)
     if own.random_init < 0:
@@ -171,9 +171,8 @@ def _run(argv: Sequence[str], progress: bool = True) -> tuple[Advice, argparse.N
     components = list({(c.network, c.name): c for network in advices for c in network}.values())
     if models:
         components = [c for _, _, networks in found for c in networks[0]]
-    advice = Advice(
+    return Advice(
         proposal.model, components, proposal.plan, proposal.config, proposal.notes, proposal.followed, ranking)
-    return advice, own
 
 
 def _quiet(args: argparse.Namespace) -> argparse.Namespace:
@@ -303,7 +302,7 @@ def advise(
         path = Path(folder) / 'options.yaml'
         path.write_text(yaml.safe_dump(content), encoding='utf-8')
         try:
-            return _run(['--config', str(path), *argv], progress)[0]
+            return _run(['--config', str(path), *argv], progress)
         except UserError as e:
             raise UserError(str(e).replace(str(path), 'advise')) from e.__cause__
 
@@ -319,7 +318,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         if os.path.exists(own.advice_file) and '--overwrite' not in argv:
             raise UserError(f'{own.advice_file} exists; add --overwrite, or name another with --advice-file')
-        advice, _ = _run(argv)
+        advice = _run(argv)
         advice.to_yaml(own.advice_file)
     except UserError as e:
         print(f'timm-amf advise: error: {e}', file=sys.stderr)
