@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .blocks import list_blocks
 from .folding import find_pairs
-from .parts import Part, create_part
+from .parts import Part, create_part, part_cfg
 
 __all__ = ['BlockProbe', 'probe_blocks']
 
@@ -23,10 +23,12 @@ class BlockProbe:
         blocks: Names of the blocks that take and give one tensor, batch first, once a pass; in order of execution.
         refused: The other blocks, and why each of them cannot be routed.
         pairs: Names of convolutions and the batch norms that alone read them.
+        tokens: The features are (B, tokens, width), of which one linear classifier reads a pooled vector.
     """
     blocks: list[str]
     refused: dict[str, str]
     pairs: list[tuple[str, str]]
+    tokens: bool = False
 
 
 @dataclass
@@ -120,7 +122,14 @@ def _probe(part: Part, input_size: tuple[int, int, int]) -> BlockProbe:
     blocks = sorted((n for n in watch.calls if n not in refused), key=lambda n: watch.calls[n].order)
     if not blocks:
         raise UserError(f"'{part.name}' cannot be routed: {_first_reason(refused)}.")
-    return BlockProbe(blocks, refused, pairs)
+    return BlockProbe(blocks, refused, pairs, _gives_tokens(part, net, result))
+
+
+def _gives_tokens(part: Part, net: nn.Module, result) -> bool:
+    if not torch.is_tensor(result) or result.ndim != 3:
+        return False
+    classifier = part_cfg(part).get('classifier')
+    return isinstance(classifier, str) and '.' not in classifier
 
 
 def _first_reason(refused: dict[str, str]) -> str:

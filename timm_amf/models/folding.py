@@ -8,9 +8,11 @@ input need not be kept. Else the folded weights are kept until one of their sour
 """
 import copy
 from collections.abc import Sequence
+from typing import Optional
 
 import torch
-from timm.layers import Conv2dSame
+import torch.nn.functional as F
+from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,51 +27,128 @@ class FoldedConv(nn.Module):
 
     def __init__(self, conv: nn.Module, norm: nn.Module):
         super().__init__()
-        # In tuples, so that they are not registered here: they belong to the module that this is a view of.
+        # In a tuple, so that they are not registered here: they belong to the module that this is a view of.
         self._sources = (conv, norm)
-        runner = copy.copy(conv)
-        runner.__dict__['_parameters'] = {}
-        self._runner = (runner,)
         self._key: tuple = ()
         self._kept: tuple[Tensor, Tensor] = ()
 
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias; part of the graph where one of their sources wants a gradient."""
+    def forward(self, x: Tensor) -> Tensor:
         conv, norm = self._sources
+        if isinstance(conv, Conv2dSame):
+            x = pad_same(x, conv.kernel_size, conv.stride, conv.dilation)
+        geometry = conv.stride, (0, 0) if isinstance(conv, Conv2dSame) else conv.padding, conv.dilation, conv.groups
         sources = [
             t for t in (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
             if t is not None
         ]
-        wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
-        kept = not any(t.is_inference() for t in sources)
-        key = tuple((t.data_ptr(), t._version, t.dtype, t.stride()) for t in sources) if kept else ()
-        if kept and key == self._key and not wants_grad:
-            return self._kept
-        with torch.autocast(conv.weight.device.type, enabled=False):
-            weight, bias = _fold(conv, norm)
-        if kept:
-            self._key, self._kept = key, (weight.detach(), bias.detach())
-        return weight, bias
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in sources)):
+            weight, bias = self._folded(sources)
+            if torch.is_grad_enabled() and x.requires_grad and not torch.is_autocast_enabled(x.device.type):
+                return _ScaledConv.apply(x, weight, None, bias, *geometry)
+            return _conv(x, weight, bias, *geometry)
+        scale, bias = _scale_and_bias(conv, norm)
+        if torch.is_autocast_enabled(x.device.type):  # which casts what its own operations see
+            return F.conv2d(x, _scaled(conv.weight, scale), bias, *geometry)
+        return _ScaledConv.apply(x, conv.weight, scale, bias, *geometry)
 
-    def forward(self, x: Tensor) -> Tensor:
-        runner = self._runner[0]
-        runner.__dict__['weight'], runner.__dict__['bias'] = self.folded()
-        try:
-            return runner.forward(x)
-        finally:
-            runner.__dict__['weight'] = runner.__dict__['bias'] = None  # lets go of the graph
+    def _folded(self, sources: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Weight and bias, without a graph, kept until one of their sources changes."""
+        conv, norm = self._sources
+        countable = not any(t.is_inference() for t in sources)
+        key = tuple((t.data_ptr(), t._version, t.dtype, t.stride()) for t in sources) if countable else ()
+        if not (countable and key == self._key):
+            with torch.no_grad(), torch.autocast(conv.weight.device.type, enabled=False):
+                scale, bias = _scale_and_bias(conv, norm)
+                self._key, self._kept = key, (_scaled(conv.weight, scale), bias)
+        return self._kept
 
 
-def _fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _scale_and_bias(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """What to multiply the weight with, one value an output channel, and the bias; in the type of the weight."""
     scale = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
         scale = norm.weight * scale
     mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
-    bias = -mean * scale
-    if norm.bias is not None:
-        bias = bias + norm.bias
-    weight = conv.weight * scale.to(conv.weight.dtype).view(-1, 1, 1, 1)
-    return weight, bias.to(weight.dtype)
+    bias = -mean * scale if norm.bias is None else norm.bias - mean * scale
+    return scale.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+
+
+class _ScaledConv(torch.autograd.Function):
+    """A convolution with a scaled weight, which the backward pass computes again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale, bias, stride, padding, dilation, groups):
+        of_weight = any(ctx.needs_input_grad[1:3])
+        # The gradient of the input needs of the input its shape alone, which a tensor without memory has as well.
+        ctx.save_for_backward(x if of_weight else x.new_empty(1).expand(x.shape), weight, scale)
+        ctx.geometry = stride, padding, dilation, groups
+        ctx.pieces = _pieces(x, weight.shape, stride, padding, groups)
+        y = _conv(x, _scaled(weight, scale), bias, stride, padding, dilation, groups)
+        # Not the view that it may be: what follows may work on it in place.
+        return y.data
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        of_x, of_weight, of_scale, of_bias = ctx.needs_input_grad[:4]
+        if ctx.pieces > 1:
+            grad = _cut(grad.contiguous(memory_format=torch.channels_last), ctx.pieces)
+        stride, padding, dilation, groups = ctx.geometry
+        g_x, g_scaled, g_bias = torch.ops.aten.convolution_backward(
+            grad, _cut(x, ctx.pieces), _scaled(weight, scale), [len(weight)], stride, padding, dilation, False, [0, 0],
+            groups, [of_x, of_weight or of_scale, of_bias])
+        return (
+            _uncut(g_x, ctx.pieces) if of_x else None,
+            _scaled(g_scaled, scale) if of_weight else None,
+            (g_scaled * weight).sum((1, 2, 3)) if of_scale else None,
+            g_bias,
+            None, None, None, None,
+        )
+
+
+def _scaled(weight: Tensor, scale: Optional[Tensor]) -> Tensor:
+    return weight if scale is None else weight * scale.view(-1, 1, 1, 1)
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, stride, padding, dilation, groups: int) -> Tensor:
+    pieces = _pieces(x, weight.shape, stride, padding, groups)
+    return _uncut(F.conv2d(_cut(x, pieces), weight, bias, stride, padding, dilation, groups), pieces)
+
+
+def _pieces(x: Tensor, shape: torch.Size, stride, padding, groups: int) -> int:
+    """Into how many pieces to cut each image, so that PyTorch takes its fast path on a CPU of one thread; mostly 1.
+
+    There it hands a convolution of 1x1 to oneDNN, which takes half of the time, for batches of 16 and more only. In
+    channels_last such a convolution sees no images but a list of pixels, so rows can pass as images.
+    """
+    batch, height = x.shape[0], x.shape[2]
+    if not (
+            0 < batch < 16 and x.device.type == 'cpu' and torch.get_num_threads() == 1
+            and tuple(shape[2:]) == (1, 1) == tuple(stride) and tuple(padding) == (0, 0) and groups == 1
+            and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return 1
+    pieces = 1
+    while batch * pieces < 16 and height % (2 * pieces) == 0:
+        pieces *= 2
+    return pieces if batch * pieces >= 16 else 1
+
+
+def _cut(x: Tensor, pieces: int) -> Tensor:
+    """A channels_last batch with each image as so many images."""
+    if pieces == 1:
+        return x
+    batch, channels, height, width = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(batch * pieces, height // pieces, width, channels)
+    return x.permute(0, 3, 1, 2)
+
+
+def _uncut(x: Tensor, pieces: int) -> Tensor:
+    if pieces == 1:
+        return x
+    batch, channels, height, width = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(batch // pieces, height * pieces, width, channels)
+    return x.permute(0, 3, 1, 2)
 
 
 def norms_fixed(norms: Sequence[nn.Module]) -> bool:
@@ -119,7 +198,8 @@ class find_pairs:  # noqa: N801  used as a context, as torch's are
 
     def __init__(self, model: nn.Module):
         self._names = {id(m): n for n, m in model.named_modules()}
-        self._convs = [m for m in model.modules() if type(m) in _CONVS]
+        self._convs = [m for m in model.modules() if type(m) in _CONVS and m.padding_mode == 'zeros']
+        self._convs = [m for m in self._convs if not isinstance(m.padding, str)]
         self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
         self._outputs: dict[int, tuple[nn.Module, Tensor]] = {}
         self._found: list[tuple[nn.Module, nn.Module, object]] = []

@@ -76,12 +76,11 @@ class PolicyNetwork(nn.Module):
 
 
 def gumbel_noise(logits: Tensor, generator: Optional[torch.Generator] = None) -> Tensor:
-    """Standard Gumbel noise -log(-log(U)) in the shape of the logits, in float32 or wider."""
+    """Standard Gumbel noise -log(-log(U)), in the shape, type and place of the logits."""
     if generator is not None:
-        uniform = torch.empty(logits.shape, dtype=torch.float32, device=generator.device)
-        return uniform.exponential_(generator=generator).log().neg().to(logits.device)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return torch.empty_like(logits, dtype=dtype, requires_grad=False).exponential_().log().neg()
+        exponential = torch.empty(logits.shape, device=generator.device).exponential_(generator=generator)
+        return exponential.log().neg().to(logits)
+    return torch.empty_like(logits, requires_grad=False).exponential_().log().neg()
 
 
 def straight_through(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
@@ -98,5 +97,5 @@ def straight_through(logits: Tensor, noise: Tensor, temperature: float) -> Tenso
     """
     perturbed = logits + noise
     soft = (perturbed / temperature).softmax(dim=-1)
-    hard = F.one_hot(perturbed.argmax(dim=-1), logits.shape[-1]).to(soft.dtype)
+    hard = torch.zeros_like(soft).scatter(-1, perturbed.argmax(dim=-1, keepdim=True), 1.)
     return hard + (soft - soft.detach())  # the bracket is exactly zero

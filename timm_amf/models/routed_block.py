@@ -28,7 +28,7 @@ __all__ = ['Decision', 'Route', 'RoutedBlock', 'eager']
 def eager(x: Tensor) -> bool:
     """Whether Python runs here for every batch: a trace or a graph would freeze what depends on the values."""
     graph = torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy)
-    return not graph
+    return not (graph or x.is_meta)
 
 
 @dataclass(frozen=True)
@@ -172,30 +172,40 @@ class RoutedBlock(nn.Module):
         return folded_view(block, self.pairs), norms
 
 
+def _channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if _channels_last(x) else torch.contiguous_format
+
+
 def _rows(x: Tensor) -> Tensor:
     """A (B, -1) view, one row an image, in the order of the memory; a copy only where there is none."""
-    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+    if _channels_last(x):
         x = x.permute(0, 2, 3, 1)
     return x.reshape(len(x), -1)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """x[index] in the memory format of x; in channels_last plain indexing is slower."""
-    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+    if _channels_last(x):
         return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return x.index_select(0, index)
 
 
-def _put(parts: list[tuple[Tensor, Tensor]], batch: int) -> Tensor:
-    """The batch whose rows `index` are `part`, for each (index, part)."""
+def _put(parts: list[tuple[Tensor, Tensor]], batch: int, base: Optional[Tensor] = None) -> Tensor:
+    """The batch whose rows `index` are `part`, for each (index, part), and those of `base` else; without a graph."""
     first = parts[0][1]
-    last = first.ndim == 4 and not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last)
+    last = _channels_last(first)
     if last:
         parts = [(index, part.permute(0, 2, 3, 1)) for index, part in parts]
-    shape = (batch, *parts[0][1].shape[1:])
-    out = first.new_empty(shape)
+    if base is None:
+        out = first.new_empty((batch, *parts[0][1].shape[1:]))
+    else:
+        out = (base.permute(0, 2, 3, 1) if last else base).clone()
     for index, part in parts:
-        out = out.index_copy(0, index, part) if part.requires_grad else out.index_copy_(0, index, part)
+        out.index_copy_(0, index, part)
     return out.permute(0, 3, 1, 2) if last else out
 
 
@@ -205,8 +215,8 @@ def _one_each(frozen, tuned, x: Tensor, split: Split, args: tuple, kwargs: dict)
         return frozen(x, *args, **kwargs)
     if split.frozen is None:
         return tuned(x, *args, **kwargs)
-    y_frozen = frozen(_take(x, split.frozen), *args, **kwargs)
-    y_tuned = tuned(_take(x, split.tuned), *args, **kwargs)
+    x_frozen, x_tuned = _halves(x, split)
+    y_frozen, y_tuned = frozen(x_frozen, *args, **kwargs), tuned(x_tuned, *args, **kwargs)
     if y_frozen.dtype != y_tuned.dtype:
         y_frozen = y_frozen.to(y_tuned.dtype)
     if torch.is_grad_enabled() and (y_frozen.requires_grad or y_tuned.requires_grad):
@@ -252,15 +262,15 @@ def _exact_split(
 def _tuned_whole(frozen, tuned, x, share, split: Split, args: tuple, kwargs: dict) -> Tensor:
     """The same where the tuned copy's output depends on the batch."""
     y = tuned(x, *args, **kwargs)
+    if split.frozen is None and not share.requires_grad:
+        return y
     x_frozen, x_tuned = _halves(x, split)
-    y_frozen = None if x_frozen is None else frozen(x_frozen, *args, **kwargs)
-    y_tuned = None if x_tuned is None else _select(y, split.tuned, split.frozen is None)
-    if not share.requires_grad:
-        return _join(None, y_frozen, y_tuned, None, None, split)
-    with torch.no_grad():
-        other_frozen = None if x_tuned is None else frozen(x_tuned, *args, **kwargs)
-        other_tuned = None if x_frozen is None else _select(y.detach(), split.frozen, split.tuned is None)
-    return _join(share, y_frozen, y_tuned, other_frozen, other_tuned, split)
+    y_frozen = None if x_frozen is None else frozen(x_frozen, *args, **kwargs).to(y.dtype)
+    other = None
+    if share.requires_grad and x_tuned is not None:
+        with torch.no_grad():
+            other = frozen(x_tuned, *args, **kwargs).to(y.dtype)
+    return _Replace.apply(share if share.requires_grad else None, y, y_frozen, other, split.frozen, split.tuned)
 
 
 def _halves(x: Tensor, split: Split) -> tuple[Optional[Tensor], Optional[Tensor]]:
@@ -268,11 +278,22 @@ def _halves(x: Tensor, split: Split) -> tuple[Optional[Tensor], Optional[Tensor]
         return x, None
     if split.frozen is None:
         return None, x
-    return _take(x, split.frozen), _take(x, split.tuned)
+    return _Halve.apply(x, split.frozen, split.tuned)
 
 
-def _select(x: Tensor, index: Tensor, whole: bool) -> Tensor:
-    return x if whole else _take(x, index)
+class _Halve(torch.autograd.Function):
+    """The two halves of a batch; the gradients are put together, where indexing twice would add two sparse ones."""
+
+    @staticmethod
+    def forward(ctx, x, frozen, tuned):
+        ctx.halves = frozen, tuned
+        ctx.format = _format(x)
+        return _take(x, frozen).data, _take(x, tuned).data
+
+    @staticmethod
+    def backward(ctx, g_frozen, g_tuned):
+        parts = [(i, g.contiguous(memory_format=ctx.format)) for i, g in zip(ctx.halves, (g_frozen, g_tuned))]
+        return _put(parts, sum(len(i) for i in ctx.halves)), None, None
 
 
 def _join(share, y_frozen, y_tuned, other_frozen, other_tuned, split: Split) -> Tensor:
@@ -287,13 +308,14 @@ class _Join(torch.autograd.Function):
     """Puts the two halves of a batch together, and gives a choice its gradient <g, tuned - frozen>.
 
     Of all the other outputs only their difference to the chosen ones is kept for the backward pass. Where all images
-    agree nothing is copied: `data` is the same memory, and no view, so that what follows may work in place on it
-    wherever it could on the block's output itself.
+    agree nothing is copied. What is given is `data`, the same memory and no view, so that what follows may work in
+    place on it wherever it could on the block's output itself.
     """
 
     @staticmethod
     def forward(ctx, share, y_frozen, y_tuned, other_frozen, other_tuned, frozen, tuned):
         ctx.halves = frozen, tuned
+        ctx.format = _format(y_tuned if y_frozen is None else y_frozen)
         ctx.share_dtype = None if share is None else share.dtype
         if share is not None:
             ctx.save_for_backward(
@@ -302,12 +324,14 @@ class _Join(torch.autograd.Function):
             )
         if frozen is None or tuned is None:
             return (y_frozen if tuned is None else y_tuned).data
-        return _put([(frozen, y_frozen), (tuned, y_tuned)], len(y_frozen) + len(y_tuned))
+        return _put([(frozen, y_frozen), (tuned, y_tuned)], len(y_frozen) + len(y_tuned)).data
 
     @staticmethod
     def backward(ctx, grad):
         frozen, tuned = ctx.halves
-        g_frozen, g_tuned = _halves(grad, Split(frozen, tuned))
+        # A gradient of another layout (that of a mean is) would pass it on to all that are added to it.
+        grad = grad.contiguous(memory_format=ctx.format)
+        g_frozen, g_tuned = _halves(grad, Split(frozen, tuned))  # no graph here: only the rows
         g_share = None
         if ctx.share_dtype is not None and ctx.needs_input_grad[0]:
             g_share = torch.empty(len(grad), dtype=ctx.share_dtype, device=grad.device)
@@ -315,6 +339,34 @@ class _Join(torch.autograd.Function):
                 if g is not None:
                     g_share[index] = _dot(g, difference).to(g_share.dtype)
         return g_share, g_frozen, g_tuned, None, None, None, None
+
+
+class _Replace(torch.autograd.Function):
+    """The tuned outputs of a whole batch, with those of the images that chose otherwise replaced."""
+
+    @staticmethod
+    def forward(ctx, share, y, y_frozen, other_frozen, frozen, tuned):
+        ctx.halves = frozen, tuned
+        ctx.format = _format(y)
+        ctx.share_dtype = None if share is None else share.dtype
+        out = y_frozen if tuned is None else y if frozen is None else _put([(frozen, y_frozen)], len(y), y)
+        if share is not None:
+            others = [(i, part) for i, part in ((frozen, y_frozen), (tuned, other_frozen)) if part is not None]
+            ctx.save_for_backward(y - (others[0][1] if len(others) == 1 else _put(others, len(y))))
+        return out.data
+
+    @staticmethod
+    def backward(ctx, grad):
+        frozen, tuned = ctx.halves
+        grad = grad.contiguous(memory_format=ctx.format)
+        g_share = None
+        if ctx.share_dtype is not None and ctx.needs_input_grad[0]:
+            g_share = _dot(grad, *ctx.saved_tensors).to(ctx.share_dtype)
+        if frozen is None:
+            return g_share, grad, None, None, None, None
+        g_frozen = grad if tuned is None else _take(grad, frozen)
+        g_y = torch.zeros_like(grad) if tuned is None else grad.index_fill(0, frozen, 0.)
+        return g_share, g_y, g_frozen, None, None, None
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -114,12 +114,15 @@ class SpotTune(nn.Module):
             raise UserError(f"frozen_bn is 'frozen' or 'official', not {frozen_bn!r}.")
         if routing not in ROUTINGS:
             raise UserError(f'routing is one of {", ".join(ROUTINGS)}, not {routing!r}.')
-        common = dict(global_pool=global_pool, drop_path_rate=drop_path_rate, drop_rate=drop_rate or None)
-        part = _backbone_part(backbone, backbone_kwargs, num_classes, **common)
+        part = _backbone_part(
+            backbone, backbone_kwargs, num_classes, drop_path_rate=drop_path_rate, drop_rate=drop_rate or None)
         cfg = joint_input_cfg([part])
         size = _pair(img_size) or tuple(cfg['input_size'][-2:])
-        self.backbone_part = part = part.sized(size)
+        part = part.sized(size)
         probe = probe_blocks(part, (in_chans, *size))
+        self.backbone_part = part = _pooling(part, global_pool, probe.tokens)
+        self.tokens = probe.tokens
+        self.unpooled = global_pool == ''
         if not 0 <= first_block < len(probe.blocks):
             raise UserError(
                 f"first_block is {first_block}, but '{backbone}' has {len(probe.blocks)} blocks that can be routed: "
@@ -173,7 +176,7 @@ class SpotTune(nn.Module):
         self.num_classes = self.backbone.num_classes
         self.num_features = self.backbone.num_features
         self.head_hidden_size = getattr(self.backbone, 'head_hidden_size', self.num_features)
-        self.global_pool = getattr(self.backbone, 'global_pool', None)
+        self.global_pool = '' if self.unpooled else getattr(self.backbone, 'global_pool', None)
         self.feature_info = _prefixed(getattr(self.backbone, 'feature_info', None) or [])
         if hasattr(self.backbone, 'output_fmt'):
             self.output_fmt = self.backbone.output_fmt
@@ -288,7 +291,7 @@ class SpotTune(nn.Module):
             return fixed.expand(x.shape[0], -1)
         logits = self.forward_policy(x)
         if self.training:
-            logits = logits if logits.dtype == torch.float64 else logits.float()
+            logits = logits.to(torch.promote_types(self.tuned_share.dtype, torch.float32))  # whatever autocast does
             return straight_through(logits, gumbel_noise(logits), self.temperature)[..., 1]
         if self.sampling is not None:
             logits = logits + gumbel_noise(logits, self.sampling)
@@ -345,20 +348,24 @@ class SpotTune(nn.Module):
     # -- computing ----------------------------------------------------------------------------------------------------
 
     def forward_features(self, x: Tensor) -> Tensor:
+        """The backbone's unpooled maps; of a backbone of tokens the pooled features, as (B, C, 1, 1)."""
         decision = self._decide(x)
-        return self._network(decision).forward_features(self.renorm(x))
+        x = self._network(decision).forward_features(self.renorm(x))
+        return self.backbone.forward_head(x, pre_logits=True)[:, :, None, None] if self.tokens else x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.backbone.forward_head(x, pre_logits=pre_logits)
+        if not self.tokens:
+            return self.backbone.forward_head(x, pre_logits=pre_logits)
+        x = x if self.unpooled else x.flatten(1)
+        return x if pre_logits else self.get_classifier()(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
     def forward_parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, num_classes), and the decisions (B, blocks) that led to them, as `forward_shares` gives them."""
-        decision = self._decide(x)
-        features = self._network(decision).forward_features(self.renorm(x))
-        return self.forward_head(features), decision.shares
+        logits = self(x)
+        return logits, self._route.decision.shares
 
     def _network(self, decision: Decision) -> nn.Module:
         """The backbone, in routed execution with its own norms folded too where they are fixed."""
@@ -443,12 +450,12 @@ class SpotTune(nn.Module):
             global_pool: Another pooling; None keeps it.
         """
         dd = get_device_dtype(self)
-        if global_pool is None:
-            self.backbone.reset_classifier(num_classes)
-        else:
-            self.backbone.reset_classifier(num_classes, global_pool)
-            self.backbone_part.kwargs['global_pool'] = global_pool
+        if global_pool is not None:
+            self.unpooled = global_pool == ''
+            self.backbone_part = _pooling(self.backbone_part, global_pool, self.tokens)
         self.backbone_part.num_classes = num_classes
+        own_pool = None if global_pool is None else self.backbone_part.kwargs.get('global_pool')
+        self.backbone.reset_classifier(num_classes, *(() if own_pool is None else (own_pool,)))
         head = self.backbone.get_classifier()
         for layer in head if isinstance(head, (tuple, list)) else [head]:
             layer.to(**dd).train(self.training)
@@ -580,6 +587,13 @@ def _backbone_part(
     return Part(backbone, num_classes, {**common, **(kwargs or {})})
 
 
+def _pooling(part: Part, global_pool: Optional[str], tokens: bool) -> Part:
+    """The part with another pooling. Tokens are always pooled: unpooled, their pooled features are a map of 1x1."""
+    if global_pool is None or (tokens and global_pool == ''):
+        return part
+    return Part(part.name, part.num_classes, {**part.kwargs, 'global_pool': global_pool})
+
+
 def _policy_part(policy: str, num_blocks: int, kwargs: Optional[dict[str, Any]]) -> Part:
     return Part(policy, 2 * num_blocks, {} if kwargs is None else kwargs)
 
@@ -609,7 +623,12 @@ def _cfg(
     classifier = part_cfg(part).get('classifier') or ()
     classifiers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     names = tuple(f'backbone.{c}' for c in classifiers)
-    return composite_cfg(named, ['backbone'], classifier=names[0] if len(names) == 1 else names)
+    return composite_cfg(
+        named,
+        ['backbone'],
+        classifier=names[0] if len(names) == 1 else names,
+        pool_size=part_cfg(part).get('pool_size') or (1, 1),
+    )
 
 
 default_cfgs = generate_default_cfgs({f'{name}.{PARTS_TAG}': _cfg(**v) for name, v in _VARIANTS.items()})
