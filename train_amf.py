@@ -50,7 +50,7 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     optimizer = create_optimizer(model, plan)
     mixup = build.build_mixup(args, model.num_classes)
     task = AdaptiveTask(
-        model, args.branch_loss, args.policy_balance, device=accelerator.device,
+        model, args.branch_loss, args.policy_balance, plan, device=accelerator.device,
         criterion_kwargs=criterion_kwargs(args, soft_targets=mixup is not None))
     trainer = Trainer(args, accelerator, task, plan, optimizer, train_loader, val_loader, folder, mixup)
 
@@ -84,6 +84,7 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     finally:
         train_loader.close()
         val_loader.close()
+    trainer.write_compact()
     accelerator.end_training()
     accelerator.print(trainer.closing_line())
 

@@ -187,7 +187,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
 def _check_weights(args: argparse.Namespace) -> None:
     """Fail at once, and in one line, where a plain model's weights cannot be had; composites see to theirs."""
     name = args.model.split('.')[0]
-    if ':' in args.model or is_model_in_modules(name, ['amf']):
+    if ':' in args.model or is_model_in_modules(name, ['amf', 'spottune']):
         return
     part = Part(args.model, 0, dict(pretrained_cfg_overlay=_cfg_overlay(args) or None))
     try:

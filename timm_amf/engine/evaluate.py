@@ -1,5 +1,5 @@
 """Evaluation that counts every sample once, over any number of processes."""
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from timm_amf.engine.monitor import PolicyMonitor
+from timm_amf.engine.monitor import PolicyMonitor, RoutingMonitor
 
 __all__ = ['Tally', 'evaluate', 'reduce_tensors']
 
@@ -61,17 +61,17 @@ def evaluate(
         model: nn.Module,
         loader,
         accelerator: Accelerator,
-        monitor: Optional[PolicyMonitor] = None,
+        monitor: Optional[Union[PolicyMonitor, RoutingMonitor]] = None,
         description: str = 'eval',
         progress: bool = False,
 ) -> dict[str, float]:
     """Evaluate a model on the share of the data that each process holds, and sum over the processes.
 
     Args:
-        model: Module whose output is a dict with `output` (logits) and, of composites, `weights`.
+        model: Module whose output is a dict with `output` (logits) and, of composites, what the policy decided.
         loader: Loader of evaluation batches; processes may hold different numbers of batches.
         accelerator: Accelerate's context.
-        monitor: Records the policy's weights.
+        monitor: Records what the policy decided.
         description: Label of the progress bar.
         progress: Show a progress bar.
 
@@ -85,7 +85,7 @@ def evaluate(
         with accelerator.autocast():
             result = model(batch.input)
         tally.update(result['output'], batch.target, batch.component)
-        if monitor is not None and 'weights' in result:
-            monitor.update(result['weights'], batch.component)
+        if monitor is not None and monitor.reads in result:
+            monitor.update(result[monitor.reads], batch.component)
     reduce_tensors(accelerator, tally, *([monitor] if monitor is not None else []))
     return tally.metrics()

@@ -8,7 +8,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +22,8 @@ from tqdm import tqdm
 from timm_amf.engine.build import seed_step
 from timm_amf.engine.checkpoint import Checkpointer, read_state
 from timm_amf.engine.evaluate import evaluate, reduce_tensors
-from timm_amf.engine.monitor import CsvLog, PolicyMonitor
+from timm_amf.engine.monitor import CsvLog, PolicyMonitor, RoutingMonitor, create_monitor
+from timm_amf.engine.paths import chosen_paths, write_compact
 from timm_amf.engine.task import AdaptiveTask
 from timm_amf.errors import UserError
 from timm_amf.models import routing_error
@@ -285,8 +286,8 @@ class Trainer:
             weight = self._weight(step, len(inputs), batch.step_size)
             accelerator.backward(result['loss'] if weight == 1 else result['loss'] * weight)
         meter.update(result['loss'], len(inputs))
-        if monitor is not None and 'weights' in result:
-            monitor.update(result['weights'], batch.component)
+        if monitor is not None and monitor.reads in result:
+            monitor.update(result[monitor.reads], batch.component)
         if ends_update:
             self._clip()
             self.optimizer.step()
@@ -354,16 +355,16 @@ class Trainer:
     def _apply_plan(self) -> None:
         """Freeze and unfreeze for the epoch. A reducer knows only what trained when it was built: build it anew."""
         changed = apply_freeze(self.task.model, self.plan, self.epoch)
+        temperature = self.plan.temperature_at(self.epoch)
+        if temperature is not None:
+            self.task.model.temperature = temperature
         module = self.task.trainable_module
         if changed and isinstance(module, DistributedDataParallel):
             self.task.trainable_module = DistributedDataParallel(
                 module.module, device_ids=module.device_ids, broadcast_buffers=module.broadcast_buffers)
 
-    def _monitor(self) -> Optional[PolicyMonitor]:
-        branches = getattr(self.task.model, 'branches', None)
-        if branches is None or getattr(self.task.model, 'policy', None) is None:
-            return None
-        return PolicyMonitor(len(branches), self.components, self.accelerator.device)
+    def _monitor(self) -> Union[PolicyMonitor, RoutingMonitor, None]:
+        return create_monitor(self.task.model, self.components, self.accelerator.device)
 
     def _restore_meters(self, holders) -> None:
         if self.resumed_meters is not None:
@@ -399,7 +400,8 @@ class Trainer:
         monitor = self._monitor()
         # Processes may hold different numbers of batches: evaluate without the reducer around the model.
         module = module.module if isinstance(module, DistributedDataParallel) else module
-        metrics = evaluate(module, self.val_loader, self.accelerator, monitor, progress=self._progress)
+        with chosen_paths(module.model, self.plan.global_k, self.args.eval_blocks, self.args.eval_sampling_seed):
+            metrics = evaluate(module, self.val_loader, self.accelerator, monitor, progress=self._progress)
         seen = monitor is not None and monitor.votes.sum() > 0
         return dict(metrics, policy=monitor.row() if seen else {})
 
@@ -475,6 +477,8 @@ class Trainer:
         parts = [f'eval loss {val["loss"]:.4f} top1 {val["top1"]:.2f} top5 {val["top5"]:.2f}']
         if len(self.components) > 1:
             parts.append(' '.join(f'{name} {val[f"top1_{name}"]:.2f}' for name in self.components))
+        if 'tuned_blocks' in val['policy']:
+            parts.append(f'tuned blocks {val["policy"]["tuned_blocks"]:.2f}')
         accuracy = val['policy'].get('assignment_accuracy', '')
         if accuracy != '':
             parts.append(f'assignment {accuracy:.1f}')
@@ -496,6 +500,13 @@ class Trainer:
         return (
             f'routed at {eps:g}: {self.report(metrics)} | {100 * run:.1f} % of the branches run, '
             f'{100 * kept:.2f} % of the predictions kept, logits off by {off:.2g} on average')
+
+    def write_compact(self) -> None:
+        """Of a finished global-k run, the plain model that is left: `compact/`, for timm alone."""
+        if self.plan.global_k is not None and self.epoch >= self.epochs and self.accelerator.is_main_process:
+            path = write_compact(
+                self.task.model, self.folder / 'model_best.safetensors', self.plan.global_k, self.folder)
+            print(f"compact model: timm.create_model('local-dir:{path}', pretrained=True)")
 
     def closing_line(self) -> str:
         """What the run came to."""

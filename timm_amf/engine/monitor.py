@@ -8,8 +8,10 @@ from typing import Any, Optional, Union
 import torch
 
 from timm_amf.engine.checkpoint import write_text
+from timm_amf.models.amf import AMF
+from timm_amf.models.spottune import SpotTune
 
-__all__ = ['CsvLog', 'PolicyMonitor', 'best_assignment']
+__all__ = ['CsvLog', 'PolicyMonitor', 'RoutingMonitor', 'best_assignment', 'create_monitor']
 
 # Batches that a monitor keeps before it adds them: the operations cost more than what they do.
 _PENDING = 32
@@ -26,6 +28,8 @@ class PolicyMonitor:
         components: Names of the components of the data.
         device: Device of the weights.
     """
+
+    reads = 'weights'  # of what the model's forward gives
 
     def __init__(self, branches: int, components: list[str], device: Optional[torch.device] = None):
         self.components = list(components)
@@ -85,6 +89,64 @@ class PolicyMonitor:
         else:
             row[f'{prefix}assignment_accuracy'] = ''
         return row
+
+
+class RoutingMonitor:
+    """Accumulates the paths that a SpotTune's policy chose, over all samples and per component.
+
+    Args:
+        blocks: Number of routed blocks.
+        components: Names of the components of the data.
+        device: Device of the decisions.
+    """
+
+    reads = 'shares'  # of what the model's forward gives
+
+    def __init__(self, blocks: int, components: list[str], device: Optional[torch.device] = None):
+        self.components = list(components)
+        self.sums = torch.zeros(len(components), blocks, dtype=torch.float64, device=device)
+        self.votes = torch.zeros(len(components), blocks + 1, dtype=torch.float64, device=device)
+
+    def update(self, shares: torch.Tensor, component: torch.Tensor) -> None:
+        """Record a batch: decisions (B, blocks), 0 or 1, and the component of each sample (B,)."""
+        shares = shares.detach().round()
+        self.sums.index_add_(0, component, shares.to(self.sums.dtype))
+        counts = torch.nn.functional.one_hot(shares.sum(1).long(), self.votes.shape[1])
+        self.votes.index_add_(0, component, counts.to(self.votes.dtype))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The accumulators, to be summed over processes in place or saved."""
+        return [self.sums, self.votes]
+
+    def row(self, prefix: str = '') -> dict[str, Any]:
+        """Columns of `policy.csv`.
+
+        `tuned_blocks`, the mean number of tuned blocks an image; `block_0` and on, for each block the share of images
+        that used its tuned copy (SpotTune, figure 3); `images_0` and on, the number of images that used so many tuned
+        blocks (figure 4); with several components the shares and the mean number of each.
+        """
+        total = self.votes.sum().clamp(min=1)
+        row = {f'{prefix}tuned_blocks': (self.sums.sum() / total).item()}
+        row.update({f'{prefix}block_{i}': v for i, v in enumerate((self.sums.sum(0) / total).tolist())})
+        row.update({f'{prefix}images_{i}': int(v) for i, v in enumerate(self.votes.sum(0).tolist())})
+        if len(self.components) > 1:
+            for name, sums, count in zip(self.components, self.sums, self.votes.sum(1).clamp(min=1)):
+                row[f'{prefix}{name}_tuned_blocks'] = (sums.sum() / count).item()
+                row.update({f'{prefix}{name}_block_{i}': v for i, v in enumerate((sums / count).tolist())})
+        return row
+
+
+def create_monitor(
+        model: torch.nn.Module,
+        components: list[str],
+        device: Optional[torch.device] = None,
+) -> Union[PolicyMonitor, RoutingMonitor, None]:
+    """The monitor for what a model's policy decides; None for a model without one."""
+    if isinstance(model, SpotTune):
+        return RoutingMonitor(len(model.block_names), components, device)
+    if isinstance(model, AMF) and model.policy is not None:
+        return PolicyMonitor(len(model.branches), components, device)
+    return None
 
 
 def best_assignment(votes: torch.Tensor) -> list[tuple[int, int]]:

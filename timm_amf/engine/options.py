@@ -43,6 +43,10 @@ RUN_FLAGS = (
      'weight on average (AMF)'),
     ('--routing-eps', float, None, 'evaluate an AMF without the branches whose weight for an image is below this, and '
      'tell what that changes'),
+    ('--eval-blocks', str, None, "evaluate a SpotTune with the same path for all images: tuned, frozen, or the tuned "
+     "blocks' indices with commas between", {'metavar': 'BLOCKS'}),
+    ('--eval-sampling-seed', int, None, 'evaluate a SpotTune with decisions drawn with this seed, as the published '
+     'code does, instead of the likelier ones', {'metavar': 'SEED'}),
     ('--dry-run', bool, False, "build everything, print the plan's parameter groups, and leave"),
     ('--overwrite', bool, False, 'write into an experiment folder that is not empty'),
 )

@@ -9,6 +9,9 @@ from torch import nn
 
 from timm_amf.errors import UserError
 from timm_amf.models.amf import AMF
+from timm_amf.models.spottune import SpotTune
+from timm_amf.tuning import Plan
+from timm_amf.tuning.global_k import global_k_loss, update_shares
 
 __all__ = ['AdaptiveTask', 'Parts', 'criterion_kwargs']
 
@@ -28,10 +31,18 @@ class Parts(nn.Module):
         super().__init__()
         self.model = model
         self.is_fusion = isinstance(model, AMF)
+        self.is_routed = isinstance(model, SpotTune)
         self.branch_outputs = branch_outputs and self.is_fusion
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Logits `output` (B, classes); of composites `weights` (B, n); on request `branch_outputs` (n, B, classes)."""
+        """Logits `output` (B, classes), and what the policy decided.
+
+        That is `weights` (B, n) of an AMF, `shares` (B, blocks) of a SpotTune; and on request `branch_outputs`
+        (n, B, classes).
+        """
+        if self.is_routed:
+            output, shares = self.model.forward_parts(x)
+            return dict(output=output, shares=shares)
         if not self.is_fusion:
             return dict(output=self.model(x))
         if self.model.routing_eps is not None and not self.training:
@@ -62,14 +73,30 @@ class AdaptiveTask(ClassificationTask):
             features alone. It keeps a branch learning after a faster sibling has fitted the training set.
         policy_balance: Weight of the squared coefficient of variation of the mean branch weights over the batch (the
             importance loss of Shazeer et al., 2017, equation 6), against a policy that ignores a branch.
+        plan: Its global-k settings, for a SpotTune.
         **kwargs: Arguments of `timm.task.ClassificationTask`.
     """
 
-    def __init__(self, model: nn.Module, branch_loss: float = 0., policy_balance: float = 0., **kwargs):
+    def __init__(
+            self,
+            model: nn.Module,
+            branch_loss: float = 0.,
+            policy_balance: float = 0.,
+            plan: Optional[Plan] = None,
+            **kwargs,
+    ):
         super().__init__(Parts(model, branch_outputs=branch_loss > 0), verbose=False, **kwargs)
         if (branch_loss or policy_balance) and not isinstance(model, AMF):
             raise UserError(
                 f'--branch-loss and --policy-balance need an AMF or MultiTune, not {type(model).__name__}; remove them')
+        if plan is not None and not isinstance(model, SpotTune):
+            for name in ('global_k', 'temperature'):
+                if getattr(plan, name) is not None:
+                    flag = name.replace('_', '-')
+                    raise UserError(f'--{flag} needs a SpotTune, not {type(model).__name__}; remove it')
+        if plan is not None and plan.global_k is not None:
+            model.chosen_blocks(plan.global_k)  # says so if the model has fewer
+        self.plan = plan
         self.branch_loss = branch_loss
         self.policy_balance = policy_balance
 
@@ -103,7 +130,13 @@ class AdaptiveTask(ClassificationTask):
         if self.policy_balance and 'weights' in result:
             importance = result['weights'].float().mean(0)
             loss = loss + self.policy_balance * importance.var(unbiased=False) / importance.mean().square()
+        if self.plan is not None and self.plan.global_k is not None:
+            loss = loss + self._global_k_loss(result['shares'])
         return dict(result, loss=loss)
+
+    def _global_k_loss(self, shares: torch.Tensor) -> torch.Tensor:
+        running = update_shares(self.model.tuned_share, shares, self.plan.global_k_window)
+        return global_k_loss(shares, self.plan.global_k, tuple(self.plan.global_k_weights), running)
 
 
 def criterion_kwargs(args: argparse.Namespace, soft_targets: bool) -> dict:

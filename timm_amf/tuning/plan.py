@@ -203,6 +203,11 @@ class Plan:
         opt_kwargs: Further arguments of the optimiser.
         schedule: The schedule of every role that has none of its own.
         sched_on_updates: Step the schedules on every update instead of every epoch.
+        temperature: Temperature of a SpotTune's Gumbel-softmax, above 0 (None: the model's own; 5 in the paper).
+        temperature_end: Temperature of the last epoch, reached by equal factors from epoch to epoch (None: constant).
+        global_k: Number of blocks that a SpotTune may tune for all images alike (SpotTune, section 3.3; None: any).
+        global_k_weights: lambda_1 and lambda_2 of its losses (equation 7), which the paper does not give.
+        global_k_window: Images over which the share of each block is counted.
         roles: Settings by role.
 
     Raises:
@@ -222,6 +227,11 @@ class Plan:
     opt_kwargs: dict[str, Any] = field(default_factory=dict)
     schedule: Schedule = field(default_factory=Schedule)
     sched_on_updates: bool = False
+    temperature: Optional[float] = None
+    temperature_end: Optional[float] = None
+    global_k: Optional[int] = None
+    global_k_weights: list[float] = field(default_factory=lambda: [0.1, 0.1])
+    global_k_window: int = 1000
     roles: dict[str, RolePlan] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -230,7 +240,15 @@ class Plan:
             raise UserError(f'plan.roles must be a mapping of role to settings, not {self.roles!r}')
         self.roles = {str(k): _build(RolePlan, v, f'plan.roles.{k}') for k, v in self.roles.items()}
         _check_types(self, 'plan')
-        _check_range('plan', self, 0, None, 'lr', 'epochs', 'momentum', 'weight_decay')
+        _check_range('plan', self, 0, None, 'lr', 'epochs', 'momentum', 'weight_decay', 'global_k')
+        for name in ('temperature', 'temperature_end', 'global_k_window'):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f'plan: {name} must be above 0, not {value}')
+        if len(self.global_k_weights) != 2 or min(self.global_k_weights) < 0:
+            raise UserError(f'plan: global_k_weights must be two values of 0 or more, not {self.global_k_weights}')
+        if self.temperature_end is not None and self.temperature is None:
+            raise UserError('plan: temperature_end needs a temperature to start from; set temperature')
         _check_range('plan', self, 0, 1, 'layer_decay', 'layer_decay_min_scale')
 
     def role(self, name: str, defaults: Optional[Mapping[str, Mapping[str, Any]]] = None) -> RolePlan:
@@ -254,6 +272,13 @@ class Plan:
     def role_schedule(self, name: str, defaults: Optional[Mapping[str, Mapping[str, Any]]] = None) -> Schedule:
         """The schedule of one role; `defaults` as in `role`."""
         return self.schedule.replace(**self.role(name, defaults).schedule)
+
+    def temperature_at(self, epoch: int) -> Optional[float]:
+        """The temperature of an epoch, from 0; None leaves the model its own."""
+        if self.temperature is None or self.temperature_end is None:
+            return self.temperature
+        progress = min(1., epoch / max(self.epochs - 1, 1))
+        return self.temperature * (self.temperature_end / self.temperature) ** progress
 
     def with_role(self, name: str, **settings) -> 'Plan':
         """A copy of the Plan in which the role `name` has the given settings besides those that it had."""

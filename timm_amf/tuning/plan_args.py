@@ -14,7 +14,8 @@ __all__ = ['add_plan_args', 'plan_from_args']
 _PLAN_FLAGS = {
     name: name for name in (
         'epochs', 'opt', 'momentum', 'weight_decay', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale',
-        'opt_eps', 'opt_betas', 'opt_kwargs', 'sched_on_updates',
+        'opt_eps', 'opt_betas', 'opt_kwargs', 'sched_on_updates', 'temperature', 'temperature_end', 'global_k',
+        'global_k_weights', 'global_k_window',
     )
 }
 _SCHEDULE_FLAGS = {
@@ -66,6 +67,11 @@ def add_plan_args(parser: argparse.ArgumentParser) -> None:
     add('--policy-hold-epochs', type=float, metavar='N', help='epochs at the full policy LR before it decays')
     add('--policy-decay-epochs', type=float, metavar='N', help='epoch interval of the policy LR\'s decay')
     add('--policy-decay-rate', type=float, metavar='F', help='decay rate of the policy LR')
+    add('--temperature', type=float, metavar='T', help="temperature of a SpotTune's policy (default: the model's, 5)")
+    add('--temperature-end', type=float, metavar='T', help='temperature of the last epoch (default: as the first)')
+    add('--global-k', type=int, metavar='K', help='a SpotTune learns K blocks to tune for all images alike')
+    add('--global-k-weights', type=float, nargs=2, metavar='L', help='lambda 1 and 2 of its losses (default: 0.1 0.1)')
+    add('--global-k-window', type=int, metavar='N', help='images over which its shares are counted (default: 1000)')
     add('--role', nargs='+', default=[], metavar='ROLE.FIELD=VALUE', dest='role_settings',
         help='any setting of any role, e.g. branch.0.lr=0.0008 policy.schedule.sched=cosine backbone.train=[-1,-2]')
 
