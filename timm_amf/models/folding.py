@@ -7,19 +7,20 @@ fold is part of the graph, so weights and affine parameters get the gradients th
 input need not be kept. Else the folded weights are kept until one of their sources changes.
 """
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame, pad_same
+from timm.layers import BatchNormAct2d, Conv2dSame, SplitBatchNorm2d, SyncBatchNormAct, pad_same
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ['FoldedConv', 'find_pairs', 'folded_view', 'norms_fixed']
+__all__ = ['FoldedConv', 'find_pairs', 'foldable_pairs', 'folded_view', 'norms_fixed']
 
 # Not their other subclasses: those change the weight before they use it (weight standardisation, say).
 _CONVS = (nn.Conv2d, Conv2dSame)
+# Nor subclasses that are not known to compute as a batch norm does in evaluation mode.
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct, SplitBatchNorm2d)
 
 
 class FoldedConv(nn.Module):
@@ -153,7 +154,29 @@ def _uncut(x: Tensor, pieces: int) -> Tensor:
 
 def norms_fixed(norms: Sequence[nn.Module]) -> bool:
     """Whether each norm computes with its running statistics."""
-    return not any(n.training for n in norms)
+    return not any(n.training or n.running_var is None for n in norms)
+
+
+def foldable_pairs(module: nn.Module, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The pairs of convolution and norm that a module still has as they were found.
+
+    Either may have been removed since, replaced, parametrised, or given a hook that a view would not call.
+    """
+    modules = dict(module.named_modules())
+    return [(c, n) for c, n in pairs if _is_conv(modules.get(c)) and _is_norm(modules.get(n))]
+
+
+def _is_conv(module: Optional[nn.Module]) -> bool:
+    zeros = type(module) in _CONVS and module.padding_mode == 'zeros' and not isinstance(module.padding, str)
+    return zeros and not _hooked(module)
+
+
+def _is_norm(module: Optional[nn.Module]) -> bool:
+    return type(module) in _NORMS and module.running_var is not None and not _hooked(module)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def folded_view(module: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Module:
@@ -198,10 +221,9 @@ class find_pairs:  # noqa: N801  used as a context, as torch's are
 
     def __init__(self, model: nn.Module):
         self._names = {id(m): n for n, m in model.named_modules()}
-        self._convs = [m for m in model.modules() if type(m) in _CONVS and m.padding_mode == 'zeros']
-        self._convs = [m for m in self._convs if not isinstance(m.padding, str)]
-        self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-        self._outputs: dict[int, tuple[nn.Module, Tensor]] = {}
+        self._convs = [m for m in model.modules() if _is_conv(m)]
+        self._norms = [m for m in model.modules() if _is_norm(m)]
+        self._outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}
         self._found: list[tuple[nn.Module, nn.Module, object]] = []
         self._calls: dict[int, int] = {}
         self._hooks: list = []
@@ -219,12 +241,13 @@ class find_pairs:  # noqa: N801  used as a context, as torch's are
 
     def _after_conv(self, conv, inputs, output) -> None:
         self._calls[id(conv)] = self._calls.get(id(conv), 0) + 1
-        self._outputs[id(output)] = conv, output  # kept alive, so that ids stay unique
+        self._outputs[id(output)] = conv, output, output._version  # kept alive, so that ids stay unique
 
     def _before_norm(self, norm, inputs) -> None:
         self._calls[id(norm)] = self._calls.get(id(norm), 0) + 1
-        conv, output = self._outputs.get(id(inputs[0]), (None, None))
-        if conv is not None and output.grad_fn is not None:
+        conv, output, version = self._outputs.get(id(inputs[0]), (None, None, 0))
+        # Another version is another tensor, made by what worked in place on the convolution's output.
+        if conv is not None and output.grad_fn is not None and output._version == version:
             self._found.append((conv, norm, output.grad_fn))
 
     def pairs(self, result: Tensor) -> list[tuple[str, str]]:

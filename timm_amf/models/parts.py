@@ -95,7 +95,7 @@ def create_part(part: Part, pretrained: bool = False, **kwargs) -> nn.Module:
 
 def build_parts(
         parts: Sequence[Part],
-        pretrained: bool = False,
+        pretrained: Union[bool, Sequence[bool]] = False,
         cache_dir: Optional[Union[str, Path]] = None,
         **kwargs,
 ) -> list[nn.Module]:
@@ -103,22 +103,27 @@ def build_parts(
 
     Args:
         parts: What to build.
-        pretrained: Load each network's own pretrained weights. Otherwise each is drawn anew, equal parts too.
+        pretrained: Load each network's own pretrained weights, or those of the parts for which it is true. The others
+            are drawn anew, equal parts too.
         cache_dir: As in `timm.create_model`.
         **kwargs: Arguments common to all, `None` meaning not given.
 
     Raises:
         UserError: If an architecture refuses its arguments, or weights cannot be had.
     """
-    if not pretrained:
-        return [create_part(p, **kwargs) for p in parts]
-    distinct = {p.key: p for p in parts}
-    for part in distinct.values():
+    wanted = [pretrained] * len(parts) if isinstance(pretrained, bool) else list(pretrained)
+    for part in {p.key: p for p, load in zip(parts, wanted) if load}.values():
         check_source(part.name, part_cfg(part), cache_dir)
-    loaded = {key: _load(part, cache_dir=cache_dir, **kwargs) for key, part in distinct.items()}
-    # The first of each kind is the loaded network itself, the others are copies of it.
-    keys = [p.key for p in parts]
-    return [loaded[k] if keys.index(k) == i else copy.deepcopy(loaded[k]) for i, k in enumerate(keys)]
+    nets, loaded = [], {}
+    for part, load in zip(parts, wanted):
+        if not load:
+            net = create_part(part, **kwargs)
+        elif part.key in loaded:
+            net = copy.deepcopy(loaded[part.key])
+        else:
+            net = loaded[part.key] = _load(part, cache_dir=cache_dir, **kwargs)
+        nets.append(net)
+    return nets
 
 
 def _load(part: Part, **kwargs) -> nn.Module:

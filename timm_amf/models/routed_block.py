@@ -18,9 +18,8 @@ from typing import Optional
 import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from .folding import folded_view, norms_fixed
+from .folding import foldable_pairs, folded_view, norms_fixed
 
 __all__ = ['Decision', 'Route', 'RoutedBlock', 'eager']
 
@@ -75,6 +74,9 @@ class Route:
     def __init__(self):
         self.decision: Optional[Decision] = None
 
+    def __getstate__(self):
+        return {'decision': None}  # a copied or stored model has decided nothing yet
+
 
 class RoutedBlock(nn.Module):
     """A block twice: `frozen`, as it came, and `tuned`, a copy that is trained."""
@@ -118,6 +120,10 @@ class RoutedBlock(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         self._views = None
         return super()._apply(fn, recurse)
+
+    def unfold(self) -> None:
+        """Forgets the folded views; for whoever changes a copy other than in its parameters and buffers."""
+        self._views = None
 
     def __getstate__(self):
         return {**self.__dict__, '_views': None}
@@ -165,11 +171,8 @@ class RoutedBlock(nn.Module):
         )
 
     def _view(self, block: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
-        norms = [block.get_submodule(norm) for _, norm in self.pairs]
-        # A norm that was replaced since (a split one, say) may compute otherwise.
-        if not all(isinstance(n, _BatchNorm) for n in norms):
-            return block, []
-        return folded_view(block, self.pairs), norms
+        pairs = foldable_pairs(block, self.pairs)
+        return folded_view(block, pairs), [block.get_submodule(norm) for _, norm in pairs]
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import UserError
 
-__all__ = ['check_source', 'loading']
+__all__ = ['check_source', 'has_source', 'loading']
 
 _logger = logging.getLogger(__name__)
 
@@ -39,6 +39,11 @@ def _unreachable(name: str, cfg: dict[str, Any], reason: BaseException) -> UserE
     return UserError(
         f'cannot get {what}: go online once so that they are cached, {_LOCAL_COPY}, or pass pretrained=False.'
     )
+
+
+def has_source(cfg: dict[str, Any]) -> bool:
+    """Whether a `pretrained_cfg` names weights at all; some architectures were never published with any."""
+    return any(cfg.get(key) for key in ('state_dict', 'file', 'hf_hub_id', 'url'))
 
 
 def check_source(name: str, cfg: dict[str, Any], cache_dir: Optional[Union[str, Path]] = None) -> None:

@@ -34,11 +34,12 @@ from . import decathlon, policy_resnet  # noqa: F401  registered before they are
 from .block_probe import probe_blocks
 from .blocks import layer_ids
 from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg
-from .folding import folded_view, norms_fixed
+from .folding import foldable_pairs, folded_view, norms_fixed
 from .parts import Part, build_parts, create_part, part_cfg
 from .policy import PolicyNetwork, gumbel_noise, straight_through
 from .renorm import create_renorm
 from .routed_block import Decision, Route, RoutedBlock, eager
+from .sources import has_source
 
 __all__ = ['SpotTune']
 
@@ -142,13 +143,23 @@ class SpotTune(nn.Module):
         self._tail = _tail_modules(part, probe.blocks, in_chans)
 
         policy_part = _policy_part(policy, len(self._names), policy_kwargs).sized(_pair(policy_input_size) or size)
-        nets = build_parts([part, policy_part], pretrained_parts, cache_dir=cache_dir, in_chans=in_chans, **dd)
+        policy_source = has_source(part_cfg(policy_part))
+        if pretrained_parts and not policy_source:
+            _logger.info(f"timm has no pretrained weights for the policy '{policy}': it is drawn anew.")
+        nets = build_parts(
+            [part, policy_part],
+            [pretrained_parts, pretrained_parts and policy_source],
+            cache_dir=cache_dir,
+            in_chans=in_chans,
+            **dd,
+        )
         stats = mean or cfg['mean'], std or cfg['std']
         renorms = [
             create_renorm(*stats, net.pretrained_cfg['mean'], net.pretrained_cfg['std'], in_chans, **dd) for net in nets
         ]
         self.policy = PolicyNetwork(nets[1], renorms[1], policy_input_size)
-        if not (pretrained_parts and nets[1].pretrained_cfg['num_classes'] == policy_part.num_classes):
+        fits = nets[1].pretrained_cfg['num_classes'] == policy_part.num_classes
+        if not (pretrained_parts and policy_source and fits):
             self.policy.init_classifier()
         self.renorm = renorms[0]
         self.backbone = nets[0]
@@ -372,9 +383,9 @@ class SpotTune(nn.Module):
         if not decision.routed:
             return self.backbone
         if self._fold is None:
-            norms = [self.backbone.get_submodule(norm) for _, norm in self._pairs]
-            plain = not norms or not all(isinstance(n, _BatchNorm) for n in norms)
-            self._fold = (self.backbone, []) if plain else (folded_view(self.backbone, self._pairs), norms)
+            pairs = foldable_pairs(self.backbone, self._pairs)
+            norms = [self.backbone.get_submodule(norm) for _, norm in pairs]
+            self._fold = folded_view(self.backbone, pairs), norms
         view, norms = self._fold
         return view if norms_fixed(norms) else self.backbone
 
@@ -387,8 +398,7 @@ class SpotTune(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self):
-        state = {**self.__dict__, '_fold': None, 'sampling': None, '_route': Route()}
-        return state
+        return {**self.__dict__, '_fold': None, 'sampling': None}
 
     def forward_intermediates(
             self,
@@ -419,11 +429,6 @@ class SpotTune(nn.Module):
         """Removes from the backbone what `forward_intermediates` does not need for these levels; the policy stays."""
         self._fold = None
         take = self.backbone.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
-        # What was removed cannot be folded.
-        modules = dict(self.backbone.named_modules())
-        self._pairs = [
-            (c, n) for c, n in self._pairs if isinstance(modules.get(c), nn.Conv2d) and n in modules
-        ]
         self.num_classes = 0 if prune_head else self.num_classes
         return take
 
@@ -476,6 +481,10 @@ class SpotTune(nn.Module):
         if 'img_size' in self.backbone_part.kwargs:
             self.backbone_part.kwargs['img_size'] = size
         self.img_size = size
+        # The folded views are copies that know the old size.
+        self._fold = None
+        for block in self.routed_blocks:
+            block.unfold()
         update_model_input_size(self, size)
 
     def __prepare_scriptable__(self) -> nn.Module:
