@@ -17,7 +17,7 @@ import yaml
 from timm.data import resolve_data_config
 from torch import nn
 
-from timm_amf.data import Mixture, create_loader, data_spec_from_args
+from timm_amf.data import Mixture, data_spec_from_args
 from timm_amf.data.decathlon import (
     DOMAINS,
     DecathlonSource,
@@ -26,18 +26,10 @@ from timm_amf.data.decathlon import (
     domain_name,
     open_domain,
 )
-from timm_amf.engine.build import build_model
-from timm_amf.engine.checkpoint import load_weights
-from timm_amf.engine.options import parse_args
+from timm_amf.engine.run_folder import choose_device, eval_loader, load_run, read_run
 from timm_amf.errors import UserError
 
 __all__ = ['Predictions', 'main', 'predict_run', 'write_results']
-
-# Where the weights of a run may be, by the name of the choice, in order of preference.
-_WEIGHTS = {
-    'best': ('model_best.safetensors',),
-    'last': ('last/ema.safetensors', 'last/model.safetensors'),
-}
 
 
 @dataclass
@@ -80,18 +72,11 @@ def predict_run(
     Raises:
         UserError: If the folder holds no such run, or the data are missing, damaged or those of another challenge.
     """
-    run = Path(run)
-    if not (run / 'args.yaml').is_file():
-        raise UserError(f'{run}: no args.yaml there; give the folder of a run')
-    # The trained weights take the place of whatever the run began from, which may be gone by now.
-    flags = ['--config', str(run / 'args.yaml'), '--initial-checkpoint', '', '--pretrained-path', '', '--resume', '']
-    args = parse_args([*flags, *(['--data-dir', data_dir] if data_dir else [])])
-    args.pretrained = False
-    source = _open(args, run, data_dir, split)
-    model = build_model(args, len(source.category_ids))
-    load_weights(model, _weights_file(run, weights))
-    device = torch.device('cuda' if torch.cuda.is_available() and not (cpu or args.cpu) else 'cpu')
-    predicted = _predict(model.to(device).eval(), source, args, device, batch_size, workers)
+    args = read_run(run, ['--data-dir', data_dir] if data_dir else [])
+    source = _open(args, Path(run), data_dir, split)
+    model = load_run(args, run, len(source.category_ids), weights)
+    device = choose_device(cpu or args.cpu)
+    predicted = _predict(model.to(device), source, args, device, batch_size, workers)
     accuracy = 100 * float((predicted == source.targets).mean()) if source.labelled else None
     ids = [source.category_ids[i] for i in predicted.tolist()]
     return Predictions(source.domain, source.image_ids, ids, accuracy)
@@ -108,11 +93,6 @@ def _open(args: argparse.Namespace, run: Path, data_dir: Optional[str], split: s
     return open_domain(data_dir or components[0].root, domain, split, str(run))
 
 
-def _weights_file(run: Path, weights: str) -> Path:
-    files = [run / name for name in _WEIGHTS[weights]]
-    return next((file for file in files if file.exists()), files[-1])
-
-
 @torch.inference_mode()
 def _predict(
         model: nn.Module,
@@ -123,23 +103,12 @@ def _predict(
         workers: Optional[int],
 ) -> np.ndarray:
     """Class index of each image, in the source's order."""
-    config = resolve_data_config(vars(args), model=model, verbose=False)
+    channels = resolve_data_config(vars(args), model=model, verbose=False)['input_size'][0]
     count = len(source)
     data = Mixture(
         [source.domain], source.classes, [0] * len(source.classes), [(0, source, np.arange(count), source.targets)],
-        input_img_mode='L' if config['input_size'][0] == 1 else 'RGB')
-    loader = create_loader(
-        data,
-        input_size=config['input_size'],
-        batch_size=batch_size or args.validation_batch_size or args.batch_size,
-        workers=args.workers if workers is None else workers,
-        device=device,
-        mean=config['mean'],
-        std=config['std'],
-        interpolation=config['interpolation'],
-        crop_pct=config['crop_pct'],
-        crop_mode=config['crop_mode'],
-    )
+        input_img_mode='L' if channels == 1 else 'RGB')
+    loader = eval_loader(args, model, data, device, batch_size, workers)
     predicted = np.full(count, -1)
     for batch in loader:
         # A model with more outputs than the domain has classes may not answer beyond them.
@@ -206,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument('--out', default='results.json', metavar='FILE',
                         help='file to write, .json or .zip (default: %(default)s)')
     submit.add_argument('--split', choices=('test', 'val'), default='test', help='default: %(default)s')
-    submit.add_argument('--weights', choices=tuple(_WEIGHTS), default='best',
+    submit.add_argument('--weights', choices=('best', 'last'), default='best',
                         help='those of the best epoch, or of the last (default: %(default)s)')
     submit.add_argument('--batch-size', type=int, metavar='N', help="images at a time (default: the run's)")
     submit.add_argument('--workers', type=int, metavar='N', help="worker processes (default: the run's)")
