@@ -1,4 +1,4 @@
-"""One small architecture of every model module of timm, by module."""
+"""One small architecture of every model module of timm, by module, and others of unlike blocks."""
 
 ARCHITECTURES = {
     'beit': 'beit_base_patch16_224',
@@ -126,3 +126,26 @@ HEAVY = {
     'nest',
     'volo',
 }
+
+# A second of most modules, of other blocks than the first where there is one.
+MORE_ARCHITECTURES = (
+    'beitv2_base_patch16_224', 'caformer_s18', 'cait_xxs36_224', 'coat_lite_tiny', 'coatnext_nano_rw_224',
+    'convit_small', 'convmixer_1024_20_ks9_p14', 'convnext_atto', 'convnextv2_atto', 'cpubone_b2_bfrobust',
+    'crossvit_9_dagger_240', 'csatv2_21m', 'cspnext_s', 'darknet17', 'davit_small', 'deepseek_vit_412m_enc',
+    'deit_tiny_distilled_patch16_224', 'densenetblur121d', 'dla60_res2next', 'dpn68', 'eca_botnext26ts_256',
+    'edgenext_x_small', 'efficientformer_l3', 'efficientformerv2_s2', 'efficientnet_b0', 'efficientvim_m1_dist',
+    'efficientvit_l1', 'efficientvit_m1', 'fasternet_t2', 'fastvit_mci0', 'focalnet_tiny_lrf', 'gcvit_xtiny',
+    'gemma4_vit_167m_enc', 'gernet_s', 'ghostnetv3_050', 'gmixer_12_224', 'hardcorenas_b', 'hgnetv2_b0',
+    'hiera_small_abswin_256', 'hieradet_small', 'hrnet_w18_small_v2', 'iformer_s', 'inception_next_tiny',
+    'lcnetv2_base', 'legacy_seresnext26_32x4d', 'levit_conv_128s', 'lowformer_b0', 'mambaout_small_rw',
+    'maxvit_pico_rw_256', 'mobilenetv2_035', 'mobilenetv4_conv_small_035', 'mobilenetv5_base', 'mobilevitv2_050',
+    'mvitv2_small', 'naflexvit_base_patch16_siglip', 'nest_tiny_jx', 'nextvit_base', 'nf_regnet_b0',
+    'pit_ti_distilled_224', 'poolformer_s12', 'pvt_v2_b2_li', 'qwen3_vit_88m_enc', 'rdnet_small', 'regnety_002',
+    'regnetz_005', 'repghostnet_058', 'repvgg_a0', 'repvit_m0_9', 'res2net50_14w_8s', 'resnest26d', 'resnet26',
+    'resnet50', 'resnetv2_18d', 'rexnetr_100', 'samvit_base_patch16', 'selecsls60', 'sequencer2d_m', 'seresnet18',
+    'shvit_s2', 'skresnet50d', 'starnet_s100', 'swiftformer_s', 'swin_s3_tiny_224', 'swinv2_cr_tiny_ns_224',
+    'swinv2_tiny_window8_256', 'tiny_vit_11m_224', 'tinynet_e', 'tnt_s_legacy_patch16_224', 'tresnet_v2_l',
+    'twins_pcpvt_small', 'vgg11_bn', 'visformer_small', 'vit_dwee_patch16_reg1_gap_256',
+    'vit_relpos_small_patch16_rpn_224', 'vit_small_r26_s32_224', 'vit_tiny_patch16_dinov3_qkvb', 'vitamin_base_224',
+    'volo_d2_224', 'vovnet39a', 'xception41', 'xcit_tiny_12_p16_224',
+)

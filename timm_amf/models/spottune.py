@@ -187,10 +187,14 @@ class SpotTune(nn.Module):
         self.num_classes = self.backbone.num_classes
         self.num_features = self.backbone.num_features
         self.head_hidden_size = getattr(self.backbone, 'head_hidden_size', self.num_features)
-        self.global_pool = '' if self.unpooled else getattr(self.backbone, 'global_pool', None)
         self.feature_info = _prefixed(getattr(self.backbone, 'feature_info', None) or [])
         if hasattr(self.backbone, 'output_fmt'):
             self.output_fmt = self.backbone.output_fmt
+
+    @property
+    def global_pool(self) -> Any:
+        """The backbone's pooling, which is a name, a module or None; '' where there is none."""
+        return '' if self.unpooled else getattr(self.backbone, 'global_pool', None)
 
     # -- the parts ----------------------------------------------------------------------------------------------------
 
