@@ -16,7 +16,12 @@ def _train(argv: list[str]) -> int:
 
 
 def _evaluate(argv: list[str]) -> int:
-    """evaluate a checkpoint: the flags of train_amf.py, with --resume or --initial-checkpoint"""
+    """evaluate runs from their folders, or a checkpoint with the flags of train_amf.py"""
+    from timm_amf.engine.evaluate_runs import is_for_runs
+    from timm_amf.engine.evaluate_runs import main as evaluate_main
+
+    if is_for_runs(argv):
+        return evaluate_main(argv)
     import train_amf
 
     return train_amf.main([*argv, '--eval-only'])

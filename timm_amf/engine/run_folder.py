@@ -74,8 +74,11 @@ def load_run(args: argparse.Namespace, run: Union[str, Path], num_classes: int, 
     Raises:
         UserError: If the weights are missing, damaged, or of another model.
     """
+    file = weights_file(run, weights)
+    if weights == 'ema' and not file.exists():
+        raise UserError(f'{run}: kept no moving average; take its best or last weights')
     model = build_model(args, num_classes)
-    load_weights(model, weights_file(run, weights))
+    load_weights(model, file)
     return model.eval()
 
 
