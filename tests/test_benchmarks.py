@@ -19,6 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
         'channels_last + bf16 autocast / fp32',
         'one branch an image (eps 1) / arithmetic',
     ]),
+    ('spottune', [
+        'routed / plain', 'routed / both', 'policy / plain', 'norms in training mode, routed / plain',
+        'resnet10t: routed / plain',
+    ]),
     ('train_loop', ['control: bare / bare', 'loop / bare', 'loop - bare, a step', 'loop - bare, once an epoch']),
     ('l2sp', ['control: sgd / sgd', 'sgd: L2-SP / weight decay', 'adamw: L2-SP / weight decay']),
     ('import_time', ['control: timm / timm', 'timm_amf / timm']),

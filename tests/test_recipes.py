@@ -7,6 +7,7 @@ from timm_amf.data import data_spec_from_args
 from timm_amf.engine.config_file import list_recipes
 from timm_amf.engine.options import parse_args, resolve_lr
 from timm_amf.tuning import GroupScheduler, create_optimizer, model_roles, plan_from_args
+from timm_amf.tuning.groups import settings
 
 
 @pytest.mark.parametrize('name', list_recipes())
@@ -19,7 +20,12 @@ def test_recipe(name, tmp_path):
     plan = plan_from_args(args, model_roles(model), resolve_lr(args, args.batch_size))
     scheduler = GroupScheduler(create_optimizer(model, plan), plan)
     assert scheduler.total_epochs == plan.epochs
-    assert {g['role'] for g in scheduler.optimizer.param_groups} == set(model_roles(model))
+    training = {s.place.role for s in settings(model, plan).values() if s.trains}
+    assert {g['role'] for g in scheduler.optimizer.param_groups} == training
+    # What does not train does so because the recipe or the model says it.
+    defaults = getattr(model, 'role_defaults', {})
+    for role in set(model_roles(model)) - training:
+        assert plan.role(role, defaults.get(role)).train == 'none'
 
 
 def test_the_papers_setting():

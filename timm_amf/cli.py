@@ -47,14 +47,15 @@ def _models(argv: list[str]) -> int:
 
     from timm_amf.engine.config_file import list_recipes
 
-    print(f'{"model":32}{"parameters":>14}  {"input":14}branches + policy')
-    for module in ('amf',):
+    print(f'{"model":32}{"parameters":>14}  {"input":14}networks + policy')
+    for module in ('amf', 'spottune', 'decathlon'):
         for name in timm.list_models(args.filter, module=module):
             with torch.device('meta'):
                 model = timm.create_model(name)
             count = sum(p.numel() for p in model.parameters())
             size = 'x'.join(map(str, model.pretrained_cfg['input_size']))
-            parts = ', '.join(b.pretrained_cfg['architecture'] for b in model.branches)
+            networks = [model.backbone] if hasattr(model, 'backbone') else getattr(model, 'branches', [])
+            parts = ', '.join(net.pretrained_cfg['architecture'] for net in networks)
             policy = getattr(model, 'policy', None)
             parts += f' + {policy.net.pretrained_cfg["architecture"]}' if policy is not None else ''
             print(f'{name:32}{count:>14,}  {size:14}{parts}')
