@@ -159,13 +159,13 @@ def _open(run: Union[str, Path], options: RunOptions) -> _Opened:
     args = read_run(run, flags)
     channels = args.in_chans or (args.input_size[0] if args.input_size else 3)
     spec, split = data_spec_from_args(args, args.recipe.get('data')), splits_from_args(args)[1]
-    for component in spec.components:
-        # A name that is the dataset's own stands for val; a component that says what its val is would not heed it.
-        if options.split and split == 'val' and component.split_name('val') != options.split:
-            if options.split not in ('val', 'validation', 'valid', 'eval'):
-                raise UserError(
-                    f'--split {options.split}: {run} says what the splits of component {component.name!r} are; '
-                    f'give train, validation or test')
+    if split == 'val' and options.split and options.split not in ('val', 'validation', 'valid', 'eval'):
+        # A dataset's own name. A component that says itself what its splits are does not heed it.
+        deaf = [c.name for c in spec.components if c.split_name('val') != options.split]
+        if deaf:
+            raise UserError(
+                f'--split {options.split}: {run} says what the splits of component {deaf[0]!r} are; give train, '
+                f'validation or test')
     try:
         data = create_dataset(spec, split, channels)
     except UserError as e:
@@ -301,7 +301,7 @@ def table(rows: Sequence[Row], level: float = 0.95) -> str:
             f'{name:{width}}{row.images:>8}{row.top1:>8.2f}{deviation:>7}{interval:>18}{row.top5:>8.2f}'
             f'{row.loss:>9.4f}')
     if any(row.top1_std is not None for row in rows):
-        lines.append("intervals: of the mean Student's t over the runs (std: ddof 1), of all others Wilson's over images")
+        lines.append("intervals: of the mean Student's t over the runs (std: ddof 1), else Wilson's over the images")
     return '\n'.join(lines)
 
 
