@@ -153,6 +153,8 @@ class Trainer:
         self.epochs = min(self.total_epochs, args.stop_epoch or self.total_epochs)
         if self.epochs and min(group['start_epoch'] for group in optimizer.param_groups) > 0:
             raise UserError('plan: nothing trains in epoch 0; set start_epoch of at least one role to 0')
+        with chosen_paths(task.model, plan.global_k, args.eval_blocks, args.eval_sampling_seed):
+            pass  # says so now if there are no such paths
         if args.model_ema:
             # Before anything wraps the model: the average is of the bare one.
             task.setup_ema(
@@ -400,7 +402,8 @@ class Trainer:
         monitor = self._monitor()
         # Processes may hold different numbers of batches: evaluate without the reducer around the model.
         module = module.module if isinstance(module, DistributedDataParallel) else module
-        with chosen_paths(module.model, self.plan.global_k, self.args.eval_blocks, self.args.eval_sampling_seed):
+        model = self.task.ema_model if use_ema else self.task.model
+        with chosen_paths(model, self.plan.global_k, self.args.eval_blocks, self.args.eval_sampling_seed):
             metrics = evaluate(module, self.val_loader, self.accelerator, monitor, progress=self._progress)
         seen = monitor is not None and monitor.votes.sum() > 0
         return dict(metrics, policy=monitor.row() if seen else {})
