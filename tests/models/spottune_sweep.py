@@ -194,36 +194,36 @@ def check_within_limits(name, seconds, gib):
     return row or dict(name=name, module=timm.models._registry._model_to_module[name], failure=reason)
 
 
+PAGE = """# Architectures that SpotTune routes
+
+Written by `tests/models/spottune_sweep.py`: {count} small architectures of the {modules} model modules of timm
+{version}. {works} work, {refused} are refused, {failed} fail.
+
+Each was built with `timm.create_model('spottune', backbone=...)`, its copies were made unlike, and it was run on three
+images of the smallest size, from 64 px on, that it takes. Outputs and intermediate features of `routed` and `both` were
+compared in evaluation (float32; the largest error was {eval_error:.0e} of the largest value), then the gradients of
+every trainable parameter in training with the frozen path frozen (float64; {grad_error:.0e}); after a step the frozen
+path was as before. Parameters count both copies, the policy and a classifier of 10 classes. A block that cannot be
+routed exists once and belongs to the stem.
+"""
+
+
 def table(rows):
     """The page of the documentation."""
     works = [r for r in rows if 'refused' not in r and not problem(r)]
     refused = [r for r in rows if 'refused' in r]
     failed = [r for r in rows if 'refused' not in r and problem(r)]
-    errors = [
-        max(r['eval_error'] for r in works), max(r['grad_error'] for r in works if r['dtype'] == 'float64')]
-    lines = [
-        '# Architectures that SpotTune routes',
-        '',
-        'Written by `tests/models/spottune_sweep.py`. One or two small architectures of each model module of timm '
-        f'{timm.__version__}, {len(rows)} of',
-        f'{len({r["module"] for r in rows})} modules: {len(works)} work, {len(refused)} are refused, {len(failed)} '
-        'fail.',
-        '',
-        "Each was built with `timm.create_model('spottune', backbone=...)`, its copies were made unlike, and it was run "
-        'on three images',
-        'of the smallest size, from 64 px on, that it takes. Outputs and intermediate features of `routed` and `both` '
-        'were compared in',
-        f'evaluation (float32; largest error {errors[0]:.0e} of the largest value), then the gradients of every '
-        'trainable parameter in',
-        f'training with the frozen path frozen (float64; {errors[1]:.0e}); after a step the frozen path was as before. '
-        'Parameters count',
-        'both copies, the policy (0.36 M) and a classifier of 10 classes. A block that cannot be routed exists once and '
-        'belongs to the',
-        'stem.',
-        '',
-        '| module | architecture | px | routed blocks | not routed, why | parameters |',
-        '|---|---|---|---|---|---|',
-    ]
+    lines = [PAGE.format(
+        count=len(rows),
+        modules=len({r['module'] for r in rows}),
+        version=timm.__version__,
+        works=len(works),
+        refused=len(refused),
+        failed=len(failed),
+        eval_error=max(r['eval_error'] for r in works),
+        grad_error=max(r['grad_error'] for r in works if r['dtype'] == 'float64'),
+    )]
+    lines += ['| module | architecture | px | routed | not routed, why | parameters |', '|---|---|---|---|---|---|']
     for r in works:
         why = '; '.join(f'{count}: {reason}' for reason, count in r['unroutable'].items())
         lines.append(

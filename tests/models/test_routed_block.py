@@ -22,7 +22,7 @@ BATCH = 4
 
 
 def create(backbone='test_resnet', freeze=True, **kwargs):
-    kwargs = dict(policy='test_efficientnet', policy_input_size=32, num_classes=3, img_size=SIZE, **kwargs)
+    kwargs = {**dict(policy='test_efficientnet', policy_input_size=32, num_classes=3, img_size=SIZE), **kwargs}
     model = without_dropout(timm.create_model('spottune', backbone=backbone, **kwargs))
     spread(model)
     if freeze:

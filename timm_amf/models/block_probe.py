@@ -3,6 +3,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import UserError
 from .blocks import list_blocks
@@ -11,8 +12,8 @@ from .parts import Part, create_part, part_cfg
 
 __all__ = ['BlockProbe', 'probe_blocks']
 
-# A batch size that no map, window or table of an architecture is likely to have as its first dimension.
-_BATCH = 13
+# A batch size that no map, window or table of an architecture is likely to have among its dimensions.
+_BATCH = 101
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,31 @@ class _Calls:
     """What hooks saw of one block."""
     order: int = -1
     count: int = 0
+    version: int = 0
     problem: str = ''
+
+    def start(self, args: tuple) -> None:
+        self.version = args[0]._version if args and torch.is_tensor(args[0]) else 0
 
     def see(self, order: int, args: tuple, kwargs: dict, output) -> None:
         self.order, self.count = order, self.count + 1
-        self.problem = self.problem or _problem(args, kwargs, output)
+        self.problem = self.problem or _problem(args, kwargs, output, self.version)
 
 
-def _problem(args: tuple, kwargs: dict, output) -> str:
+def _problem(args: tuple, kwargs: dict, output, version: int) -> str:
     if not args or not torch.is_tensor(args[0]):
         return 'takes no single tensor'
     if not torch.is_tensor(output):
         return f'gives a {type(output).__name__}, not one tensor'
-    if args[0].shape[0] != _BATCH or output.shape[0] != _BATCH:
+    if args[0].shape[:1] != (_BATCH,) or output.shape[:1] != (_BATCH,):
         return 'has no batch as its first dimension'
-    others = [a for a in (*args[1:], *kwargs.values()) if torch.is_tensor(a)]
-    if any(a.ndim and a.shape[0] == _BATCH for a in others):
+    if args[0]._version != version:
+        return 'works in place on its input'
+    others = (*args[1:], *kwargs.values())
+    # What holds tensors may be written to, or differ from image to image.
+    if any(isinstance(a, (list, dict, set)) for a in others):
+        return 'takes a container beside the tensor'
+    if any(size and size % _BATCH == 0 for a in tree_leaves(others) if torch.is_tensor(a) for size in a.shape):
         return 'takes a second tensor that differs from image to image'
     return ''
 
@@ -67,8 +77,14 @@ class _Watch:
         for name in list_blocks(self.model):
             self.calls[name] = _Calls()
             module = self.model.get_submodule(name)
+            self.hooks.append(module.register_forward_pre_hook(self._pre_hook(name)))
             self.hooks.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
         return self
+
+    def _pre_hook(self, name: str):
+        def before(module, args):
+            self.calls[name].start(args)
+        return before
 
     def _hook(self, name: str):
         def after(module, args, kwargs, output):
@@ -106,6 +122,8 @@ def _probe(part: Part, input_size: tuple[int, int, int]) -> BlockProbe:
     with torch.device('meta'):
         net = create_part(Part(part.name, 0, part.kwargs), in_chans=input_size[0], device='meta').eval()
         x = torch.empty(_BATCH, *input_size)
+    if not (hasattr(net, 'get_classifier') and hasattr(net, 'forward_head')):
+        raise UserError(f"'{part.name}' cannot be routed: it is an encoder without a classifier.")
     try:
         with _Watch(net) as watch, find_pairs(net) as finder:
             result = net.forward_features(x)

@@ -563,11 +563,7 @@ class _Traced(nn.Module):
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition('.')
-    parent = model.get_submodule(parent)
-    if isinstance(parent, (nn.Sequential, nn.ModuleList)):
-        parent[int(child)] = module
-    else:
-        setattr(parent, child, module)
+    setattr(model.get_submodule(parent), child, module)  # of a container too, whose entries may have names
 
 
 def _prefixed(info) -> list[dict[str, Any]]:
