@@ -45,6 +45,11 @@ def spread(model):
                 buffer.add_(torch.randn_like(buffer), alpha=0.1)
             elif name.endswith('running_var'):
                 buffer.mul_(0.75 + 0.5 * torch.rand_like(buffer))
+        # Some draw the classifier so small that its bias is all that shows.
+        head = model.get_classifier()
+        for layer in head if isinstance(head, (tuple, list)) else [head]:
+            for p in layer.parameters():
+                p.normal_(std=0.1)
 
 
 def without_dropout(model):

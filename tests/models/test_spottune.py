@@ -425,6 +425,14 @@ def test_intermediates(backbone):
             assert i or len(pruned.routed_blocks) < len(model.routed_blocks)
 
 
+def test_a_level_between_a_convolution_and_its_norm():
+    model = create('ghostnet_050').eval()
+    x = images()
+    with torch.no_grad():
+        stem = model.forward_intermediates(x, indices=[0], intermediates_only=True)[0]
+        torch.testing.assert_close(stem, model.backbone.conv_stem(model.renorm(x)))
+
+
 def test_features_only():
     for backbone in ('test_resnet', 'test_convnext', 'test_vit'):
         features = timm.create_model(

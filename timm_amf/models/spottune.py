@@ -414,8 +414,9 @@ class SpotTune(nn.Module):
             intermediates_only: bool = False,
     ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
         """The backbone's intermediate features, each image on its path; arguments as the backbone's."""
-        decision = self._decide(x)
-        return self._network(decision).forward_intermediates(
+        self._decide(x)
+        # Its own norms unfolded: a level may lie between a convolution and its norm.
+        return self.backbone.forward_intermediates(
             self.renorm(x),
             indices=indices,
             norm=norm,
