@@ -25,7 +25,7 @@ def test_recipe(name, tmp_path):
     # What does not train does so because the recipe or the model says it.
     defaults = getattr(model, 'role_defaults', {})
     for role in set(model_roles(model)) - training:
-        assert plan.role(role, defaults.get(role)).train == 'none'
+        assert plan.role(role, defaults).train == 'none'
 
 
 def test_the_papers_setting():
