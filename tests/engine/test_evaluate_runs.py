@@ -206,6 +206,9 @@ def test_what_cannot_be_averaged(plain, run, oblong, tmp_path, capsys):
     shutil.copytree(oblong, other)
     (other / 'validation/class0/0.png').unlink()
     less = run('less', '--epochs', '1', base=PLAIN, data=['--data-dir', str(other)])
+    third = tmp_path / 'third'
+    shutil.copytree(oblong, third)
+    elsewhere = run('elsewhere', '--epochs', '1', base=PLAIN, data=['--data-dir', str(third)])
     for words, message in (
             ([a, mixed, '--ensemble'], 'differ in their classes (6 and 5 of them); an ensemble needs the same'),
             ([a, less, '--ensemble'], 'differ in their images (30 and 29 of them); an ensemble needs the same'),
@@ -215,6 +218,8 @@ def test_what_cannot_be_averaged(plain, run, oblong, tmp_path, capsys):
             ([a, tmp_path / 'nowhere'], 'nowhere: no args.yaml there; give the folder of a run'),
             ([a, '--blocks', 'tuned'], 'need a SpotTune, not ResNet'),
             ([a, '--data-dir', tmp_path / 'gone'], 'gone does not exist'),
+            ([mixed, '--data-dir', other], "names the folder of component 'stripes' itself"),
+            ([a, elsewhere, '--ensemble'], f'images ({oblong}/validation/class0/0.png and {third}/'),
             ([a, '--amp', '--cpu'], '--amp: float16 needs a GPU'),
             ([a, '--confidence', '100'], '--confidence: must be between 0 and 100'),
             ([a, '--batch-size', '0'], '--batch-size: must be at least 1'),
@@ -225,6 +230,8 @@ def test_what_cannot_be_averaged(plain, run, oblong, tmp_path, capsys):
         assert main(['evaluate', *map(str, words)]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count('\n') == 1 and error.startswith('timm-amf evaluate: error: ')
+    moved = ['--ensemble', '--data-dir', str(third), '--cpu']
+    assert main(['evaluate', str(a), str(elsewhere), *moved]) == 0
     # Each alone they can be evaluated, without a mean.
     assert main(['evaluate', str(a), str(less), '--cpu']) == 0
     assert 'no mean: the runs differ' in capsys.readouterr().out

@@ -12,6 +12,7 @@ import csv
 import io
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -166,6 +167,11 @@ def _open(run: Union[str, Path], options: RunOptions) -> _Opened:
             raise UserError(
                 f'--split {options.split}: {run} says what the splits of component {deaf[0]!r} are; give train, '
                 f'validation or test')
+    elsewhere = [c for c in spec.components if options.data_dir and c.root != options.data_dir]
+    if elsewhere:
+        raise UserError(
+            f'--data-dir: {run} names the folder of component {elsewhere[0].name!r} itself ({elsewhere[0].root}); '
+            f'change it in its args.yaml')
     try:
         data = create_dataset(spec, split, channels)
     except UserError as e:
@@ -188,9 +194,11 @@ def _difference(one: _Opened, other: _Opened) -> Optional[str]:
     if a.class_names != b.class_names:
         numbers = f'{a.num_classes} and {b.num_classes} of them' if a.num_classes != b.num_classes else 'other names'
         return f'{one.name} and {other.name} differ in their classes ({numbers})'
-    files = ([data.filename(i) for i in range(len(data))] for data in (a, b))
-    if len(a) != len(b) or next(files) != next(files) or (a.targets != b.targets).any():
+    if len(a) != len(b):
         return f'{one.name} and {other.name} differ in their images ({len(a)} and {len(b)} of them)'
+    for i in range(len(a)):
+        if a.filename(i) != b.filename(i) or a.targets[i] != b.targets[i]:
+            return f'{one.name} and {other.name} differ in their images ({a.filename(i)} and {b.filename(i)})'
     if a.components != b.components:
         return f'{one.name} and {other.name} differ in their components ({", ".join(a.components + b.components)})'
     return None
@@ -356,6 +364,9 @@ def main(argv: Sequence[str]) -> int:
     except UserError as e:
         print(f'timm-amf evaluate: error: {e}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print('timm-amf evaluate: interrupted', file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 
