@@ -1,0 +1,105 @@
+"""What the recipes of the non-binary paper and of SpotTune's Table 2 do to each layer, and what they promise."""
+import pytest
+import timm
+import torch
+
+from timm_amf.engine.config_file import list_recipes
+from timm_amf.engine.options import parse_args
+from timm_amf.tuning import model_roles, plan_from_args
+from timm_amf.tuning.groups import settings
+from timm_amf.tuning.reinit import reinit_names
+
+# Table 6: LR of the low layers, of the high ones and of the classifier; layers that are low, pulled and new; alpha,
+# beta; mean and ensemble. None: the setting is not used, or the paper does not give it.
+TABLE_6 = {
+    'caltech256_30_default': (None, 0.0025, 0.0025, 0, 0, 0, None, None, 83.69, None),
+    'caltech256_30_optimal': (None, 0.0025, 0.0025, 0, 22, 0, 0.01, 0.01, 84.52, 85.94),
+    'cars_default': (None, 0.025, 0.025, 0, 0, 0, None, None, 94.59, None),
+    'cars_optimal': (0.01, 0.025, 0.025, 8, 0, 0, None, None, 94.86, 95.35),
+    'aircraft_default': (None, 0.025, 0.025, 0, 0, 0, None, None, 93.78, None),
+    'aircraft_optimal': (0.01, 0.025, 0.01, 8, 0, 2, None, None, 94.50, 95.11),
+    'dtd_default': (None, 0.002, 0.002, 0, 0, 0, None, None, 77.30, None),
+    'dtd_optimal': (None, 0.002, 0.002, 0, 14, 1, 0.001, 0.001, 78.90, 79.79),
+}
+# Table 2, CUBS: which blocks of the 16 train.
+TABLE_2 = {
+    'resnet50.cub_feature_extractor': (0, 74.07),
+    'resnet50.cub_standard': (16, 81.86),
+    'resnet50.cub_stochastic': (8, 81.03),
+    'resnet50.cub_last3': (3, 81.54),
+    'resnet50.cub_last2': (2, 80.34),
+    'resnet50.cub_last1': (1, 78.68),
+    'resnet101.cub_standard': (33, 82.13),
+    'resnet50.cub_l2sp': (16, 83.69),
+}
+SPOTTUNE = {
+    'cub': 84.03, 'cars': 92.40, 'flowers': 96.34, 'wikiart': 75.77, 'sketches': 80.20, 'cub_tuned_blocks': 82.36,
+    'cub_global_k': 83.48,
+}
+
+
+def read(name):
+    args = parse_args(['--config', name, '--data-dir', '.'])
+    with torch.device('meta'):
+        model = timm.create_model(args.model, num_classes=10, **args.model_kwargs)
+    plan = plan_from_args(args, model_roles(model), 1.)
+    return args, model, plan, settings(model, plan)
+
+
+@pytest.mark.parametrize('name', TABLE_6)
+def test_table_6(name):
+    low, high, head, low_layers, pulled, new, alpha, beta, mean, ensemble = TABLE_6[name]
+    args, model, plan, found = read(f'inception_v4.{name}')
+    anew = {n.rsplit('.', 1)[0] for n in reinit_names(model, plan)}
+    for parameter, setting in found.items():
+        kernel = dict(model.named_parameters())[parameter].ndim > 1
+        if parameter.startswith('last_linear'):
+            assert setting.lr == head
+            assert not kernel or setting.weight_decay == (beta or 1e-4)
+            continue
+        layer = int(parameter.split('.')[1])
+        assert setting.lr == pytest.approx(low if layer < low_layers else high)
+        assert (parameter.rsplit('.', 1)[0] in anew) == (layer >= 22 - new)
+        if kernel:
+            assert (setting.l2sp_alpha or None) == (alpha if layer < pulled else None)
+            assert setting.weight_decay == (0. if layer < pulled else beta or 1e-4)
+    assert args.img_size == 299 and args.batch_size == 32
+    expected = args.recipe['expected']
+    assert expected['top1']['mean'] == mean and expected.get('top1_ensemble', {}).get('mean') == ensemble
+
+
+@pytest.mark.parametrize('name', TABLE_2)
+def test_table_2(name):
+    blocks, mean = TABLE_2[name]
+    args, model, plan, found = read(name)
+    assert len({s.place.block for s in found.values() if s.trains and s.place.block.startswith('layer')}) == blocks
+    assert found['fc.weight'].trains and found['fc.weight'].lr == 0.01
+    assert found['conv1.weight'].trains == (blocks in (16, 33))
+    assert (found['conv1.weight'].l2sp_alpha or 0.) == (0.1 if name.endswith('l2sp') else 0.)
+    assert found['fc.weight'].weight_decay == (0.01 if name.endswith('l2sp') else 1e-4)
+    if 'last' in name:
+        assert all(found[f'layer4.{i}.conv1.weight'].trains == (i >= 3 - blocks) for i in range(3))
+    check_setting_of_section_4(args, plan, mean)
+
+
+@pytest.mark.parametrize('name', SPOTTUNE)
+def test_spottune(name):
+    args, model, plan, found = read(f'spottune_resnet50.{name}')
+    lrs = {s.place.role: s.lr for s in found.values() if s.trains}
+    assert lrs == {'tuned': 0.01, 'head': 0.01, 'policy': 1e-4}
+    assert model.temperature == 5 and len(model.blocks_tuned) == 16
+    assert (args.eval_blocks == 'tuned') == name.endswith('tuned_blocks')
+    assert plan.global_k == (3 if name.endswith('global_k') else None)
+    assert model.pretrained_cfg['hf_hub_id'] == 'timm/resnet50.tv_in1k' and model.pretrained_cfg['crop_pct'] == 0.875
+    check_setting_of_section_4(args, plan, SPOTTUNE[name])
+
+
+def check_setting_of_section_4(args, plan, mean):
+    assert (plan.epochs, plan.momentum, args.batch_size) == (40, 0.9, 32)
+    assert plan.schedule.decay_milestones == [15, 30] and plan.schedule.decay_rate == 0.1
+    assert args.recipe['expected']['top1'] == {'mean': mean} and args.recipe['expected']['split'] == 'test'
+
+
+def test_none_is_forgotten():
+    ours = {f'inception_v4.{n}' for n in TABLE_6} | set(TABLE_2) | {f'spottune_resnet50.{n}' for n in SPOTTUNE}
+    assert ours <= set(list_recipes())
