@@ -174,6 +174,21 @@ def test_compact_by_use():
         model.compact(5)
 
 
+def test_compact_says_how_its_input_is_normalised():
+    """Its own statistics, whatever those of the SpotTune were."""
+    half = (0.3, 0.3, 0.3)
+    model = create(pretrained_cfg_overlay=dict(mean=half, std=half)).eval()
+    model.set_blocks('tuned')
+    compact = model.compact('tuned')
+    raw = torch.rand(2, 3, 64, 64)
+    inputs = [
+        (raw - torch.tensor(m.pretrained_cfg['mean']).view(1, 3, 1, 1))
+        / torch.tensor(m.pretrained_cfg['std']).view(1, 3, 1, 1) for m in (model, compact)]
+    assert not torch.allclose(*inputs)
+    with torch.no_grad():
+        assert error(compact(inputs[1]), model(inputs[0])) < 1e-5
+
+
 def test_compact_keeps_what_it_was_built_with():
     kwargs = dict(in_chans=2, num_classes=7, global_pool='max', backbone_kwargs=dict(channels=(24, 32, 40, 48)))
     model = create(**kwargs, dtype=torch.float64).eval()
@@ -299,6 +314,28 @@ def test_an_architecture_of_every_module_of_timm(module):
     row = check_architecture(ARCHITECTURES[module])
     assert 'refused' in row or not problem(row), row
     assert module not in MODULES or row['blocks'] >= 2
+
+
+def test_a_part_in_another_mode():
+    """Setting a copy, or the backbone, to a mode of its own holds for the folded views as well."""
+    class Noisy(nn.Sequential):
+        def forward(self, x):
+            return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+    model = create().eval()
+    x = images()
+    for parent in [model.backbone, *model.blocks_tuned]:
+        for name, module in parent.named_children():
+            if type(module) is nn.Sequential and len(module) and name == 'downsample':
+                setattr(parent, name, Noisy(*module))
+    model.set_blocks('tuned')
+    with torch.no_grad():
+        model.train()
+        timm_amf.apply_freeze(model, timm_amf.Plan(lr=0.1, roles={'tuned': timm_amf.RolePlan(freeze_bn=True)}))
+        assert not torch.equal(model(x), model(x))
+        for block in model.blocks_tuned:
+            block.eval()
+        assert torch.equal(model(x), model(x))
 
 
 # -- timm's interface -------------------------------------------------------------------------------------------------

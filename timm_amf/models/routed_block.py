@@ -163,11 +163,13 @@ class RoutedBlock(nn.Module):
 
     def _copies(self) -> tuple[nn.Module, nn.Module]:
         """Both copies, with their norms folded where these are fixed."""
-        if self._views is None:
-            self._views = (self._view(self.frozen), self._view(self.tuned))
+        blocks = self.frozen, self.tuned
+        # A copy may have been set to another mode without this module being asked.
+        if self._views is None or any(v.training != b.training for (v, _), b in zip(self._views, blocks)):
+            self._views = tuple(self._view(b) for b in blocks)
         return tuple(
             view if norms_fixed(norms) else block
-            for block, (view, norms) in zip((self.frozen, self.tuned), self._views)
+            for block, (view, norms) in zip(blocks, self._views)
         )
 
     def _view(self, block: nn.Module) -> tuple[nn.Module, list[nn.Module]]:

@@ -386,7 +386,7 @@ class SpotTune(nn.Module):
         """The backbone, in routed execution with its own norms folded too where they are fixed."""
         if not decision.routed:
             return self.backbone
-        if self._fold is None:
+        if self._fold is None or self._fold[0].training != self.backbone.training:
             pairs = foldable_pairs(self.backbone, self._pairs)
             norms = [self.backbone.get_submodule(norm) for _, norm in pairs]
             self._fold = folded_view(self.backbone, pairs), norms
