@@ -233,6 +233,15 @@ def test_the_frozen_path_is_frozen(routing):
     assert everything - frozen - stem == moved
 
 
+def test_the_statistics_of_the_frozen_path_stay_by_themselves():
+    """Without any Plan, in training mode."""
+    model = create(freeze=False).train()
+    before = [copy.deepcopy(block.state_dict()) for block in model.blocks_frozen]
+    model(images())
+    for block, old in zip(model.blocks_frozen, before):
+        assert all(torch.equal(t, old[n]) for n, t in block.state_dict().items())
+
+
 def test_the_published_codes_frozen_path():
     """Its batch norms train, affine parameters and statistics, and nothing else of it."""
     model = create(freeze=False, frozen_bn='official')
