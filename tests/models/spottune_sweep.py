@@ -27,7 +27,7 @@ BATCH = 3
 SIZES = (64, 96, 112, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
 POLICY = 'test_efficientnet'
 # Parameters above which float64 asks for too much memory.
-LARGE = 4e8
+LARGE = 7e8
 TOLERANCE = {'float64': 1e-6, 'float32': 1e-3}
 
 
@@ -82,7 +82,10 @@ def check_evaluation(model, x):
     for model.routing in ('both', 'routed'):
         levels = [model(x)]
         if hasattr(model.backbone, 'forward_intermediates'):
-            levels += model.forward_intermediates(x, intermediates_only=True)
+            try:
+                levels += model.forward_intermediates(x, intermediates_only=True)
+            except UserError as e:
+                assert 'within its blocks' in str(e), e
         results.append(levels)
     fixed_shares(model, 1 - shares)
     others = model(x)

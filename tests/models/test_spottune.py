@@ -487,6 +487,13 @@ def test_a_level_between_a_convolution_and_its_norm():
         torch.testing.assert_close(stem, model.backbone.conv_stem(model.renorm(x)))
 
 
+def test_levels_within_a_block():
+    model = create('xception41p', device='meta')
+    with pytest.raises(UserError, match='xception41p.*compact'):
+        model.forward_intermediates(images().to('meta'))
+    assert not hasattr(model.routed_blocks[0], 'forward_with_nothing')
+
+
 def test_features_only():
     for backbone in ('test_resnet', 'test_convnext', 'test_vit'):
         features = timm.create_model(

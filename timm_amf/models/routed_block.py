@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .folding import foldable_pairs, folded_view, norms_fixed
 
-__all__ = ['Decision', 'Route', 'RoutedBlock', 'eager']
+__all__ = ['Decision', 'PartOfBlock', 'Route', 'RoutedBlock', 'eager']
 
 
 def eager(x: Tensor) -> bool:
@@ -78,6 +78,10 @@ class Route:
         return {'decision': None}  # a copied or stored model has decided nothing yet
 
 
+class PartOfBlock(AttributeError):
+    """A model's own code asks a routed block for something that only a plain one has, such as another `forward`."""
+
+
 class RoutedBlock(nn.Module):
     """A block twice: `frozen`, as it came, and `tuned`, a copy that is trained."""
 
@@ -109,6 +113,16 @@ class RoutedBlock(nn.Module):
         self.frozen_bn = frozen_bn
         self.grad_checkpointing = False
         self._views: Optional[tuple] = None
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError as e:
+            frozen = self._modules.get('frozen')
+            if frozen is not None and hasattr(frozen, name):
+                kind = type(frozen).__name__
+                raise PartOfBlock(f'{kind}.{name} is of one copy: a routed block only runs as a whole') from e
+            raise
 
     def train(self, mode: bool = True) -> 'RoutedBlock':
         super().train(mode)

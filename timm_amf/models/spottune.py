@@ -38,7 +38,7 @@ from .folding import foldable_pairs, folded_view, norms_fixed
 from .parts import Part, build_parts, create_part, part_cfg
 from .policy import PolicyNetwork, gumbel_noise, straight_through
 from .renorm import create_renorm
-from .routed_block import Decision, Route, RoutedBlock, eager
+from .routed_block import Decision, PartOfBlock, Route, RoutedBlock, eager
 from .sources import has_source
 
 __all__ = ['SpotTune']
@@ -413,17 +413,26 @@ class SpotTune(nn.Module):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
-        """The backbone's intermediate features, each image on its path; arguments as the backbone's."""
+        """The backbone's intermediate features, each image on its path; arguments as the backbone's.
+
+        Raises:
+            UserError: If they lie within routed blocks.
+        """
         self._decide(x)
-        # Its own norms unfolded: a level may lie between a convolution and its norm.
-        return self.backbone.forward_intermediates(
-            self.renorm(x),
-            indices=indices,
-            norm=norm,
-            stop_early=stop_early,
-            output_fmt=output_fmt,
-            intermediates_only=intermediates_only,
-        )
+        try:
+            # Its own norms unfolded: a level may lie between a convolution and its norm.
+            return self.backbone.forward_intermediates(
+                self.renorm(x),
+                indices=indices,
+                norm=norm,
+                stop_early=stop_early,
+                output_fmt=output_fmt,
+                intermediates_only=intermediates_only,
+            )
+        except PartOfBlock as e:
+            raise UserError(
+                f"'{self.backbone_part.name}' has no intermediate features here, for they lie within its blocks ({e}); "
+                'take those of model.compact(...).') from e
 
     def prune_intermediate_layers(
             self,
