@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import resource
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -204,15 +205,16 @@ def check_within_limits(name, seconds, gib):
 
 PAGE = """# Architectures that SpotTune routes
 
-Written by `tests/models/spottune_sweep.py`: {count} small architectures of the {modules} model modules of timm
-{version}. {works} work, {refused} are refused, {failed} fail.
+Written by `tests/models/spottune_sweep.py`: {count} small architectures, one to three of each of the {modules} model
+modules of timm {version}. {works} work, {refused} are refused, {failed} fail.
 
 Each was built with `timm.create_model('spottune', backbone=...)`, its copies were made unlike, and it was run on three
 images of the smallest size, from 64 px on, that it takes. Outputs and intermediate features of `routed` and `both` were
 compared in evaluation (float32; the largest error was {eval_error:.0e} of the largest value), then the gradients of
-every trainable parameter in training with the frozen path frozen (float64; {grad_error:.0e}); after a step the frozen
-path was as before. Parameters count both copies, the policy and a classifier of 10 classes. A block that cannot be
-routed exists once and belongs to the stem.
+every trainable parameter in training with the frozen path frozen (float64; {grad_error:.0e} of each parameter's
+largest). Too large for float64 in the memory at hand, and in float32: {others}. After a step the frozen path was as
+before. Parameters count both copies, the policy and a classifier of 10 classes. A block that cannot be routed exists
+once and belongs to the stem.
 """
 
 
@@ -221,7 +223,7 @@ def table(rows):
     works = [r for r in rows if 'refused' not in r and not problem(r)]
     refused = [r for r in rows if 'refused' in r]
     failed = [r for r in rows if 'refused' not in r and problem(r)]
-    lines = [PAGE.format(
+    page = PAGE.format(
         count=len(rows),
         modules=len({r['module'] for r in rows}),
         version=timm.__version__,
@@ -230,7 +232,9 @@ def table(rows):
         failed=len(failed),
         eval_error=max(r['eval_error'] for r in works),
         grad_error=max(r['grad_error'] for r in works if r['dtype'] == 'float64'),
-    )]
+        others=', '.join(f"`{r['name']}` {r['grad_error']:.0e}" for r in works if r['dtype'] == 'float32') or 'none',
+    )
+    lines = ['\n\n'.join(textwrap.fill(p, 120, break_on_hyphens=False) for p in page.split('\n\n')), '']
     lines += ['| module | architecture | px | routed | not routed, why | parameters |', '|---|---|---|---|---|---|']
     for r in works:
         why = '; '.join(f'{count}: {reason}' for reason, count in r['unroutable'].items())
