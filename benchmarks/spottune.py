@@ -110,7 +110,7 @@ def eval_rows(args, batch: int) -> list[Row]:
             'routed': partial(routed, 'auto', shares),
             'agree': partial(routed, 'auto', shares[:1].expand(batch, -1)),
             'both': partial(routed, 'both', shares),
-            'policy': lambda: model.policy.forward_logits(x),
+            'policy': lambda: model.forward_policy(x),
         }, args)
     ratio = partial(per_round, lambda a, b: a / b)
     limit = EVAL_LIMITS.get(batch)

@@ -10,7 +10,7 @@ from .blocks import list_blocks
 from .folding import find_pairs
 from .parts import Part, create_part, part_cfg
 
-__all__ = ['BlockProbe', 'probe_blocks']
+__all__ = ['BlockProbe', 'probe_blocks', 'probe_pairs']
 
 # A batch size that no map, window or table of an architecture is likely to have among its dimensions.
 _BATCH = 101
@@ -141,6 +141,29 @@ def _probe(part: Part, input_size: tuple[int, int, int]) -> BlockProbe:
     if not blocks:
         raise UserError(f"'{part.name}' cannot be routed: {_first_reason(refused)}.")
     return BlockProbe(blocks, refused, pairs, _gives_tokens(part, net, result))
+
+
+_pairs: dict[tuple, list[tuple[str, str]]] = {}
+
+
+def probe_pairs(part: Part, input_size: tuple[int, int, int]) -> list[tuple[str, str]]:
+    """Names of convolutions of an architecture and the batch norms that alone read them; none if it cannot be probed.
+
+    Args:
+        part: What to probe.
+        input_size: (C, H, W) of the input.
+    """
+    key = part.layout, tuple(input_size)
+    if key not in _pairs:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.device('meta'):
+            net = create_part(Part(part.name, 0, part.kwargs), in_chans=input_size[0], device='meta').eval()
+            try:
+                with find_pairs(net) as finder:
+                    result = net.forward_features(torch.empty(_BATCH, *input_size))
+            except Exception:  # the model's own forward pass will tell what is wrong
+                result = None
+        _pairs[key] = finder.pairs(result) if isinstance(result, Tensor) else []
+    return _pairs[key]
 
 
 def _gives_tokens(part: Part, net: nn.Module, result) -> bool:

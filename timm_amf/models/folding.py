@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, Conv2dSame, SplitBatchNorm2d, SyncBatchNormAct, pad_same
 from torch import Tensor, nn
 
-__all__ = ['FoldedConv', 'find_pairs', 'foldable_pairs', 'folded_view', 'norms_fixed']
+__all__ = ['FoldedConv', 'Folds', 'find_pairs', 'foldable_pairs', 'folded_view', 'norms_fixed']
 
 # Not their other subclasses: those change the weight before they use it (weight standardisation, say).
 _CONVS = (nn.Conv2d, Conv2dSame)
@@ -194,6 +194,33 @@ def folded_view(module: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Modul
         rest = [m for m in (getattr(norm, 'drop', None), getattr(norm, 'act', None)) if m is not None]
         replaced[norm_name] = nn.Sequential(*rest) if len(rest) > 1 else rest[0] if rest else nn.Identity()
     return _clone(module, '', replaced)
+
+
+class Folds:
+    """The folded view of a module, kept until the module's mode changes or it is told to forget.
+
+    Args:
+        pairs: Names within the module of convolutions and the norms behind them.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]):
+        self.pairs = list(pairs)
+        self._kept: Optional[tuple[nn.Module, list[nn.Module]]] = None
+
+    def __getstate__(self):
+        return {'pairs': self.pairs, '_kept': None}  # a copied module has its own
+
+    def forget(self) -> None:
+        """For whoever changes the module other than in its parameters and buffers."""
+        self._kept = None
+
+    def of(self, module: nn.Module) -> nn.Module:
+        """The view; the module itself while one of its norms computes with the batch."""
+        if self._kept is None or self._kept[0].training != module.training:
+            pairs = foldable_pairs(module, self.pairs)
+            self._kept = folded_view(module, pairs), [module.get_submodule(norm) for _, norm in pairs]
+        view, norms = self._kept
+        return view if norms_fixed(norms) else module
 
 
 def _clone(module: nn.Module, path: str, replaced: dict[str, nn.Module]) -> nn.Module:

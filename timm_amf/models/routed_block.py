@@ -19,7 +19,7 @@ import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from .folding import foldable_pairs, folded_view, norms_fixed
+from .folding import Folds, norms_fixed
 
 __all__ = ['Decision', 'PartOfBlock', 'Route', 'RoutedBlock', 'eager']
 
@@ -109,10 +109,9 @@ class RoutedBlock(nn.Module):
         self.tuned = tuned
         self.index = index
         self.route = route
-        self.pairs = pairs
         self.frozen_bn = frozen_bn
         self.grad_checkpointing = False
-        self._views: Optional[tuple] = None
+        self._folds = Folds(pairs), Folds(pairs)
 
     def __getattr__(self, name: str):
         try:
@@ -126,21 +125,19 @@ class RoutedBlock(nn.Module):
 
     def train(self, mode: bool = True) -> 'RoutedBlock':
         super().train(mode)
-        self._views = None
+        self.unfold()
         if self.frozen_bn == 'frozen':
             self.frozen.eval()
         return self
 
     def _apply(self, fn, recurse: bool = True):
-        self._views = None
+        self.unfold()
         return super()._apply(fn, recurse)
 
     def unfold(self) -> None:
         """Forgets the folded views; for whoever changes a copy other than in its parameters and buffers."""
-        self._views = None
-
-    def __getstate__(self):
-        return {**self.__dict__, '_views': None}
+        for folds in self._folds:
+            folds.forget()
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         decision = self.route.decision
@@ -177,18 +174,8 @@ class RoutedBlock(nn.Module):
 
     def _copies(self) -> tuple[nn.Module, nn.Module]:
         """Both copies, with their norms folded where these are fixed."""
-        blocks = self.frozen, self.tuned
-        # A copy may have been set to another mode without this module being asked.
-        if self._views is None or any(v.training != b.training for (v, _), b in zip(self._views, blocks)):
-            self._views = tuple(self._view(b) for b in blocks)
-        return tuple(
-            view if norms_fixed(norms) else block
-            for block, (view, norms) in zip(blocks, self._views)
-        )
-
-    def _view(self, block: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
-        pairs = foldable_pairs(block, self.pairs)
-        return folded_view(block, pairs), [block.get_submodule(norm) for _, norm in pairs]
+        frozen, tuned = self._folds
+        return frozen.of(self.frozen), tuned.of(self.tuned)
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -371,7 +358,7 @@ class _Replace(torch.autograd.Function):
         out = y_frozen if tuned is None else y if frozen is None else _put([(frozen, y_frozen)], len(y), y)
         if share is not None:
             others = [(i, part) for i, part in ((frozen, y_frozen), (tuned, other_frozen)) if part is not None]
-            ctx.save_for_backward(y - (others[0][1] if len(others) == 1 else _put(others, len(y))))
+            ctx.save_for_backward(y - others[0][1] if len(others) == 1 else _put(others, len(y)).neg_().add_(y))
         return out.data
 
     @staticmethod

@@ -31,10 +31,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
 from . import decathlon, policy_resnet  # noqa: F401  registered before they are named below
-from .block_probe import probe_blocks
+from .block_probe import probe_blocks, probe_pairs
 from .blocks import layer_ids
 from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg
-from .folding import foldable_pairs, folded_view, norms_fixed
+from .folding import Folds
 from .parts import Part, build_parts, create_part, part_cfg
 from .policy import PolicyNetwork, gumbel_noise, straight_through
 from .renorm import create_renorm
@@ -138,7 +138,6 @@ class SpotTune(nn.Module):
         self.sampling: Optional[torch.Generator] = None
         self.grad_checkpointing = False
         self._route = Route()
-        self._fold: Optional[tuple] = None
         self._names = tuple(probe.blocks[first_block:])
         self._tail = _tail_modules(part, probe.blocks, in_chans)
 
@@ -163,7 +162,9 @@ class SpotTune(nn.Module):
             self.policy.init_classifier()
         self.renorm = renorms[0]
         self.backbone = nets[0]
-        self._pairs = self._split_blocks(probe.pairs)
+        self._folds = Folds(self._split_blocks(probe.pairs))
+        seen = _pair(policy_input_size) or size
+        self._policy_folds = Folds((f'net.{c}', f'net.{n}') for c, n in probe_pairs(policy_part, (in_chans, *seen)))
         # The share of images that took each tuned copy lately; what `compact` goes by.
         self.register_buffer('tuned_share', torch.full((len(self._names),), 0.5, **dd))
         self._adopt()
@@ -293,7 +294,8 @@ class SpotTune(nn.Module):
 
     def forward_policy(self, x: Tensor) -> Tensor:
         """Logits (B, blocks, 2) of the decisions: column 0 for the frozen copy, 1 for the tuned one."""
-        return self.policy.forward_logits(x).unflatten(1, (len(self._names), 2))
+        policy = self._policy_folds.of(self.policy) if self.routing != 'both' and eager(x) else self.policy
+        return policy.forward_logits(x).unflatten(1, (len(self._names), 2))
 
     def forward_shares(self, x: Tensor) -> Tensor:
         """Which copy each image takes, (B, blocks): exactly 0 for the frozen one and 1 for the tuned one.
@@ -384,25 +386,22 @@ class SpotTune(nn.Module):
 
     def _network(self, decision: Decision) -> nn.Module:
         """The backbone, in routed execution with its own norms folded too where they are fixed."""
-        if not decision.routed:
-            return self.backbone
-        if self._fold is None or self._fold[0].training != self.backbone.training:
-            pairs = foldable_pairs(self.backbone, self._pairs)
-            norms = [self.backbone.get_submodule(norm) for _, norm in pairs]
-            self._fold = folded_view(self.backbone, pairs), norms
-        view, norms = self._fold
-        return view if norms_fixed(norms) else self.backbone
+        return self._folds.of(self.backbone) if decision.routed else self.backbone
+
+    def _unfold(self) -> None:
+        for folds in (self._folds, self._policy_folds):
+            folds.forget()
 
     def train(self, mode: bool = True) -> 'SpotTune':
-        self._fold = None
+        self._unfold()
         return super().train(mode)
 
     def _apply(self, fn, recurse: bool = True):
-        self._fold = None
+        self._unfold()
         return super()._apply(fn, recurse)
 
     def __getstate__(self):
-        return {**self.__dict__, '_fold': None, 'sampling': None}
+        return {**self.__dict__, 'sampling': None}
 
     def forward_intermediates(
             self,
@@ -441,7 +440,7 @@ class SpotTune(nn.Module):
             prune_head: bool = True,
     ) -> list[int]:
         """Removes from the backbone what `forward_intermediates` does not need for these levels; the policy stays."""
-        self._fold = None
+        self._unfold()
         take = self.backbone.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
         self.num_classes = 0 if prune_head else self.num_classes
         return take
@@ -478,7 +477,7 @@ class SpotTune(nn.Module):
         head = self.backbone.get_classifier()
         for layer in head if isinstance(head, (tuple, list)) else [head]:
             layer.to(**dd).train(self.training)
-        self._fold = None
+        self._unfold()
         self._adopt()
 
     def set_input_size(self, img_size: Union[int, tuple[int, int]]) -> None:
@@ -496,7 +495,7 @@ class SpotTune(nn.Module):
             self.backbone_part.kwargs['img_size'] = size
         self.img_size = size
         # The folded views are copies that know the old size.
-        self._fold = None
+        self._unfold()
         for block in self.routed_blocks:
             block.unfold()
         update_model_input_size(self, size)
