@@ -258,7 +258,7 @@ def test_recipes(domain, tmp_path):
     path = find_config(f'spottune_resnet26.decathlon_{domain}')
     recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
     plan = recipe['plan']
-    assert (plan['lr'], plan['epochs'], plan['opt'], plan['momentum']) == (0.1, 110, 'sgd', 0.9)
+    assert (plan['lr'], plan['epochs'], plan['opt'], plan['momentum']) == (0.1, 110, 'momentum', 0.9)
     assert plan['weight_decay'] == DOMAINS[domain].weight_decay
     assert plan['roles']['policy']['lr'] == 0.01
     assert plan['schedule'] == {'sched': 'multistep', 'decay_milestones': [40, 60, 80], 'decay_rate': 0.1}
