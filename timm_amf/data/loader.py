@@ -3,6 +3,7 @@
 Workers decode and transform to uint8; normalisation and random erasing run on the batch on its device, as in timm's
 PrefetchLoader.
 """
+import contextlib
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Optional, Union
@@ -139,6 +140,10 @@ class _Collate:
         )
 
 
+# What stops a run.
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
 def _outlive_signals(_: int) -> None:
     """Let a worker outlive the signals that stop a run, so that the main process can finish its step and save.
 
@@ -147,6 +152,21 @@ def _outlive_signals(_: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+    if hasattr(signal, 'pthread_sigmask'):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Around the start of workers, which inherit it: none of them meets a signal before `_outlive_signals`."""
+    if not hasattr(signal, 'pthread_sigmask'):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 
@@ -219,7 +239,8 @@ class SeededLoader:
         return (self._finish(raw) for raw in self._raw())
 
     def _raw(self) -> Iterator[_Raw]:
-        batches = iter(self._loader)
+        with _signals_wait():
+            batches = iter(self._loader)
         while True:
             try:
                 raw = next(batches)
