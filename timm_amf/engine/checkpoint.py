@@ -107,18 +107,25 @@ def save_weights(module: nn.Module, path: Union[str, Path]) -> None:
     _replace(Path(path), lambda temporary: save_file(_tensors(module), temporary, metadata={'format': 'pt'}))
 
 
+def _read_tensors(path: Union[str, Path], missing: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; `missing` is what to say where there is none."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f'{path}: {missing}') from None
+    except SafetensorError as e:
+        raise UserError(f'{path}: is damaged or no safetensors file ({" ".join(str(e).split())})') from None
+
+
 def load_weights(module: nn.Module, path: Union[str, Path]) -> None:
     """Load weights written by `save_weights`; every tensor must fit.
 
     Raises:
         UserError: If the file is missing, damaged, or of another model.
     """
+    tensors = _read_tensors(path, 'no such checkpoint')
     try:
-        module.load_state_dict(load_file(path))
-    except FileNotFoundError:
-        raise UserError(f'{path}: no such checkpoint') from None
-    except SafetensorError as e:
-        raise UserError(f'{path}: is damaged or no safetensors file ({" ".join(str(e).split())})') from None
+        module.load_state_dict(tensors)
     except RuntimeError as e:
         first = ' '.join(str(e).split())[:200]
         raise UserError(
@@ -126,12 +133,9 @@ def load_weights(module: nn.Module, path: Union[str, Path]) -> None:
 
 
 def _load_start(path: Path, l2sp: L2SP) -> None:
+    tensors = _read_tensors(path, 'is not there: the run was without L2-SP; resume with the Plan of the run')
     try:
-        l2sp.load_state_dict(load_file(path))
-    except FileNotFoundError:
-        raise UserError(f'{path}: is not there: the run was without L2-SP; resume with the Plan of the run') from None
-    except SafetensorError as e:
-        raise UserError(f'{path}: is damaged or no safetensors file ({" ".join(str(e).split())})') from None
+        l2sp.load_state_dict(tensors)
     except UserError as e:
         raise UserError(f'{path}: {e}') from None
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .blocks import layer_ids
 from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg
-from .parts import Part, build_parts, probe_part
+from .parts import Part, as_pair, build_parts, probe_part
 from .policy import PolicyNetwork
 from .renorm import create_renorm
 from .routing import may_route, routed_fusion
@@ -42,10 +42,6 @@ from .routing import may_route, routed_fusion
 __all__ = ['AMF', 'MultiTune']
 
 KwargsT = Union[dict[str, Any], Sequence[dict[str, Any]], None]
-
-
-def _pair(size: Optional[Union[int, Sequence[int]]]) -> Optional[tuple[int, int]]:
-    return (size, size) if isinstance(size, int) else tuple(size) if size is not None else None
 
 
 def _backbone_parts(
@@ -129,7 +125,7 @@ class AMF(nn.Module):
         parts = _backbone_parts(
             backbones, backbone_kwargs, global_pool=global_pool or None, drop_path_rate=drop_path_rate)
         cfg = joint_input_cfg(parts)
-        size = _pair(img_size) or tuple(cfg['input_size'][-2:])
+        size = as_pair(img_size) or tuple(cfg['input_size'][-2:])
         parts = [p.sized(size) for p in parts]
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -142,7 +138,7 @@ class AMF(nn.Module):
         self._set_features(size, global_pool)
 
         if policy is not None:
-            parts = [*parts, _policy_part(policy, n, policy_kwargs).sized(_pair(policy_input_size) or size)]
+            parts = [*parts, _policy_part(policy, n, policy_kwargs).sized(as_pair(policy_input_size) or size)]
         nets = build_parts(parts, pretrained_parts, cache_dir=cache_dir, in_chans=in_chans, **dd)
         stats = mean or cfg['mean'], std or cfg['std']
         renorms = [
@@ -421,7 +417,7 @@ class AMF(nn.Module):
         Args:
             img_size: New size in pixels, (H, W) or a side.
         """
-        size = _pair(img_size)
+        size = as_pair(img_size)
         nets = list(self.branches)
         if self.policy is not None and self.policy.input_size is None:
             nets.append(self.policy.net)
@@ -552,7 +548,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> AMF:
     given = {k: kwargs[k] for k in ('backbone_kwargs', 'policy_kwargs') if k in kwargs}
     cfg = _cfg(kwargs['backbones'], kwargs.get('policy'), **given)
 
-    size = _pair(kwargs.get('img_size')) or cfg['input_size'][-2:]
+    size = as_pair(kwargs.get('img_size')) or cfg['input_size'][-2:]
     pool = kwargs.get('global_pool') or None
     parts = _backbone_parts(kwargs['backbones'], kwargs.get('backbone_kwargs'), global_pool=pool)
     parts = [p.sized(size) for p in parts]

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import UserError
 from .blocks import list_blocks
 from .folding import find_pairs
-from .parts import Part, create_part, part_cfg
+from .parts import Part, meta_part, part_cfg
 
 __all__ = ['BlockProbe', 'probe_blocks', 'probe_pairs']
 
@@ -119,9 +119,8 @@ def probe_blocks(part: Part, input_size: tuple[int, int, int]) -> BlockProbe:
 
 
 def _probe(part: Part, input_size: tuple[int, int, int]) -> BlockProbe:
-    with torch.device('meta'):
-        net = create_part(Part(part.name, 0, part.kwargs), in_chans=input_size[0], device='meta').eval()
-        x = torch.empty(_BATCH, *input_size)
+    net = meta_part(Part(part.name, 0, part.kwargs), input_size[0]).eval()
+    x = torch.empty(_BATCH, *input_size, device='meta')
     if not (hasattr(net, 'get_classifier') and hasattr(net, 'forward_head')):
         raise UserError(f"'{part.name}' cannot be routed: it is an encoder without a classifier.")
     try:
@@ -155,8 +154,8 @@ def probe_pairs(part: Part, input_size: tuple[int, int, int]) -> list[tuple[str,
     """
     key = part.layout, tuple(input_size)
     if key not in _pairs:
+        net = meta_part(Part(part.name, 0, part.kwargs), input_size[0]).eval()
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.device('meta'):
-            net = create_part(Part(part.name, 0, part.kwargs), in_chans=input_size[0], device='meta').eval()
             try:
                 with find_pairs(net) as finder:
                     result = net.forward_features(torch.empty(_BATCH, *input_size))

@@ -10,13 +10,19 @@ from collections.abc import Iterator
 from timm.models._manipulate import group_with_matcher, named_modules_with_params
 from torch import nn
 
-__all__ = ['layer_ids', 'list_blocks']
+__all__ = ['classifiers', 'layer_ids', 'list_blocks']
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # What timm calls the blocks within a stage.
 _STAGE_NAMES = ('blocks', 'layers')
 # A name that no matcher knows: timm sorts it with the classifier, which tells where the top is.
 _TOP = '\0top'
+
+
+def classifiers(model: nn.Module) -> list[nn.Module]:
+    """The classifier of a timm model, or the several that some have."""
+    found = model.get_classifier()
+    return list(found) if isinstance(found, (tuple, list)) else [found]
 
 
 def layer_ids(model: nn.Module, coarse: bool = False) -> tuple[dict[str, int], int]:

@@ -46,7 +46,8 @@ class FoldedConv(nn.Module):
             weight, bias = self._folded(sources)
             if torch.is_grad_enabled() and x.requires_grad and not torch.is_autocast_enabled(x.device.type):
                 return _ScaledConv.apply(x, weight, None, bias, *geometry)
-            return _conv(x, weight, bias, *geometry)
+            stride, padding, _, groups = geometry
+            return _conv(x, weight, bias, *geometry, _pieces(x, weight.shape, stride, padding, groups))
         scale, bias = _scale_and_bias(conv, norm)
         if torch.is_autocast_enabled(x.device.type):  # which casts what its own operations see
             return F.conv2d(x, _scaled(conv.weight, scale), bias, *geometry)
@@ -84,7 +85,7 @@ class _ScaledConv(torch.autograd.Function):
         ctx.save_for_backward(x if of_weight else x.new_empty(1).expand(x.shape), weight, scale)
         ctx.geometry = stride, padding, dilation, groups
         ctx.pieces = _pieces(x, weight.shape, stride, padding, groups)
-        y = _conv(x, _scaled(weight, scale), bias, stride, padding, dilation, groups)
+        y = _conv(x, _scaled(weight, scale), bias, *ctx.geometry, ctx.pieces)
         # Not the view that it may be: what follows may work on it in place.
         return y.data
 
@@ -111,8 +112,7 @@ def _scaled(weight: Tensor, scale: Optional[Tensor]) -> Tensor:
     return weight if scale is None else weight * scale.view(-1, 1, 1, 1)
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor, stride, padding, dilation, groups: int) -> Tensor:
-    pieces = _pieces(x, weight.shape, stride, padding, groups)
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, stride, padding, dilation, groups: int, pieces: int) -> Tensor:
     return _uncut(F.conv2d(_cut(x, pieces), weight, bias, stride, padding, dilation, groups), pieces)
 
 

@@ -21,7 +21,12 @@ from torch import nn
 from ..errors import UserError
 from .sources import check_source, loading
 
-__all__ = ['Part', 'Probe', 'build_parts', 'create_part', 'part_cfg', 'probe_part']
+__all__ = ['Part', 'Probe', 'as_pair', 'build_parts', 'create_part', 'meta_part', 'part_cfg', 'probe_part']
+
+
+def as_pair(size: Optional[Union[int, Sequence[int]]]) -> Optional[tuple[int, int]]:
+    """A size in pixels as (H, W); None stays None."""
+    return (size, size) if isinstance(size, int) else tuple(size) if size is not None else None
 
 
 @dataclass
@@ -91,6 +96,13 @@ def create_part(part: Part, pretrained: bool = False, **kwargs) -> nn.Module:
         return timm.create_model(part.name, pretrained=pretrained, num_classes=part.num_classes, **kwargs)
     except (AssertionError, TypeError, ValueError) as e:
         raise UserError(f"'{part.name}' cannot be built with these arguments: {e}.") from e
+
+
+def meta_part(part: Part, in_chans: int) -> nn.Module:
+    """The network on the meta device, where nothing is allocated; torch's random state stays as it was."""
+    # Some constructors draw numbers even there.
+    with torch.random.fork_rng(devices=[]), torch.device('meta'):
+        return create_part(part, in_chans=in_chans, device='meta')
 
 
 def build_parts(
@@ -172,9 +184,8 @@ def probe_part(part: Part, input_size: tuple[int, int, int]) -> Probe:
 
 
 def _probe(part: Part, input_size: tuple[int, int, int]) -> Probe:
-    with torch.device('meta'):
-        net = create_part(Part(part.name, 0, part.kwargs), in_chans=input_size[0], device='meta').eval()
-        x = torch.empty(2, *input_size)
+    net = meta_part(Part(part.name, 0, part.kwargs), input_size[0]).eval()
+    x = torch.empty(2, *input_size, device='meta')
     shape = 'x'.join(str(s) for s in input_size)
     try:
         features = net.forward_features(x)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import layer_ids
+from .blocks import classifiers, layer_ids
 
 __all__ = ['PolicyNetwork', 'gumbel_noise', 'straight_through']
 
@@ -64,8 +64,7 @@ class PolicyNetwork(nn.Module):
         The weights then start near 1/n (AMF, Section IV-C4). Some architectures draw theirs so wide for a few classes
         that the softmax starts saturated, and a saturated policy does not learn.
         """
-        classifier = self.net.get_classifier()
-        for layer in classifier if isinstance(classifier, (tuple, list)) else (classifier,):
+        for layer in classifiers(self.net):
             layer.reset_parameters()
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

@@ -32,10 +32,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import UserError
 from . import decathlon, policy_resnet  # noqa: F401  registered before they are named below
 from .block_probe import probe_blocks, probe_pairs
-from .blocks import layer_ids
+from .blocks import classifiers, layer_ids
 from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg
 from .folding import Folds
-from .parts import Part, build_parts, create_part, part_cfg
+from .parts import Part, as_pair, build_parts, create_part, meta_part, part_cfg
 from .policy import PolicyNetwork, gumbel_noise, straight_through
 from .renorm import create_renorm
 from .routed_block import Decision, PartOfBlock, Route, RoutedBlock, eager
@@ -46,10 +46,6 @@ __all__ = ['SpotTune']
 _logger = logging.getLogger(__name__)
 
 ROUTINGS = ('auto', 'both', 'routed')
-
-
-def _pair(size: Optional[Union[int, Sequence[int]]]) -> Optional[tuple[int, int]]:
-    return (size, size) if isinstance(size, int) else tuple(size) if size is not None else None
 
 
 class SpotTune(nn.Module):
@@ -118,7 +114,7 @@ class SpotTune(nn.Module):
         part = _backbone_part(
             backbone, backbone_kwargs, num_classes, drop_path_rate=drop_path_rate, drop_rate=drop_rate or None)
         cfg = joint_input_cfg([part])
-        size = _pair(img_size) or tuple(cfg['input_size'][-2:])
+        size = as_pair(img_size) or tuple(cfg['input_size'][-2:])
         part = part.sized(size)
         probe = probe_blocks(part, (in_chans, *size))
         self.backbone_part = part = _pooling(part, global_pool, probe.tokens)
@@ -141,7 +137,7 @@ class SpotTune(nn.Module):
         self._names = tuple(probe.blocks[first_block:])
         self._tail = _tail_modules(part, probe.blocks, in_chans)
 
-        policy_part = _policy_part(policy, len(self._names), policy_kwargs).sized(_pair(policy_input_size) or size)
+        policy_part = _policy_part(policy, len(self._names), policy_kwargs).sized(as_pair(policy_input_size) or size)
         policy_source = has_source(part_cfg(policy_part))
         if pretrained_parts and not policy_source:
             _logger.info(f"timm has no pretrained weights for the policy '{policy}': it is drawn anew.")
@@ -163,7 +159,7 @@ class SpotTune(nn.Module):
         self.renorm = renorms[0]
         self.backbone = nets[0]
         self._folds = Folds(self._split_blocks(probe.pairs))
-        seen = _pair(policy_input_size) or size
+        seen = as_pair(policy_input_size) or size
         self._policy_folds = Folds((f'net.{c}', f'net.{n}') for c, n in probe_pairs(policy_part, (in_chans, *seen)))
         # The share of images that took each tuned copy lately; what `compact` goes by.
         self.register_buffer('tuned_share', torch.full((len(self._names),), 0.5, **dd))
@@ -242,8 +238,7 @@ class SpotTune(nn.Module):
             return ()
 
     def _head_names(self) -> list[str]:
-        head = self.backbone.get_classifier()
-        heads = list(head) if isinstance(head, (tuple, list)) else [head]
+        heads = classifiers(self.backbone)
         return [
             f'backbone.{n}' for n, m in self.backbone.named_modules()
             if n and any(m is h for h in heads) and any(True for _ in m.parameters())
@@ -261,7 +256,7 @@ class SpotTune(nn.Module):
 
     def _layers(self, coarse: bool = False) -> tuple[dict[str, int], int]:
         """The layer of each parameter; both copies of a block are of its layer, the policy is aligned at the top."""
-        plain = _plain(self.backbone_part, self.in_chans)
+        plain = meta_part(self.backbone_part, self.in_chans)
         ids, top = layer_ids(plain, coarse)
         policy_ids, policy_top = layer_ids(self.policy.net, coarse)
         depth = max(top, policy_top)
@@ -474,8 +469,7 @@ class SpotTune(nn.Module):
         self.backbone_part.num_classes = num_classes
         own_pool = None if global_pool is None else self.backbone_part.kwargs.get('global_pool')
         self.backbone.reset_classifier(num_classes, *(() if own_pool is None else (own_pool,)))
-        head = self.backbone.get_classifier()
-        for layer in head if isinstance(head, (tuple, list)) else [head]:
+        for layer in classifiers(self.backbone):
             layer.to(**dd).train(self.training)
         self._unfold()
         self._adopt()
@@ -486,7 +480,7 @@ class SpotTune(nn.Module):
         Args:
             img_size: New size in pixels, (H, W) or a side.
         """
-        size = _pair(img_size)
+        size = as_pair(img_size)
         nets = [self.backbone] + ([self.policy.net] if self.policy.input_size is None else [])
         for net in nets:
             if hasattr(net, 'set_input_size'):
@@ -579,20 +573,14 @@ def _prefixed(info) -> list[dict[str, Any]]:
     return [dict(f, module=f'backbone.{f["module"]}') for f in info]
 
 
-def _plain(part: Part, in_chans: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]), torch.device('meta'):
-        return create_part(Part(part.name, part.num_classes, part.kwargs), in_chans=in_chans, device='meta')
-
-
 def _tail_modules(part: Part, blocks: list[str], in_chans: int) -> tuple[str, ...]:
     """Modules with weights that the backbone registers after its last block, its classifier apart."""
-    plain = _plain(part, in_chans)
+    plain = meta_part(part, in_chans)
     last = blocks[-1]
     top = [n for n, m in plain.named_children() if any(True for _ in m.parameters())]
     after = top[top.index(last.split('.')[0]) + 1:] if last.split('.')[0] in top else []
-    head = plain.get_classifier()
-    heads = list(head) if isinstance(head, (tuple, list)) else [head]
-    return tuple(n for n in after if not any(m is h for h in heads for m in [plain.get_submodule(n)]))
+    heads = classifiers(plain)
+    return tuple(n for n in after if not any(plain.get_submodule(n) is h for h in heads))
 
 
 def _backbone_part(
@@ -655,10 +643,10 @@ default_cfgs = generate_default_cfgs({f'{name}.{PARTS_TAG}': _cfg(**v) for name,
 def _create(variant: str, pretrained: bool = False, **kwargs) -> SpotTune:
     kwargs = {**_VARIANTS[variant], **kwargs}
     cfg = _cfg(**kwargs)
-    size = _pair(kwargs.get('img_size')) or cfg['input_size'][-2:]
+    size = as_pair(kwargs.get('img_size')) or cfg['input_size'][-2:]
     in_chans = kwargs.get('in_chans', cfg['input_size'][0])
     part = _backbone_part(kwargs['backbone'], kwargs.get('backbone_kwargs')).sized(size)
-    plain = _plain(part, in_chans)
+    plain = meta_part(part, in_chans)
     levels = len(getattr(plain, 'feature_info', None) or ()) if hasattr(plain, 'forward_intermediates') else 0
     # All levels of a pyramid; the last three where there are many of few reductions, as timm has it for a ViT.
     return build_composite(
