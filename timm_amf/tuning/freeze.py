@@ -3,9 +3,9 @@ import functools
 
 from torch import nn
 
-from timm_amf.tuning.groups import running_norms, settings
+from timm_amf.tuning.groups import checked_roles, running_norms, settings
 from timm_amf.tuning.plan import Plan
-from timm_amf.tuning.roles import places, role_defaults
+from timm_amf.tuning.roles import places
 
 __all__ = ['apply_freeze', 'freeze_norm', 'unfreeze_norm']
 
@@ -33,13 +33,14 @@ def apply_freeze(model: nn.Module, plan: Plan, epoch: int = 0) -> bool:
     states = settings(model, plan)
     trains = {name: s.trains and epoch >= s.start_epoch for name, s in states.items()}
     training_blocks = {(s.place.role, s.place.block) for name, s in states.items() if trains[name]}
-    norms = running_norms(model)
+    roles, norms = checked_roles(model, plan), running_norms(model)
     where = places(model, norms)
     for name, norm in norms.items():
         own = [f'{name}.{n}' for n, _ in norm.named_parameters(recurse=False)]
-        # A norm without affine parameters goes with the block around it.
-        role, block = where[name].role, where[name].block
-        around = (role, block) in training_blocks and not plan.role(role, role_defaults(model)).freeze_bn
+        # A norm without affine parameters goes with the block around it, or with a layer of it that holds the norm.
+        place = where[name]
+        role = roles[place.role]
+        around = (place.role, place.block) in training_blocks and role.trained(name, place) and not role.plan.freeze_bn
         moves = any(trains[n] for n in own) if own else around
         unfreeze_norm(norm) if moves else freeze_norm(norm)
     changed = False

@@ -2,6 +2,7 @@
 import dataclasses
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -74,15 +75,21 @@ class RoleSettings:
         plan: Its settings, all filled in.
         blocks: Its blocks, in order.
         training: Names of the blocks that train, `stem` and `tail` among them; None where all of it does.
+        layers: Modules (or single parameters) that train whether or not their block does, by their full paths.
     """
     plan: RolePlan
     blocks: list[str]
     training: Optional[frozenset[str]]
+    layers: frozenset[str] = frozenset()
 
     @property
     def transferred(self) -> int:
         """Number of blocks that keep their weights."""
         return len(self.blocks) - self.plan.reinit_blocks
+
+    def trained(self, name: str, place: Place) -> bool:
+        """Whether `train` covers a parameter or a module, by its own name or with all of its block."""
+        return self.training is None or place.block in self.training or any(_within(name, p) for p in self.layers)
 
     def reinitialised(self, place: Place) -> bool:
         """Whether what stands there starts anew; never the stem."""
@@ -112,7 +119,7 @@ def checked_roles(model: nn.Module, plan: Plan) -> dict[str, RoleSettings]:
     for name in names:
         role, blocks = plan.role(name, role_defaults(model)), role_blocks(model, name)
         _check_counts(name, role, len(blocks))
-        roles[name] = RoleSettings(role, blocks, _training_blocks(name, role, blocks))
+        roles[name] = RoleSettings(role, blocks, *_training(model, name, role, blocks))
     return roles
 
 
@@ -132,14 +139,20 @@ def _check_counts(name: str, role: RolePlan, count: int) -> None:
             f'their weights (reinit_blocks {role.reinit_blocks}), and the others have no starting point; lower it')
 
 
-def _training_blocks(name, role, blocks) -> Optional[frozenset[str]]:
+def _training(
+        model: nn.Module,
+        name: str,
+        role: RolePlan,
+        blocks: list[str],
+) -> tuple[Optional[frozenset[str]], frozenset[str]]:
+    """The blocks and the layers that train."""
     if role.train == 'all':
-        return None
+        return None, frozenset()
     if role.train == 'none':
-        return frozenset()
+        return frozenset(), frozenset()
     if role.train == 'random':
-        return _drawn_blocks(name, role, blocks)
-    training = set()
+        return _drawn_blocks(name, role, blocks), frozenset()
+    training, others = set(), []
     for item in role.train:
         if isinstance(item, int):
             if not -len(blocks) <= item < len(blocks):
@@ -149,13 +162,47 @@ def _training_blocks(name, role, blocks) -> Optional[frozenset[str]]:
             training.add(item)
         else:
             # A block may be named within its role or by its full path.
-            found = [b for b in blocks if b == item or b.endswith(f'.{item}')]
-            if len(found) != 1:
-                near = difflib.get_close_matches(item, blocks, 1)
-                hint = f'; did you mean {near[0]!r}?' if near else '; see timm_amf.list_blocks(model)'
-                raise UserError(f'plan: {name} has no block {item!r}{hint}')
-            training.add(found[0])
-    return frozenset(training)
+            found = [b for b in blocks if b == item] or [b for b in blocks if b.endswith(f'.{item}')]
+            if len(found) == 1:
+                training.add(found[0])
+            else:
+                others.append(item)
+    return frozenset(training), _training_layers(model, name, blocks, others)
+
+
+def _training_layers(model: nn.Module, role: str, blocks: list[str], items: list[str]) -> frozenset[str]:
+    """The full paths of the modules and parameters that `train` names beside the blocks."""
+    if not items:
+        return frozenset()
+    owned = [n for n, place in places(model).items() if place.role == role]
+    # Paths that own parameters of the role, none of them above the role itself.
+    tops = [path for path in model_roles(model)[role] if path]
+    known = dict.fromkeys(path for n in owned for path in _paths(n) if not any(t.startswith(f'{path}.') for t in tops))
+    layers = set()
+    for item in items:
+        found = [path for path in dict.fromkeys([item, *(f'{top}.{item}' for top in tops)]) if path in known]
+        if len(found) > 1:
+            raise UserError(f'plan: {role} has several modules {item!r}; name one of {", ".join(found)}')
+        if not found:
+            near = difflib.get_close_matches(item, [*blocks, *known, *_relative(known, tops)], 1)
+            hint = f'; did you mean {near[0]!r}?' if near else '; see timm_amf.list_blocks(model)'
+            raise UserError(f'plan: {role} has no block or layer {item!r}{hint}')
+        layers.add(found[0])
+    return frozenset(layers)
+
+
+def _within(name: str, path: str) -> bool:
+    return name == path or name.startswith(f'{path}.')
+
+
+def _paths(name: str) -> list[str]:
+    """A dotted name and all above it, the root left out."""
+    parts = name.split('.')
+    return ['.'.join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
+def _relative(names: Iterable[str], tops: list[str]) -> list[str]:
+    return [name[len(top) + 1:] for name in names for top in tops if name.startswith(f'{top}.')]
 
 
 def _drawn_blocks(name, role, blocks) -> frozenset[str]:
@@ -170,7 +217,7 @@ def _drawn_blocks(name, role, blocks) -> frozenset[str]:
 def _setting(name: str, param: nn.Parameter, place: Place, role: RoleSettings, plan: Plan, exempt) -> Setting:
     settings = role.plan
     scale = settings.low_lr_scale if place.depth < settings.low_blocks else 1.
-    trains = role.training is None or place.block in role.training
+    trains = role.trained(name, place)
     if settings.layer_decay is not None:
         layer_scale = max(plan.layer_decay_min_scale, settings.layer_decay ** place.layer)
         trains = trains and not (plan.layer_decay_no_opt_scale and layer_scale < plan.layer_decay_no_opt_scale)

@@ -107,7 +107,8 @@ class RolePlan:
         low_lr_scale: Factor of the LR of the low blocks.
         layer_decay: Factor of the LR for each step of depth towards the input, as timm's `--layer-decay`.
         train: `all`, `none`, or a list of blocks: names or indices (negative ones count from the end) of
-            `timm_amf.list_blocks`, and `stem` or `tail` for what lies before the first and after the last block.
+            `timm_amf.list_blocks`, and `stem` or `tail` for what lies before the first and after the last block; and of
+            layers: modules by name, or single parameters, of which all trains and nothing else of their block.
             What is not listed is frozen, batch-norm statistics included. `random` draws the blocks ("stochastic
             fine-tuning", SpotTune paper, section 4.1): the stem is frozen, what lies after the last block trains.
         train_share: Share of the blocks that `random` draws, above 0 to 1; rounded to the nearest number, at least one.
@@ -153,7 +154,7 @@ class RolePlan:
         if self.train_share == 0:
             raise UserError('role: train_share must be above 0; to train nothing, set train to "none"')
         if isinstance(self.train, str) and self.train not in ('all', 'none', 'random'):
-            raise UserError(f'role: train must be "all", "none", "random" or a list of blocks, not {self.train!r}')
+            raise UserError(f'role: train must be "all", "none", "random" or a list of blocks or layers, not {self.train!r}')
         if isinstance(self.l2sp_blocks, str) and self.l2sp_blocks != 'all':
             raise UserError(f'role: l2sp_blocks must be a number of blocks or "all", not {self.l2sp_blocks!r}')
         if isinstance(self.l2sp_blocks, int):
