@@ -154,7 +154,8 @@ class RolePlan:
         if self.train_share == 0:
             raise UserError('role: train_share must be above 0; to train nothing, set train to "none"')
         if isinstance(self.train, str) and self.train not in ('all', 'none', 'random'):
-            raise UserError(f'role: train must be "all", "none", "random" or a list of blocks or layers, not {self.train!r}')
+            raise UserError(
+                f'role: train must be "all", "none", "random" or a list of blocks or layers, not {self.train!r}')
         if isinstance(self.l2sp_blocks, str) and self.l2sp_blocks != 'all':
             raise UserError(f'role: l2sp_blocks must be a number of blocks or "all", not {self.l2sp_blocks!r}')
         if isinstance(self.l2sp_blocks, int):

@@ -1,0 +1,406 @@
+"""What the search chooses from: the layers, blocks and windows of a model, in the order in which they run.
+
+These are the four ways of the block-wise paper (sections III-A to III-C) and its two baselines. A candidate is a set of
+modules that train together, besides the classifier. Which parameters these are, `candidate_parameters` says;
+`candidate_plan` makes the Plan that trains them.
+"""
+import bisect
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import timm.layers
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from timm_amf.errors import UserError
+from timm_amf.tuning.plan import Plan
+from timm_amf.tuning.roles import Place, model_roles, places, role_blocks
+
+__all__ = [
+    'CUTS', 'Candidate', 'Layer', 'baseline_candidates', 'block_candidates', 'candidate_parameters', 'candidate_plan',
+    'layer_candidates', 'top_candidate', 'weighted_layers', 'window_candidates',
+]
+
+CUTS = ('residual', 'activation', 'pooling')
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with weights.
+
+    Attributes:
+        name: Path of the module that owns the matrix or kernel.
+        modules: It, and the norms and layer scales that go with it, in order of execution. What a module with weighted
+            modules below it owns itself (ConvNeXt's `gamma`, a position embedding) is there as a parameter's path.
+        block: Path of its block; empty outside of all blocks.
+    """
+    name: str
+    modules: tuple[str, ...]
+    block: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What trains together, besides the classifier.
+
+    Attributes:
+        name: Unique within its way.
+        way: `layer`, `block`, `window`, `top3`, `top5`, ..., `classifier` or `all`.
+        position: Its place among those of its way, 0 nearest the input.
+        modules: Paths of modules, and of single parameters as in `Layer`, of which everything trains; none within
+            another, in order of execution. The empty path is the whole role.
+    """
+    name: str
+    way: str
+    position: int
+    modules: tuple[str, ...]
+
+
+def weighted_layers(
+        model: nn.Module,
+        input_size: Sequence[int],
+        role: str = 'backbone',
+        norms: str = 'joined',
+) -> list[Layer]:
+    """The layers of a role that own weights, without the classifier, in the order in which they first compute.
+
+    One image of zeros passes through the model in evaluation mode; the model's mode, its buffers and the state of the
+    random number generators are the same afterwards. What that image does not reach stands where it is registered.
+
+    Args:
+        model: Any timm model, or a composite with `tuning_roles`, on any device.
+        input_size: (C, H, W) of the image.
+        role: The role, such as `backbone` or `branch.0`.
+        norms: With `joined`, what owns vectors only (norms, layer scales) or is a parameter of a module with others
+            below it (position embeddings and biases) goes with the matrix or kernel before it in the same block, else
+            with the one after it. Outside of blocks, what lies between the same two blocks counts as a block, and what
+            finds nothing there (a last norm) goes with the layer before it. With `separate`, each is a layer of its
+            own, as in the paper's networks, where batch norm is a layer.
+
+    Raises:
+        UserError: If the model has no such role, or nothing in it has weights.
+    """
+    if norms not in ('joined', 'separate'):
+        raise ValueError(f'norms must be joined or separate, not {norms!r}')
+    return [layer for layer, _ in _placed_layers(model, _trace(model, input_size), role, norms)]
+
+
+def layer_candidates(layers: Iterable[Layer]) -> list[Candidate]:
+    """Each layer on its own (section III-A)."""
+    return [Candidate(layer.name, 'layer', i, layer.modules) for i, layer in enumerate(layers)]
+
+
+def window_candidates(layers: Sequence[Layer], length: int = 3) -> list[Candidate]:
+    """Windows of as many layers, moved on by one layer at a time (section III-B).
+
+    Raises:
+        UserError: If there are fewer layers than `length`, or it is below 1.
+    """
+    if not 1 <= length <= len(layers):
+        raise UserError(f'window of {length} layers: the model has {len(layers)}; choose a length from 1 to that')
+    windows = [layers[i:i + length] for i in range(len(layers) - length + 1)]
+    return [Candidate(_span(window), 'window', i, _modules(window)) for i, window in enumerate(windows)]
+
+
+def block_candidates(
+        model: nn.Module,
+        input_size: Sequence[int],
+        role: str = 'backbone',
+        cut: str = 'residual',
+) -> list[Candidate]:
+    """The blocks of a role (section III-B).
+
+    Activations and poolings are seen where they are modules, also within others (the activation of timm's
+    `BatchNormAct2d`); those that a model computes by a function are not.
+
+    Args:
+        model: Any timm model, or a composite with `tuning_roles`.
+        input_size: (C, H, W) of the image that shows the order of execution.
+        role: The role, such as `backbone` or `branch.0`.
+        cut: With `residual`, the blocks of `timm_amf.list_blocks`, and what lies before (`stem`), between and after
+            them (`tail`) where it has a matrix or kernel. With `activation`, the layers of `weighted_layers` between
+            two calls of an activation or pooling module; with `pooling`, of a pooling module.
+
+    Raises:
+        UserError: If the cut or the role is unknown, or nothing in the role has weights.
+    """
+    if cut not in CUTS:
+        raise UserError(f'cut {cut!r} is unknown; choose one of {", ".join(CUTS)}')
+    trace = _trace(model, input_size)
+    if cut == 'residual':
+        return _residual_candidates(model, trace, role)
+    calls = sorted(trace.poolings + (trace.activations if cut == 'activation' else []))
+    pieces: dict[int, list[Layer]] = {}
+    for layer, time in _placed_layers(model, trace, role, 'joined'):
+        pieces.setdefault(bisect.bisect(calls, time), []).append(layer)
+    return [Candidate(_span(piece), 'block', i, _modules(piece)) for i, piece in enumerate(pieces.values())]
+
+
+def top_candidate(layers: Sequence[Layer], accuracies: Mapping[str, float], k: int) -> Candidate:
+    """The k layers that were best on their own (section III-C); of equal ones those nearer the output.
+
+    Args:
+        layers: Layers in order of execution.
+        accuracies: Accuracy of each, by its name.
+        k: How many.
+
+    Raises:
+        UserError: If there are fewer layers than `k`, or it is below 1.
+    """
+    if not 1 <= k <= len(layers):
+        raise UserError(f'top {k}: the model has {len(layers)} layers; choose a number from 1 to that')
+    ranked = sorted(range(len(layers)), key=lambda i: (accuracies[layers[i].name], i), reverse=True)
+    return Candidate(f'top{k}', f'top{k}', 0, _modules(layers[i] for i in sorted(ranked[:k])))
+
+
+def baseline_candidates() -> list[Candidate]:
+    """The paper's baselines I and II: the classifier only, and all layers."""
+    return [Candidate('classifier', 'classifier', 0, ()), Candidate('all', 'all', 0, ('',))]
+
+
+def candidate_parameters(model: nn.Module, candidate: Candidate, role: str = 'backbone') -> list[str]:
+    """Names of the parameters of a role that a candidate trains besides the classifier, as the model registers them."""
+    where = places(model)
+    return [n for n in where if where[n].role == role and any(_within(n, path) for path in candidate.modules)]
+
+
+def candidate_plan(plan: Plan, candidate: Candidate, role: str = 'backbone') -> Plan:
+    """The Plan in which of a role the candidate alone trains; all else, and so the classifier, is as in `plan`."""
+    if candidate.way == 'classifier':
+        train = 'none'
+    elif candidate.way == 'all':
+        train = 'all'
+    elif candidate.way == 'block' and candidate.name in ('stem', 'tail'):
+        train = [candidate.name]
+    else:
+        train = list(candidate.modules)
+    return plan.with_role(role, train=train)
+
+
+def _within(name: str, path: str) -> bool:
+    return not path or name == path or name.startswith(f'{path}.')
+
+
+def _modules(layers: Iterable[Layer]) -> tuple[str, ...]:
+    return tuple(path for layer in layers for path in layer.modules)
+
+
+def _span(layers: Sequence[Layer]) -> str:
+    first, last = layers[0].name, layers[-1].name
+    return first if first == last else f'{first}..{last}'
+
+
+# --- The order of execution.
+
+@dataclass
+class _Trace:
+    """What a forward pass met, in moments counted from its start.
+
+    Attributes:
+        first_use: The moment at which each parameter was first computed with, by its name.
+        activations: The moments at which a call of an activation ended.
+        poolings: The same of poolings.
+    """
+    first_use: dict[str, int] = field(default_factory=dict)
+    activations: list[int] = field(default_factory=list)
+    poolings: list[int] = field(default_factory=list)
+    now: int = 0
+
+    def tick(self) -> int:
+        self.now += 1
+        return self.now
+
+
+class _UseRecorder(TorchDispatchMode):
+    """Notes when each parameter is computed with.
+
+    Hooks on modules would miss weights that another module reads (BEiT's `qkv`) and parameters of the model itself.
+    """
+
+    def __init__(self, trace: _Trace, names: Mapping[int, str]):
+        super().__init__()
+        self.trace, self.names = trace, names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for value in tree_leaves((args, kwargs)):
+            name = self.names.get(id(value)) if isinstance(value, Tensor) else None
+            if name is not None and name not in self.trace.first_use:
+                self.trace.first_use[name] = self.trace.tick()
+        return func(*args, **(kwargs or {}))
+
+
+def _classes(module) -> tuple[type, ...]:
+    found = [c for _, c in inspect.getmembers(module, inspect.isclass)]
+    return tuple(c for c in found if issubclass(c, nn.Module) and c.__module__ == module.__name__)
+
+
+_ACTIVATIONS = tuple(
+    # It stands in the same file of torch.
+    {*_classes(nn.modules.activation), *_classes(timm.layers.activations)} - {nn.MultiheadAttention})
+_POOLINGS = (
+    *_classes(nn.modules.pooling),
+    *_classes(timm.layers.adaptive_avgmax_pool),
+    *_classes(timm.layers.pool2d_same),
+    *_classes(timm.layers.blur_pool),
+)
+
+
+def _trace(model: nn.Module, input_size: Sequence[int]) -> _Trace:
+    """Pass one image of zeros through a model that stays as it is."""
+    trace = _Trace()
+    params = dict(model.named_parameters())
+    example = next((p for p in params.values() if p.is_floating_point()), torch.empty(0))
+    image = torch.zeros(1, *input_size, device=example.device, dtype=example.dtype)
+    # What the pass changes are copies of the buffers.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    recorder = _UseRecorder(trace, {id(p): name for name, p in params.items()})
+    with _in_eval(model), _same_random_state(example.device), _marks(model, trace), torch.no_grad(), recorder:
+        torch.func.functional_call(model, buffers, (image,))
+    return trace
+
+
+@contextlib.contextmanager
+def _in_eval(model: nn.Module) -> Iterator[None]:
+    # Not by `train()`, which frozen norms do not follow.
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _same_random_state(device: torch.device) -> contextlib.AbstractContextManager:
+    if device.type in ('cpu', 'meta'):
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
+
+
+@contextlib.contextmanager
+def _marks(model: nn.Module, trace: _Trace) -> Iterator[None]:
+    """Note each call of an activation or a pooling."""
+    handles = []
+    for module in model.modules():
+        moments = trace.activations if isinstance(module, _ACTIVATIONS) else trace.poolings
+        if isinstance(module, (*_ACTIVATIONS, *_POOLINGS)):
+            handles.append(module.register_forward_hook(lambda *_, moments=moments: moments.append(trace.tick())))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# --- Layers.
+
+@dataclass
+class _Unit:
+    """The least that can be named on its own: a module with nothing else that owns parameters below it, or a parameter.
+
+    Attributes:
+        path: Its path.
+        place: Where it stands.
+        weighted: Whether it is a module that owns a matrix or kernel.
+        time: When it first computes.
+    """
+    path: str
+    place: Place
+    weighted: bool
+    time: int
+
+    @property
+    def region(self) -> tuple[str, int]:
+        """Equal for what stands in the same block, or outside of blocks between the same two."""
+        return self.place.block, self.place.depth
+
+
+def _units(model: nn.Module, trace: _Trace, role: str) -> list[_Unit]:
+    """The units of a role, in order of execution."""
+    if role not in model_roles(model):
+        raise UserError(f'{type(model).__name__} has no role {role!r}; it has {", ".join(model_roles(model))}')
+    where, units, time = places(model), {}, 0
+    for name, param in model.named_parameters():
+        if where[name].role != role:
+            continue
+        path, _, own = name.rpartition('.')
+        owner = model.get_submodule(path)
+        alone = bool(path) and sum(1 for _ in owner.parameters()) == len(list(owner.parameters(recurse=False)))
+        # What the image did not reach follows what is registered before it.
+        time = trace.first_use.get(name, time)
+        unit = units.setdefault(path if alone else name, _Unit(path if alone else name, where[name], False, time))
+        unit.weighted |= alone and _is_matrix(param, owner)
+        unit.time = min(unit.time, time)
+    if not any(unit.weighted for unit in units.values()):
+        raise UserError(f'{type(model).__name__}: {role} has no layers with weights')
+    return sorted(units.values(), key=lambda unit: unit.time)
+
+
+def _is_matrix(param: nn.Parameter, owner: nn.Module) -> bool:
+    # A scale may come with dimensions of one entry around its own (1, 1, C).
+    return param.ndim > 1 and (isinstance(owner, (nn.Linear, _ConvNd)) or param.numel() > max(param.shape))
+
+
+def _placed_layers(model: nn.Module, trace: _Trace, role: str, norms: str) -> list[tuple[Layer, int]]:
+    """The layers, each with the moment at which its own weights first compute."""
+    units = _units(model, trace, role)
+    blocks = role_blocks(model, role)
+    owner_of = list(range(len(units))) if norms == 'separate' else [_leader(units, i) for i in range(len(units))]
+    layers = []
+    for i, unit in enumerate(units):
+        modules = tuple(units[j].path for j, owner in enumerate(owner_of) if owner == i)
+        if modules:
+            block = unit.place.block if unit.place.block in blocks else ''
+            layers.append((Layer(unit.path, modules, block), unit.time))
+    return layers
+
+
+def _leader(units: Sequence[_Unit], index: int) -> int:
+    """The index of the unit with a matrix or kernel that a unit goes with."""
+    if units[index].weighted:
+        return index
+    before = [i for i in range(index - 1, -1, -1) if units[i].weighted]
+    after = [i for i in range(index + 1, len(units)) if units[i].weighted]
+    near = [i for i in (*before, *after) if units[i].region == units[index].region]
+    return (near or before or after)[0]
+
+
+# --- Blocks.
+
+def _residual_candidates(model: nn.Module, trace: _Trace, role: str) -> list[Candidate]:
+    units, blocks = _units(model, trace, role), role_blocks(model, role)
+    pieces: dict[tuple[int, bool], list[_Unit]] = {}
+    for unit in units:
+        pieces.setdefault((unit.place.depth, unit.place.block in blocks), []).append(unit)
+    between = any(not inside and 0 < depth < len(blocks) for depth, inside in pieces)
+    candidates = []
+    # What lies between two blocks has the depth of the second, and comes before it.
+    for (depth, inside), piece in sorted(pieces.items()):
+        if not any(unit.weighted for unit in piece):
+            continue
+        paths = (blocks[depth],) if inside else _outermost(model, piece)
+        if not inside and blocks and depth == 0:
+            name = 'stem'
+        elif not inside and depth == len(blocks) and not between:
+            name = 'tail'  # a Plan means what lies between the blocks, too
+        else:
+            name = paths[0] if len(paths) == 1 else f'{paths[0]}..{paths[-1]}'
+        candidates.append(Candidate(name, 'block', len(candidates), paths))
+    return candidates
+
+
+def _outermost(model: nn.Module, piece: Sequence[_Unit]) -> tuple[str, ...]:
+    """The outermost paths that together hold the units of a piece and nothing else."""
+    own = {unit.path for unit in piece}
+    others = [n for n, _ in model.named_parameters() if not any(_within(n, path) for path in own)]
+    paths = {}
+    for unit in piece:
+        parts = unit.path.split('.')
+        above = ['.'.join(parts[:end]) for end in range(1, len(parts) + 1)]
+        paths[next(path for path in above if not any(_within(n, path) for n in others))] = None
+    return tuple(paths)
