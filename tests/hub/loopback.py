@@ -4,8 +4,8 @@ It keeps repositories of commits in memory and speaks what the client speaks: cr
 Xet tokens, ndjson commits, listings, resolve with ranges. Large files come on either of the client's transports:
 
 - LFS: a batch answer names a target on this server, where the client puts the bytes;
-- Xet: a token answer names a local store, `casUrl: local:///path`, and the client's own hf_xet fills it. The commit names
-  a file by its SHA-256, a download by its Xet hash: the shards of the store say which belong together.
+- Xet: a token answer names a local store, `casUrl: local:///path`, and the client's own hf_xet fills it. The commit
+  names a file by its SHA-256, a download by its Xet hash: the shards of the store say which belong together.
 
 Any answer can be made to fail: `hub.fault(...)`.
 """
@@ -185,9 +185,9 @@ def _hash_text(raw: bytes) -> str:
 def _files_of_shard(data: bytes) -> dict[str, str]:
     """SHA-256 -> Xet hash of the files that a shard describes.
 
-    A shard begins with a header of 48 bytes. Then come the files, in records of 48 bytes: one with the hash of the file,
-    flags and the number of its segments; the segments; with flag 1 << 31 as many records of verification; with 1 << 30
-    one that begins with the SHA-256. A hash of ones ends the list.
+    A shard begins with a header of 48 bytes. Then come the files, in records of 48 bytes: one with the hash of the
+    file, flags and the number of its segments; the segments; with flag 1 << 31 as many records of verification; with
+    1 << 30 one that begins with the SHA-256. A hash of ones ends the list.
     """
     files, at = {}, 48
     while at + 48 <= len(data):
