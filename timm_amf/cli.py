@@ -71,7 +71,21 @@ def _decathlon(argv: list[str]) -> int:
     return run(argv)
 
 
-_VERBS = {'train': _train, 'evaluate': _evaluate, 'models': _models, 'advise': _advise, 'decathlon': _decathlon}
+def _export(argv: list[str]) -> int:
+    """write a run's model to an ONNX, TorchScript or safetensors file, checked against the model"""
+    from timm_amf.export import main as export_main
+
+    return export_main(argv)
+
+
+_VERBS = {
+    'train': _train,
+    'evaluate': _evaluate,
+    'models': _models,
+    'advise': _advise,
+    'decathlon': _decathlon,
+    'export': _export,
+}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
