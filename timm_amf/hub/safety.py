@@ -42,7 +42,8 @@ _REFUSED = {
     'hf_hub_id', 'kwargs_filter', 'model_cfg', 'out_indices', 'features_only', 'feature_cls', 'feature_cfg', 'source',
     'state_dict', 'url',
 }
-_OVERLAY = 'pretrained_cfg_overlay'  # of a part: the statistics that its input has
+# Of a network that is a part of another: the statistics that its input has.
+_OF_PARTS = ('pretrained_cfg', 'pretrained_cfg_overlay')
 
 
 def read_config(path: Path, where: str) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def _check_count(value: Any, what: str) -> None:
 def _check_args(args: Mapping, where: str, seen: list[int], depth: int = 0) -> None:
     for key, value in args.items():
         key = str(key)
-        refused = key in _REFUSED or (key.startswith('pretrained') and not (key == _OVERLAY and depth))
+        refused = key in _REFUSED or (key.startswith('pretrained') and not (key in _OF_PARTS and depth))
         if refused or not _NAME.fullmatch(key) or key.startswith('__'):
             raise UserError(f'{where}: {_short(key)} is not read from a repository')
         if key == 'num_classes':

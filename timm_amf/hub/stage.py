@@ -1,7 +1,7 @@
 """From the folder of a run to the folder that is published: weights, what explains them, and nothing private.
 
     model.safetensors   the best weights
-    config.json         as timm reads it: architecture, arguments, input, names of the classes; under `timm_amf` the data
+    config.json         as timm reads it: architecture, arguments, input, class names; under `timm_amf` the data
     plan.yaml           how it was fine-tuned
     args.yaml           the options of the run, without what is of the machine it ran on
     summary.csv, policy.csv, metrics.json, figures/
@@ -45,6 +45,7 @@ __all__ = ['OpenRun', 'Result', 'fixed_paths', 'is_own_file', 'open_run', 'stage
 _FILES = (
     WEIGHTS, 'config.json', 'plan.yaml', 'args.yaml', 'summary.csv', 'policy.csv', 'metrics.json', 'README.md')
 _FIGURES = ('.png', '.svg', '.jpg')
+_DATA_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 # Options that are of the machine or the occasion, not of what was trained.
 _PRIVATE = (
     'output', 'experiment', 'resume', 'overwrite', 'cache_dir', 'tracker', 'log_wandb', 'wandb_project', 'wandb_tags',
@@ -54,7 +55,9 @@ _PRIVATE = (
 # Of a network's arguments, where its weights came from; its own are in the file now.
 _SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
 # A folder of this machine, at the start of a value or behind the '=' or ',' of a component.
-_FOLDER = re.compile(r'(?P<before>^|[=,;\s])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[^,;=\s]*[/\\])?(?P<name>[^,;=\s/\\]*)[/\\]?')
+_FOLDER = re.compile(
+    r'(?P<before>^|[=,;\s]|\bhfds/)(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[^,;=\s]*[/\\])?(?P<name>[^,;=\s/\\]*)[/\\]?')
+_WHOLE_FOLDER = re.compile(r'(?:~[^/\\]*|\.{1,2}|[A-Za-z]:)?[/\\]')
 _TOKEN = re.compile(r'\bhf_[A-Za-z0-9]{20,}')
 
 
@@ -280,8 +283,6 @@ def _write_config(run: OpenRun, path: Path) -> None:
         raise UserError(f'{run.folder}: its model has {model.num_classes} outputs and its data more classes')
     # A head with more outputs than the data have classes has names for the first ones alone.
     names = {'label_names': run.train.class_names} if model.num_classes == run.train.num_classes else {}
-    for private in _PRIVATE_ARGS.intersection(getattr(model, '_model_args', {})):
-        model._model_args.pop(private)
     try:
         save_config_for_hf(
             model,
@@ -292,10 +293,6 @@ def _write_config(run: OpenRun, path: Path) -> None:
         )
     except (ValueError, TypeError) as e:
         raise UserError(f'{run.folder}: its arguments cannot be written as JSON ({" ".join(str(e).split())})') from None
-
-
-_DATA_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
-_PRIVATE_ARGS = {'pretrained_cfg_overlay', 'pretrained_cfg'}
 
 
 def _without_sources(value: Any) -> Any:
@@ -368,6 +365,8 @@ def _without_folders(value: Any) -> Any:
         return [_without_folders(v) for v in value]
     if not isinstance(value, str):
         return value
+    if _WHOLE_FOLDER.match(value):  # also with spaces and commas in it
+        value = re.split(r'[/\\]', value.rstrip('/\\'))[-1]
     return _TOKEN.sub('***', _FOLDER.sub(lambda m: m['before'] + m['name'], value))
 
 

@@ -1,0 +1,314 @@
+"""The model card: metadata that the Hub reads, and what somebody needs who has never heard of the run."""
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+
+from timm_amf.errors import UserError
+from timm_amf.hub.stage import OpenRun, Result, figures, fixed_paths
+from timm_amf.hub.words import describe_plan
+from timm_amf.models.amf import AMF, MultiTune
+from timm_amf.models.spottune import SpotTune
+
+__all__ = ['CardOptions', 'build_card']
+
+_CITATIONS = {
+    'amf': """@article{shen2022amf,
+  title={{AMF}: Adaptable Weighting Fusion with Multiple Fine-tuning for Image Classification},
+  author={Shen, Xuyang and Plested, Jo and Caldwell, Sabrina and Zhong, Yiran and Gedeon, Tom},
+  year={2022}
+}""",
+    'multitune': """@inproceedings{wang2020multitune,
+  title={{MultiTune}: Adaptive Integration of Multiple Fine-Tuning Models for Image Classification},
+  author={Wang, Yu and Plested, Jo and Gedeon, Tom},
+  booktitle={International Conference on Neural Information Processing (ICONIP)},
+  year={2020}
+}""",
+    'spottune': """@inproceedings{guo2019spottune,
+  title={{SpotTune}: Transfer Learning through Adaptive Fine-tuning},
+  author={Guo, Yunhui and Shi, Honghui and Kumar, Abhishek and Grauman, Kristen and Rosing, Tajana and Feris, Rogerio},
+  booktitle={Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year={2019}
+}""",
+    'nonbinary': """@article{plested2021rethinking,
+  title={Rethinking Binary Hyperparameters for Deep Transfer Learning for Image Classification},
+  author={Plested, Jo and Shen, Xuyang and Gedeon, Tom},
+  journal={arXiv preprint arXiv:2107.08585},
+  year={2021}
+}""",
+}
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """What only the publisher knows.
+
+    Args:
+        license: Licence of the weights, as the Hub names it (`apache-2.0`, `cc-by-nc-4.0`, `other`, ...).
+        license_name: Name of a licence that is `other`.
+        license_link: Where it is.
+        base_models: Hub ids of the models that the run started from; None finds them in the run.
+        datasets: Hub ids or names of the data; None takes the names of the components.
+    """
+    license: str
+    license_name: Optional[str] = None
+    license_link: Optional[str] = None
+    base_models: Optional[Sequence[str]] = None
+    datasets: Optional[Sequence[str]] = None
+
+    def __post_init__(self):
+        if not re.fullmatch(r'[a-z0-9][a-z0-9.+-]*', self.license or ''):
+            raise UserError(
+                f"--license: {self.license or 'is missing'}; name the licence of the weights as the Hub does, such as "
+                'apache-2.0, mit, cc-by-4.0, or other')
+        if self.license == 'other' and not (self.license_name and self.license_link):
+            raise UserError('--license other: say which with --license-name and --license-link')
+
+
+def build_card(run: OpenRun, repo_id: str, options: CardOptions) -> str:
+    """The README of a published run, metadata first.
+
+    Args:
+        run: The run.
+        repo_id: Where it is published.
+        options: What the run does not know.
+    """
+    plain = not isinstance(run.model, (AMF, SpotTune))
+    bases = _base_models(run) if options.base_models is None else list(options.base_models)
+    card_section = run.args.recipe.get('card') or {}
+    if options.base_models is None and not bases:
+        bases = [str(b) for b in card_section.get('base_model') or ()]
+    datasets = options.datasets or [str(d) for d in card_section.get('datasets') or ()] or _dataset_names(run)
+    name = repo_id.split('/')[-1]
+    data = ModelCardData(
+        license=options.license,
+        license_name=options.license_name,
+        license_link=options.license_link,
+        library_name='timm' if run.compacted else 'timm_amf',
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', *_method_tags(run)],
+        base_model=bases or None,
+        datasets=list(datasets),
+        metrics=['accuracy'],
+        model_name=name,
+        eval_results=[r for result in run.results for r in _eval_results(result, datasets, run)] or None,
+    )
+    if not run.results:
+        data.model_name = None  # an index of no results is none
+    text = '\n\n'.join(filter(None, [
+        f'# {name}',
+        _summary(run),
+        f'## Use\n\n{_usage(run, repo_id, plain)}',
+        f'## Results\n\n{_results(run)}',
+        f'## How it was fine-tuned\n\n{_training(run, repo_id)}',
+        _figures(run),
+        f'## Limits\n\n{_limits(run, bases)}',
+        f'## Citation\n\n{_citation(run)}',
+    ]))
+    return str(ModelCard(f'---\n{data.to_yaml()}\n---\n\n{text}\n'))
+
+
+# -- metadata ---------------------------------------------------------------------------------------------------------
+
+
+def _networks(model: nn.Module) -> list[nn.Module]:
+    if isinstance(model, AMF):
+        return [*model.branches, *([model.policy.net] if model.policy is not None else [])]
+    if isinstance(model, SpotTune):
+        return [model.backbone, model.policy.net]
+    return [model]
+
+
+def _base_models(run: OpenRun) -> list[str]:
+    """Hub ids of the weights that the run started from, as far as they came from the Hub."""
+    if not run.own.get('pretrained') or run.own.get('pretrained_path') or run.own.get('initial_checkpoint'):
+        return []
+    cfgs = [net.pretrained_cfg for net in _networks(run.trained)]
+    if str(run.args.model).startswith(('hf-hub:', 'hf_hub:')):
+        cfgs = [run.trained.pretrained_cfg]
+    ids = [cfg['hf_hub_id'].split('@')[0] for cfg in cfgs if cfg.get('hf_hub_id') and not cfg.get('file')]
+    return list(dict.fromkeys(ids))
+
+
+def _dataset_names(run: OpenRun) -> list[str]:
+    """Names of the datasets: of those on the Hub their id, else of the dataset or the component."""
+    names = []
+    for component in run.spec.components:
+        dataset = component.dataset
+        on_hub = re.fullmatch(r'hfds/([\w.-]+/[\w.-]+)', dataset)
+        own = re.fullmatch(r'\w+/([\w.-]+)', dataset)
+        names.append(on_hub[1] if on_hub else own[1] if own else component.name)
+    return list(dict.fromkeys(names))
+
+
+def _method_tags(run: OpenRun) -> list[str]:
+    method = _method(run.trained)
+    return [*([] if run.compacted else ['timm_amf']), 'fine-tuning', *([method] if method else [])]
+
+
+def _method(model: nn.Module) -> Optional[str]:
+    for kind, name in ((MultiTune, 'multitune'), (AMF, 'amf'), (SpotTune, 'spottune')):
+        if isinstance(model, kind):
+            return name
+    return None
+
+
+def _eval_results(result: Result, datasets: Sequence[str], run: OpenRun) -> list[EvalResult]:
+    name = result.data or ' + '.join(run.val.components)
+    where = run.val.components.index(result.data) if result.data in run.val.components else 0
+    per_component = len(datasets) == len(run.val.components)
+    kind = datasets[where] if per_component and (result.data or len(datasets) == 1) else 'mixture'
+    common = dict(
+        task_type='image-classification', task_name='Image Classification', dataset_type=kind,
+        dataset_name=f'{name} ({result.how})', dataset_split=result.split)
+    values = [('top-1 accuracy, percent', result.top1), ('top-5 accuracy, percent', result.top5)]
+    return [
+        EvalResult(**common, metric_type='accuracy', metric_name=title, metric_value=round(value, 4))
+        for title, value in values if value is not None
+    ]
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def _summary(run: OpenRun) -> str:
+    names = [net.pretrained_cfg['architecture'] for net in _networks(run.trained)]
+    what = {
+        'amf': f'An AMF: {_join(names[:-1])}, each fine-tuned its own way, weighted for each image by a policy network '
+               f'({names[-1]}) and fused by concatenation.',
+        'multitune': f'A MultiTune: {_join(names)}, each fine-tuned its own way, fused by concatenation.',
+        'spottune': f'A SpotTune: every residual block of {names[0]} exists frozen and tuned, and a policy network '
+                    f'({names[-1]}) routes each image through one of the two, block by block.',
+        None: f'{names[0]}, fine-tuned.',
+    }[_method(run.trained)]
+    if run.compacted:
+        what = (
+            f'{names[0]}, fine-tuned with SpotTune under a global policy: the same {run.plan.global_k} blocks are '
+            f'tuned for all images, the others are as they were. What is left is a plain timm model.')
+    parts = ', '.join(
+        f'{component.name} ({len(set(run.train.targets[run.train.component_of == i]))} classes, '
+        f'{(run.train.component_of == i).sum()} training images)'
+        for i, component in enumerate(run.spec.components))
+    size = 'x'.join(map(str, _input_size(run)))
+    millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+    return (
+        f'{what}\n\n- data: {parts}\n- classes: {run.model.num_classes}; their names are in `config.json`\n'
+        f'- input: {size}, parameters: {millions:.2f} M')
+
+
+def _input_size(run: OpenRun) -> Sequence[int]:
+    from timm.data import resolve_data_config
+
+    return resolve_data_config(vars(run.args), model=run.trained, verbose=False)['input_size']
+
+
+def _join(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f'{", ".join(names[:-1])} and {names[-1]}'
+
+
+def _usage(run: OpenRun, repo_id: str, plain: bool) -> str:
+    channels, height, width = _input_size(run)
+    mode = 'L' if channels == 1 else 'RGB'
+    lines = ['import timm', 'import torch', 'from PIL import Image']
+    if not plain:
+        lines.insert(1, 'import timm_amf  # registers the model with timm')
+    lines += ['', f"model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()"]
+    blocks = fixed_paths(run.model, run.plan, run.args.eval_blocks)
+    if blocks is not None:
+        lines.append(f'model.set_blocks({blocks!r})  # the path of all images that the results are of')
+    lines += [
+        'config = timm.data.resolve_model_data_config(model)',
+        'transform = timm.data.create_transform(**config, is_training=False)',
+        '',
+        f"image = Image.new('{mode}', ({width}, {height}))  # yours: Image.open('photo.jpg').convert('{mode}')",
+        'with torch.no_grad():',
+        '    probabilities = model(transform(image)[None]).softmax(1)[0]',
+        f'values, indices = probabilities.topk({min(5, run.model.num_classes)})',
+        'for value, index in zip(values.tolist(), indices.tolist()):',
+    ]
+    named = run.model.num_classes == run.train.num_classes
+    label = "model.pretrained_cfg['label_names'][index]" if named else 'index'
+    lines.append(f"    print(f'{{value:.1%}}', {label})")
+    install = 'pip install timm' if plain else 'pip install timm_amf'
+    text = f'```bash\n{install}\n```\n\n```python\n' + '\n'.join(lines) + '\n```'
+    if isinstance(run.model, AMF) and run.model.policy is not None:
+        text += '\n\n`model.forward_policy(x)` gives the weights of the branches for each image, (batch, branches).'
+    if isinstance(run.model, SpotTune):
+        text += '\n\n`model.forward_policy(x)` gives the logits of frozen and tuned, (batch, blocks, 2).'
+    easy = f"`timm_amf.load('{repo_id}')` does the same, checks all that it reads, and knows the Plan and the data " \
+           'that made the weights (`model.provenance`).'
+    return f'{text}\n\n{easy if not plain else ""}'.rstrip()
+
+
+def _results(run: OpenRun) -> str:
+    if not run.results:
+        return 'No results were recorded.'
+    lines = ['| data | split | images | top-1 | 95 % interval | top-5 | how |', '|---|---|---|---|---|---|---|']
+    for r in run.results:
+        interval = '' if r.low is None else f'{r.low:.2f} to {r.high:.2f}'
+        top5 = '' if r.top5 is None else f'{r.top5:.2f}'
+        images = '' if r.images is None else r.images
+        lines.append(f'| {r.data or "all"} | {r.split} | {images} | {r.top1:.2f} | {interval} | {top5} | {r.how} |')
+    text = '\n'.join(lines)
+    text += (
+        '\n\nIntervals: Wilson\'s over the images, or of a mean Student\'s t over the runs. The epoch was chosen by '
+        f'`{run.args.eval_metric}` on the `{run.results[-1].split}` split, so figures of that split are a little too '
+        'good.')
+    expected = run.args.recipe.get('expected') or {}
+    if expected.get('source'):
+        figures_ = '; '.join(
+            f'{key} {", ".join(f"{k} {v:g}" for k, v in value.items())}' for key, value in expected.items()
+            if isinstance(value, dict) and all(isinstance(v, (int, float)) for v in value.values()))
+        text += f'\n\nExpected by the recipe ({expected["source"]}): {figures_}.'
+    return text
+
+
+def _training(run: OpenRun, repo_id: str) -> str:
+    plan = '\n'.join(f'- {line}' for line in describe_plan(run.plan, run.trained))
+    command = f'hf download {repo_id} args.yaml --local-dir run\ntimm-amf train --config run/args.yaml'
+    if run.own.get('data_dir'):
+        command += ' --data-dir DATA'
+    note = '' if run.own.get('data_dir') else \
+        ' Folders of data in it are shortened to their last part; put yours there.'
+    return (
+        f'{plan}\n\n`plan.yaml` has every field. The same training again (`args.yaml` has every option):{note}\n\n'
+        f'```bash\n{command}\n```')
+
+
+def _figures(run: OpenRun) -> str:
+    found = [name for _, name in figures(run.folder)]
+    if not found:
+        return ''
+    return '## Figures\n\n' + '\n\n'.join(f'![{name[8:].rpartition(".")[0]}]({name})' for name in found)
+
+
+def _limits(run: OpenRun, bases: Sequence[str]) -> str:
+    limits = [
+        f'It knows {run.model.num_classes} classes and puts every image into one of them; what it says of other kinds '
+        'of images means nothing, and its probabilities are not calibrated.',
+        'It was evaluated on images of the same source as those it was trained on; elsewhere it will be less accurate.',
+    ]
+    if bases:
+        limits.append(f'It inherits what its base models learnt, and their licences: {", ".join(bases)}.')
+    if isinstance(run.model, AMF) and len(run.train.components) > 1:
+        limits.append('The weights of its branches tell the components of its mixture apart, not more.')
+    return '\n'.join(f'- {line}' for line in limits)
+
+
+def _citation(run: OpenRun) -> str:
+    method = _method(run.trained)
+    keys = [method] if method else []
+    if method == 'multitune':
+        keys.insert(0, 'amf')  # whose re-implementation of it this is
+    if _is_nonbinary(run) or not keys:
+        keys.append('nonbinary')
+    return '\n\n'.join(f'```bibtex\n{_CITATIONS[key]}\n```' for key in keys)
+
+
+def _is_nonbinary(run: OpenRun) -> bool:
+    """Whether the Plan has what the non-binary paper is about."""
+    return any(
+        role.reinit_blocks or role.l2sp_alpha or role.low_blocks for role in run.plan.roles.values())

@@ -1,0 +1,84 @@
+"""A Plan in words, for people who have never seen one."""
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from timm_amf.tuning import Plan, model_roles
+from timm_amf.tuning.plan import RolePlan, Schedule
+from timm_amf.tuning.roles import role_defaults
+
+__all__ = ['describe_plan', 'describe_role', 'describe_schedule']
+
+
+def describe_plan(plan: Plan, model: nn.Module) -> list[str]:
+    """What was common, then what each role of a model did.
+
+    Args:
+        plan: The Plan.
+        model: The model that it was of, which says what a role does where the Plan is silent.
+
+    Returns:
+        Sentences, without a mark at their end; of a role behind its name and a colon.
+    """
+    optimizer = plan.opt.upper() if plan.opt == 'sgd' else plan.opt
+    momentum = f' with momentum {plan.momentum:g}' if plan.opt in ('sgd', 'momentum') else ''
+    lines = [f'{optimizer}{momentum} for {plan.epochs} epochs; {describe_schedule(plan.schedule)}']
+    if plan.temperature is not None:
+        until = f' to {plan.temperature_end:g}' if plan.temperature_end is not None else ''
+        lines.append(f'Gumbel-softmax temperature {plan.temperature:g}{until}')
+    if plan.global_k is not None:
+        lines.append(f'the same {plan.global_k} tuned blocks for all images (global-k)')
+    defaults = role_defaults(model)
+    for role in model_roles(model):
+        lines.append(f'`{role}`: {describe_role(plan.role(role, defaults), plan)}')
+    return lines
+
+
+def describe_role(role: RolePlan, plan: Plan) -> str:
+    """What one role did, `role` being complete (`Plan.role`)."""
+    if role.train == 'none':
+        return 'frozen'
+    parts = [f'learning rate {role.lr:g}']
+    if role.train == 'random':
+        parts.append(f'{100 * role.train_share:g} % of its blocks trained, drawn with seed {role.train_seed}')
+    elif role.train != 'all':
+        parts.append(f'only {", ".join(map(str, role.train))} trained')
+    if role.low_blocks and role.low_lr_scale != 1:
+        parts.append(f'{role.low_lr_scale:g} times that in its first {role.low_blocks} blocks')
+    if role.layer_decay is not None:
+        parts.append(f'times {role.layer_decay:g} for each layer further down')
+    if role.reinit_blocks:
+        parts.append(f'its last {role.reinit_blocks} blocks re-initialised')
+    if role.l2sp_alpha:
+        where = 'everywhere' if role.l2sp_blocks in (None, 'all') else f'in its first {role.l2sp_blocks} blocks'
+        parts.append(f'decay {role.l2sp_alpha:g} towards its start {where} (L2-SP)')
+    if role.weight_decay:
+        beyond = ' elsewhere' if role.l2sp_alpha else ''
+        parts.append(f'weight decay {role.weight_decay:g}{beyond}')
+    if role.start_epoch:
+        parts.append(f'frozen before epoch {role.start_epoch}')
+    if role.freeze_bn:
+        parts.append('batch norms fixed')
+    if role.schedule:
+        parts.append(f'its own schedule: {_own_schedule(role.schedule, plan)}')
+    return ', '.join(parts)
+
+
+def _own_schedule(fields: Mapping[str, Any], plan: Plan) -> str:
+    return describe_schedule(plan.schedule.replace(**fields))
+
+
+def describe_schedule(schedule: Schedule) -> str:
+    """The course of a learning rate."""
+    s = schedule
+    shape = {
+        'constant': 'constant learning rates',
+        'cosine': f'cosine decay to {s.min_scale:g} of the learning rates',
+        'multistep': f'learning rates times {s.decay_rate:g} at epochs {", ".join(map(str, s.decay_milestones))}',
+        'step': f'learning rates times {s.decay_rate:g} every {s.decay_epochs or 0:g} epochs',
+        'plateau': f'learning rates times {s.decay_rate:g} after {s.patience_epochs} epochs without improvement',
+    }.get(s.sched, f'schedule {s.sched}')
+    before = f', {s.warmup_epochs:g} epochs of warm-up first' if s.warmup_epochs else ''
+    hold = f', held for {s.hold_epochs:g} epochs before it falls' if s.hold_epochs else ''
+    return shape + before + hold
