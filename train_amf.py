@@ -21,6 +21,7 @@ from timm_amf.engine.options import parse_args, resolve_lr, save_args
 from timm_amf.engine.run import find_resume, prepare_folder
 from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
 from timm_amf.errors import UserError
+from timm_amf.hub.flags import check_flags, publish_finished
 from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args
 
 _logger = logging.getLogger('train')
@@ -34,6 +35,8 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
         Interrupted: If a signal stopped the run; its checkpoint is written.
     """
     args = parse_args(argv)
+    if args.publish:
+        check_flags(args)
     accelerator = build.build_accelerator(args)
     folder = build.run_folder(args, accelerator)
     resume = find_resume(args, folder)
@@ -87,6 +90,8 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     trainer.write_compact()
     accelerator.end_training()
     accelerator.print(trainer.closing_line())
+    if args.publish and accelerator.is_main_process:
+        publish_finished(args, folder)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -24,6 +24,8 @@ _PUBLIC = {
     'global_k_loss': 'tuning.global_k',
     'list_blocks': 'models.blocks',
     'advise': 'search.advise',
+    'load': 'hub.load',
+    'publish': 'hub.publish',
     'UserError': 'errors',
 }
 

@@ -85,6 +85,7 @@ _VERBS = {
     'advise': _advise,
     'decathlon': _decathlon,
     'export': _export,
+    'publish': _publish,
 }
 
 

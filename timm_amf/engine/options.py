@@ -47,6 +47,12 @@ RUN_FLAGS = (
      "blocks' indices with commas between", {'metavar': 'BLOCKS'}),
     ('--eval-sampling-seed', int, None, 'evaluate a SpotTune with decisions drawn with this seed, as the published '
      'code does, instead of the likelier ones', {'metavar': 'SEED'}),
+    ('--publish', str, '', 'publish the run on the Hub when it is complete, as timm-amf publish does',
+     {'metavar': 'OWNER/NAME'}),
+    ('--publish-license', str, '', 'licence of the published weights, as the Hub names it', {'metavar': 'ID'}),
+    ('--publish-private', bool, False, 'publish for yourself alone'),
+    ('--publish-revision', str, None, 'branch to publish to; made if it is not there', {'metavar': 'BRANCH'}),
+    ('--publish-message', str, None, 'message of the commit', {'metavar': 'TEXT'}),
     ('--dry-run', bool, False, "build everything, print the plan's parameter groups, and leave"),
     ('--overwrite', bool, False, 'write into an experiment folder that is not empty'),
 )

@@ -23,8 +23,9 @@ _CITATIONS = {
 }""",
     'multitune': """@inproceedings{wang2020multitune,
   title={{MultiTune}: Adaptive Integration of Multiple Fine-Tuning Models for Image Classification},
-  author={Wang, Yu and Plested, Jo and Gedeon, Tom},
+  author={Wang, Y. and Plested, J. and Gedeon, T.},
   booktitle={International Conference on Neural Information Processing (ICONIP)},
+  pages={488--496},
   year={2020}
 }""",
     'spottune': """@inproceedings{guo2019spottune,

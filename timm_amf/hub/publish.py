@@ -24,7 +24,7 @@ from timm_amf.hub.client import check_repo_id, hub_errors, patiently
 from timm_amf.hub.stage import is_own_file, open_run, stage
 from timm_amf.version import __version__
 
-__all__ = ['Target', 'check_target', 'main', 'publish', 'publish_finished']
+__all__ = ['Target', 'check_target', 'main', 'publish']
 
 _logger = logging.getLogger(__name__)
 
@@ -50,11 +50,11 @@ class Target:
         check_repo_id(self.repo_id)
 
 
-def check_target(target: Target, options: CardOptions) -> None:
-    """What can be checked before a run of days: that somebody is logged in, and may write there.
+def check_target(target: Target) -> None:
+    """Refuses to begin where nobody is logged in; `Target` and `CardOptions` check the rest when they are built.
 
     Raises:
-        UserError: If not. `Target` and `CardOptions` have checked name and licence when they were built.
+        UserError: If there is no token.
     """
     if not get_token():
         raise UserError(f'{target.repo_id}: you are not logged in to the Hub; run `hf auth login`')
@@ -100,7 +100,7 @@ def publish(
     target = Target(repo_id, private, revision, message, keep_card)
     options = CardOptions(license, **card)
     if dry_run is None:
-        check_target(target, options)
+        check_target(target)
     else:
         _check_empty(Path(dry_run))
     opened = open_run(run, data_dir, compact, None if results is None else Path(results))
@@ -168,22 +168,6 @@ def _upload(target: Target, files: Sequence[Path], folder: Path) -> str:
                 revision=target.revision)
 
         return patiently(commit).commit_url
-
-
-def publish_finished(args: argparse.Namespace, folder: Path) -> None:
-    """What `train_amf.py --publish` does when the run is complete.
-
-    Raises:
-        UserError: If it cannot be published; the run itself is whole, and the message says how to go on.
-    """
-    try:
-        publish(
-            folder, args.publish, args.publish_license, private=args.publish_private,
-            revision=args.publish_revision, message=args.publish_message)
-    except UserError as e:
-        raise UserError(
-            f'{e} | the run itself is complete; publish it with: timm-amf publish {folder} --repo-id {args.publish} '
-            f'--license {args.publish_license}') from e
 
 
 # ---- the verb

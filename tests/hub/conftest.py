@@ -1,0 +1,103 @@
+"""A loopback Hub, the client of this process turned to it, small real runs, and other processes with empty caches."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import _xet, close_session
+from loopback import TOKEN, LoopbackHub
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / 'tests' / 'engine'))
+
+from conftest_engine import components, folders, reset_accelerate, run  # noqa: E402, F401  fixtures
+
+import train_amf  # noqa: E402
+
+COMMON = [
+    '--img-size', '32', '-b', '8', '--workers', '0', '--lr', '0.05', '--warmup-epochs', '0', '--cpu', '--tracker',
+    'none', '--no-check-images',
+]
+AMF = [
+    *COMMON, '--model', 'amf', '--model-kwargs', "backbones=('test_resnet','test_resnet')", 'policy=test_resnet',
+    'policy_input_size=16', '--branch-lr', '0.01', '0.05', '--policy-lr', '0.02', '--epochs', '2',
+]
+SPOTTUNE = [
+    *COMMON, '--model', 'spottune', '--model-kwargs', 'backbone=test_resnet', 'policy=test_resnet', '--policy-lr',
+    '0.1', '--role', 'stem.train=all', '--epochs', '1',
+]
+PLAIN = [*COMMON, '--model', 'test_resnet', '--epochs', '1']
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with LoopbackHub(tmp_path / 'hub-server') as server:
+        yield server
+
+
+@pytest.fixture
+def client(hub, tmp_path, monkeypatch):
+    """The client of this process talks to the loopback Hub, over LFS, with a token and an empty cache of its own."""
+    home = tmp_path / 'hf-home'
+    home.mkdir()
+    (home / 'token').write_text(TOKEN)
+    monkeypatch.setattr(constants, 'ENDPOINT', hub.url)
+    monkeypatch.setattr(
+        constants, 'HUGGINGFACE_CO_URL_TEMPLATE', hub.url + '/{repo_id}/resolve/{revision}/{filename}')
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(home / 'hub'))
+    monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(home / 'token'))
+    monkeypatch.setattr(constants, 'HF_STORED_TOKENS_PATH', str(home / 'stored_tokens'))
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+    for name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN'):
+        monkeypatch.delenv(name, raising=False)
+    _xet.XET_CONNECTION_INFO_CACHE.clear()
+    close_session()
+    yield home
+    close_session()
+
+
+@pytest.fixture
+def other_process(hub, tmp_path):
+    """Run Python code or a command in another process, with an empty cache: other_process(code, xet=True)."""
+    count = 0
+
+    def _run(code, *args, xet=True, token=TOKEN, check=True):
+        nonlocal count
+        count += 1
+        home = tmp_path / f'process{count}'
+        env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING'))}
+        env.update(
+            HF_ENDPOINT=hub.url, HF_HOME=str(home / 'hf'), XDG_CACHE_HOME=str(home), TORCH_HOME=str(home / 'torch'),
+            HF_HUB_DISABLE_XET='0' if xet else '1', OMP_NUM_THREADS='1',
+            PYTHONPATH=os.pathsep.join([str(ROOT), env.get('PYTHONPATH', '')]))
+        if token:
+            env['HF_TOKEN'] = token
+        command = [sys.executable, '-c', code, *map(str, args)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        assert not check or done.returncode == 0, done.stderr
+        return done
+    return _run
+
+
+@pytest.fixture(scope='session')
+def runs(folders, tmp_path_factory):  # noqa: F811
+    """Small runs, trained once: runs('amf'), 'spottune', 'plain', 'global_k'."""
+    made, output = {}, tmp_path_factory.mktemp('runs')
+    flags = {
+        'amf': AMF, 'spottune': SPOTTUNE, 'plain': PLAIN,
+        'global_k': [*SPOTTUNE, '--global-k', '1'],
+    }
+
+    def _run(name) -> Path:
+        if name not in made:
+            data = [f'--component=name={c},path={folders / c}' for c in ('stripes', 'blobs')]
+            if name == 'plain':
+                data = ['--data-dir', str(folders / 'stripes')]
+            reset_accelerate()
+            train_amf.train([*flags[name], *data, '--output', str(output), '--experiment', name])
+            reset_accelerate()
+            made[name] = output / name
+        return made[name]
+    return _run
