@@ -16,7 +16,7 @@ from timm_amf.models.spottune import SpotTune
 from .formats import FORMATS
 from .source import Source, first_line
 
-__all__ = ['TOLERANCE', 'Exported', 'export_model']
+__all__ = ['TOLERANCE', 'Exported', 'check_output', 'export_model']
 
 _logger = logging.getLogger(__name__)
 
@@ -154,13 +154,18 @@ def _failing(what: str) -> Iterator[None]:
         raise UserError(f'{what} ({first_line(e)})') from e
 
 
-@contextlib.contextmanager
-def _appearing(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary name for a file that gets its own if the block succeeds."""
+def check_output(path: Path, overwrite: bool) -> None:
+    """Refuses a path that a file cannot be written to for what is there."""
     if path.is_dir():
         raise UserError(f'--output {path}: is a folder; name a file')
     if path.exists() and not overwrite:
         raise UserError(f'--output {path}: is there already; name another, or add --overwrite')
+
+
+@contextlib.contextmanager
+def _appearing(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary name for a file that gets its own if the block succeeds."""
+    check_output(path, overwrite)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

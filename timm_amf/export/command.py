@@ -13,7 +13,7 @@ from typing import NoReturn, Optional, Union
 from timm_amf.engine.run_folder import WEIGHTS
 from timm_amf.errors import UserError
 
-from .checked import Exported, export_model
+from .checked import Exported, check_output, export_model
 from .formats import FORMATS
 from .source import Source, open_source
 
@@ -46,8 +46,7 @@ def export_run(
     form = FORMATS[format]
     form.require()
     output = Path(path) / f'exported{form.suffix}' if output is None else Path(output)
-    if output.exists() and not overwrite:  # before the model is loaded
-        raise UserError(f'--output {output}: is there already; name another, or add --overwrite')
+    check_output(output, overwrite)  # before the model is loaded
     source = open_source(path, **kwargs)
     return export_model(source, format, output, sorted({1, 2, batch}), opset, overwrite), source
 

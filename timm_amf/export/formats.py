@@ -100,7 +100,8 @@ def _write_onnx(source: Source, example: Tensor, path: Path, opset: Optional[int
         proto = program.model_proto
     got = next(o.version for o in proto.opset_import if o.domain in ('', 'ai.onnx'))
     if opset is not None and got != opset:
-        raise UserError(f'--opset {opset}: this model cannot be had in it, only in {got}; leave it out')
+        raise UserError(
+            f'--opset {opset}: this PyTorch writes the model in {got} instead; take a number near it, or none')
     _strip(proto)
     for key, value in source.config.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))

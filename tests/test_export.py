@@ -1,0 +1,445 @@
+"""Exported files, opened as their users open them: with ONNX Runtime, `torch.jit.load`, or timm alone."""
+import json
+import re
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+from torch import nn
+
+import timm_amf
+from timm_amf.cli import main
+from timm_amf.errors import UserError
+from timm_amf.export import FORMATS, Source, describe, export_model, open_source
+
+sys.path.insert(0, str(Path(__file__).parent / 'engine'))
+from conftest_engine import SMALL, components, folders, run  # noqa: E402, F401  fixtures
+
+NAMES = ['ant', 'bee', 'cat', 'dog', 'élan']
+MODELS = {
+    'amf': dict(model_name='amf', backbones=('resnet10t', 'resnet10t'), policy='resnet10t', policy_input_size=40),
+    'multitune': dict(model_name='multitune', backbones=('resnet10t', 'resnet10t')),
+    'spottune': dict(model_name='spottune', backbone='resnet10t', policy='resnet10t'),
+    'vit': dict(model_name='vit_tiny_patch16_224', img_size=64),
+    'mobilenet': dict(model_name='mobilenetv2_050'),
+}
+SPOTTUNE = [
+    *SMALL[SMALL.index('--img-size'):SMALL.index('--branch-lr')], '--model', 'spottune', '--model-kwargs',
+    'backbone=test_resnet', 'policy=test_resnet', '--policy-lr', '0.02', '--epochs', '1',
+]
+PLAIN = ['--model', 'test_resnet', *SMALL[SMALL.index('--img-size'):SMALL.index('--branch-lr')], '--epochs', '1']
+CLASSES = ['stripes/class0', 'stripes/class1', 'class2', 'blobs/class0', 'blobs/class1']
+
+
+def images(batch: int, size: int = 64, seed: int = 100) -> torch.Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed + batch))
+
+
+def network(name: str) -> nn.Module:
+    """A model whose policy decides otherwise for every image."""
+    torch.manual_seed(0)
+    model = timm.create_model(**MODELS[name], num_classes=5, pretrained_cfg_overlay=dict(mean=(0.4, 0.45, 0.5))).eval()
+    policy = getattr(model, 'policy', None)
+    with torch.no_grad():
+        if policy is not None:
+            x = images(32)
+            head = policy.get_classifier()
+            head.weight.mul_(100)
+            head.bias.sub_(policy.forward_logits(x).mean(0))
+        if name == 'spottune':
+            for tuned in model.blocks_tuned:
+                for p in tuned.parameters():
+                    p.mul_(1.3)
+    return model
+
+
+def source(model: nn.Module, size: int = 64) -> Source:
+    data = timm.data.resolve_data_config({'crop_pct': 0.9, 'img_size': size}, model=model)
+    return Source(model, describe(model, data, NAMES))
+
+
+def opened(path: Path):
+    """The file as a function of images, and what it says of itself, by other means than the package's."""
+    if path.suffix == '.onnx':
+        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        name = session.get_inputs()[0].name
+        props = session.get_modelmeta().custom_metadata_map
+        words = ('architecture', 'interpolation', 'crop_mode')
+        config = {k: v if k in words else json.loads(v) for k, v in props.items()}
+        return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]), config
+    if path.suffix == '.pt':
+        extra = {'config.json': ''}
+        model = torch.jit.load(path, _extra_files=extra)
+        return model, json.loads(extra['config.json'])
+    with safe_open(path, 'pt') as file:
+        config = json.loads(file.metadata()['config.json'])
+    overlay = dict(mean=config['mean'], std=config['std'])
+    model = timm.create_model(config['architecture'], pretrained_cfg_overlay=overlay, **config['model_args']).eval()
+    model.load_state_dict(load_file(path))
+    return model, config
+
+
+@torch.no_grad()
+def assert_same(file, model, size: int = 64, batches=(1, 4, 7)):
+    for batch in batches:
+        x = images(batch, size)
+        expected = model(x)
+        got = file(x)
+        scale = max(1., expected.abs().max().item())
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * scale)
+        assert torch.equal(got.argmax(1), expected.argmax(1))
+        assert len({tuple(row.tolist()) for row in got}) == batch  # each image has a result of its own
+
+
+# The ONNX exporter takes seconds a network, so what is not this package's is slow.
+CASES = [
+    pytest.param(name, form, marks=pytest.mark.slow if form == 'onnx' and name not in ('amf', 'spottune') else ())
+    for name in MODELS for form in FORMATS
+]
+
+
+@pytest.mark.parametrize('name, form', CASES)
+def test_round_trip(name, form, tmp_path):
+    model = network(name)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    routing = getattr(model, 'routing', None)
+    path = tmp_path / f'model{FORMATS[form].suffix}'
+    exported = export_model(source(model), form, path)
+    assert exported.batches == (1, 2, 5) and exported.difference <= 1e-4 * max(1, exported.largest)
+    assert exported.same_class == 8 and exported.size == path.stat().st_size
+    assert list(tmp_path.iterdir()) == [path]
+
+    file, config = opened(path)
+    assert_same(file, model)
+    assert config['class_names'] == NAMES and config['num_classes'] == 5
+    assert config['mean'] == [0.4, 0.45, 0.5] and config['std'] == list(model.pretrained_cfg['std'])
+    assert config['input_size'] == [3, 64, 64] and config['crop_pct'] == 0.9 and config['crop_mode'] == 'center'
+    assert config['interpolation'] == model.pretrained_cfg['interpolation']
+    assert config['versions']['timm'] == timm.__version__
+    # The model is as it was.
+    assert getattr(model, 'routing', None) == routing
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    # No file of this machine is named.
+    for text in (str(Path(timm.__file__).parent), str(Path(timm_amf.__file__).parents[1]), str(tmp_path)):
+        assert text.encode() not in content(path)
+
+
+def content(path: Path) -> bytes:
+    if path.suffix != '.pt':
+        return path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        return b''.join(archive.read(name) for name in archive.namelist())
+
+
+def test_policies_of_these_tests_decide():
+    x = images(7)
+    with torch.no_grad():
+        weights = network('amf').forward_policy(x)
+        shares = network('spottune').forward_shares(x)
+    assert weights.std(0).min() > 0.05
+    assert len({tuple(row.tolist()) for row in shares}) > 3
+
+
+def test_equal_models_give_equal_files(tmp_path):
+    for name in ('a', 'b'):
+        export_model(source(network('spottune')), 'safetensors', tmp_path / name)
+    assert (tmp_path / 'a').read_bytes() == (tmp_path / 'b').read_bytes()
+
+
+@pytest.mark.slow
+def test_opset_that_cannot_be_had(small, tmp_path):
+    with pytest.raises(UserError, match='--opset 7'):
+        export_model(small, 'onnx', tmp_path / 'a.onnx', opset=7)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_without_where_weights_were():
+    overlay = {'pretrained_cfg_overlay': {'file': '/home/someone/weights.safetensors'}}
+    model = timm.create_model(
+        'amf', backbones=('test_resnet',) * 2, backbone_kwargs=(overlay, {}), policy='test_resnet', num_classes=5)
+    assert model.backbone_parts[0].kwargs['pretrained_cfg_overlay']
+    config = describe(model)
+    assert config['model_args']['backbone_kwargs'] == [{}, {}] and 'someone' not in json.dumps(config)
+
+
+# ---- a file is whole and right, or not there
+
+
+class FixedBatch(nn.Module):
+    """A trace takes the size of its batch for a constant."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        y = self.model(x)
+        return y.reshape(int(y.numel()) // 5, 5)[:int(x.shape[0])] * int(x.shape[0])
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    return source(timm.create_model('test_resnet', num_classes=5).eval())
+
+
+def test_a_model_of_a_fixed_batch_is_refused(small, tmp_path):
+    with pytest.raises(UserError, match='torchscript file'):
+        export_model(replace(small, model=FixedBatch(small.model)), 'torchscript', tmp_path / 'a.pt')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('old', [None, b'what was there'])
+@pytest.mark.parametrize('fault', ['wrong', 'nan', 'shape', 'unreadable', 'full disk', 'interrupt'])
+def test_nothing_appears_where_the_check_fails(small, tmp_path, monkeypatch, fault, old):
+    path = tmp_path / 'a.safetensors'
+    if old:
+        path.write_bytes(old)
+
+    def read(path):
+        if fault == 'unreadable':
+            raise ValueError('what is this?')
+        if fault == 'interrupt':
+            raise KeyboardInterrupt
+        change = {'wrong': lambda y: y + 1e-3, 'nan': lambda y: y * float('nan'), 'shape': lambda y: y[:1]}[fault]
+        return lambda x: change(small.model(x))
+
+    def write(source, example, path, opset):
+        path.write_bytes(b'half')
+        if fault == 'full disk':
+            raise OSError(28, 'No space left on device')
+
+    monkeypatch.setitem(FORMATS, 'safetensors', replace(FORMATS['safetensors'], read=read, write=write))
+    words = {'wrong': 'differs from the model by 1.0e-03', 'nan': 'differs', 'shape': 'batch of 2',
+             'unreadable': 'what is this', 'full disk': 'No space left', 'interrupt': None}[fault]
+    with pytest.raises(KeyboardInterrupt if words is None else UserError, match=words):
+        export_model(small, 'safetensors', path, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == (['a.safetensors'] if old else [])
+    assert not old or path.read_bytes() == old
+
+
+def test_what_arguments_do_not_tell_is_no_safetensors_file(small, tmp_path):
+    for m in small.model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.eps = 0.5
+    with pytest.raises(UserError, match='differs from the model'):
+        export_model(small, 'safetensors', tmp_path / 'a.safetensors')
+    assert export_model(small, 'torchscript', tmp_path / 'a.pt').difference < 1e-6
+
+
+def test_missing_package(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'onnxscript', None)
+    with pytest.raises(UserError, match=r'onnxscript is not installed.*timm_amf\[export\]'):
+        export_model(small, 'onnx', tmp_path / 'a.onnx')
+    assert not list(tmp_path.iterdir())
+
+
+# ---- runs
+
+
+def rebuilt(folder: Path, weights: str = 'model_best.safetensors') -> nn.Module:
+    model = timm.create_model('amf', backbones=('test_resnet',) * 2, policy='test_resnet', num_classes=5).eval()
+    model.load_state_dict(load_file(folder / weights))
+    return model
+
+
+def test_amf_run(run, tmp_path, capsys):  # noqa: F811
+    folder = run('amf', '--model-ema', '--model-ema-decay', '0.5', '--crop-pct', '0.8')
+    capsys.readouterr()
+    assert main(['export', str(folder), '--format', 'onnx', '--batch', '3', '--opset', '20']) == 0
+    out = capsys.readouterr().out
+    assert 'batches of 1, 2, 3' in out and len(out.splitlines()) == 1
+    file, config = opened(folder / 'exported.onnx')
+    assert [o.version for o in onnx.load(folder / 'exported.onnx').opset_import if o.domain == ''] == [20]
+    assert_same(file, rebuilt(folder), 32)
+    assert config['input_size'] == [3, 32, 32] and config['crop_pct'] == 0.8
+    assert config['class_names'] == CLASSES
+
+    # Other weights, once more and elsewhere.
+    for weights, name in (('ema', 'ema'), ('last', 'ema'), ('raw', 'model')):
+        path = tmp_path / 'made' / f'{weights}.pt'
+        flags = ['--format', 'torchscript', '--weights', weights, '--output', str(path)]
+        assert main(['export', str(folder), *flags]) == 0
+        assert_same(opened(path)[0], rebuilt(folder, f'last/{name}.safetensors'), 32)
+    for flags, code in (([], 2), (['--overwrite'], 0)):
+        assert main(['export', str(folder), '--format', 'torchscript', '--output', str(path), *flags]) == code
+    assert 'is there already' in capsys.readouterr().err
+    assert_same(opened(path)[0], rebuilt(folder), 32)
+
+
+def test_spottune_run(run, capsys):  # noqa: F811
+    folder = run('spottune', base=SPOTTUNE)
+    model = timm.create_model('spottune', backbone='test_resnet', policy='test_resnet', num_classes=5).eval()
+    model.load_state_dict(load_file(folder / 'model_best.safetensors'))
+    assert main(['export', str(folder), '--format', 'torchscript']) == 0
+    assert_same(opened(folder / 'exported.pt')[0], model, 32)
+    # One path for all images.
+    assert main(['export', str(folder), '--format', 'safetensors', '--blocks', '0,-1']) == 0
+    assert 'one path, 2 tuned' in capsys.readouterr().out
+    model.set_blocks([0, -1])
+    file, config = opened(folder / 'exported.safetensors')
+    assert config['architecture'] == 'test_resnet' and type(file).__name__ == 'ResNet'
+    assert_same(file, model, 32)
+
+
+def test_global_k_run(run, capsys):  # noqa: F811
+    folder = run('k', '--global-k', '1', base=SPOTTUNE)
+    model = timm.create_model('spottune', backbone='test_resnet', policy='test_resnet', num_classes=5).eval()
+    model.load_state_dict(load_file(folder / 'model_best.safetensors'))
+    for flags, fixed in (([], model.chosen_blocks(1)), (['--blocks', 'policy'], None)):
+        model.set_blocks(fixed)
+        assert main(['export', str(folder), '--format', 'torchscript', '--overwrite', *flags]) == 0
+        assert_same(opened(folder / 'exported.pt')[0], model, 32)
+    # What the run itself left is a published folder.
+    assert main(['export', str(folder / 'compact'), '--format', 'safetensors', '--output', str(folder / 'c')]) == 0
+    assert 'class names are not in its config.json' in capsys.readouterr().out
+
+
+def test_run_whose_data_are_gone(run, folders, tmp_path, capsys):  # noqa: F811
+    data = tmp_path / 'data'
+    data.symlink_to(folders / 'stripes')
+    folder = run('plain', base=PLAIN, data=[str(data)])
+    data.unlink()
+    assert main(['export', str(folder), '--format', 'safetensors']) == 0
+    assert 'class names are left out' in capsys.readouterr().out
+    file, config = opened(folder / 'exported.safetensors')
+    assert config['num_classes'] == 3 and 'class_names' not in config
+    model = timm.create_model('test_resnet', num_classes=3).eval()
+    model.load_state_dict(load_file(folder / 'model_best.safetensors'))
+    assert_same(file, model, 32)
+
+    names = tmp_path / 'names.txt'
+    names.write_text('a\nb\nc\n')
+    for flags in (['--data-dir', str(folders / 'stripes')], ['--class-names', str(names)]):
+        assert main(['export', str(folder), '--format', 'safetensors', '--overwrite', *flags]) == 0
+        assert 'left out' not in capsys.readouterr().out
+        expected = ['a', 'b', 'c'] if flags[0] == '--class-names' else ['class0', 'class1', 'class2']
+        assert opened(folder / 'exported.safetensors')[1]['class_names'] == expected
+
+
+# ---- published folders
+
+
+@pytest.fixture
+def published(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model('test_vit', num_classes=5).eval()
+    save_for_hf(model, str(tmp_path / 'vit'), model_config=dict(label_names=NAMES), safe_serialization=True)
+    return tmp_path / 'vit', model
+
+
+def test_published_folder(published, capsys):
+    folder, model = published
+    assert main(['export', str(folder), '--format', 'safetensors']) == 0
+    assert 'note' not in capsys.readouterr().out
+    file, config = opened(folder / 'exported.safetensors')
+    assert config['class_names'] == NAMES and config['input_size'] == [3, 160, 160]
+    assert_same(file, model, 160)
+    # At another size, which timm gives a ViT by resampling its position embedding.
+    assert main(['export', str(folder), '--format', 'torchscript', '--img-size', '96', '128']) == 0
+    model.set_input_size((96, 128))
+    file, config = opened(folder / 'exported.pt')
+    assert config['input_size'] == [3, 96, 128] and config['model_args']['img_size'] == [96, 128]
+    x = torch.randn(3, 3, 96, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(file(x), model(x), rtol=0, atol=1e-4)
+
+
+def test_label_names_with_gaps(published):
+    folder, _ = published
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps(dict(config, label_names={'1': 'bee', '4': 'elk'})))
+    assert open_source(folder).config['class_names'] == ['0', 'bee', '2', '3', 'elk']
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize('flags, words', [
+    ([], '--format'),
+    (['--format', 'tflite'], 'invalid choice'),
+    (['--format', 'torchscript', '--batch', '0'], '--batch: must be at least 1'),
+    (['--format', 'torchscript', '--opset', '18'], 'has no operator sets'),
+    (['--format', 'torchscript', '--output', '{folder}'], 'is a folder'),
+    (['--format', 'torchscript', '--output', '{folder}/config.json/x.pt'], 'cannot be written'),
+    (['--format', 'torchscript', '--output', '{folder}/model.safetensors'], 'is there already'),
+    (['--format', 'torchscript', '--img-size', '1', '2', '3'], '--img-size: takes one side'),
+    (['--format', 'torchscript', '--img-size', '-3'], '--img-size: takes one side'),
+    (['--format', 'torchscript', '--weights', 'ema'], 'one set of weights'),
+    (['--format', 'torchscript', '--blocks', 'tuned'], '--blocks needs a SpotTune'),
+    (['--format', 'torchscript', '--class-names', '{folder}/none.txt'], 'cannot be read'),
+    (['--format', 'torchscript', '--class-names', '{folder}/config.json'], 'names .* classes and the model has 5'),
+])
+def test_mistakes(published, capsys, flags, words):
+    folder, _ = published
+    before = {p.name for p in folder.iterdir()}
+    assert main(['export', str(folder), *(flag.format(folder=folder) for flag in flags)]) == 2
+    assert_one_line(capsys, words)
+    assert {p.name for p in folder.iterdir()} == before
+
+
+def assert_one_line(capsys, words):
+    captured = capsys.readouterr()
+    assert not captured.out and len(captured.err.splitlines()) == 1
+    assert captured.err.startswith('timm-amf export: error: ') and re.search(words, captured.err), captured.err
+
+
+@pytest.mark.parametrize('fault, words', [
+    ('no folder', 'neither a run .* nor a published model'),
+    ('pickle', 'has no model.safetensors'),
+    ('truncated', 'cannot be loaded'),
+    ('no json', 'cannot be loaded'),
+    ('unknown', 'cannot be loaded'),
+    ('swapped', 'cannot be loaded|does not fit'),
+])
+def test_damaged_folders(published, capsys, tmp_path, fault, words):
+    folder, model = published
+    weights, config = folder / 'model.safetensors', folder / 'config.json'
+    if fault == 'no folder':
+        folder = tmp_path / 'none'
+    elif fault == 'pickle':
+        weights.unlink()
+        torch.save(model.state_dict(), folder / 'pytorch_model.bin')
+    elif fault == 'truncated':
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif fault == 'no json':
+        config.write_text('{"architecture":')
+    elif fault == 'unknown':
+        config.write_text(config.read_text().replace('"test_vit"', '"no_such_model"'))
+    else:
+        save_file(timm.create_model('test_resnet', num_classes=5).state_dict(), weights)
+    assert main(['export', str(folder), '--format', 'torchscript']) == 2
+    assert_one_line(capsys, words)
+
+
+def test_damaged_runs(run, capsys):  # noqa: F811
+    folder = run('plain', base=PLAIN)
+    capsys.readouterr()
+
+    def refused(words, *flags):
+        assert main(['export', str(folder), '--format', 'torchscript', *flags]) == 2
+        assert_one_line(capsys, words)
+
+    refused('ema.safetensors: is not there', '--weights', 'ema')
+    best = folder / 'model_best.safetensors'
+    whole = best.read_bytes()
+    best.write_bytes(whole[:-100])
+    refused('damaged')
+    best.unlink()
+    refused('model_best.safetensors: is not there')
+    best.write_bytes(whole)
+    args = yaml.safe_load((folder / 'args.yaml').read_text())
+    (folder / 'args.yaml').write_text('- a list')
+    refused('args.yaml')
+    (folder / 'args.yaml').write_text(yaml.safe_dump(dict(args, model='test_byobnet')))
+    refused('does not fit|no classifier')
