@@ -78,6 +78,13 @@ def _export(argv: list[str]) -> int:
     return export_main(argv)
 
 
+def _publish(argv: list[str]) -> int:
+    """publish a run on the Hugging Face Hub"""
+    from timm_amf.hub.publish import main as publish_main
+
+    return publish_main(argv)
+
+
 _VERBS = {
     'train': _train,
     'evaluate': _evaluate,
