@@ -311,6 +311,15 @@ def test_what_lies_between_blocks_is_a_candidate_of_its_own():
     assert [c.modules for c in found] == [(n,) for n in expected]
 
 
+def test_what_lies_after_the_blocks_where_something_lies_between_them():
+    """The Plan's `tail` is both, so its name is not taken."""
+    model = build('convnext_atto', head_hidden_size=16)
+    last = block_candidates(model, SIZE)[-1]
+    assert last.modules == ('head.norm', 'head.pre_logits') and last.name == 'head.norm..head.pre_logits'
+    assert trained(model, candidate_plan(Plan(), last)) == {
+        f'head.{n}.{p}' for n in ('norm', 'pre_logits.fc', 'fc') for p in ('weight', 'bias')}
+
+
 def test_blocks_of_vit_and_of_a_branch(amf):
     model = build('vit_tiny_patch16_224', img_size=32, depth=2)
     assert [(c.name, c.modules) for c in block_candidates(model, (3, 32, 32))] == [

@@ -266,7 +266,7 @@ def _trace(model: nn.Module, input_size: Sequence[int]) -> _Trace:
 
 @contextlib.contextmanager
 def _in_eval(model: nn.Module) -> Iterator[None]:
-    # Not by `train()`, which frozen norms do not follow.
+    # Restored one by one and not by `train()`, which models override.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
