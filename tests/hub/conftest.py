@@ -5,30 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub_runs import FLAGS, ROOT, folders, train  # noqa: F401  a fixture
 from huggingface_hub import constants
 from huggingface_hub.utils import _xet, close_session
 from loopback import TOKEN, LoopbackHub
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / 'tests' / 'engine'))
-
-from conftest_engine import components, folders, reset_accelerate, run  # noqa: E402, F401  fixtures
-
-import train_amf  # noqa: E402
-
-COMMON = [
-    '--img-size', '32', '-b', '8', '--workers', '0', '--lr', '0.05', '--warmup-epochs', '0', '--cpu', '--tracker',
-    'none', '--no-check-images',
-]
-AMF = [
-    *COMMON, '--model', 'amf', '--model-kwargs', "backbones=('test_resnet','test_resnet')", 'policy=test_resnet',
-    'policy_input_size=16', '--branch-lr', '0.01', '0.05', '--policy-lr', '0.02', '--epochs', '2',
-]
-SPOTTUNE = [
-    *COMMON, '--model', 'spottune', '--model-kwargs', 'backbone=test_resnet', 'policy=test_resnet', '--policy-lr',
-    '0.1', '--role', 'stem.train=all', '--epochs', '1',
-]
-PLAIN = [*COMMON, '--model', 'test_resnet', '--epochs', '1']
 
 
 @pytest.fixture
@@ -85,19 +65,11 @@ def other_process(hub, tmp_path):
 def runs(folders, tmp_path_factory):  # noqa: F811
     """Small runs, trained once: runs('amf'), 'spottune', 'plain', 'global_k'."""
     made, output = {}, tmp_path_factory.mktemp('runs')
-    flags = {
-        'amf': AMF, 'spottune': SPOTTUNE, 'plain': PLAIN,
-        'global_k': [*SPOTTUNE, '--global-k', '1'],
-    }
 
     def _run(name) -> Path:
         if name not in made:
             data = [f'--component=name={c},path={folders / c}' for c in ('stripes', 'blobs')]
-            if name == 'plain':
-                data = ['--data-dir', str(folders / 'stripes')]
-            reset_accelerate()
-            train_amf.train([*flags[name], *data, '--output', str(output), '--experiment', name])
-            reset_accelerate()
-            made[name] = output / name
+            data = ['--data-dir', str(folders / 'stripes')] if name == 'plain' else data
+            made[name] = train(name, output, [*FLAGS[name], *data])
         return made[name]
     return _run

@@ -117,6 +117,7 @@ class LoopbackHub:
         url: `HF_ENDPOINT` for the client.
         repos: Name -> `Repo`.
         requests: (method, path, status) of every answer; the status of a connection that was closed is 0.
+        authorised: Number of requests that came with the token.
         transports: The transports that large files came on: `lfs`, `xet`.
     """
 
@@ -129,6 +130,7 @@ class LoopbackHub:
         self.requests: list[tuple[str, str, int]] = []
         self.transports: set[str] = set()
         self.faults: list[Fault] = []
+        self.authorised = 0
         self.lock = threading.RLock()
 
     def __enter__(self) -> 'LoopbackHub':
@@ -218,6 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.route, self.query = unquote(url.path), parse_qs(url.query)
         with self.hub.lock:
+            self.hub.authorised += self._known
             self.active = next((f for f in self.hub.faults if f.takes(self.command, self.route)), None)
         length = int(self.headers.get('Content-Length') or 0)
         if self.active and self.active.drop:

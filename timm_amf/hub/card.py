@@ -2,6 +2,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -104,7 +105,7 @@ def build_card(run: OpenRun, repo_id: str, options: CardOptions) -> str:
         _summary(run),
         f'## Use\n\n{_usage(run, repo_id, plain)}',
         f'## Results\n\n{_results(run)}',
-        f'## How it was fine-tuned\n\n{_training(run, repo_id)}',
+        f'## How it was fine-tuned\n\n{_training(run, repo_id, bases)}',
         _figures(run),
         f'## Limits\n\n{_limits(run, bases)}',
         f'## Citation\n\n{_citation(run)}',
@@ -176,19 +177,6 @@ def _eval_results(result: Result, datasets: Sequence[str], run: OpenRun) -> list
 
 
 def _summary(run: OpenRun) -> str:
-    names = [net.pretrained_cfg['architecture'] for net in _networks(run.trained)]
-    what = {
-        'amf': f'An AMF: {_join(names[:-1])}, each fine-tuned its own way, weighted for each image by a policy network '
-               f'({names[-1]}) and fused by concatenation.',
-        'multitune': f'A MultiTune: {_join(names)}, each fine-tuned its own way, fused by concatenation.',
-        'spottune': f'A SpotTune: every residual block of {names[0]} exists frozen and tuned, and a policy network '
-                    f'({names[-1]}) routes each image through one of the two, block by block.',
-        None: f'{names[0]}, fine-tuned.',
-    }[_method(run.trained)]
-    if run.compacted:
-        what = (
-            f'{names[0]}, fine-tuned with SpotTune under a global policy: the same {run.plan.global_k} blocks are '
-            f'tuned for all images, the others are as they were. What is left is a plain timm model.')
     parts = ', '.join(
         f'{component.name} ({len(set(run.train.targets[run.train.component_of == i]))} classes, '
         f'{(run.train.component_of == i).sum()} training images)'
@@ -196,8 +184,28 @@ def _summary(run: OpenRun) -> str:
     size = 'x'.join(map(str, _input_size(run)))
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     return (
-        f'{what}\n\n- data: {parts}\n- classes: {run.model.num_classes}; their names are in `config.json`\n'
+        f'{_what(run)}\n\n- data: {parts}\n- classes: {run.model.num_classes}; their names are in `config.json`\n'
         f'- input: {size}, parameters: {millions:.2f} M')
+
+
+def _what(run: OpenRun) -> str:
+    names = [net.pretrained_cfg['architecture'] for net in _networks(run.trained)]
+    method = _method(run.trained)
+    if run.compacted:
+        return (
+            f'{names[0]}, fine-tuned with SpotTune under a global policy: the same {run.plan.global_k} blocks are '
+            f'tuned for all images, the others are as they were. What is left is a plain timm model.')
+    if method == 'spottune':
+        return (
+            f'A SpotTune: every residual block of {names[0]} exists frozen and tuned, and a policy network '
+            f'({names[-1]}) routes each image through one of the two, block by block.')
+    if method == 'multitune':
+        return f'A MultiTune: {_join(names)}, each fine-tuned its own way, fused by concatenation.'
+    if method == 'amf':
+        return (
+            f'An AMF: {_join(names[:-1])}, each fine-tuned its own way, weighted for each image by a policy network '
+            f'({names[-1]}) and fused by concatenation.')
+    return f'{names[0]}, fine-tuned.'
 
 
 def _input_size(run: OpenRun) -> Sequence[int]:
@@ -267,16 +275,27 @@ def _results(run: OpenRun) -> str:
     return text
 
 
-def _training(run: OpenRun, repo_id: str) -> str:
+def _training(run: OpenRun, repo_id: str, bases: Sequence[str]) -> str:
     plan = '\n'.join(f'- {line}' for line in describe_plan(run.plan, run.trained))
     command = f'hf download {repo_id} args.yaml --local-dir run\ntimm-amf train --config run/args.yaml'
     if run.own.get('data_dir'):
         command += ' --data-dir DATA'
-    note = '' if run.own.get('data_dir') else \
-        ' Folders of data in it are shortened to their last part; put yours there.'
+    note = '' if run.own.get('data_dir') else '; folders in it are shortened to their last part, put yours there'
     return (
-        f'{plan}\n\n`plan.yaml` has every field. The same training again (`args.yaml` has every option):{note}\n\n'
-        f'```bash\n{command}\n```')
+        f'{_start(run, bases)}\n\n{plan}\n\n`plan.yaml` has every field, `args.yaml` every option{note}. The same '
+        f'training again:\n\n```bash\n{command}\n```')
+
+
+def _start(run: OpenRun, bases: Sequence[str]) -> str:
+    """What the weights were before."""
+    file = run.own.get('initial_checkpoint') or run.own.get('pretrained_path')
+    if bases:
+        return f'It started from {_join([f"`{base}`" for base in bases])}.'
+    if file:
+        return f'It started from a file, `{Path(file).name}`.'
+    if run.own.get('pretrained'):
+        return 'It started from pretrained weights that are not on the Hub.'
+    return 'It started from random weights.'
 
 
 def _figures(run: OpenRun) -> str:

@@ -7,7 +7,6 @@ Everything goes in one commit: what breaks off before leaves the repository as i
 missing. The token is that of the Hub's own client (`hf auth login`, or HF_TOKEN); it is neither printed nor written.
 """
 import argparse
-import logging
 import signal
 import sys
 import tempfile
@@ -21,13 +20,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from timm_amf.errors import UserError
 from timm_amf.hub.card import CardOptions, build_card
 from timm_amf.hub.client import check_repo_id, hub_errors, patiently
-from timm_amf.hub.stage import is_own_file, open_run, stage
+from timm_amf.hub.stage import OpenRun, is_own_file, open_run, stage
 from timm_amf.version import __version__
 
 __all__ = ['Target', 'check_target', 'main', 'publish']
-
-_logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Target:
@@ -106,10 +102,10 @@ def publish(
     opened = open_run(run, data_dir, compact, None if results is None else Path(results))
     readme = build_card(opened, repo_id, options)
     if dry_run is not None:
-        _write_whole(opened, readme, Path(dry_run))
+        _write_whole(opened, readme, license, Path(dry_run))
         return None
     with tempfile.TemporaryDirectory(prefix='timm_amf_publish_') as folder:
-        files = stage(opened, Path(folder), readme)
+        files = stage(opened, Path(folder), readme, license)
         _print_files(files, Path(folder))
         address = _upload(target, files, Path(folder))
     print(f'published: {address}')
@@ -121,18 +117,17 @@ def _check_empty(folder: Path) -> None:
         raise UserError(f'--dry-run {folder}: is not empty; name a new folder')
 
 
-def _write_whole(opened, readme: str, folder: Path) -> None:
+def _write_whole(opened: OpenRun, readme: str, license: str, folder: Path) -> None:
     """Stages beside the folder and renames: it is there whole or not at all."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{folder.name}_', dir=folder.parent) as temporary:
             staged = Path(temporary) / 'staged'
             staged.mkdir()
-            stage(opened, staged, readme)
+            files = [folder / p.relative_to(staged) for p in stage(opened, staged, readme, license)]
             staged.replace(folder)
     except OSError as e:
         raise UserError(f'--dry-run {folder}: cannot be written ({e.strerror})') from None
-    files = sorted(p for p in folder.rglob('*') if p.is_file())
     _print_files(files, folder)
     print(f'nothing was sent; see {folder}')
 

@@ -220,13 +220,14 @@ def is_own_file(path: str) -> bool:
     return path in _FILES or (path.startswith('figures/') and path.endswith(_FIGURES))
 
 
-def stage(run: OpenRun, folder: Path, card: str) -> list[Path]:
+def stage(run: OpenRun, folder: Path, card: str, license: str) -> list[Path]:
     """Writes what is published into an empty folder, and checks it.
 
     Args:
         run: What is published.
         folder: Where to.
         card: Text of the README.
+        license: Licence of the weights.
 
     Returns:
         The files, in the order in which they are listed.
@@ -235,7 +236,7 @@ def stage(run: OpenRun, folder: Path, card: str) -> list[Path]:
         UserError: If the model does not come back from the folder as it is, or a secret is in it.
     """
     save_weights(run.model, folder / WEIGHTS)
-    _write_config(run, folder / 'config.json')
+    _write_config(run, folder / 'config.json', license)
     _dump(folder / 'plan.yaml', {'plan': run.plan.to_dict()})
     _dump(folder / 'args.yaml', _public_args(run))
     for name in ('summary.csv', 'policy.csv'):
@@ -270,7 +271,7 @@ def _dump(path: Path, content: Mapping) -> None:
     write_text(path, yaml.dump(content, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True))
 
 
-def _write_config(run: OpenRun, path: Path) -> None:
+def _write_config(run: OpenRun, path: Path, license: str) -> None:
     model = run.model
     data_config = resolve_data_config(vars(run.args), model=run.trained, verbose=False)
     if run.compacted:
@@ -281,13 +282,15 @@ def _write_config(run: OpenRun, path: Path) -> None:
     args = {k: _without_sources(v) for k, v in args.items() if not k.startswith('pretrained_cfg')}
     if model.num_classes < len(run.train.class_names):
         raise UserError(f'{run.folder}: its model has {model.num_classes} outputs and its data more classes')
+    # Tag and licence are not those of the weights that it started from.
+    own = {'tag': None, 'license': license}
     # A head with more outputs than the data have classes has names for the first ones alone.
     names = {'label_names': run.train.class_names} if model.num_classes == run.train.num_classes else {}
     try:
         save_config_for_hf(
             model,
             str(path),
-            model_config={**names, 'timm_amf': _provenance(run)},
+            model_config={**names, 'pretrained_cfg': own, 'timm_amf': _provenance(run)},
             model_args=args,
             data_config={k: v for k, v in data_config.items() if k in _DATA_KEYS},
         )
