@@ -302,7 +302,7 @@ def test_global_k_run(run, capsys):  # noqa: F811
         assert_same(opened(folder / 'exported.pt')[0], model, 32)
     # What the run itself left is a published folder.
     assert main(['export', str(folder / 'compact'), '--format', 'safetensors', '--output', str(folder / 'c')]) == 0
-    assert 'class names are not in its config.json' in capsys.readouterr().out
+    assert 'class names are left out: its config.json has none' in capsys.readouterr().out
 
 
 def test_run_whose_data_are_gone(run, folders, tmp_path, capsys):  # noqa: F811
@@ -355,6 +355,28 @@ def test_published_folder(published, capsys):
         torch.testing.assert_close(file(x), model(x), rtol=0, atol=1e-4)
 
 
+def test_published_spottune_of_one_path(tmp_path):
+    model = network('spottune')
+    own = dict(timm_amf=dict(blocks=[1, 3]), label_names=NAMES)
+    data = dict(img_size=48, crop_pct=0.7)
+    save_for_hf(model, str(tmp_path), model_config=own, safe_serialization=True, data_config=data)
+    exported = open_source(tmp_path)
+    assert exported.config['input_size'] == [3, 48, 48] and exported.config['crop_pct'] == 0.7
+    assert exported.config['architecture'] == 'resnet10t' and exported.config['class_names'] == NAMES
+    x = images(6)
+    with torch.no_grad():
+        decided = model(x)
+        model.set_blocks([1, 3])
+        # The statistics of the backbone are another convention of the same images.
+        cfg, plain = model.pretrained_cfg, exported.model.pretrained_cfg
+        old, new = ([torch.tensor(c[k]).view(3, 1, 1) for k in ('mean', 'std')] for c in (cfg, plain))
+        assert cfg['mean'] != plain['mean'] and exported.config['mean'] == list(plain['mean'])
+        same = (x * old[1] + old[0] - new[0]) / new[1]
+        torch.testing.assert_close(exported.model(same), model(x), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(decided, model(x), atol=1e-3)
+    assert type(open_source(tmp_path, blocks='policy').model).__name__ == 'SpotTune'
+
+
 def test_label_names_with_gaps(published):
     folder, _ = published
     config = json.loads((folder / 'config.json').read_text())
@@ -396,11 +418,11 @@ def assert_one_line(capsys, words):
 
 @pytest.mark.parametrize('fault, words', [
     ('no folder', 'neither a run .* nor a published model'),
-    ('pickle', 'has no model.safetensors'),
-    ('truncated', 'cannot be loaded'),
-    ('no json', 'cannot be loaded'),
-    ('unknown', 'cannot be loaded'),
-    ('swapped', 'cannot be loaded|does not fit'),
+    ('pickle', 'pickle.*model.safetensors'),
+    ('truncated', 'model.safetensors'),
+    ('no json', 'config.json'),
+    ('unknown', 'no_such_model'),
+    ('swapped', 'model.safetensors.* not the weights'),
 ])
 def test_damaged_folders(published, capsys, tmp_path, fault, words):
     folder, model = published

@@ -21,6 +21,7 @@ from timm_amf.engine.build import build_model
 from timm_amf.engine.paths import parse_blocks
 from timm_amf.engine.run_folder import is_run, load_run, read_run, weights_file
 from timm_amf.errors import UserError
+from timm_amf.hub.load import load
 from timm_amf.models.amf import AMF
 from timm_amf.models.spottune import SpotTune
 from timm_amf.tuning import Plan
@@ -126,10 +127,7 @@ def open_source(
     elif (Path(path) / 'config.json').is_file():
         if weights != 'best':
             raise UserError(f'--weights {weights}: {path} is a published folder with one set of weights; leave it out')
-        model, own_names = _open_published(Path(path))
-        model, notes = _on_path(model, str(path), blocks, None)
-        data, names = resolve_data_config({}, model=model, verbose=False), names or own_names
-        notes += () if names else ('the class names are not in its config.json; add --class-names FILE',)
+        model, data, names, notes = _open_published(Path(path), blocks, names)
     else:
         raise UserError(f'{path}: neither a run (args.yaml) nor a published model (config.json); give such a folder')
     if names is not None and len(names) > model.num_classes:
@@ -173,14 +171,11 @@ def _open_run(
             names = _class_names(args)
         except UserError as e:
             notes = (f'the class names are left out: {e}; give --data-dir DIR or --class-names FILE',)
-    whole, (model, more) = model, _on_path(
-        model, str(run), blocks or args.eval_blocks, Plan.from_yaml(run / 'plan.yaml').global_k)
-    settings = vars(args)
-    if model is not whole:  # a plain model, which wants the statistics of the backbone
-        settings = dict(settings, mean=None, std=None)
+    whole, k = model, Plan.from_yaml(run / 'plan.yaml').global_k
+    model, more = _on_path(whole, str(run), blocks or args.eval_blocks, k)
     if args.eval_sampling_seed is not None and isinstance(model, SpotTune):
         more += ('the run draws its decisions in evaluation; the file takes the likelier ones',)
-    return model, resolve_data_config(settings, model=model, verbose=False), names, notes + more
+    return model, _data_config(vars(args), whole, model), names, notes + more
 
 
 def _options(run: Path, data_dir: Optional[str]) -> argparse.Namespace:
@@ -225,20 +220,22 @@ def _count_classes(args: argparse.Namespace, weights: Path) -> int:
 # ---- a published folder
 
 
-def _open_published(folder: Path) -> tuple[nn.Module, Optional[list[str]]]:
-    if not (folder / 'model.safetensors').is_file():
-        raise UserError(f'{folder}: has no model.safetensors; weights in a pickle are not loaded')
-    try:
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        model = timm.create_model(f'local-dir:{folder}', pretrained=True)
-    except UserError:
-        raise
-    except Exception as e:  # timm raises many types for a config that is damaged or does not fit its weights
-        raise UserError(f'{folder}: cannot be loaded ({" ".join(str(e).split())[:300]})') from None
-    labels = config.get('label_names')
+def _open_published(
+        folder: Path,
+        blocks: Optional[str],
+        names: Optional[list[str]],
+) -> tuple[nn.Module, dict[str, Any], Optional[list[str]], tuple[str, ...]]:
+    model = load(folder)
+    if isinstance(model, SpotTune) and model.fixed_blocks is not None and not blocks:
+        blocks = ','.join(map(str, model.fixed_blocks)) or 'frozen'  # its results are of this path
+    labels = model.pretrained_cfg.get('label_names')
     if isinstance(labels, dict):  # index -> name, where not every output has one
         labels = [labels.get(str(i), str(i)) for i in range(model.num_classes)]
-    return model.eval(), list(labels) if labels else None
+    names = names or (list(labels) if labels else None)
+    whole, (model, notes) = model, _on_path(model, str(folder), blocks, None)
+    if names is None:
+        notes += ('the class names are left out: its config.json has none; give --class-names FILE',)
+    return model, _data_config({}, whole, model), names, notes
 
 
 # ---- either
@@ -260,16 +257,16 @@ def _on_path(
     model.set_sampling(None)
     if blocks == 'policy' or (blocks is None and global_k is None):
         return model, ()
-    if blocks:
-        chosen = parse_blocks(blocks)
-        model.set_blocks(chosen)
-    else:
-        chosen = model.chosen_blocks(global_k)
-        model.set_blocks(chosen)
-    tuned = len(model.fixed_blocks)
-    return model.compact(chosen), (
-        f'all images take one path, {tuned} tuned of {len(model.block_names)} blocks: exported as a plain '
-        f'{model.backbone_part.name}',)
+    model.set_blocks(parse_blocks(blocks) if blocks else model.chosen_blocks(global_k))
+    return model.compact(model.fixed_blocks), (
+        f'all images take one path, {len(model.fixed_blocks)} tuned of {len(model.block_names)} blocks: exported as a '
+        f'plain {model.backbone_part.name}',)
+
+
+def _data_config(settings: dict[str, Any], whole: nn.Module, model: nn.Module) -> dict[str, Any]:
+    """How images are prepared: as for the whole model, but a plain one of it wants its backbone's statistics."""
+    data = resolve_data_config(settings, model=whole, verbose=False)
+    return data if model is whole else dict(data, mean=model.pretrained_cfg['mean'], std=model.pretrained_cfg['std'])
 
 
 def _resize(model: nn.Module, img_size: Union[int, Sequence[int]]) -> tuple[int, int]:
