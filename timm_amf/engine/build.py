@@ -34,7 +34,7 @@ from timm_amf.tuning.groups import settings
 
 __all__ = [
     'build_accelerator', 'build_data', 'build_loaders', 'build_mixup', 'build_model', 'place_model', 'run_folder',
-    'seed_step', 'set_start', 'start_trackers',
+    'seed_step', 'seed_torch', 'set_start', 'start_trackers',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -52,7 +52,12 @@ def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
     for_python, for_numpy, for_torch = _step_seeds(seed, epoch, block, rank)[offset]
     random.seed(for_python)
     np.random.seed(for_numpy)
-    _torch_seeder()(for_torch)
+    seed_torch(for_torch)
+
+
+def seed_torch(seed: int) -> None:
+    """As `torch.manual_seed`, in a tenth of its time."""
+    _torch_seeder()(seed)
 
 
 @functools.lru_cache(maxsize=2)

@@ -7,7 +7,7 @@ fold is part of the graph, so weights and affine parameters get the gradients th
 input need not be kept. Else the folded weights are kept until one of their sources changes.
 """
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Optional
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, Conv2dSame, SplitBatchNorm2d, SyncBatchNormAct, pad_same
 from torch import Tensor, nn
 
-__all__ = ['FoldedConv', 'Folds', 'find_pairs', 'foldable_pairs', 'folded_view', 'norms_fixed']
+__all__ = ['FoldedConv', 'Folds', 'find_pairs', 'foldable_pairs', 'folded_view', 'norms_fixed', 'view_with']
 
 # Not their other subclasses: those change the weight before they use it (weight standardisation, say).
 _CONVS = (nn.Conv2d, Conv2dSame)
@@ -193,7 +193,7 @@ def folded_view(module: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Modul
         # timm's norms may carry their activation.
         rest = [m for m in (getattr(norm, 'drop', None), getattr(norm, 'act', None)) if m is not None]
         replaced[norm_name] = nn.Sequential(*rest) if len(rest) > 1 else rest[0] if rest else nn.Identity()
-    return _clone(module, '', replaced)
+    return view_with(module, replaced)
 
 
 class Folds:
@@ -223,7 +223,17 @@ class Folds:
         return view if norms_fixed(norms) else module
 
 
-def _clone(module: nn.Module, path: str, replaced: dict[str, nn.Module]) -> nn.Module:
+def view_with(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Module:
+    """A module that computes as `module` does with some of the modules below it replaced; `module` stays as it is.
+
+    Args:
+        module: What to view; what is not replaced is shared, parameters and buffers included.
+        replaced: Replacements by path.
+    """
+    return _clone(module, '', replaced)
+
+
+def _clone(module: nn.Module, path: str, replaced: Mapping[str, nn.Module]) -> nn.Module:
     if path in replaced:
         return replaced[path]
     prefix = f'{path}.' if path else ''
