@@ -95,8 +95,7 @@ def assert_same(file, model, size: int = 64, batches=(1, 4, 7)):
         x = images(batch, size)
         expected = model(x)
         got = file(x)
-        scale = max(1., expected.abs().max().item())
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * scale)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
         assert torch.equal(got.argmax(1), expected.argmax(1))
         assert len({tuple(row.tolist()) for row in got}) == batch  # each image has a result of its own
 
@@ -115,7 +114,7 @@ def test_round_trip(name, form, tmp_path):
     routing = getattr(model, 'routing', None)
     path = tmp_path / f'model{FORMATS[form].suffix}'
     exported = export_model(source(model), form, path)
-    assert exported.batches == (1, 2, 5) and exported.difference <= 1e-4 * max(1, exported.largest)
+    assert exported.batches == (1, 2, 5) and exported.difference <= 1e-4 * exported.largest
     assert exported.same_class == 8 and exported.size == path.stat().st_size
     assert list(tmp_path.iterdir()) == [path]
 
@@ -197,6 +196,16 @@ def test_a_model_of_a_fixed_batch_is_refused(small, tmp_path):
     with pytest.raises(UserError, match='torchscript file'):
         export_model(replace(small, model=FixedBatch(small.model)), 'torchscript', tmp_path / 'a.pt')
     assert not list(tmp_path.iterdir())
+
+
+def test_zeros_do_not_pass_for_small_logits(small, tmp_path, monkeypatch):
+    with torch.no_grad():
+        small.model.fc.weight.mul_(1e-9)
+        small.model.fc.bias.zero_()
+    zeros = replace(FORMATS['safetensors'], read=lambda path: lambda x: torch.zeros(len(x), 5))
+    monkeypatch.setitem(FORMATS, 'safetensors', zeros)
+    with pytest.raises(UserError, match='differs from the model'):
+        export_model(small, 'safetensors', tmp_path / 'a.safetensors')
 
 
 @pytest.mark.parametrize('old', [None, b'what was there'])
@@ -318,6 +327,12 @@ def test_run_whose_data_are_gone(run, folders, tmp_path, capsys):  # noqa: F811
     model.load_state_dict(load_file(folder / 'model_best.safetensors'))
     assert_same(file, model, 32)
 
+    # Of other data nothing is taken.
+    flags = ['--data-dir', str(folders / 'blobs')]
+    assert main(['export', str(folder), '--format', 'safetensors', '--overwrite', *flags]) == 0
+    assert 'the data have 2 classes by now, and the model 3 outputs' in capsys.readouterr().out
+    assert 'class_names' not in opened(folder / 'exported.safetensors')[1]
+
     names = tmp_path / 'names.txt'
     names.write_text('a\nb\nc\n')
     for flags in (['--data-dir', str(folders / 'stripes')], ['--class-names', str(names)]):
@@ -398,6 +413,7 @@ def test_label_names_with_gaps(published):
     (['--format', 'torchscript', '--img-size', '1', '2', '3'], '--img-size: takes one side'),
     (['--format', 'torchscript', '--img-size', '-3'], '--img-size: takes one side'),
     (['--format', 'torchscript', '--weights', 'ema'], 'one set of weights'),
+    (['--format', 'torchscript', '--data-dir', '.'], '--data-dir: .* published folder'),
     (['--format', 'torchscript', '--blocks', 'tuned'], '--blocks needs a SpotTune'),
     (['--format', 'torchscript', '--class-names', '{folder}/none.txt'], 'cannot be read'),
     (['--format', 'torchscript', '--class-names', '{folder}/config.json'], 'names .* classes and the model has 5'),

@@ -127,13 +127,15 @@ def open_source(
     elif (Path(path) / 'config.json').is_file():
         if weights != 'best':
             raise UserError(f'--weights {weights}: {path} is a published folder with one set of weights; leave it out')
+        if data_dir is not None:
+            raise UserError(f'--data-dir: {path} is a published folder, which names its classes itself; leave it out')
         model, data, names, notes = _open_published(Path(path), blocks, names)
     else:
         raise UserError(f'{path}: neither a run (args.yaml) nor a published model (config.json); give such a folder')
     if names is not None and len(names) > model.num_classes:
         raise UserError(
             f'{class_names or path}: names {len(names)} classes and the model has {model.num_classes} outputs; '
-            f'give the names of its own with --class-names')
+            f'give its own with --class-names FILE')
     if img_size is not None:
         data = dict(data, input_size=(data['input_size'][0], *_resize(model, img_size)))
     model = model.float().eval().requires_grad_(False)
@@ -168,7 +170,7 @@ def _open_run(
     notes: tuple[str, ...] = ()
     if names is None:
         try:
-            names = _class_names(args)
+            names = _class_names(args, model.num_classes)
         except UserError as e:
             notes = (f'the class names are left out: {e}; give --data-dir DIR or --class-names FILE',)
     whole, k = model, Plan.from_yaml(run / 'plan.yaml').global_k
@@ -192,10 +194,13 @@ def _options(run: Path, data_dir: Optional[str]) -> argparse.Namespace:
     return read_run(run, [] if data_dir is None else ['--data-dir', data_dir])
 
 
-def _class_names(args: argparse.Namespace) -> list[str]:
+def _class_names(args: argparse.Namespace, outputs: int) -> list[str]:
     spec = data_spec_from_args(args, args.recipe.get('data'))
     channels = args.in_chans or (args.input_size[0] if args.input_size else 3)
-    return create_dataset(spec, splits_from_args(args)[1], channels).class_names
+    names = create_dataset(spec, splits_from_args(args)[1], channels).class_names
+    if len(names) > outputs or (len(names) < outputs and not args.num_classes):
+        raise UserError(f'the data have {len(names)} classes by now, and the model {outputs} outputs')
+    return names
 
 
 def _count_classes(args: argparse.Namespace, weights: Path) -> int:
