@@ -16,6 +16,7 @@ import re
 import struct
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -157,11 +158,16 @@ class LoopbackHub:
     def messages(self, repo: str) -> list[str]:
         return [commit.message for commit in self.repos[repo].commits.values()]
 
-    def put(self, repo: str, files: dict[str, bytes], revision: str = 'main', private: bool = False) -> str:
-        """Commits files as they are, without a client; returns the commit."""
-        stored = self.repos.setdefault(repo, Repo(private))
-        head = stored.find(revision)
-        stored.refs[revision] = stored.add({**head.files, **{k: Blob(v) for k, v in files.items()}}, 'put')
+    def put(self, repo: str, files: dict[str, bytes], revision: str = 'main', large: Sequence[str] = ()) -> str:
+        """Commits files as they are, without a client, those in `large` as LFS does; returns the commit."""
+        blobs = {}
+        for path, content in files.items():
+            blobs[path] = Blob(content)
+            if path in large:
+                blobs[path] = Blob(sha256=hashlib.sha256(content).hexdigest(), length=len(content))
+                (self.lfs / blobs[path].sha256).write_bytes(content)
+        stored = self.repos.setdefault(repo, Repo(private=False))
+        stored.refs[revision] = stored.add({**stored.find(revision).files, **blobs}, 'put')
         return stored.refs[revision]
 
     def read(self, blob: Blob) -> bytes:

@@ -27,7 +27,7 @@ WEIGHTS = 'model.safetensors'
 PICKLES = ('.bin', '.pt', '.pth', '.pth.tar', '.ckpt', '.pkl', '.pickle', '.npz', '.npy')
 
 _MAX_CONFIG = 16_000_000  # bytes; the names and descriptions of ImageNet-21k's classes are some 2 million
-_MAX_YAML = 1_000_000
+_MAX_YAML, _MAX_YAML_DEPTH = 200_000, 20
 _MAX_CLASSES = 1_000_000
 _MAX_TEXT = 2_000
 # Of model_args: how large a number, how many entries of a list, how deep, how many values in all.
@@ -82,9 +82,13 @@ def read_yaml(path: Path, where: str) -> Any:
     """
     text = _read(path, f'{where}: {path.name}', _MAX_YAML)
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise UserError(f'{where}: {path.name} has aliases, which are not read from a repository')
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_YAML_DEPTH:  # further down the reader takes the square of the time
+                raise UserError(f'{where}: {path.name} is nested too deeply; it is not read')
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f'{where}: {path.name} is damaged ({" ".join(str(e).split())[:100]})') from None
@@ -203,8 +207,9 @@ def _check_names(config: dict, where: str) -> None:
 def check_digest(path: Path, where: str) -> None:
     """Compares a file of the client's cache with the SHA-256 that the Hub gave for it.
 
-    The cache keeps a large file under that hash, and the client compares no more than the length of what came. A file
-    that is not what its name says is removed, so that the next try gets it anew.
+    The file of a commit is a link to `blobs/`, where a large file has that hash for its name (and may be a link in
+    turn, to a store by Xet's own hash). The client compares no more than the length of what came. A file that is not
+    what its name says is removed, so that the next try gets it anew.
 
     Args:
         path: The file, as the client returned it.
@@ -213,16 +218,16 @@ def check_digest(path: Path, where: str) -> None:
     Raises:
         UserError: If they differ.
     """
-    stored = path.resolve()
-    if not re.fullmatch(r'[0-9a-f]{64}', stored.name):
-        return  # a small file, which the Hub names by git's hash of it, or no file of the cache
+    blob = path.parent / path.readlink() if path.is_symlink() else path
+    if not re.fullmatch(r'[0-9a-f]{64}', blob.name):
+        return  # a small file, which the Hub names by git's hash of it, or a cache without links
     digest = hashlib.sha256()
-    with stored.open('rb') as file:
+    with path.open('rb') as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    if digest.hexdigest() != stored.name:
-        stored.unlink()
-        path.unlink(missing_ok=True)
+    if digest.hexdigest() != blob.name:
+        for link in (path.resolve(), blob, path):
+            link.unlink(missing_ok=True)
         raise UserError(f'{where}: {path.name} is not what the Hub says it is (SHA-256 differs); try again')
 
 

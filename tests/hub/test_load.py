@@ -1,0 +1,456 @@
+"""Models loaded from the loopback Hub and from folders: what comes back, and what does not pass."""
+import hashlib
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from loopback import TOKEN
+from safetensors.torch import load_file, save_file
+
+import timm_amf
+from timm_amf import Plan, UserError
+from timm_amf.hub.safety import check_config, check_fits
+
+REPO = 'org/birds'
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope='session')
+def staged(runs, tmp_path_factory):
+    """Published folders, staged once: staged('amf')."""
+    made = {}
+
+    def _stage(name) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp('staged') / name
+            timm_amf.publish(runs(name), f'org/{name}', 'mit', dry_run=made[name])
+        return made[name]
+    return _stage
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+def put(hub, folder: Path, **changed) -> str:
+    """The folder as a repository, some files changed or (None) left out; the weights come over LFS."""
+    files = {**contents(folder), **changed}
+    return hub.put(REPO, {k: v for k, v in files.items() if v is not None}, large=('model.safetensors',))
+
+
+# -- what comes back --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', ('amf', 'spottune', 'plain'))
+def test_a_model_and_what_made_it(client, hub, staged, runs, name):
+    commit = put(hub, staged(name))
+    model = timm_amf.load(REPO)
+    assert not model.training
+    state = load_file(runs(name) / 'model_best.safetensors')
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    p = model.provenance
+    assert (p.source, p.commit) == (REPO, commit)
+    assert p.plan == Plan.from_yaml(runs(name) / 'plan.yaml')
+    text = str(p)
+    assert 'data stripes: 3 classes, 27 training and 15 validation images' in text
+    assert f'plan: sgd, {p.plan.epochs} epochs, LR 0.05' in text and commit[:10] in text
+
+
+@pytest.mark.parametrize('name', ('amf', 'spottune', 'plain'))
+def test_other_classes_keep_the_features(client, hub, staged, name, caplog):
+    put(hub, staged(name))
+    model = timm_amf.load(REPO)
+    for other in (timm_amf.load(REPO, num_classes=7),
+                  timm.create_model(f'hf-hub:{REPO}', pretrained=True, num_classes=7).eval()):
+        with torch.no_grad():
+            ours, theirs = (m.forward_head(m.forward_features(IMAGES), pre_logits=True) for m in (model, other))
+            assert torch.equal(ours, theirs) and other(IMAGES).shape == (3, 7)
+    bare = timm_amf.load(REPO, num_classes=0)
+    with torch.no_grad():
+        assert torch.equal(bare(IMAGES), ours)
+
+
+@pytest.mark.parametrize('name', ('amf', 'spottune', 'plain'))
+def test_one_channel_sees_the_sum_of_three(client, hub, staged, name):
+    """timm sums the kernels of the first convolution; all three parts of these have the same statistics."""
+    put(hub, staged(name))
+    model, grey = timm_amf.load(REPO), timm_amf.load(REPO, in_chans=1)
+    by_timm = timm.create_model(f'hf-hub:{REPO}', pretrained=True, in_chans=1).eval()
+    x = IMAGES[:, :1]
+    with torch.no_grad():
+        expected = model(x.expand(-1, 3, -1, -1))
+        for other in (grey, by_timm):
+            torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ('amf', 'spottune', 'plain'))
+def test_features_only(client, hub, staged, name):
+    put(hub, staged(name))
+    model, features = timm_amf.load(REPO), timm_amf.load(REPO, features_only=True)
+    with torch.no_grad():
+        maps = features(IMAGES)
+        expected = model.forward_intermediates(IMAGES, intermediates_only=True) if name != 'plain' else None
+    assert len(maps) >= 3 and [m.shape[1] for m in maps] == features.feature_info.channels()
+    assert features.provenance.architecture in ('amf', 'spottune', 'test_resnet')
+    if expected is not None:
+        assert torch.equal(maps[-1], expected[-1])
+
+
+def test_pinned_revisions(client, hub, staged):
+    first = put(hub, staged('plain'))
+    state = load_file(staged('plain') / 'model.safetensors')
+    state['fc.bias'] += 1
+    save_file(state, staged('plain').parent / 'moved.safetensors')
+    second = put(hub, staged('plain'), **{
+        'model.safetensors': (staged('plain').parent / 'moved.safetensors').read_bytes()})
+    with torch.no_grad():
+        new = timm_amf.load(REPO)(IMAGES)
+        for old in (timm_amf.load(REPO, revision=first), timm_amf.load(f'{REPO}@{first}'),
+                    timm_amf.load(f'hf-hub:{REPO}', first),
+                    timm.create_model(f'hf-hub:{REPO}@{first}', pretrained=True).eval()):
+            torch.testing.assert_close(old(IMAGES) + 1, new)
+    assert timm_amf.load(REPO).provenance.commit == second
+    with pytest.raises(UserError, match=f'{REPO}@v9: has no such revision'):
+        timm_amf.load(f'{REPO}@v9')
+    with pytest.raises(UserError, match='two revisions'):
+        timm_amf.load(f'{REPO}@{first}', second)
+
+
+def test_folders(staged, runs, tmp_path):
+    folder = staged('amf')
+    with torch.no_grad():
+        expected = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(IMAGES)
+        for path in (folder, str(folder), f'local-dir:{folder}'):
+            model = timm_amf.load(path)
+            assert torch.equal(model(IMAGES), expected) and model.provenance.source == str(folder)
+    with pytest.raises(UserError, match='no such folder'):
+        timm_amf.load(tmp_path / 'none')
+    with pytest.raises(UserError, match='has no config.json; timm-amf publish'):
+        timm_amf.load(runs('amf'))
+    with pytest.raises(UserError, match='is a folder, and has no revision'):
+        timm_amf.load(folder, 'v1')
+
+
+def test_the_compact_folder_of_a_run(runs):
+    model = timm_amf.load(runs('global_k') / 'compact')
+    assert type(model).__module__.startswith('timm.') and 'plan: not recorded' in str(model.provenance)
+
+
+def test_an_unknown_keyword_is_a_type_error_as_in_timm(staged):
+    with pytest.raises(TypeError, match='frobnicate'):
+        timm_amf.load(staged('plain'), frobnicate=1)
+
+
+def test_offline_from_the_cache(client, hub, staged, monkeypatch):
+    put(hub, staged('amf'))
+    timm_amf.load(REPO)
+    asked = len(hub.requests)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    model = timm_amf.load(REPO)
+    assert len(hub.requests) == asked and model.provenance.plan is not None
+    with pytest.raises(UserError, match='HF_HUB_OFFLINE|switched off'):
+        timm_amf.load('org/other')
+
+
+# -- what does not pass -----------------------------------------------------------------------------------------------
+
+class Bomb:
+    """A pickle of this touches a file where it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize('name', ('pytorch_model.bin', 'weights.pth', '../../../up.pkl', 'a\x1b[31m.bin'))
+def test_pickles_are_refused(client, hub, staged, tmp_path, name):
+    bomb = pickle.dumps(Bomb(tmp_path / 'exploded'))
+    put(hub, staged('plain'), **{'model.safetensors': None, name: bomb})
+    with pytest.raises(UserError) as error:
+        timm_amf.load(REPO)
+    assert 'pickle' in str(error.value) and '\x1b' not in str(error.value) and '\n' not in str(error.value)
+    assert not (tmp_path / 'exploded').exists()
+    # Nothing but the files that are known here was asked for.
+    asked = {path.rpartition('/')[2] for method, path, _ in hub.requests if '/resolve/' in path}
+    assert asked == {'config.json', 'model.safetensors'}
+    written = [p for p in tmp_path.rglob('*') if p.is_file() and hub.folder not in p.parents]
+    assert all(client in p.parents for p in written)
+
+
+def test_a_pickle_beside_the_weights_is_not_touched(client, hub, staged, tmp_path):
+    put(hub, staged('plain'), **{'pytorch_model.bin': pickle.dumps(Bomb(tmp_path / 'exploded'))})
+    timm_amf.load(REPO)
+    assert not (tmp_path / 'exploded').exists()
+    assert not any('.bin' in path for _, path, _ in hub.requests)
+
+
+def test_no_model_at_all(client, hub, staged):
+    hub.put(REPO, {'README.md': b'---\nlicense: mit\n---\n'})
+    with pytest.raises(UserError, match='org/birds: has no config.json'):
+        timm_amf.load(REPO)
+    hub.put(REPO, {'config.json': (staged('plain') / 'config.json').read_bytes()})
+    with pytest.raises(UserError, match='org/birds: has no model.safetensors'):
+        timm_amf.load(REPO)
+
+
+def changed(config, path, value):
+    """A copy with one entry set, along keys with dots between."""
+    config = json.loads(json.dumps(config))
+    at = config
+    *parents, last = path.split('.')
+    for key in parents:
+        at = at.setdefault(key, {})
+    at[last] = value
+    return config
+
+
+HOSTILE = [
+    ('architecture', 'no_such_model'), ('architecture', '../../etc/passwd'), ('architecture', 'hf-hub:evil/model'),
+    ('architecture', ['resnet18']), ('architecture', None),
+    ('num_classes', 10 ** 12), ('num_classes', -1), ('num_classes', 'all'), ('num_classes', True),
+    ('model_args', ['resnet18']), ('model_args.num_classes', 10 ** 12),
+    ('model_args.backbones', ['hf-hub:evil/model', 'test_resnet']), ('model_args.policy', '/etc/passwd'),
+    ('model_args.policy', 'x' * 1000), ('model_args.policy', '..'), ('model_args.policy', 'a\nb'),
+    ('model_args.policy', "__import__('os').system('true')"),
+    ('model_args.backbones', ['test_resnet'] * 1000),
+    ('model_args.backbone_kwargs', {'pretrained_cfg_overlay': {'file': '/etc/passwd'}}),
+    ('model_args.backbone_kwargs', {'pretrained_cfg_overlay': {'url': 'http'}}),
+    ('model_args.backbone_kwargs', {'checkpoint_path': 'x'}), ('model_args.backbone_kwargs', {'pretrained': True}),
+    ('model_args.pretrained_parts', True), ('model_args.pretrained_strict', False), ('model_args.cache_dir', 'x'),
+    ('model_args.pretrained_cfg_overlay', {'mean': [0.5]}), ('model_args.__class__', 'x'),
+    ('model_args.img_size', 10 ** 9), ('model_args.img_size', 10 ** 400), ('model_args.drop_rate', float('nan')),
+    ('model_args.drop_rate', float('inf')), ('model_args.policy_kwargs', {'a': {'b': {'c': {'d': {'e': {'f': 1}}}}}}),
+    ('model_args.policy_kwargs', {f'k{i}': i for i in range(3000)}), ('model_args.a b', 1),
+    ('pretrained_cfg', None), ('pretrained_cfg.file', '/etc/passwd'), ('pretrained_cfg.url', 'http://evil'),
+    ('pretrained_cfg.state_dict', {'a': 1}), ('pretrained_cfg.hf_hub_id', 'evil/model'),
+    ('pretrained_cfg.custom_load', True), ('pretrained_cfg.frobnicate', 1), ('pretrained_cfg.mean', 'abc'),
+    ('pretrained_cfg.std', [0., 0., 0.]), ('pretrained_cfg.std', []), ('pretrained_cfg.mean', [float('nan')] * 3),
+    ('pretrained_cfg.input_size', [3, 10 ** 9, 10 ** 9]), ('pretrained_cfg.crop_pct', 1e300),
+    ('label_names', 'abc'), ('label_names', [1, 2]), ('label_names', ['x' * 10_000]), ('label_descriptions', {'a': []}),
+]
+
+
+@pytest.mark.parametrize('path,value', HOSTILE, ids=[f'{i}-{path}' for i, (path, _) in enumerate(HOSTILE)])
+def test_hostile_configurations(staged, tmp_path, monkeypatch, path, value):
+    """Refused by their contents, before a model is built, in one line that can be printed."""
+    config = changed(json.loads((staged('amf') / 'config.json').read_text()), path, value)
+    monkeypatch.setattr(timm, 'create_model', lambda *a, **k: pytest.fail('was built'))
+    with pytest.raises(UserError) as error:
+        check_config(config, REPO)
+    assert str(error.value).startswith(f'{REPO}: ') and '\n' not in str(error.value) and len(str(error.value)) < 300
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    (tmp_path / 'model.safetensors').write_bytes(b'')
+    with pytest.raises(UserError):
+        timm_amf.load(tmp_path)
+
+
+def test_all_that_is_published_passes(staged):
+    for name in ('amf', 'spottune', 'plain', 'global_k'):
+        check_config(json.loads((staged(name) / 'config.json').read_text()), name)
+
+
+@pytest.mark.parametrize('value', [
+    {'backbones': ['test_resnet'] * 40}, {'policy_kwargs': {'depth': 60_000}}, {'num_classes': 900_000},
+    {'backbones': ['resnetv2_152x4_bit', 'resnetv2_152x4_bit']}, {'frobnicate': 1},
+])
+def test_nothing_is_allocated_that_the_weights_do_not_fill(staged, tmp_path, value):
+    """Plausible arguments that mean another network: compared on the meta device."""
+    for name, content in contents(staged('amf')).items():
+        (tmp_path / name).write_bytes(content)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    config['model_args'].update(value)
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    allocated = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.device.type != 'meta':
+                allocated.append(out.numel())
+            return out
+
+    with Watch(), pytest.raises(UserError) as error:
+        timm_amf.load(tmp_path)
+    assert '\n' not in str(error.value)
+    assert max(allocated, default=0) < 1_000_000
+
+
+@pytest.mark.parametrize('text', [
+    '', '{', '[]', '"x"', '[' * 100_000, '{"a": ' * 100_000, '{"a": 1' + '0' * 5000 + '}',
+], ids=lambda text: text[:8])
+def test_damaged_configurations(client, hub, staged, text):
+    put(hub, staged('plain'), **{'config.json': text.encode()})
+    with pytest.raises(UserError, match='org/birds: config.json') as error:
+        timm_amf.load(REPO)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('text', [
+    'a: &a [x, x]\nplan: [*a, *a]', 'plan: !!python/object/apply:os.mkdir [exploded]', 'plan: {frobnicate: 1}',
+    'plan: {lr: fast}', '- 1', ': : :', 'plan: ' + '[' * 100_000,
+    'plan: ' + '# ' * 200_000,
+], ids=lambda text: text[:12])
+def test_damaged_plans(client, hub, staged, tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    put(hub, staged('plain'), **{'plan.yaml': text.encode()})
+    with pytest.raises(UserError, match='org/birds: plan.yaml') as error:
+        timm_amf.load(REPO)
+    assert '\n' not in str(error.value) and not (tmp_path / 'exploded').exists()
+
+
+@pytest.mark.parametrize('section', [
+    [], {'data': 1}, {'data': [1]}, {'data': [{'name': 1}]}, {'blocks': {'a': 1}}, {'blocks': 'all'}, {'epoch': 'x'},
+    {'data': [dict(name='a\x1b[31m', dataset='', classes=1, train=1, val=1)]},
+])
+def test_damaged_provenance(staged, tmp_path, section):
+    for name, content in contents(staged('spottune')).items():
+        (tmp_path / name).write_bytes(content)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps({**config, 'timm_amf': section}))
+    with pytest.raises(UserError, match='section timm_amf'):
+        timm_amf.load(tmp_path)
+
+
+def bad_weights(folder, kind):
+    good = (folder / 'model.safetensors').read_bytes()
+    if kind == 'truncated':
+        return good[:-1000]
+    if kind == 'header only':
+        return good[:100]
+    if kind == 'pickle':
+        return pickle.dumps({'a': 1})
+    if kind == 'empty':
+        return b''
+    state = load_file(folder / 'model.safetensors')
+    first = next(iter(state))
+    if kind == 'one missing':
+        del state[first]
+    elif kind == 'one more':
+        state['evil'] = torch.zeros(3)
+    elif kind == 'another shape':
+        state[first] = torch.zeros(3)
+    elif kind == 'another model':
+        state = timm.create_model('test_resnet', num_classes=3).state_dict()
+    save_file(state, folder.parent / 'bad.safetensors')
+    return (folder.parent / 'bad.safetensors').read_bytes()
+
+
+@pytest.mark.parametrize('kind', (
+    'truncated', 'header only', 'pickle', 'empty', 'one missing', 'one more', 'another shape', 'another model'))
+def test_other_weights_than_those_of_the_configuration(client, hub, staged, kind):
+    put(hub, staged('amf'), **{'model.safetensors': bad_weights(staged('amf'), kind)})
+    with pytest.raises(UserError, match=r'org/birds: model\.safetensors') as error:
+        timm_amf.load(REPO)
+    assert '\n' not in str(error.value)
+
+
+def test_a_swapped_file_is_seen_by_its_hash_and_not_kept(client, hub, staged, runs):
+    """Of the same length and layout: only the hash tells."""
+    put(hub, staged('plain'))
+    state = load_file(staged('plain') / 'model.safetensors')
+    state['fc.bias'] += 1
+    path = staged('plain').parent / 'swapped.safetensors'
+    save_file(state, path, metadata={'format': 'pt'})
+    good = (staged('plain') / 'model.safetensors').read_bytes()
+    assert len(path.read_bytes()) == len(good)
+    fault = hub.fault('GET', 'model.safetensors', serve=True, body=path.read_bytes())
+    with pytest.raises(UserError, match='org/birds: model.safetensors is not what the Hub says it is'):
+        timm_amf.load(REPO)
+    hub.faults.remove(fault)
+    model = timm_amf.load(REPO)
+    assert torch.equal(model.state_dict()['fc.bias'], load_file(runs('plain') / 'model_best.safetensors')['fc.bias'])
+
+
+# -- the Hub in trouble -----------------------------------------------------------------------------------------------
+
+FAULTS = {
+    '401': (dict(status=401, headers={'X-Error-Message': 'Invalid credentials in Authorization header'}), '401'),
+    '403': (dict(status=403), r'\(403\)'),
+    '404': (dict(status=404, headers={'X-Error-Code': 'RepoNotFound'}), 'no such repository'),
+    '429': (dict(status=429, headers={'Retry-After': '7'}), r'\(429\); try again in 7 s'),
+    '500': (dict(status=500), r'in trouble \(500\)'),
+    '503': (dict(status=503), r'in trouble \(503\)'),
+    'gated': (dict(status=403, headers={'X-Error-Code': 'GatedRepo'}), 'is gated'),
+    'drop': (dict(drop=True), 'cannot be reached, or broke off'),
+}
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds that somebody wanted to wait; nobody does."""
+    seconds = []
+    monkeypatch.setattr('time.sleep', seconds.append)
+    return seconds
+
+
+@pytest.mark.parametrize('file', ('config.json', 'model.safetensors'))
+@pytest.mark.parametrize('kind', FAULTS)
+def test_a_hub_in_trouble(client, hub, staged, waits, kind, file):
+    put(hub, staged('plain'))
+    fault, message = FAULTS[kind]
+    hub.fault('HEAD', f'resolve/.*{file}', **fault)
+    with pytest.raises(UserError, match=message) as error:
+        timm_amf.load(REPO)
+    assert str(error.value).startswith(f'{REPO}: ') and '\n' not in str(error.value)
+    assert TOKEN not in str(error.value)
+    hub.faults.clear()
+    assert timm_amf.load(REPO).provenance.plan is not None
+
+
+@pytest.mark.parametrize('kind', ('429', '500', 'drop', 'cut', '403'))
+def test_a_download_that_breaks_off(client, hub, staged, waits, kind):
+    put(hub, staged('plain'))
+    fault = dict(cut=True) if kind == 'cut' else FAULTS[kind][0]
+    hub.fault('GET', 'resolve/.*model.safetensors', **fault)
+    with pytest.raises(UserError) as error:
+        timm_amf.load(REPO)
+    assert str(error.value).startswith(f'{REPO}: ') and '\n' not in str(error.value)
+    assert not list(client.rglob('model.safetensors'))  # nothing half-written under its name
+    hub.faults.clear()
+    assert not timm_amf.load(REPO).training
+
+
+def test_a_connection_that_is_cut_once_is_taken_up_again(client, hub, staged, waits):
+    put(hub, staged('plain'))
+    hub.fault('GET', 'resolve/.*model.safetensors', cut=True, times=1)
+    timm_amf.load(REPO)
+    assert sum(method == 'GET' and 'safetensors' in path for method, path, _ in hub.requests) == 2
+
+
+def test_nobody_there(client, staged, monkeypatch, waits):
+    monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:1')
+    monkeypatch.setattr(
+        constants, 'HUGGINGFACE_CO_URL_TEMPLATE', 'http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}')
+    with pytest.raises(UserError, match='cannot be reached'):
+        timm_amf.load(REPO)
+
+
+def test_private_repositories_need_the_token(client, hub, staged):
+    put(hub, staged('plain'))
+    hub.repos[REPO].private = True
+    timm_amf.load(REPO)
+    (client / 'token').unlink()
+    with pytest.raises(UserError, match='no such repository, or it is private .*hf auth login'):
+        timm_amf.load(REPO, cache_dir=str(client / 'another'))
+
+
+@pytest.mark.parametrize('name', ('org/a..b', 'org/-a', 'org/a b', 'hf-hub:a/b/c'))
+def test_names_that_are_none(name):
+    with pytest.raises(UserError, match='cannot be a repository'):
+        timm_amf.load(name)
+
+
+def test_the_loopback_names_large_files_as_the_hub_does(hub, staged):
+    """Of the fixture: else the comparison of hashes would compare nothing."""
+    put(hub, staged('plain'))
+    blob = hub.repos[REPO].find('main').files['model.safetensors']
+    assert blob.sha256 == hashlib.sha256((staged('plain') / 'model.safetensors').read_bytes()).hexdigest()
+    config = json.loads((staged('plain') / 'config.json').read_text())
+    check_fits(config, staged('plain') / 'model.safetensors', REPO)
