@@ -46,6 +46,7 @@ class Fault:
         cut: Send half of the body of the real answer, and close.
         drop: Close without an answer; of an upload, after half of what the client sends.
         serve: Answer as usual, but with `body`.
+        lose: Do what was asked, and close without an answer.
     """
     method: str
     path: str
@@ -57,6 +58,7 @@ class Fault:
     cut: bool = False
     drop: bool = False
     serve: bool = False
+    lose: bool = False
     seen: int = 0
 
     def takes(self, method: str, path: str) -> bool:
@@ -231,9 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get('Content-Length') or 0)
         if self.active and self.active.drop:
             self.rfile.read(length // 2)
-            self._log(0)
-            self.close_connection = True
-            self.connection.close()
+            self._close()
             return
         self.data = self.rfile.read(length)
         if self.active and self.active.status:
@@ -249,6 +249,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
 
+    def _close(self) -> None:
+        self._log(0)
+        self.close_connection = True
+        self.connection.close()
+
     def _log(self, status: int) -> None:
         with self.hub.lock:
             self.hub.requests.append((self.command, self.route, status))
@@ -258,6 +263,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not isinstance(body, bytes):
             body = json.dumps(body).encode()
             headers.setdefault('Content-Type', 'application/json')
+        if self.active and self.active.lose:
+            self._close()
+            return
         served, cut = body, False
         if self.active and self.command == 'GET':
             served = self.active.body if self.active.serve else body

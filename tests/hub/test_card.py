@@ -1,0 +1,194 @@
+"""The model card: what the Hub reads of it, what people read of it, and that its code runs when copied."""
+import csv
+import re
+from types import SimpleNamespace
+
+import pytest
+import timm
+from conftest_engine import rows
+from huggingface_hub import ModelCard
+from scipy import stats
+
+import timm_amf
+from timm_amf import Plan, UserError
+from timm_amf.hub.card import CardOptions, _base_models, build_card
+from timm_amf.hub.stage import open_run
+from timm_amf.hub.words import describe_plan, describe_schedule
+
+REPO = 'org/birds'
+
+
+@pytest.fixture(scope='session')
+def opened(runs):
+    made = {}
+
+    def _open(name):
+        if name not in made:
+            made[name] = open_run(runs(name))
+        return made[name]
+    return _open
+
+
+def card(run, **kwargs):
+    return build_card(run, REPO, CardOptions('cc-by-4.0', **kwargs))
+
+
+# -- what the Hub reads -----------------------------------------------------------------------------------------------
+
+def test_metadata(opened):
+    data = ModelCard(card(opened('amf'))).data
+    assert data.library_name == 'timm_amf' and data.license == 'cc-by-4.0'
+    assert data.pipeline_tag == 'image-classification' and data.metrics == ['accuracy']
+    assert data.datasets == ['stripes', 'blobs']
+    assert {'image-classification', 'timm', 'timm_amf', 'amf'} <= set(data.tags)
+    assert data.base_model is None  # it began with random weights
+
+
+def test_the_model_index_has_the_values_of_the_summary(opened, runs):
+    data = ModelCard(card(opened('amf'))).data
+    assert data.model_name == 'birds'
+    best = max(rows(runs('amf') / 'summary.csv'), key=lambda row: float(row['eval_top1']))
+    found = {(r.dataset_name.split(' (')[0], r.metric_name): r.metric_value for r in data.eval_results}
+    assert found == pytest.approx({
+        ('stripes + blobs', 'top-1 accuracy, percent'): float(best['eval_top1']),
+        ('stripes + blobs', 'top-5 accuracy, percent'): float(best['eval_top5']),
+        ('stripes', 'top-1 accuracy, percent'): float(best['eval_top1_stripes']),
+        ('blobs', 'top-1 accuracy, percent'): float(best['eval_top1_blobs']),
+    }, abs=1e-4)
+    assert {r.metric_type for r in data.eval_results} == {'accuracy'}
+    assert {r.task_type for r in data.eval_results} == {'image-classification'}
+    assert {r.dataset_split for r in data.eval_results} == {'val'}
+    assert [r.dataset_type for r in data.eval_results] == ['mixture', 'mixture', 'stripes', 'blobs']
+
+
+def test_what_the_publisher_says_goes_first(opened):
+    data = ModelCard(card(
+        opened('plain'), base_models=['timm/resnet18.a1_in1k'], datasets=['org/birds-data'])).data
+    assert data.base_model == ['timm/resnet18.a1_in1k'] or data.base_model == 'timm/resnet18.a1_in1k'
+    assert data.datasets == ['org/birds-data']
+    other = build_card(opened('plain'), REPO, CardOptions('other', 'mine', 'https://example.org/licence'))
+    assert ModelCard(other).data.license_name == 'mine'
+    assert ModelCard(other).data.license_link == 'https://example.org/licence'
+
+
+@pytest.mark.parametrize('license', ('', None, 'My Licence', 'MIT', 'other', '-'))
+def test_a_licence_must_be_said(license):
+    with pytest.raises(UserError, match='--license'):
+        CardOptions(license)
+
+
+@pytest.mark.parametrize('model,own,ids', [
+    ('amf_resnet18x2', dict(pretrained=True), ['timm/resnet18.a1_in1k', 'timm/resnet10t.c3_in1k']),
+    ('spottune_resnet50', dict(pretrained=True), ['timm/resnet50.a1_in1k', 'timm/resnet18.a1_in1k']),
+    ('test_resnet', dict(pretrained=True), ['timm/test_resnet.r160_in1k']),
+    ('test_resnet', dict(pretrained=False), []),
+    ('test_resnet', dict(pretrained=True, pretrained_path='w.safetensors'), []),
+    ('test_resnet', dict(pretrained=True, initial_checkpoint='w.safetensors'), []),
+])
+def test_base_models_are_named_by_hub_id(model, own, ids):
+    run = SimpleNamespace(trained=timm.create_model(model), own=own, args=SimpleNamespace(model=model))
+    assert _base_models(run) == ids
+
+
+# -- what people read -------------------------------------------------------------------------------------------------
+
+def test_results_with_their_range(opened, runs):
+    text = card(opened('amf'))
+    best = max(rows(runs('amf') / 'summary.csv'), key=lambda row: float(row['eval_top1']))
+    for name, key, images in (('all', 'eval_top1', 25), ('stripes', 'eval_top1_stripes', 15)):
+        top1 = float(best[key])
+        low, high = stats.binomtest(round(top1 / 100 * images), images).proportion_ci(method='wilson')
+        line = next(line for line in text.splitlines() if line.startswith(f'| {name} |'))
+        assert f'| val | {images} | {top1:.2f} | {100 * low:.2f} to {100 * high:.2f} |' in line
+    assert 'a little too good' in text  # the epoch was chosen on these images
+
+
+def test_results_of_an_evaluation(runs, tmp_path):
+    from timm_amf.cli import main
+
+    run = runs('amf')
+    assert main(['evaluate', str(run), '--split', 'train', '--results-file', str(tmp_path / 'r.csv'), '--cpu']) == 0
+    opened = open_run(run, results=tmp_path / 'r.csv')
+    with open(tmp_path / 'r.csv', newline='') as file:
+        evaluated = list(csv.DictReader(file))
+    assert len(evaluated) == 3 and len(opened.results) == 6
+    for result, row in zip(opened.results, evaluated):
+        assert (result.split, result.data, result.images) == ('train', row['component'], int(row['images']))
+        assert result.top1 == float(row['top1']) and result.low == float(row['top1_low'])
+    assert '| train | 45 |' in card(opened)
+    with pytest.raises(UserError, match='is not of timm-amf evaluate'):
+        open_run(run, results=run / 'summary.csv')
+
+
+@pytest.mark.parametrize('name,citation,words', [
+    ('amf', 'shen2022amf', ('policy network', 'forward_policy')),
+    ('spottune', 'guo2019spottune', ('every residual block', '(batch, blocks, 2)', '`frozen`: frozen')),
+    ('plain', 'plested2021rethinking', ('test_resnet, fine-tuned.',)),
+])
+def test_each_method_in_words(opened, name, citation, words):
+    text = card(opened(name))
+    assert f'@article{{{citation},' in text or f'@inproceedings{{{citation},' in text
+    assert all(word in text for word in words)
+    assert text.count('```') % 2 == 0
+    for heading in ('## Use', '## Results', '## How it was fine-tuned', '## Limits', '## Citation'):
+        assert text.count(f'\n{heading}\n') == 1
+    assert f'hf download {REPO} args.yaml' in text and 'timm-amf train --config run/args.yaml' in text
+    assert 'It started from random weights.' in text
+
+
+def test_the_code_of_the_card_runs_when_copied(client, hub, runs, other_process):
+    timm_amf.publish(runs('amf'), REPO, 'mit')
+    readme = hub.files(REPO)['README.md'].decode()
+    code, = re.findall(r'```python\n(.*?)```', readme, re.DOTALL)
+    assert code.index('import timm_amf') < code.index('create_model')
+    lines = other_process(code, token=None, xet=False).stdout.splitlines()
+    assert len(lines) == 5
+    shares = [float(line.split('%')[0]) for line in lines]
+    assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.3)
+    assert {line.split('% ')[1] for line in lines} == {
+        'stripes/class0', 'stripes/class1', 'class2', 'blobs/class0', 'blobs/class1'}
+
+
+# -- a Plan in words --------------------------------------------------------------------------------------------------
+
+def test_a_plan_in_words():
+    plan = Plan.from_dict(dict(
+        lr=0.01, epochs=30, weight_decay=1e-4, schedule=dict(sched='step', decay_rate=0.94, decay_epochs=20),
+        roles={
+            'branch.0': dict(lr=0.0008, low_blocks=8, low_lr_scale=0.4),
+            'branch.1': dict(l2sp_alpha=0.01, l2sp_blocks=4, reinit_blocks=2),
+            'policy': dict(lr=3e-5, start_epoch=2, schedule=dict(sched='constant')),
+            'head': dict(train='none'),
+        }))
+    lines = describe_plan(plan, timm.create_model('amf_resnet18x2'))
+    assert lines == [
+        'SGD with momentum 0.9 for 30 epochs; learning rates times 0.94 every 20 epochs',
+        '`branch.0`: learning rate 0.0008, 0.4 times that in its first 8 blocks, weight decay 0.0001',
+        '`branch.1`: learning rate 0.01, its last 2 blocks re-initialised, decay 0.01 towards its start in its first 4 '
+        'blocks (L2-SP), weight decay 0.0001 elsewhere',
+        '`policy`: learning rate 3e-05, weight decay 0.0001, frozen before epoch 2, its own schedule: constant '
+        'learning rates',
+        '`head`: frozen',
+    ]
+
+
+@pytest.mark.parametrize('fields,words', [
+    (dict(sched='cosine', warmup_epochs=3, min_scale=0.01),
+     'cosine decay to 0.01 of the learning rates, 3 epochs of warm-up first'),
+    (dict(sched='multistep', decay_milestones=[5, 8], decay_rate=0.1), 'learning rates times 0.1 at epochs 5, 8'),
+    (dict(sched='plateau', patience_epochs=4, decay_rate=0.5),
+     'learning rates times 0.5 after 4 epochs without improvement'),
+    (dict(sched='wsd', hold_epochs=2), 'schedule wsd, held for 2 epochs before it falls'),
+])
+def test_a_schedule_in_words(fields, words):
+    assert describe_schedule(Plan(schedule=fields).schedule) == words
+
+
+def test_stochastic_and_partial_training_in_words():
+    model = timm.create_model('test_resnet')
+    words = describe_plan(Plan(roles={
+        'backbone': dict(train='random', train_share=0.5, train_seed=3, freeze_bn=True, layer_decay=0.8)}), model)[1]
+    assert '50 % of its blocks trained, drawn with seed 3' in words and 'batch norms fixed' in words
+    assert 'times 0.8 for each layer further down' in words
+    assert 'only -1, -2 trained' in describe_plan(Plan(roles={'backbone': dict(train=[-1, -2])}), model)[1]
+    assert 'L2-SP' in describe_plan(Plan(roles={'backbone': dict(l2sp_alpha=0.1)}), model)[1]
