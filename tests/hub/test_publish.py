@@ -268,6 +268,25 @@ def test_fixed_blocks_are_published_with_the_weights(client, hub, runs):
         assert torch.equal(model(IMAGES), ours(IMAGES))
 
 
+def test_evaluated_blocks_are_published_too(runs, tmp_path):
+    run = tmp_path / 'run'
+    shutil.copytree(runs('spottune'), run)
+    text = (run / 'args.yaml').read_text()
+    (run / 'args.yaml').write_text(text.replace('eval_blocks: null', "eval_blocks: '0,2'"))
+    publish(run, dry_run=tmp_path / 'staged')
+    assert timm_amf.load(tmp_path / 'staged').fixed_blocks == (0, 2)
+    assert timm_amf.load(tmp_path / 'staged', features_only=True).model.fixed_blocks == (0, 2)
+    assert 'model.set_blocks([0, 2])' in (tmp_path / 'staged' / 'README.md').read_text()
+
+
+def test_spare_outputs_have_no_names(folders, tmp_path):
+    run = train('spare', tmp_path, [*PLAIN, '--data-dir', str(folders / 'stripes'), '--num-classes', '9'])
+    publish(run, dry_run=tmp_path / 'staged')
+    config = json.loads((tmp_path / 'staged' / 'config.json').read_text())
+    assert config['num_classes'] == 9 and 'label_names' not in config
+    assert 'topk(5)' in (tmp_path / 'staged' / 'README.md').read_text()
+
+
 def test_compact_needs_this_package_no_more(client, hub, runs, other_process, tmp_path):
     run = runs('global_k')
     publish(run, compact=True)

@@ -101,9 +101,9 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs)
     own = _own_section(config, where)
     check_fits(config, folder / WEIGHTS, where)
     model = _build(config, folder, where, kwargs)
-    if isinstance(model, SpotTune) and own.get('blocks') is not None:
-        model.set_blocks(own['blocks'])
-    # Of a wrapper around features, timm keeps the model's own attributes out of sight: it has one of its own.
+    for module in model.modules():  # with features_only the model is within another
+        if isinstance(module, SpotTune) and own.get('blocks') is not None:
+            module.set_blocks(own['blocks'])
     model.provenance = Provenance(
         where, commit, config['architecture'], plan, own.get('data', []), own.get('epoch'), own.get('version'))
     _logger.info(str(model.provenance))

@@ -280,8 +280,6 @@ def _write_config(run: OpenRun, path: Path, license: str) -> None:
     else:
         args = dict(getattr(model, '_model_args', {}))
     args = {k: _without_sources(v) for k, v in args.items() if not k.startswith('pretrained_cfg')}
-    if model.num_classes < len(run.train.class_names):
-        raise UserError(f'{run.folder}: its model has {model.num_classes} outputs and its data more classes')
     # Tag and licence are not those of the weights that it started from.
     own = {'tag': None, 'license': license}
     # A head with more outputs than the data have classes has names for the first ones alone.
