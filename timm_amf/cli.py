@@ -34,6 +34,13 @@ def _advise(argv: list[str]) -> int:
     return advise_main(argv)
 
 
+def _search(argv: list[str]) -> int:
+    """find the layers, blocks or windows worth tuning, and write a Plan: the flags of train_amf.py"""
+    from timm_amf.search.block_search import main as search_main
+
+    return search_main(argv)
+
+
 def _models(argv: list[str]) -> int:
     """list the models, their parts and parameters, and the recipes"""
     parser = argparse.ArgumentParser(prog='timm-amf models', description=_models.__doc__)
@@ -90,6 +97,7 @@ _VERBS = {
     'evaluate': _evaluate,
     'models': _models,
     'advise': _advise,
+    'search': _search,
     'decathlon': _decathlon,
     'export': _export,
     'publish': _publish,

@@ -1,4 +1,5 @@
 """A mixture: one dataset made of named components, in which every sample knows its component."""
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
@@ -120,6 +121,20 @@ class Mixture(torch.utils.data.Dataset):
         keep[np.asarray(indices, dtype=np.int64)] = False
         for name in ('_part', '_local', 'component_of', 'targets'):
             setattr(self, name, getattr(self, name)[keep])
+
+    def subset(self, indices: Sequence[int]) -> 'Mixture':
+        """Some of the samples, in the given order, with all classes.
+
+        Raises:
+            RuntimeError: The dataset has a cache already, which is by index.
+        """
+        if self.cache is not None:
+            raise RuntimeError('choose samples before the cache is built')
+        chosen = copy.copy(self)
+        indices = np.asarray(indices, dtype=np.int64)
+        for name in ('_part', '_local', 'component_of', 'targets'):
+            setattr(chosen, name, getattr(self, name)[indices])
+        return chosen
 
     def count_shared(self, other: 'Mixture') -> int:
         """Number of samples that another dataset has too, opened together with this one."""

@@ -36,7 +36,8 @@ class Member:
 
     @property
     def name(self) -> str:
-        return self.candidate.name
+        """Unique among all ways."""
+        return f'{self.candidate.way}:{self.candidate.name}'
 
     @property
     def alone(self) -> bool:

@@ -17,7 +17,7 @@ from timm_amf.search.networks import Target, read_target
 from timm_amf.search.rules import PAPER, PAPER_BATCH, PAPER_BLOCKS, Decision
 from timm_amf.tuning import Plan, add_plan_args, plan_from_args
 
-__all__ = ['Proposal', 'body_settings', 'plan_flags', 'propose']
+__all__ = ['Proposal', 'body_settings', 'config_text', 'plan_flags', 'propose']
 
 # Branches of an AMF: its classifier (AMF paper, section IV-B3), and its policy for long runs (the paper's, about a
 # thousand epochs) and for short ones (docs/results.md).
@@ -112,7 +112,8 @@ def propose(
     header = [
         f'# {role}: {c.name} under {c.network}; the weights are {"" if c.decision.suited else "not "}well suited, like '
         f'{c.decision.like}' for role, c in followed.items()]
-    return Proposal(args.model, plan, _config(args, plan, header), followed, notes + more)
+    header.insert(0, '# By `timm-amf advise`, from Table 7 of Plested et al., "Rethinking binary hyperparameters".')
+    return Proposal(args.model, plan, config_text(args, plan, header), followed, notes + more)
 
 
 def _spread(advices: Sequence[Any], branch: int, branches: int):
@@ -218,8 +219,14 @@ def _without_lrs(args: argparse.Namespace) -> argparse.Namespace:
     return base
 
 
-def _config(args: argparse.Namespace, plan: Plan, header: Sequence[str]) -> str:
-    """The YAML of what the options say, the Plan, and nothing that another file would not need."""
+def config_text(args: argparse.Namespace, plan: Plan, header: Sequence[str]) -> str:
+    """The YAML of what the options say, the Plan, and nothing that another file would not need.
+
+    Args:
+        args: Options of `train_amf.py`.
+        plan: The Plan, instead of what the options say of it.
+        header: Lines of comment to begin with.
+    """
     skip = {*_LR_FLAGS, *_NOT_WRITTEN, *plan_flags(), 'data', 'weight_decay'}
     chosen = {name: getattr(args, name) for name in {'model', *args.explicit} - skip}
     recipe = {**({'data': args.recipe['data']} if 'data' in args.recipe else {}), 'plan': plan.to_dict()}
@@ -233,5 +240,4 @@ def _config(args: argparse.Namespace, plan: Plan, header: Sequence[str]) -> str:
     keys = [*(k for k in first if k in content), *(k for k in content if k not in (*first, *last))]
     content = {key: content[key] for key in [*keys, *(k for k in last if k in content)]}
     text = yaml.safe_dump(content, sort_keys=False)
-    lines = ['# By `timm-amf advise`, from Table 7 of Plested et al., "Rethinking binary hyperparameters".', *header]
-    return '\n'.join([*lines, text])
+    return '\n'.join([*header, text])

@@ -76,7 +76,7 @@ class SearchResults:
         results: Of the search: both baselines and all candidates of all ways, in the order in which they run.
         final_images: Images that the winners were trained on afterwards; 0 where that was not asked for.
         final: Then: both baselines and the best of each way, trained anew on those.
-        seconds: Time that it took, of all runs that it was resumed in.
+        seconds: Time that it took; where it was resumed, the last part of it.
     """
     model: str
     role: str

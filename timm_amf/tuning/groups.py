@@ -19,7 +19,7 @@ from timm_amf.tuning.roles import Place, model_roles, places, role_blocks, role_
 
 __all__ = [
     'RoleSettings', 'Setting', 'checked_roles', 'create_optimizer', 'describe_depths', 'describe_groups',
-    'param_groups', 'running_norms', 'settings',
+    'optimizer_of', 'param_groups', 'running_norms', 'settings',
 ]
 
 
@@ -285,6 +285,11 @@ def create_optimizer(model: nn.Module, plan: Plan, **kwargs) -> torch.optim.Opti
     Raises:
         UserError: If the Plan does not fit the model, or the optimiser refuses its arguments.
     """
+    return optimizer_of(param_groups(model, plan), plan, **kwargs)
+
+
+def optimizer_of(groups: list[dict[str, Any]], plan: Plan, **kwargs) -> torch.optim.Optimizer:
+    """As `create_optimizer`, over groups that `param_groups` made, or such as it makes."""
     from timm.optim import create_optimizer_v2
 
     kwargs = {**plan.opt_kwargs, **kwargs}
@@ -292,7 +297,6 @@ def create_optimizer(model: nn.Module, plan: Plan, **kwargs) -> torch.optim.Opti
         kwargs['eps'] = plan.opt_eps
     if plan.opt_betas is not None:
         kwargs['betas'] = tuple(plan.opt_betas)
-    groups = param_groups(model, plan)
     try:
         optimizer = create_optimizer_v2(
             groups, opt=plan.opt, lr=plan.lr, weight_decay=plan.weight_decay, momentum=plan.momentum, **kwargs)
