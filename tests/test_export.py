@@ -156,6 +156,17 @@ def test_equal_models_give_equal_files(tmp_path):
 
 
 @pytest.mark.slow
+def test_onnx_of_fused_attention_in_windows(tmp_path):
+    model = timm.create_model('test_maxvit', num_classes=5).eval()
+    fused = [m.fused_attn for m in model.modules() if hasattr(m, 'fused_attn')]
+    assert any(fused)
+    size = model.pretrained_cfg['input_size'][-1]
+    export_model(source(model, size), 'onnx', tmp_path / 'a.onnx')
+    assert_same(opened(tmp_path / 'a.onnx')[0], model, size)
+    assert [m.fused_attn for m in model.modules() if hasattr(m, 'fused_attn')] == fused
+
+
+@pytest.mark.slow
 def test_opset_that_cannot_be_had(small, tmp_path):
     with pytest.raises(UserError, match='--opset 7'):
         export_model(small, 'onnx', tmp_path / 'a.onnx', opset=7)
@@ -350,6 +361,7 @@ def published(tmp_path):
     torch.manual_seed(0)
     model = timm.create_model('test_vit', num_classes=5).eval()
     save_for_hf(model, str(tmp_path / 'vit'), model_config=dict(label_names=NAMES), safe_serialization=True)
+    (tmp_path / 'vit' / 'args.yaml').write_text('model: test_vit\n')  # `timm-amf publish` leaves the run's options
     return tmp_path / 'vit', model
 
 

@@ -20,8 +20,8 @@ __all__ = ['TOLERANCE', 'Exported', 'check_output', 'export_model']
 
 _logger = logging.getLogger(__name__)
 
-# Largest difference of a logit as a share of the largest logit: float32 in another order. A share, since the logits of a
-# model that is hardly trained may all be so small that a file of zeros would pass for it.
+# Largest difference of a logit as a share of the largest logit: float32 in another order. A share, since the logits of
+# a model that is hardly trained may all be so small that a file of zeros would pass for it.
 TOLERANCE = 1e-4
 
 

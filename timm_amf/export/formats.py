@@ -86,7 +86,7 @@ def _write_onnx(source: Source, example: Tensor, path: Path, opset: Optional[int
     if size >= _LIMIT:
         raise UserError(f'{size / 2 ** 30:.1f} GiB of weights do not fit one ONNX file (2 GiB); '
                         f'take --format torchscript or safetensors')
-    with _quiet():
+    with _quiet(), _plain_attention(source.model):
         program = torch.onnx.export(
             source.model,
             (example,),
@@ -106,6 +106,19 @@ def _write_onnx(source: Source, example: Tensor, path: Path, opset: Optional[int
     for key, value in source.config.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     path.write_bytes(proto.SerializeToString())
+
+
+@contextlib.contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """timm's attention by products and softmax: of the fused one PyTorch's exporter assumes strides that fail views."""
+    fused = [m for m in model.modules() if getattr(m, 'fused_attn', None) is True]
+    try:
+        for module in fused:
+            module.fused_attn = False
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
 
 
 def _strip(proto: Any) -> None:

@@ -122,14 +122,14 @@ def open_source(
         UserError: If the folder is neither, its weights are missing or damaged, or an option does not fit the model.
     """
     names = None if class_names is None else _read_names(Path(class_names))
-    if is_run(path):
-        model, data, names, notes = _open_run(Path(path), weights, blocks, data_dir, names)
-    elif (Path(path) / 'config.json').is_file():
+    if (Path(path) / 'config.json').is_file():  # it may hold the options of its run, too
         if weights != 'best':
             raise UserError(f'--weights {weights}: {path} is a published folder with one set of weights; leave it out')
         if data_dir is not None:
             raise UserError(f'--data-dir: {path} is a published folder, which names its classes itself; leave it out')
         model, data, names, notes = _open_published(Path(path), blocks, names)
+    elif is_run(path):
+        model, data, names, notes = _open_run(Path(path), weights, blocks, data_dir, names)
     else:
         raise UserError(f'{path}: neither a run (args.yaml) nor a published model (config.json); give such a folder')
     if names is not None and len(names) > model.num_classes:
@@ -287,5 +287,7 @@ def _resize(model: nn.Module, img_size: Union[int, Sequence[int]]) -> tuple[int,
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type."""
+    """The first line of the text of an error, or of the one that it stems from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
