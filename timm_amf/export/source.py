@@ -260,7 +260,8 @@ def _on_path(
             model.set_routing(None)
         return model, ()
     model.set_sampling(None)
-    if blocks == 'policy' or (blocks is None and global_k is None):
+    if blocks == 'policy' or (not blocks and global_k is None):
+        model.set_blocks(None)
         return model, ()
     model.set_blocks(parse_blocks(blocks) if blocks else model.chosen_blocks(global_k))
     return model.compact(model.fixed_blocks), (
