@@ -290,7 +290,7 @@ def methods_title(methods: Methods) -> str:
     low, high = methods.images
     images = f'{low} images' if low == high else f'{low} to {high} images'
     how = 'the best of each way trained anew' if methods.phase == 'final' else 'the best of each way in the search'
-    return f'share of validation images classified correctly; {how}, on {images}'
+    return f'Share of validation images classified correctly; {how}, on {images}'
 
 
 def _cells(group: Sequence[SearchResults], phase: str) -> dict[str, Cell]:

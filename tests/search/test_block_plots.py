@@ -1,0 +1,243 @@
+"""Plots of a search: what is drawn where, and that nothing covers anything."""
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_amf.errors import UserError
+from timm_amf.search.block_plots import methods_figure, plot_methods, plot_search, search_figure
+from timm_amf.search.candidates import Candidate
+from timm_amf.search.results import CandidateResult, SearchResults
+
+pytest.importorskip('matplotlib')
+from matplotlib.colors import to_hex  # noqa: E402  after it is known to be there
+
+
+def result(way, position, top1, name=None, stopped=False) -> CandidateResult:
+    candidate = Candidate(name or way, way, position, ('m',))
+    return CandidateResult(candidate, top1, 1., 1000, 1000, 5 if stopped else 50, stopped)
+
+
+def search(layers=27, blocks=13, windows=25, tops=(3, 5), model='net', seed=0, stopped=False) -> SearchResults:
+    """Accuracies that rise towards the middle, with noise."""
+    rng = np.random.default_rng(seed)
+    found = [result('classifier', 0, 78.1), result('all', 0, 86.3)]
+    for way, number, name in (
+            ('layer', layers, 'blocks.{0}.{1}.conv_pwl'), ('block', blocks, 'blocks.{0}.{1}'),
+            ('window', windows, 'blocks.{0}.{1}.conv_dw..blocks.{0}.{2}.conv_pwl')):
+        for i in range(number):
+            top1 = 76 + 10 * (1 - abs(2 * i / max(number - 1, 1) - 1)) + rng.uniform(-2, 2)
+            named = name.format(i // 4, i % 4, i % 4 + 1)
+            found.append(result(way, i, round(top1, 1), named, stopped and i % 5 == 0))
+    found += [result(f'top{k}', 0, 84. + k / 2) for k in tops]
+    # As a search finds them: from the output to the input.
+    return SearchResults(model, 'backbone', seed, 5, 367, found[:2] + found[:1:-1])
+
+
+def by_label(axes) -> dict:
+    return dict(zip(*reversed(axes.get_legend_handles_labels())))
+
+
+def boxes(figure, artists) -> list:
+    figure.draw_without_rendering()
+    return [artist.get_window_extent() for artist in artists]
+
+
+def legend_labels(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_points_and_bars():
+    results = search(stopped=True)
+    figure = search_figure(results)
+    assert [axes.get_title('left').split(':')[0] for axes in figure.axes] == ['Layers', 'Blocks', 'Windows']
+    for way, axes in zip(('layer', 'block', 'window'), figure.axes):
+        found, best, drawn = results.of_way(way), results.winner(way), by_label(axes)
+        for label, chosen in (
+                ('candidate', [r for r in found if not r.stopped and r is not best]),
+                ('stopped early', [r for r in found if r.stopped]), ('best of the way', [best])):
+            x, y = drawn[label].get_data()
+            assert list(zip(x, y)) == [(r.candidate.position, r.top1) for r in chosen], label
+        assert to_hex(drawn['stopped early'].get_markerfacecolor()) == '#ffffff'
+        assert to_hex(drawn['candidate'].get_markerfacecolor()) != '#ffffff'
+        assert f'{best.candidate.name}, {best.top1:.1f} %' in axes.get_title('left')
+        # Bars are Wilson's intervals, of 95 %: centre and half width by the textbook's formula.
+        bars = [segment for c in axes.collections for segment in getattr(c, 'get_segments', list)()]
+        assert len(bars) == len(found)
+        for r, ((x, low), (_, high)) in zip(found, bars):
+            p, n, z2 = r.top1 / 100, 1000, 1.959963985 ** 2
+            centre, half = (p + z2 / 2 / n), (z2 * (p * (1 - p) / n + z2 / 4 / n ** 2)) ** 0.5
+            assert (x, low, high) == pytest.approx((
+                r.candidate.position, 100 * (centre - half) / (1 + z2 / n), 100 * (centre + half) / (1 + z2 / n)))
+
+
+def test_baselines_and_top_layers():
+    results = search()
+    figure = search_figure(results, level=0.8)
+    low, high = results.results[0].interval(0.8)
+    for i, axes in enumerate(figure.axes):
+        drawn = by_label(axes)
+        assert list(drawn['classifier (baseline I)'].get_ydata()) == [78.1, 78.1]
+        assert list(drawn['all (baseline II)'].get_ydata()) == [86.3, 86.3]
+        bands = [(p.get_y(), p.get_y() + p.get_height()) for p in axes.patches]
+        assert any(band == pytest.approx((low, high)) for band in bands) and len(bands) == 2
+        tops = {label: line.get_ydata()[0] for label, line in drawn.items() if label.startswith('top')}
+        assert tops == ({'top3 layers together': 85.5, 'top5 layers together': 86.5} if i == 0 else {})
+        left, right = axes.get_xlim()
+        assert left < 0 and right > len(results.of_way(('layer', 'block', 'window')[i])) - 1
+    assert '80 % intervals' in figure.get_suptitle()
+
+
+def test_lines_differ_without_colour():
+    lines = [line for line in search_figure(search()).axes[0].lines if line.get_marker() == 'None']
+    assert len(lines) == 4 and len({str(line._dash_pattern) for line in lines}) == 4
+
+
+def test_ways_with_one_candidate_have_no_panel():
+    figure = search_figure(search(layers=0, tops=(), windows=1))
+    assert [axes.get_title('left').split(':')[0] for axes in figure.axes] == ['Blocks']
+    assert legend_labels(figure) == ['classifier (baseline I)', 'all (baseline II)', 'candidate', 'best of the way']
+    with pytest.raises(UserError, match='net: no way of the search has two candidates'):
+        search_figure(search(1, 0, 0))
+
+
+def test_all_stopped():
+    results = search(0, 2, 0, ())
+    results.results = [result('block', i, 50. + i, f'b{i}', stopped=True) for i in range(3)]
+    drawn = by_label(search_figure(results).axes[0])
+    assert list(drawn['best of the way'].get_xdata()) == [2]
+    assert to_hex(drawn['best of the way'].get_markerfacecolor()) == '#ffffff'
+
+
+@pytest.mark.parametrize('sizes', [(27, 13, 25), (53, 17, 51), (60, 60, 60), (300, 20, 298)])
+def test_names_are_readable(sizes):
+    results = search(*sizes)
+    figure = search_figure(results)
+    for axes, way, number in zip(figure.axes, ('layer', 'block', 'window'), sizes):
+        labels = axes.get_xticklabels()
+        assert len(labels) == number if number <= 60 else 40 < len(labels) < number
+        bold = [label for label in labels if label.get_fontweight() == 'bold']
+        winner = results.winner(way)
+        assert [label.get_position()[0] for label in bold] == [winner.candidate.position]
+        name = bold[0].get_text()
+        assert winner.candidate.name.startswith(name[:-2] if way == 'window' else name)
+        # Neighbours do not touch; slanted ones are apart by construction of their angle.
+        if labels[0].get_rotation() == 90:
+            spans = sorted((box.x0, box.x1) for box in boxes(figure, labels))
+            assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
+
+
+@pytest.mark.parametrize('sizes', [(27, 13, 25), (5, 0, 3), (60, 60, 60)])
+def test_nothing_is_covered_or_cut(sizes):
+    figure = search_figure(search(*sizes, stopped=True))
+    _check_layout(figure)
+
+
+@pytest.mark.parametrize('networks', [1, 2, 6])
+def test_nothing_of_the_methods_is_covered_or_cut(networks):
+    searches = [search(5, 3, 4, model=f'mobilenetv{i}_small_100', seed=s) for i in range(networks) for s in range(2)]
+    _check_layout(methods_figure(searches))
+
+
+def _check_layout(figure):
+    figure.draw_without_rendering()
+    width, height = figure.bbox.size
+    parts = [axes.get_tightbbox() for axes in figure.axes] + [figure.legends[0].get_window_extent()]
+    parts.append(figure._suptitle.get_window_extent())
+    for box in parts:
+        assert box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height
+    for i, one in enumerate(parts):
+        assert not any(one.overlaps(other) for other in parts[:i])
+
+
+def test_long_names_are_cut_at_the_front():
+    results = search(0, 0, 0, ())
+    results.results += [result('layer', i, 50., f'branches.0.features.denseblock{i}.denselayer1.conv2') for i in (1, 2)]
+    labels = [label.get_text() for label in search_figure(results).axes[0].get_xticklabels()]
+    assert labels == ['…denseblock1.denselayer1.conv2', '…denseblock2.denselayer1.conv2']
+
+
+def test_unfinished_search():
+    results = search(10, 0, 0, ())
+    results.results = [r for r in results.results if r.candidate.way == 'layer' and r.candidate.position > 6]
+    axes, = search_figure(results).axes
+    assert set(by_label(axes)) == {'candidate', 'best of the way'}
+    assert sorted(axes.get_xticks()) == [7, 8, 9]
+
+
+def test_png(tmp_path):
+    path = tmp_path / 'plots' / 'search.PNG'
+    plot_search(search(), path)
+    image = Image.open(path)
+    assert image.format == 'PNG' and min(image.size) > 1000
+    pixels = np.asarray(image.convert('RGB'))
+    assert all((pixels == colour).all(-1).sum() > 100 for colour in ((0, 114, 178), (213, 94, 0), (0, 158, 115)))
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_svg(tmp_path):
+    for plot, given in ((plot_search, search()), (plot_methods, [search()])):
+        plot(given, tmp_path / 'plot.svg')
+        assert ElementTree.parse(tmp_path / 'plot.svg').getroot().tag.endswith('svg')
+        assert b'dc:date' not in (tmp_path / 'plot.svg').read_bytes()
+
+
+def test_mistakes(tmp_path, monkeypatch):
+    for plot, given in ((plot_search, search()), (plot_methods, [search()])):
+        with pytest.raises(UserError, match='.png or .svg'):
+            plot(given, tmp_path / 'plot.jpg')
+        (tmp_path / 'file').write_text('')
+        with pytest.raises(UserError, match='cannot be written'):
+            plot(given, tmp_path / 'file' / 'plot.png')
+    with pytest.raises(UserError, match='no searches'):
+        plot_methods([], tmp_path / 'plot.png')
+    monkeypatch.setitem(sys.modules, 'matplotlib.backends.backend_agg', None)
+    with pytest.raises(UserError, match=r'matplotlib is not installed.*timm_amf\[report\]'):
+        plot_search(search(), tmp_path / 'plot.png')
+
+
+def test_matplotlib_is_imported_when_used_and_pyplot_never():
+    code = (
+        'import sys; from timm_amf.search.block_plots import search_figure; print("matplotlib" in sys.modules);'
+        'from timm_amf.search.results import *; from timm_amf.search.candidates import Candidate;'
+        'r = [CandidateResult(Candidate(n, "block", i, (n,)), 50., 1., 10, 1, 1) for i, n in enumerate("ab")];'
+        'search_figure(SearchResults("n", "backbone", 0, 2, 10, r)).canvas.draw();'
+        'print("matplotlib" in sys.modules, "matplotlib.pyplot" in sys.modules)')
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ['False', 'True', 'False']
+
+
+def test_methods():
+    searches = [search(5, 3, 4, model=m, seed=s) for m in ('one', 'two') for s in range(3)] + [search(0, 3, 0, ())]
+    axes, = methods_figure(searches).axes
+    drawn = by_label(axes)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ['one\n3 seeds', 'two\n3 seeds', 'net', 'mean']
+    assert list(drawn) == [
+        'classifier (Baseline I)', 'all (Baseline II)', 'layer (LW)', 'block (BW)', 'top3 (BWT3)', 'top5 (BWT5)',
+        'window (BWSW)']
+    best = [s.winner('block').top1 for s in searches]
+    x, y = drawn['block (BW)'].get_data()
+    assert list(y) == pytest.approx([np.mean(best[:3]), np.mean(best[3:6]), best[6]])
+    assert np.round(x).tolist() == [0, 1, 2] and np.ptp(np.asarray(x) - [0, 1, 2]) < 1e-9
+    # The third network lacks windows; the mean of the networks is a point of its own at the end.
+    assert len(drawn['window (BWSW)'].get_xdata()) == 2
+    means = [line.get_ydata()[0] for line in axes.lines if len(line.get_xdata()) == 1 and line.get_xdata()[0] > 2.5]
+    assert means[3] == pytest.approx(np.mean(y))
+    bars = [s for c in axes.collections for s in c.get_segments()]
+    halves = {round(float(s[1][1] - s[0][1]) / 2, 6) for s in bars}
+    assert round(float(np.std(best[:3], ddof=1)), 6) in halves
+    # One seed has no bar.
+    assert all(segment[0][0] < 1.5 for segment in bars)
+    markers = [line.get_marker() for line in drawn.values()]
+    assert len(set(markers)) == 7 and len({line.get_color() for line in drawn.values()}) == 7
+
+
+def test_methods_of_other_ways():
+    given = search(5, 0, 0, (2, 4, 7))
+    figure = methods_figure([given])
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ['net']
+    assert legend_labels(figure)[3:] == ['top2', 'top4', 'top7']
+    assert len({line.get_marker() for line in by_label(figure.axes[0]).values()}) == 6

@@ -1,0 +1,285 @@
+"""What a block-wise search found, as plots: accuracy by position (the paper's Figs. 4 to 6), and Table I as points.
+
+Everything is drawn with matplotlib's objects, without pyplot: no window system is needed, and the figures of a notebook
+stay as they are.
+"""
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
+
+from timm_amf.errors import UserError
+from timm_amf.search.block_tables import (
+    PAPER_NAMES,
+    Methods,
+    compare_methods,
+    labelled,
+    methods_title,
+    replacing,
+    title,
+)
+from timm_amf.search.results import BASELINES, CandidateResult, SearchResults
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ['methods_figure', 'plot_methods', 'plot_search', 'search_figure']
+
+# Okabe and Ito, "Color universal design" (2008): told apart with any colour vision. Their yellow is too faint on white.
+_BLACK, _ORANGE, _SKY, _GREEN, _BLUE, _RED, _PURPLE = (
+    '#000000', '#E69F00', '#56B4E9', '#009E73', '#0072B2', '#D55E00', '#CC79A7')
+# Of each way a colour and a marker, so that the colour is never needed.
+_STYLES = {
+    'classifier': (_ORANGE, 'v'), 'all': (_GREEN, '^'), 'layer': (_BLUE, 'o'), 'block': (_RED, 's'),
+    'top3': (_SKY, 'D'), 'top5': (_PURPLE, 'P'), 'window': (_BLACK, 'X'),
+}
+_MORE_MARKERS = '<>hd8*p'
+_BASELINE_LINES = {'classifier': (0, (6, 2)), 'all': 'solid'}
+_TOP_COLOURS, _TOP_LINES = (_PURPLE, _SKY, _BLACK, _RED), ((0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1)), 'solid')
+_PANELS = {'layer': 'Layers', 'block': 'Blocks', 'window': 'Windows'}
+_POINT = {'markersize': 5, 'markeredgewidth': 1.1, 'linestyle': 'none'}
+_STAR = {'marker': '*', 'markersize': 13, 'markeredgewidth': 1.1, 'linestyle': 'none', 'color': _RED}
+# Inches: of a tick label that stands upright, of the figure beside its axes, and of an entry of the legend.
+_LABEL_WIDTH, _MARGIN, _ENTRY_WIDTH = 0.14, 0.9, 2.1
+_LONGEST_LABEL = 30  # characters
+_SLANTED = 20  # labels, beyond which they stand upright
+
+
+def plot_search(results: SearchResults, path: Union[str, Path], level: float = 0.95) -> None:
+    """Draw accuracy by position, a panel for each way with more than one candidate.
+
+    Args:
+        results: Of a search, finished or not.
+        path: A name with `.png` or `.svg`. Its folder is made where it is missing; the file is whole or not there.
+        level: Confidence of Wilson's intervals, between 0 and 1.
+
+    Raises:
+        UserError: If matplotlib is missing, the name has another suffix, there is nothing to draw, or it cannot be
+            written.
+    """
+    _check_suffix(path)
+    _save(search_figure(results, level), path)
+
+
+def plot_methods(searches: Sequence[SearchResults], path: Union[str, Path]) -> None:
+    """Draw the paper's Table I: accuracy of each way for each network, and the mean of all networks.
+
+    Args:
+        searches: As `compare_methods` takes them.
+        path: As in `plot_search`.
+
+    Raises:
+        UserError: As `plot_search` and `compare_methods` do.
+    """
+    _check_suffix(path)
+    _save(methods_figure(searches), path)
+
+
+# --- One search.
+
+def search_figure(results: SearchResults, level: float = 0.95) -> 'Figure':
+    """The figure of `plot_search`.
+
+    The input is on the left, the output on the right. Bars and bands are intervals of each accuracy; what was stopped
+    is hollow. Where top layers were trained together, they are lines in the panel of the layers.
+
+    Args:
+        results: Of a search, finished or not.
+        level: Confidence of Wilson's intervals, between 0 and 1.
+
+    Raises:
+        UserError: If matplotlib is missing, or no way has more than one candidate.
+    """
+    ways = [way for way in dict.fromkeys([*_PANELS, *results.ways]) if len(results.of_way(way)) > 1]
+    if not ways:
+        raise UserError(f'{results.model}: no way of the search has two candidates yet, so there is no plot of it')
+    most = max(r.candidate.position for r in results.results) + 1
+    width = min(max(_MARGIN + _LABEL_WIDTH * 1.2 * most, 8.), 14.)
+    figure = _figure(width, sum(_panel_height(results.of_way(way)) for way in ways) + 0.9)
+    panels = figure.subplots(len(ways), 1, sharey=True, squeeze=False)[:, 0]
+    for way, axes in zip(ways, panels):
+        _draw_baselines(axes, results, level)
+        if way == 'layer':
+            _draw_tops(axes, results)
+        _draw_candidates(axes, results.of_way(way), results.winner(way), level)
+        _name_positions(axes, results.of_way(way), results.winner(way), int((width - _MARGIN) / _LABEL_WIDTH))
+        _finish_panel(axes, way, results.winner(way))
+    low, high = panels[0].get_ylim()
+    panels[0].set_ylim(max(low, -2.), min(high, 102.))  # so that points at 0 and 100 are whole
+    figure.suptitle(f'{title(results)}\nbars and bands: {100 * level:g} % intervals', fontsize=10)
+    _add_legend(figure, panels)
+    return figure
+
+
+def _panel_height(found: Sequence[CandidateResult]) -> float:
+    """Inches; points have about the same room under any names."""
+    longest = max(map(len, _short_names([r.candidate.name for r in found])))
+    return 3.2 + (0.06 if len(found) > _SLANTED else 0.04) * longest
+
+
+def _draw_baselines(axes: 'Axes', results: SearchResults, level: float) -> None:
+    for result in results.results:
+        way = result.candidate.way
+        if way in BASELINES:
+            colour = _STYLES[way][0]
+            axes.axhspan(*result.interval(level), color=colour, alpha=0.13, linewidth=0, zorder=0)
+            axes.axhline(
+                result.top1, color=colour, linestyle=_BASELINE_LINES[way], linewidth=1.6, zorder=1, label=labelled(way))
+
+
+def _draw_tops(axes: 'Axes', results: SearchResults) -> None:
+    tops = [r for r in results.results if r.candidate.way.startswith('top')]
+    tops.sort(key=lambda r: (len(r.candidate.way), r.candidate.way))
+    for i, result in enumerate(tops):
+        axes.axhline(
+            result.top1, color=_TOP_COLOURS[i % 4], linestyle=_TOP_LINES[(i + i // 4) % 4], linewidth=1.4,
+            zorder=1, label=f'{result.candidate.way} layers together')
+
+
+def _draw_candidates(axes: 'Axes', found: Sequence[CandidateResult], winner: CandidateResult, level: float) -> None:
+    limits = [r.interval(level) for r in found]
+    axes.vlines(
+        [r.candidate.position for r in found], [low for low, _ in limits], [high for _, high in limits], color=_BLUE,
+        linewidth=1, alpha=0.6, zorder=2)
+    for stopped, name in ((False, 'candidate'), (True, 'stopped early')):
+        chosen = [r for r in found if r.stopped == stopped and r is not winner]
+        if chosen:
+            axes.plot(
+                [r.candidate.position for r in chosen], [r.top1 for r in chosen], marker='o', color=_BLUE,
+                markerfacecolor='white' if stopped else _BLUE, zorder=3, label=name, **_POINT)
+    axes.plot(
+        [winner.candidate.position], [winner.top1], markerfacecolor='white' if winner.stopped else _RED, zorder=4,
+        label='best of the way', **_STAR)
+
+
+def _name_positions(
+        axes: 'Axes',
+        found: Sequence[CandidateResult],
+        winner: CandidateResult,
+        room: int,
+) -> None:
+    """Names under the points: every one where there is room, else each second, third, ..., and the winner's always."""
+    step = -(-len(found) // max(room, 1))
+    names = _short_names([r.candidate.name for r in found])
+    chosen = [i for i, r in enumerate(found) if r is winner or (i % step == 0 and not _crowds(found, i, winner, step))]
+    if len(found) > _SLANTED:
+        how = {'rotation': 90}
+    else:
+        how = {'rotation': 40, 'ha': 'right', 'rotation_mode': 'anchor'}
+    axes.set_xticks([found[i].candidate.position for i in chosen], [names[i] for i in chosen], fontsize=7, **how)
+    for i, label in zip(chosen, axes.get_xticklabels()):
+        if found[i] is winner:
+            label.set(color=_RED, fontweight='bold')
+    axes.set_xlim(found[0].candidate.position - 0.7, found[-1].candidate.position + 0.7)
+    axes.grid(axis='x', color='#f0f0f0', linewidth=0.7)
+
+
+def _crowds(found: Sequence[CandidateResult], index: int, winner: CandidateResult, step: int) -> bool:
+    """Whether a name would lie over the winner's."""
+    return 0 < abs(index - found.index(winner)) < step
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Names that fit below an axis: of spans the first layer, if one is long, and of a long path its end."""
+    if any(len(name) > _LONGEST_LABEL for name in names):
+        names = [f'{name.partition("..")[0]}..' if '..' in name else name for name in names]
+    return [name if len(name) <= _LONGEST_LABEL else f'…{name[1 - _LONGEST_LABEL:]}' for name in names]
+
+
+def _finish_panel(axes: 'Axes', way: str, winner: CandidateResult) -> None:
+    axes.set_title(
+        f'{_PANELS.get(way, way)}: best is {winner.candidate.name}, {winner.top1:.1f} %', fontsize=10, loc='left')
+    axes.set_ylabel('top-1 accuracy (%)')
+    axes.set_xlabel('from the input (left) to the output (right)', fontsize=8)
+    _plain(axes)
+
+
+# --- Several searches.
+
+def methods_figure(searches: Sequence[SearchResults]) -> 'Figure':
+    """The figure of `plot_methods`. Bars are standard deviations over the seeds of a network, where it has several.
+
+    Args:
+        searches: As `compare_methods` takes them.
+
+    Raises:
+        UserError: If matplotlib is missing, and as `compare_methods` does.
+    """
+    methods = compare_methods(searches)
+    ways = [way for way in methods.ways if way in methods.mean]
+    groups = len(methods.networks) + (len(methods.networks) > 1)
+    figure = _figure(min(max(1.5 + 0.28 * len(ways) * groups, 7.), 18.), 4.8)
+    axes = figure.subplots()
+    more = iter(_MORE_MARKERS * (1 + len(ways) // len(_MORE_MARKERS)))
+    for i, way in enumerate(ways):
+        colour, marker = _STYLES[way] if way in _STYLES else (_BLACK, next(more))
+        _draw_way(axes, methods, way, 0.8 * ((i + 0.5) / len(ways) - 0.5), colour, marker)
+    names = [f'{n.name}\n{n.seeds} seeds' if n.seeds > 1 else n.name for n in methods.networks]
+    axes.set_xticks(range(groups), names + ['mean'] * (groups - len(names)), fontsize=9)
+    axes.set_xlim(-0.5, groups - 0.5)
+    for boundary in range(1, groups):
+        axes.axvline(boundary - 0.5, color='#bbbbbb', linewidth=1.2 if boundary == len(names) else 0.6)
+    axes.set_ylabel('top-1 accuracy (%)')
+    _plain(axes)
+    deviations = any(c.std is not None for n in methods.networks for c in n.cells.values())
+    note = '\nbars: ± standard deviation over the seeds' if deviations else ''
+    figure.suptitle(f'{methods_title(methods)}{note}', fontsize=10)
+    _add_legend(figure, [axes])
+    return figure
+
+
+def _draw_way(axes: 'Axes', methods: Methods, way: str, shift: float, colour: str, marker: str) -> None:
+    """A way's accuracy for each network that has it, and their mean."""
+    cells = [(i + shift, n.cells[way]) for i, n in enumerate(methods.networks) if way in n.cells]
+    name = f'{way} ({PAPER_NAMES[way]})' if way in PAPER_NAMES else way
+    axes.plot(
+        [x for x, _ in cells], [100 * c.mean for _, c in cells], color=colour, marker=marker, markersize=7,
+        linestyle='none', label=name)
+    for x, cell in cells:
+        if cell.std is not None:
+            axes.errorbar([x], [100 * cell.mean], [100 * cell.std], color=colour, capsize=3, elinewidth=1.2)
+    if len(methods.networks) > 1:
+        axes.plot([len(methods.networks) + shift], [100 * methods.mean[way]], color=colour, marker=marker, markersize=9)
+
+
+# --- Helpers.
+
+def _figure(width: float, height: float) -> 'Figure':
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise UserError('matplotlib is not installed, and plots need it: pip install "timm_amf[report]"') from e
+    figure = Figure(figsize=(width, height), layout='constrained')
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _plain(axes: 'Axes') -> None:
+    axes.grid(axis='y', color='#e4e4e4', linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
+
+
+def _add_legend(figure: 'Figure', panels: Sequence['Axes']) -> None:
+    """One legend of all panels, below them: it covers nothing."""
+    entries = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            entries.setdefault(label, handle)
+    columns = min(len(entries), int(figure.get_figwidth() / _ENTRY_WIDTH))
+    figure.legend(
+        entries.values(), entries.keys(), loc='outside lower center', ncols=columns, fontsize=9, frameon=False)
+
+
+def _check_suffix(path: Union[str, Path]) -> None:
+    if Path(path).suffix.lower() not in ('.png', '.svg'):
+        raise UserError(f'{path}: plots are written as .png or .svg; name a file with one of these')
+
+
+def _save(figure: 'Figure', path: Union[str, Path]) -> None:
+    kind = Path(path).suffix.lower()[1:]
+    # No date: the same results give the same picture.
+    metadata = {'Date': None} if kind == 'svg' else None
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
