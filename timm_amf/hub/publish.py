@@ -10,12 +10,12 @@ import argparse
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Optional, Union
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
 from timm_amf.errors import UserError
 from timm_amf.hub.card import CardOptions, build_card
@@ -148,21 +148,27 @@ def _upload(target: Target, files: Sequence[Path], folder: Path) -> str:
         if target.revision:
             patiently(lambda: api.create_branch(repo, branch=target.revision, exist_ok=True))
         there = patiently(lambda: api.list_repo_files(repo, revision=target.revision))
-        names = [path.relative_to(folder).as_posix() for path in files]
-        kept = {'README.md'} if target.keep_card and 'README.md' in there else set()
+        names = {path.relative_to(folder).as_posix(): path for path in files}
         stale = [name for name in there if is_own_file(name) and name not in names]
+        if target.keep_card and 'README.md' in there:
+            del names['README.md']
+        # Transfers have the client's own patience, which takes its time; here they are not tried again.
+        sent = [_additions(names)]
+        api.preupload_lfs_files(repo, sent[0], revision=target.revision, free_memory=False)
 
-        def commit():
-            # Built anew for each try: the client marks what it has sent.
-            operations = [
-                *(CommitOperationAdd(name, path) for name, path in zip(names, files) if name not in kept),
-                *(CommitOperationDelete(name) for name in stale),
-            ]
+        def commit() -> CommitInfo:
+            # For each further try anew, so that the client asks what the repository has: a commit whose answer was lost
+            # is then found to be there.
+            additions = sent.pop() if sent else _additions(names)
             return api.create_commit(
-                repo, operations, commit_message=target.message or f'timm_amf {__version__}: weights and card',
-                revision=target.revision)
+                repo, [*additions, *map(CommitOperationDelete, stale)], revision=target.revision,
+                commit_message=target.message or f'timm_amf {__version__}: weights and card')
 
         return patiently(commit).commit_url
+
+
+def _additions(files: Mapping[str, Path]) -> list[CommitOperationAdd]:
+    return [CommitOperationAdd(name, path) for name, path in files.items()]
 
 
 # ---- the verb
