@@ -136,10 +136,29 @@ def test_nothing_is_covered_or_cut(sizes):
     _check_layout(figure)
 
 
-@pytest.mark.parametrize('networks', [1, 2, 6])
-def test_nothing_of_the_methods_is_covered_or_cut(networks):
-    searches = [search(5, 3, 4, model=f'mobilenetv{i}_small_100', seed=s) for i in range(networks) for s in range(2)]
-    _check_layout(methods_figure(searches))
+def test_long_titles_are_wrapped():
+    results = search(0, 0, 0, ())
+    results.model = 'vit_base_patch16_clip_quickgelu_384.some_long_tag_of_weights'
+    path = 'branches.0.stages.{}.blocks.0.attention.query_key_value.projection'
+    results.results += [result('window', i, 50. + i, f'{path.format(i)}..{path.format(i + 1)}') for i in (1, 2)]
+    figure = search_figure(results)
+    _check_layout(figure)
+    assert 'projection, 52.0 %' in figure.axes[0].get_title('left').replace('\n', ' ')
+
+
+@pytest.mark.parametrize('networks, ways', [(1, 3), (2, 3), (6, 3), (6, 0), (14, 3)])
+def test_nothing_of_the_methods_is_covered_or_cut(networks, ways):
+    searches = [
+        search(5, ways, ways, (), f'mobilenetv{i}_small_100', seed=s) for i in range(networks) for s in range(2)]
+    searches[0].final_images, searches[0].train_images = 2569, 400
+    figure = methods_figure(searches)
+    _check_layout(figure)
+    labels = figure.axes[0].get_xticklabels()
+    if labels[0].get_rotation() == 0:
+        spans = sorted((box.x0, box.x1) for box in boxes(figure, labels))
+        assert all(a[1] < b[0] for a, b in zip(spans, spans[1:]))
+    else:
+        assert networks == 14
 
 
 def _check_layout(figure):

@@ -3,6 +3,7 @@
 Everything is drawn with matplotlib's objects, without pyplot: no window system is needed, and the figures of a notebook
 stay as they are.
 """
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
@@ -41,6 +42,7 @@ _POINT = {'markersize': 5, 'markeredgewidth': 1.1, 'linestyle': 'none'}
 _STAR = {'marker': '*', 'markersize': 13, 'markeredgewidth': 1.1, 'linestyle': 'none', 'color': _RED}
 # Inches: of a tick label that stands upright, of the figure beside its axes, and of an entry of the legend.
 _LABEL_WIDTH, _MARGIN, _ENTRY_WIDTH = 0.14, 0.9, 2.1
+_LETTERS = 11  # of a title, to the inch
 _LONGEST_LABEL = 30  # characters
 _SLANTED = 20  # labels, beyond which they stand upright
 
@@ -106,7 +108,8 @@ def search_figure(results: SearchResults, level: float = 0.95) -> 'Figure':
         _finish_panel(axes, way, results.winner(way))
     low, high = panels[0].get_ylim()
     panels[0].set_ylim(max(low, -2.), min(high, 102.))  # so that points at 0 and 100 are whole
-    figure.suptitle(f'{title(results)}\nbars and bands: {100 * level:g} % intervals', fontsize=10)
+    figure.suptitle(
+        f'{_wrapped(title(results), figure)}\nbars and bands: {100 * level:g} % intervals', fontsize=10)
     _add_legend(figure, panels)
     return figure
 
@@ -159,24 +162,22 @@ def _name_positions(
         room: int,
 ) -> None:
     """Names under the points: every one where there is room, else each second, third, ..., and the winner's always."""
-    step = -(-len(found) // max(room, 1))
     names = _short_names([r.candidate.name for r in found])
-    chosen = [i for i, r in enumerate(found) if r is winner or (i % step == 0 and not _crowds(found, i, winner, step))]
+    first, last, best = (r.candidate.position for r in (found[0], found[-1], winner))
+    step = -(-(last - first + 1) // room)
+    chosen = {}
+    for name, position in zip(names, (r.candidate.position for r in found)):
+        crowds = 0 < abs(position - best) < step  # it would lie over the winner's name
+        if position == best or (position - first) % step == 0 and not crowds:
+            chosen[position] = name
     if len(found) > _SLANTED:
         how = {'rotation': 90}
     else:
         how = {'rotation': 40, 'ha': 'right', 'rotation_mode': 'anchor'}
-    axes.set_xticks([found[i].candidate.position for i in chosen], [names[i] for i in chosen], fontsize=7, **how)
-    for i, label in zip(chosen, axes.get_xticklabels()):
-        if found[i] is winner:
-            label.set(color=_RED, fontweight='bold')
-    axes.set_xlim(found[0].candidate.position - 0.7, found[-1].candidate.position + 0.7)
+    axes.set_xticks(list(chosen), list(chosen.values()), fontsize=7, **how)
+    axes.get_xticklabels()[list(chosen).index(best)].set(color=_RED, fontweight='bold')
+    axes.set_xlim(first - 0.7, last + 0.7)
     axes.grid(axis='x', color='#f0f0f0', linewidth=0.7)
-
-
-def _crowds(found: Sequence[CandidateResult], index: int, winner: CandidateResult, step: int) -> bool:
-    """Whether a name would lie over the winner's."""
-    return 0 < abs(index - found.index(winner)) < step
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
@@ -187,8 +188,8 @@ def _short_names(names: Sequence[str]) -> list[str]:
 
 
 def _finish_panel(axes: 'Axes', way: str, winner: CandidateResult) -> None:
-    axes.set_title(
-        f'{_PANELS.get(way, way)}: best is {winner.candidate.name}, {winner.top1:.1f} %', fontsize=10, loc='left')
+    text = f'{_PANELS.get(way, way)}: best is {winner.candidate.name}, {winner.top1:.1f} %'
+    axes.set_title(_wrapped(text, axes.get_figure()), fontsize=10, loc='left')
     axes.set_ylabel('top-1 accuracy (%)')
     axes.set_xlabel('from the input (left) to the output (right)', fontsize=8)
     _plain(axes)
@@ -208,7 +209,9 @@ def methods_figure(searches: Sequence[SearchResults]) -> 'Figure':
     methods = compare_methods(searches)
     ways = [way for way in methods.ways if way in methods.mean]
     groups = len(methods.networks) + (len(methods.networks) > 1)
-    figure = _figure(min(max(1.5 + 0.28 * len(ways) * groups, 7.), 18.), 4.8)
+    needed = max(0.085 * max(len(n.name) for n in methods.networks), 0.28 * len(ways))
+    width = min(max(1.5 + needed * groups, 7.), 18.)
+    figure = _figure(width, 4.8)
     axes = figure.subplots()
     more = iter(_MORE_MARKERS * (1 + len(ways) // len(_MORE_MARKERS)))
     for i, way in enumerate(ways):
@@ -216,6 +219,8 @@ def methods_figure(searches: Sequence[SearchResults]) -> 'Figure':
         _draw_way(axes, methods, way, 0.8 * ((i + 0.5) / len(ways) - 0.5), colour, marker)
     names = [f'{n.name}\n{n.seeds} seeds' if n.seeds > 1 else n.name for n in methods.networks]
     axes.set_xticks(range(groups), names + ['mean'] * (groups - len(names)), fontsize=9)
+    if 1.5 + needed * groups > width:
+        axes.tick_params(axis='x', labelrotation=25)
     axes.set_xlim(-0.5, groups - 0.5)
     for boundary in range(1, groups):
         axes.axvline(boundary - 0.5, color='#bbbbbb', linewidth=1.2 if boundary == len(names) else 0.6)
@@ -223,7 +228,7 @@ def methods_figure(searches: Sequence[SearchResults]) -> 'Figure':
     _plain(axes)
     deviations = any(c.std is not None for n in methods.networks for c in n.cells.values())
     note = '\nbars: ± standard deviation over the seeds' if deviations else ''
-    figure.suptitle(f'{methods_title(methods)}{note}', fontsize=10)
+    figure.suptitle(f'{_wrapped(methods_title(methods), figure)}{note}', fontsize=10)
     _add_legend(figure, [axes])
     return figure
 
@@ -253,6 +258,10 @@ def _figure(width: float, height: float) -> 'Figure':
     figure = Figure(figsize=(width, height), layout='constrained')
     FigureCanvasAgg(figure)
     return figure
+
+
+def _wrapped(text: str, figure: 'Figure') -> str:
+    return textwrap.fill(text, int(figure.get_figwidth() * _LETTERS))
 
 
 def _plain(axes: 'Axes') -> None:
