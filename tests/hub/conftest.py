@@ -63,7 +63,7 @@ def other_process(hub, tmp_path):
 
 @pytest.fixture(scope='session')
 def runs(folders, tmp_path_factory):  # noqa: F811
-    """Small runs, trained once: runs('amf'), 'spottune', 'plain', 'global_k'."""
+    """Small runs, trained once: runs('amf'), 'multitune', 'spottune', 'global_k', 'plain'."""
     made, output = {}, tmp_path_factory.mktemp('runs')
 
     def _run(name) -> Path:

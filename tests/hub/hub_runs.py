@@ -23,7 +23,12 @@ SPOTTUNE = [
     '0.1', '--role', 'stem.train=all', '--epochs', '1',
 ]
 PLAIN = [*COMMON, '--model', 'test_resnet', '--epochs', '1']
-FLAGS = {'amf': AMF, 'spottune': SPOTTUNE, 'plain': PLAIN, 'global_k': [*SPOTTUNE, '--global-k', '1']}
+MULTITUNE = [
+    *COMMON, '--model', 'multitune', '--model-kwargs', "backbones=('test_resnet','test_resnet')", '--epochs', '1']
+FLAGS = {
+    'amf': AMF, 'multitune': MULTITUNE, 'spottune': SPOTTUNE, 'plain': PLAIN,
+    'global_k': [*SPOTTUNE, '--global-k', '1'],
+}
 
 
 def train(name: str, output: Path, flags: Sequence[str]) -> Path:

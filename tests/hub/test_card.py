@@ -120,6 +120,22 @@ def test_results_of_an_evaluation(runs, tmp_path):
         open_run(run, results=run / 'summary.csv')
 
 
+def test_results_of_other_runs_are_not_those_of_the_model(runs, tmp_path):
+    header = 'run,component,images,loss,top1,top1_std,top1_low,top1_high,top5,split,weights,crops\n'
+    line = '{},,45,1.0,{},,10.0,90.0,99.0,test,best,10\n'
+    text = header + line.format('x/other', 11.5) + line.format('y/amf', 22.5)
+    (tmp_path / 'r.csv').write_text(text + line.format('mean of 2 runs', 33.5))
+    opened = open_run(runs('amf'), results=tmp_path / 'r.csv')
+    readme = card(opened)
+    assert '| 22.50 | 10.00 to 90.00 | 99.00 | ten crops |' in readme
+    assert '| 33.50 | 10.00 to 90.00 | 99.00 | ten crops, mean of 2 runs |' in readme and '11.5' not in readme
+    values = [r.metric_value for r in ModelCard(readme).data.eval_results]
+    assert 22.5 in values and 33.5 not in values
+    (tmp_path / 'r.csv').write_text(header + line.format('x/other', 11.5))
+    with pytest.raises(UserError, match='has no row of amf'):
+        open_run(runs('amf'), results=tmp_path / 'r.csv')
+
+
 @pytest.mark.parametrize('name,citation,words', [
     ('amf', 'shen2022amf', ('policy network', 'forward_policy')),
     ('spottune', 'guo2019spottune', ('every residual block', '(batch, blocks, 2)', '`frozen`: frozen')),

@@ -45,7 +45,7 @@ def put(hub, folder: Path, **changed) -> str:
 
 # -- what comes back --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', ('amf', 'spottune', 'plain'))
+@pytest.mark.parametrize('name', ('amf', 'multitune', 'spottune', 'plain'))
 def test_a_model_and_what_made_it(client, hub, staged, runs, name):
     commit = put(hub, staged(name))
     model = timm_amf.load(REPO)

@@ -96,7 +96,7 @@ def build_card(run: OpenRun, repo_id: str, options: CardOptions) -> str:
         datasets=list(datasets),
         metrics=['accuracy'],
         model_name=name,
-        eval_results=[r for result in run.results for r in _eval_results(result, datasets, run)] or None,
+        eval_results=[r for x in run.results if not x.runs for r in _eval_results(x, datasets, run)] or None,
     )
     if not run.results:
         data.model_name = None  # an index of no results is none
@@ -257,10 +257,11 @@ def _results(run: OpenRun) -> str:
         return 'No results were recorded.'
     lines = ['| data | split | images | top-1 | 95 % interval | top-5 | how |', '|---|---|---|---|---|---|---|']
     for r in run.results:
-        interval = '' if r.low is None else f'{r.low:.2f} to {r.high:.2f}'
         top5 = '' if r.top5 is None else f'{r.top5:.2f}'
-        images = '' if r.images is None else r.images
-        lines.append(f'| {r.data or "all"} | {r.split} | {images} | {r.top1:.2f} | {interval} | {top5} | {r.how} |')
+        how = f'{r.how}, {r.runs}' if r.runs else r.how
+        lines.append(
+            f'| {r.data or "all"} | {r.split} | {r.images} | {r.top1:.2f} | {r.low:.2f} to {r.high:.2f} | {top5} | '
+            f'{how} |')
     text = '\n'.join(lines)
     text += (
         '\n\nIntervals: Wilson\'s over the images, or of a mean Student\'s t over the runs. The epoch was chosen by '

@@ -32,9 +32,10 @@ from timm_amf.engine.checkpoint import save_weights, write_text
 from timm_amf.engine.config_file import read_config
 from timm_amf.engine.intervals import wilson_interval
 from timm_amf.engine.options import build_parser
+from timm_amf.engine.paths import parse_blocks
 from timm_amf.engine.run_folder import is_run, load_run, read_run
 from timm_amf.errors import UserError
-from timm_amf.hub.safety import WEIGHTS, check_config, check_fits
+from timm_amf.hub.safety import WEIGHTS, check_fits
 from timm_amf.hub.safety import read_config as read_checked
 from timm_amf.models.spottune import SpotTune
 from timm_amf.tuning import Plan
@@ -68,21 +69,23 @@ class Result:
     Args:
         data: Name of the component, '' for all images.
         split: Split of the data.
-        images: Number of images, None where it is not known.
+        images: Number of images.
         top1: Percent.
-        low: Lower limit of the interval of 95 %, percent, None where the number of images is not known.
+        low: Lower limit of the interval of 95 %, percent.
         high: Upper limit.
         top5: Percent, None where it was not recorded.
         how: How it was evaluated, in words.
+        runs: `mean of N runs` or `ensemble of N runs`, '' for the run that is published.
     """
     data: str
     split: str
-    images: Optional[int]
+    images: int
     top1: float
-    low: Optional[float]
-    high: Optional[float]
+    low: float
+    high: float
     top5: Optional[float]
     how: str
+    runs: str = ''
 
 
 @dataclass
@@ -157,7 +160,7 @@ def open_run(
     opened = OpenRun(folder, args, own, plan, model, trained, train, val)
     opened.epoch, opened.results = _own_results(opened, splits[1])
     if results is not None:
-        opened.results = [*_evaluated(results), *opened.results]
+        opened.results = [*_evaluated(results, folder.resolve().name), *opened.results]
     return opened
 
 
@@ -193,23 +196,29 @@ def _rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _evaluated(path: Path) -> list[Result]:
-    """The rows of a file of `timm-amf evaluate --results-file`."""
+def _evaluated(path: Path, run: str) -> list[Result]:
+    """The rows of a file of `timm-amf evaluate --results-file` that are of a run, and those of all runs together."""
     if not path.is_file():
         raise UserError(f'--results {path}: no such file; timm-amf evaluate RUN --results-file FILE writes one')
     try:
-        return [_evaluated_row(row) for row in _rows(path)]
+        results = [_evaluated_row(row) for row in _rows(path) if _together(row) or Path(row['run']).name == run]
     except (KeyError, ValueError, TypeError) as e:
         raise UserError(
             f'--results {path}: is not of timm-amf evaluate --results-file ({type(e).__name__}: {e})') from None
+    if not results:
+        raise UserError(f'--results {path}: has no row of {run}; evaluate the run that is published')
+    return results
+
+
+def _together(row: Mapping[str, str]) -> bool:
+    return row['run'].startswith(('mean of ', 'ensemble of '))
 
 
 def _evaluated_row(row: Mapping[str, str]) -> Result:
     how = 'ten crops' if row['crops'] == '10' else 'one crop'
-    name = Path(row['run']).name if not row['run'].startswith(('mean of', 'ensemble of')) else row['run']
-    how = f'{how}, {name}' if name != row['run'] or ' of ' in name else how
     values = [float(row[key]) for key in ('top1', 'top1_low', 'top1_high', 'top5')]
-    return Result(row['component'], row['split'] or 'val', int(row['images']), *values, how)
+    runs = row['run'] if _together(row) else ''
+    return Result(row['component'], row['split'] or 'val', int(row['images']), *values, how, runs)
 
 
 # -- the files --------------------------------------------------------------------------------------------------------
@@ -313,8 +322,6 @@ def fixed_paths(model: nn.Module, plan: Optional[Plan], eval_blocks: Optional[st
         plan: Its Plan, whose `global_k` counts after `eval_blocks`.
         eval_blocks: `tuned`, `frozen`, or blocks with commas between.
     """
-    from timm_amf.engine.paths import parse_blocks
-
     if not isinstance(model, SpotTune):
         return None
     if eval_blocks:
@@ -402,7 +409,6 @@ def _check_loads(run: OpenRun, folder: Path) -> None:
     """Loads the folder as others will, and compares what both models compute."""
     where = str(run.folder)
     config = read_checked(folder / 'config.json', where)
-    check_config(config, where)
     check_fits(config, folder / WEIGHTS, where)
     back = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     size = config['pretrained_cfg']['input_size']
