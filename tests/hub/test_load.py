@@ -305,6 +305,16 @@ def test_damaged_plans(client, hub, staged, tmp_path, monkeypatch, text):
     assert '\n' not in str(error.value) and not (tmp_path / 'exploded').exists()
 
 
+def test_a_plan_with_aliases_is_not_read(client, hub, staged):
+    """A valid one: it is the aliases that are refused, before what they stand for is written out."""
+    text = b'plan: {schedule: &s {sched: step}, roles: {head: {schedule: *s}}}'
+    put(hub, staged('plain'), **{'plan.yaml': text.replace(b'&s ', b'').replace(b'*s', b'{sched: step}')})
+    assert timm_amf.load(REPO).provenance.plan.schedule.sched == 'step'
+    put(hub, staged('plain'), **{'plan.yaml': text})
+    with pytest.raises(UserError, match='aliases'):
+        timm_amf.load(REPO)
+
+
 @pytest.mark.parametrize('section', [
     [], {'data': 1}, {'data': [1]}, {'data': [{'name': 1}]}, {'blocks': {'a': 1}}, {'blocks': 'all'}, {'epoch': 'x'},
     {'data': [dict(name='a\x1b[31m', dataset='', classes=1, train=1, val=1)]},

@@ -212,6 +212,17 @@ def test_a_token_in_the_run_is_taken_out_or_refused(client, hub, runs, tmp_path)
     assert hub.repos[REPO].refs == before
 
 
+def test_the_token_of_the_client_is_refused_whatever_its_shape(client, runs, tmp_path):
+    (client / 'token').write_text('of-another-shape')
+    run = tmp_path / 'run'
+    shutil.copytree(runs('plain'), run)
+    (run / 'report').mkdir()
+    (run / 'report' / 'curves.svg').write_text('<svg>of-another-shape</svg>')
+    with pytest.raises(UserError, match='curves.svg: holds an access token'):
+        publish(run, dry_run=tmp_path / 'staged')
+    assert not (tmp_path / 'staged').exists()
+
+
 @pytest.mark.parametrize('name', ('amf', 'plain'))
 def test_no_folder_of_this_machine_is_published(client, hub, runs, folders, name):
     run = runs(name)
