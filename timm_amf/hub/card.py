@@ -263,10 +263,10 @@ def _results(run: OpenRun) -> str:
             f'| {r.data or "all"} | {r.split} | {r.images} | {r.top1:.2f} | {r.low:.2f} to {r.high:.2f} | {top5} | '
             f'{how} |')
     text = '\n'.join(lines)
+    of_mean = ", of a mean Student's t over the runs" if any(r.runs.startswith('mean of') for r in run.results) else ''
     text += (
-        '\n\nIntervals: Wilson\'s over the images, or of a mean Student\'s t over the runs. The epoch was chosen by '
-        f'`{run.args.eval_metric}` on the `{run.results[-1].split}` split, so figures of that split are a little too '
-        'good.')
+        f"\n\nIntervals: Wilson's over the images{of_mean}. The epoch was chosen by `{run.args.eval_metric}` on the "
+        f'`{run.results[-1].split}` split, so figures of that split are a little too good.')
     expected = run.args.recipe.get('expected') or {}
     if expected.get('source'):
         figures_ = '; '.join(
@@ -314,8 +314,6 @@ def _limits(run: OpenRun, bases: Sequence[str]) -> str:
     ]
     if bases:
         limits.append(f'It inherits what its base models learnt, and their licences: {", ".join(bases)}.')
-    if isinstance(run.model, AMF) and len(run.train.components) > 1:
-        limits.append('The weights of its branches tell the components of its mixture apart, not more.')
     return '\n'.join(f'- {line}' for line in limits)
 
 
