@@ -24,6 +24,7 @@ _PUBLIC = {
     'global_k_loss': 'tuning.global_k',
     'list_blocks': 'models.blocks',
     'advise': 'search.advise',
+    'search_blocks': 'search.block_search',
     'load': 'hub.load',
     'publish': 'hub.publish',
     'UserError': 'errors',
