@@ -423,7 +423,9 @@ class _Handler(BaseHTTPRequestHandler):
                     return
                 files[value['path']] = Blob(sha256=value['oid'], length=value['size'])
             elif item['key'] == 'deletedFile':
-                del files[value['path']]
+                if files.pop(value['path'], None) is None:
+                    self._error(404, 'EntryNotFound', "A file with this name doesn't exist")
+                    return
         repo = self.hub.repos[name]
         oid = repo.refs[revision] = repo.add(files, message)
         self._send(200, {

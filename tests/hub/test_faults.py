@@ -95,12 +95,16 @@ def test_a_trouble_that_passes_is_waited_for(client, hub, runs, waits, stage, ki
     assert len(waits) == 2 and min(waits) >= asked
 
 
-def test_a_commit_whose_answer_was_lost_is_one_commit(client, hub, runs, waits):
-    """The Hub took it, the answer did not come: the second try finds nothing left to do."""
+@pytest.mark.parametrize('stale', (False, True))
+def test_a_commit_whose_answer_was_lost_is_one_commit(client, hub, runs, waits, stale):
+    """The Hub took it, the answer did not come: the second try finds nothing left to do, nor to remove."""
+    if stale:
+        hub.put(REPO, {'figures/old.png': b'old'})
     fault = hub.fault('POST', '/commit/', lose=True, times=1)
     address = publish(runs('plain'))
     assert fault.seen == 1 and len(waits) == 1
-    assert len(hub.messages(REPO)) == 2 and address.endswith(hub.repos[REPO].refs['main'])
+    assert len(hub.messages(REPO)) == 2 + stale and address.endswith(hub.repos[REPO].refs['main'])
+    assert 'figures/old.png' not in hub.files(REPO)
 
 
 def test_what_was_sent_is_not_sent_again(client, hub, runs, waits):

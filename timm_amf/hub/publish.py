@@ -149,7 +149,7 @@ def _upload(target: Target, files: Sequence[Path], folder: Path) -> str:
             patiently(lambda: api.create_branch(repo, branch=target.revision, exist_ok=True))
         there = patiently(lambda: api.list_repo_files(repo, revision=target.revision))
         names = {path.relative_to(folder).as_posix(): path for path in files}
-        stale = [name for name in there if is_own_file(name) and name not in names]
+        written = set(names)
         if target.keep_card and 'README.md' in there:
             del names['README.md']
         # Transfers have the client's own patience, which takes its time; here they are not tried again.
@@ -157,9 +157,12 @@ def _upload(target: Target, files: Sequence[Path], folder: Path) -> str:
         api.preupload_lfs_files(repo, sent[0], revision=target.revision, free_memory=False)
 
         def commit() -> CommitInfo:
-            # For each further try anew, so that the client asks what the repository has: a commit whose answer was lost
-            # is then found to be there.
+            # For each further try anew, so that it is asked what the repository has: a commit whose answer was lost is
+            # then found to be there.
             additions = sent.pop() if sent else _additions(names)
+            stale = [
+                name for name in api.list_repo_files(repo, revision=target.revision)
+                if is_own_file(name) and name not in written]
             return api.create_commit(
                 repo, [*additions, *map(CommitOperationDelete, stale)], revision=target.revision,
                 commit_message=target.message or f'timm_amf {__version__}: weights and card')
