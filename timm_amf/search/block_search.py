@@ -63,11 +63,17 @@ WAYS = ('layer', 'block', 'window')
 _PAPER_WAYS = ('layer', 'block', 'window', 'top3', 'top5')
 # Section V of the paper, whose text has lost the LR. At Keras' own for Adam, 0.001, a network that is tuned as a whole
 # forgets what it knew.
-_PAPER_FLAGS = (
-    '--opt', 'adam', '--lr', '1e-4', '--weight-decay', '0', '--batch-size', '4', '--epochs', '50', '--sched', 'plateau',
-    '--patience-epochs', '10', '--decay-rate', '0.1', '--warmup-epochs', '0', '--smoothing', '0', '--no-aug',
+_PAPER_OPTIONS = dict(
+    opt='adam', lr=1e-4, weight_decay=0, batch_size=4, epochs=50, sched='plateau', patience_epochs=10, decay_rate=0.1,
+    warmup_epochs=0, smoothing=0, no_aug=True,
 )
 _PAPER_SHARES = dict(search_share=0.1, final_share=0.7, val_share=0.2)
+# Of train_amf.py: what would give other results than candidates get here, and what only its own loop has.
+_REFUSED = (
+    'loss', 'bce_loss', 'jsd_loss', 'aug_splits', 'split_bn', 'kd_model_name', 'grad_accum_steps', 'global_k',
+    'torchcompile', 'dry_run', 'eval_only',
+)
+_LEFT_OUT = ('model_ema', 'mixup_off_epoch', 'branch_loss', 'policy_balance')
 _STEPS = 3  # that are timed for --budget
 
 
@@ -163,23 +169,47 @@ def _check_own(own: argparse.Namespace) -> None:
         if value is not None and value <= 0:
             raise UserError(f'--{name.replace("_", "-")} {value:g}: must be above 0')
     if own.protocol and own.budget:
-        raise UserError("--budget changes images and epochs, which --protocol fixes; give one of them")
+        raise UserError('--budget changes images and epochs, which --protocol fixes; give one of them')
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
-    """The flags of the search, and those of train_amf.py."""
+def _check_args(args: argparse.Namespace) -> None:
+    """What of train_amf.py the search has not."""
+    if 'model' not in args.explicit:
+        raise UserError('no model: name one with --model, or a recipe with --config')
+    usual = {'loss': 'ce', 'grad_accum_steps': 1}
+    for name in _REFUSED:
+        value = getattr(args, name)
+        if value and value != usual.get(name):
+            raise UserError(f'--{name.replace("_", "-")}: a search cannot train with it; leave it out of the search')
+    if args.resume not in ('', 'auto'):
+        raise UserError(f'--resume {args.resume}: give auto, and the --output and --experiment of the search')
+    if args.resume and not args.experiment:
+        raise UserError('--resume auto: name the search that goes on with --experiment')
+
+
+def _preset_flags() -> list[str]:
+    flags = []
+    for name, value in _PAPER_OPTIONS.items():
+        flags += [f'--{name.replace("_", "-")}', *([] if value is True else [str(value)])]
+    return flags
+
+
+def _parse(argv: Sequence[str], preset: bool = True) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """The flags of the search, and those of train_amf.py, before which come those of `--protocol` with `preset`."""
     parser = _own_parser()
     own, rest = parser.parse_known_args(argv)
     if own.protocol:
-        given = set(a.split('=')[0] for a in argv)
+        given = {a.split('=')[0] for a in argv}
+        for name in ('--search-share', '--final-share'):
+            if name in given:
+                raise UserError(f'{name}: --protocol fixes it; leave one of them out')
         own.ways = own.ways if '--ways' in given else list(_PAPER_WAYS)
         own.search_head = own.search_head or 'mlp'
         own.search_share, own.final_share = _PAPER_SHARES['search_share'], _PAPER_SHARES['final_share']
-        rest = [*_PAPER_FLAGS, *rest]
+        rest = [*_preset_flags(), *rest] if preset else rest
     _check_own(own)
     args = parse_args(rest)
-    if 'model' not in args.explicit:
-        raise UserError('no model: name one with --model, or a recipe with --config')
+    _check_args(args)
     if not args.initial_checkpoint and not args.pretrained:
         args.pretrained = True
         args.explicit.add('pretrained')
@@ -197,7 +227,8 @@ class _Search:
         self.accelerator = build.build_accelerator(argparse.Namespace(
             **{**vars(args), 'tracker': ['none'], 'log_wandb': False}))
         self.progress = progress and not args.no_progress and self.accelerator.is_local_main_process
-        self.notes: list[str] = []
+        left_out = [f'--{n.replace("_", "-")}' for n in _LEFT_OUT if getattr(args, n)]
+        self.notes = [f'Candidates were trained without {", ".join(left_out)}.'] if left_out else []
         self.started = time.monotonic()
         # Not args.output's default, where runs are.
         named = argparse.Namespace(**{**vars(args), 'output': args.output or 'output/search'})
@@ -249,7 +280,12 @@ class _Search:
         candidates, layers = self._candidates(model)
         contest = self._contest(model, plan, search.num_classes)
         self._prepare_folder()
-        search, val, epochs = self._fit(contest, candidates, search, val, plan)
+        best_plan = _frozen_elsewhere(plan, model, self.role)
+        if (self.folder / 'results.json').exists():  # nothing is left to do
+            return self._finish(SearchResults.read(self.folder / 'results.json'), best_plan)
+        self._keep_chunks(contest)
+        everything = val
+        search, val, epochs = self._fit(contest, candidates, search, val)
         contest.plan = _shorter(contest.plan, epochs)
         results = SearchResults(args.model, self.role, args.seed, search.num_classes, len(search))
         stage = self._stage(contest, 'search', search, val, epochs)
@@ -258,14 +294,15 @@ class _Search:
         if tops:
             results.results += contest.run(tops, dataclasses.replace(stage, name='top', rungs=()))
         if final is not None:
-            contest.plan = _frozen_elsewhere(plan, model, self.role)
+            contest.plan, contest.args = best_plan, args
             chosen = [results.winner(way).candidate for way in ('classifier', 'all', *results.ways)]
             results.final_images = len(final)
-            results.final = contest.run(chosen, self._stage(contest, 'final', final, val, plan.epochs, halving=False))
+            results.final = contest.run(
+                chosen, self._stage(contest, 'final', final, everything, plan.epochs, halving=False))
         results.seconds = time.monotonic() - self.started
         if contest.why_alone:
             self.notes.append(f'Candidates were trained one after the other: {contest.why_alone}.')
-        return self._finish(results, _frozen_elsewhere(plan, model, self.role))
+        return self._finish(results, best_plan)
 
     def _candidates(self, model: nn.Module) -> tuple[list[Candidate], list]:
         """Both baselines and the candidates of all ways but the tops, which wait for the layers'; and the layers."""
@@ -307,7 +344,24 @@ class _Search:
         rungs = _rungs(epochs, self.own.halving) if self.own.halving and halving else ()
         return Stage(name, *loaders, epochs, rungs, self.own.halving or 0.5)
 
-    def _fit(self, contest: Contest, candidates, train: Mixture, val: Mixture, plan: Plan):
+    def _keep_chunks(self, contest: Contest) -> None:
+        """Cut what goes on into the chunks of its first start: how much memory is free changes.
+
+        Raises:
+            UserError: If other ones are asked for.
+        """
+        path = self.folder / 'state' / 'chunks.yaml'
+        if path.exists():
+            kept = yaml.safe_load(path.read_text(encoding='utf-8'))
+            if self.own.chunk not in (None, kept['chunk']) or self.own.memory not in (None, kept['memory'] / 2**30):
+                raise UserError(
+                    f'{self.folder}: --chunk and --memory stay as they were; leave them out, or add --overwrite')
+            contest.chunk, contest.memory = kept['chunk'], kept['memory']
+        elif self.accelerator.is_main_process:
+            path.write_text(yaml.safe_dump(dict(chunk=contest.chunk, memory=contest.memory)), encoding='utf-8')
+        self.accelerator.wait_for_everyone()
+
+    def _fit(self, contest: Contest, candidates: Sequence[Candidate], train: Mixture, val: Mixture):
         """Images and epochs: as asked for, or what fits into the budget."""
         own, args = self.own, self.args
         if not own.budget:
@@ -324,7 +378,7 @@ class _Search:
             if self.accelerator.is_main_process:
                 path.write_text(yaml.safe_dump(dataclasses.asdict(fit)), encoding='utf-8')
             self.accelerator.wait_for_everyone()
-        args.val_interval = fit.epochs
+        contest.args = argparse.Namespace(**{**vars(args), 'val_interval': fit.epochs})
         if fit.share < 1:
             train = stratified(train, [fit.share], args.seed)[0]
         if fit.val_share < 1:
@@ -453,7 +507,7 @@ def search_blocks(
         model: Optional[str] = None,
         data_dir: Union[str, Path, None] = None,
         config: Union[str, Path, None] = None,
-        ways: Sequence[str] = ('block',),
+        ways: Union[str, Sequence[str], None] = None,
         progress: bool = True,
         **options,
 ) -> BlockSearch:
@@ -463,7 +517,8 @@ def search_blocks(
         model: timm model, or a composite.
         data_dir: Folder of the data; other data are among the options, or a section `data` of the recipe's form.
         config: Recipe or YAML file that sets options; those given here win.
-        ways: What to choose from: `layer`, `block`, `window`, and `topK` such as `top3`.
+        ways: What to choose from: `layer`, `block`, `window`, and `topK` such as `top3`. Without it `block`, or those
+            of the protocol.
         progress: Show a bar.
         **options: Flags of `timm-amf search` and of `train_amf.py` by name.
 
@@ -477,8 +532,10 @@ def search_blocks(
     if config is not None:
         content = yaml.safe_load(find_config(str(config)).read_text(encoding='utf-8')) or {}
         content = {k: v for k, v in content.items() if k != 'explicit'}
-    actions = {a.dest: a for a in _own_parser()._actions}
-    argv = ['--ways', *([ways] if isinstance(ways, str) else ways)]
+    if options.get('protocol'):
+        content = {**content, **_PAPER_OPTIONS}
+    actions = {a.dest: a for a in _own_parser()._actions if a.dest not in ('help', 'compare', 'table_file')}
+    argv = [] if ways is None else ['--ways', *([ways] if isinstance(ways, str) else ways)]
     for name, value in options.items():
         if name not in actions:
             content[name] = value
@@ -491,7 +548,7 @@ def search_blocks(
         path = Path(folder) / 'options.yaml'
         path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}), encoding='utf-8')
         try:
-            own, args = _parse([*argv, '--config', str(path)])
+            own, args = _parse([*argv, '--config', str(path)], preset=False)
         except UserError as e:
             raise UserError(str(e).replace(str(path), 'search_blocks')) from e.__cause__
     with torch.random.fork_rng():

@@ -19,15 +19,6 @@ __all__ = ['TapCache']
 _MARGIN = 1.5
 
 
-# Times that reading has to be faster than computing: less does not repay the first epoch, which writes.
-_MARGIN = 1.5
-
-
-def is_fixed(loader) -> bool:
-    """Whether a loader gives an image the same pixels whenever it comes up."""
-    return getattr(loader, 'repeats_images', False)
-
-
 class TapCache:
     """The inputs of a chunk of candidates, for all images of a loader.
 
@@ -86,15 +77,15 @@ class TapCache:
         if reading * _MARGIN > seconds:
             return {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._types = {name: (t.dtype, t.is_contiguous()) for name, t in taps.items()}
+        self._types = {name: (t.dtype, _is_last(t)) for name, t in taps.items()}
         return {
             name: np.memmap(self.folder / f'{i}.bin', dtype=c.dtype, mode='w+', shape=(self.count, *c.shape[1:]))
             for i, (name, c) in enumerate(zip(taps, copies))}
 
     def _read(self, name: str, rows: np.ndarray, images: Tensor) -> Tensor:
-        dtype, contiguous = self._types[name]
+        dtype, channels_last = self._types[name]
         tensor = torch.from_numpy(self.files[name][rows]).view(dtype)
-        if not contiguous:
+        if channels_last:
             tensor = tensor.permute(0, 3, 1, 2)
         return tensor.to(images.device, non_blocking=True)
 
@@ -105,9 +96,13 @@ class TapCache:
         self.files = {}
 
 
+def _is_last(tensor: Tensor) -> bool:
+    return tensor.ndim == 4 and not tensor.is_contiguous()
+
+
 def _bits(tensor: Tensor) -> np.ndarray:
-    """A tensor as an array of the order that it has in memory, whatever its type."""
-    if tensor.ndim == 4 and not tensor.is_contiguous():
+    """A tensor as an array, whatever its type; maps that are not in the usual order have their channels last."""
+    if _is_last(tensor):
         tensor = tensor.permute(0, 2, 3, 1)
     tensor = tensor.detach().cpu().contiguous()
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]).numpy()
