@@ -293,6 +293,7 @@ class _Search:
         tops = self._top_candidates(layers, results)
         if tops:
             results.results += contest.run(tops, dataclasses.replace(stage, name='top', rungs=()))
+        _close(stage)
         if final is not None:
             contest.plan, contest.args = best_plan, args
             chosen = [results.winner(way).candidate for way in ('classifier', 'all', *results.ways)]
@@ -340,7 +341,8 @@ class _Search:
             cache_bytes=own.cache_gb * 2**30, progress=self.progress)
 
     def _stage(self, contest, name: str, train: Mixture, val: Mixture, epochs: int, halving: bool = True) -> Stage:
-        loaders = build.build_loaders(self.args, contest.model, train, copy.copy(val), self.accelerator)
+        # Copies, since loaders give them a cache, after which no share of them can be taken.
+        loaders = build.build_loaders(self.args, contest.model, copy.copy(train), copy.copy(val), self.accelerator)
         rungs = _rungs(epochs, self.own.halving) if self.own.halving and halving else ()
         return Stage(name, *loaders, epochs, rungs, self.own.halving or 0.5)
 
@@ -372,9 +374,10 @@ class _Search:
         else:
             stage = self._stage(contest, 'timing', train, val, 1)
             train_cost, val_cost = contest.costs(candidates, stage, _STEPS)
+            _close(stage)
             least = 2 / max(1, train.class_counts().min())
             fit = fit_budget(
-                0.9 * own.budget * 60, len(train), len(val), train_cost, val_cost, args.epochs, min(1., least))
+                own.budget * 60, len(train), len(val), train_cost, val_cost, args.epochs, min(1., least))
             if self.accelerator.is_main_process:
                 path.write_text(yaml.safe_dump(dataclasses.asdict(fit)), encoding='utf-8')
             self.accelerator.wait_for_everyone()
@@ -446,6 +449,12 @@ class _Search:
                 self.notes.append(f'No figure: {e}')
             shutil.rmtree(self.folder / 'state', ignore_errors=True)
         return found
+
+
+def _close(stage: Stage) -> None:
+    """End the workers of its loaders."""
+    stage.train_loader.close()
+    stage.val_loader.close()
 
 
 def _frozen_elsewhere(plan: Plan, model: nn.Module, role: str) -> Plan:

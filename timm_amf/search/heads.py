@@ -16,14 +16,18 @@ def mlp_head(model: nn.Module, input_size: Sequence[int], num_classes: int, seed
     of its library, whose initialisation is used too (Glorot's uniform one).
 
     Args:
-        model: What gives the features, by `forward_features`.
+        model: What gives the features, by `forward_features`; its modes and the statistics of its norms stay.
         input_size: (C, H, W) of the images.
         num_classes: Classes.
         seed: What its weights follow from.
     """
     first = next(model.parameters())
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()  # else norms would take this image for data
     with torch.no_grad():
         width = model.forward_features(first.new_zeros((1, *input_size))).numel()
+    for module, mode in modes:
+        module.training = mode
     with torch.random.fork_rng():
         seed_step(seed, 0, 0, 0)
         head = nn.Sequential(

@@ -1,4 +1,5 @@
 """Shares of a data set that have the same part of every class, and how much of one fits into a time."""
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,9 @@ from timm_amf.data import Mixture
 from timm_amf.errors import UserError
 
 __all__ = ['Fit', 'fit_budget', 'stratified']
+
+# Of a budget; the rest is for what is not timed: the first batches, files, tables.
+_USABLE = 0.9
 
 
 def stratified(dataset: Mixture, shares: Sequence[float], seed: int) -> list[Mixture]:
@@ -79,7 +83,7 @@ def fit_budget(
     epochs. Validation, once at the end, gets a third of the time at most.
 
     Args:
-        seconds: The time.
+        seconds: The time; a tenth is kept in reserve.
         train_images: Training images.
         val_images: Validation images.
         train_cost: Seconds that a training image takes in one epoch, for all candidates together.
@@ -90,13 +94,16 @@ def fit_budget(
     Raises:
         UserError: If not even one epoch on the smallest share fits.
     """
-    val_share = min(1., seconds / 3 / (val_images * val_cost))
-    left = seconds - val_share * val_images * val_cost
+    usable = _USABLE * seconds
+    val_share = min(1., usable / 3 / (val_images * val_cost))
+    left = usable - val_share * val_images * val_cost
     affordable = left / train_cost
     if affordable < least_share * train_images or val_share * val_images < 1:
-        least = 1.5 * least_share * train_images * train_cost / 60
-        raise UserError(f'--budget: {seconds / 60:.2g} minutes are too short for one epoch; give {max(least, 0.1):.1f}')
+        least = max(1.5 * least_share * train_images * train_cost, 3 * val_cost) / _USABLE / 60
+        raise UserError(
+            f'--budget: {seconds / 60:.2g} minutes are too short for one epoch; give {math.ceil(10 * least) / 10:.1f}')
     share = min(1., max(least_share, affordable / (min(10, epochs) * train_images)))
-    chosen = max(1, min(epochs, int(affordable / (share * train_images))))
+    # The quotient of ten epochs may be a hair below ten.
+    chosen = max(1, min(epochs, int(affordable / (share * train_images) + 1e-6)))
     expected = chosen * share * train_images * train_cost + val_share * val_images * val_cost
     return Fit(chosen, share, val_share, expected)
