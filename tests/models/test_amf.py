@@ -280,5 +280,5 @@ def test_registration():
         'amf_convnext_tinyx2', 'amf_vit_small_patch16_224x2', 'multitune', 'multitune_inception_v4x2',
     }
     assert set(timm.list_models(module='amf')) == names
-    assert set(timm.list_pretrained('amf*')) == {f'{n}.in1k' for n in names if n.startswith('amf')}
+    assert set(timm.list_pretrained('amf*.in1k')) == {f'{n}.in1k' for n in names if n.startswith('amf')}
     assert isinstance(timm.create_model('amf_resnet18x2.in1k', device='meta'), AMF)

@@ -38,6 +38,7 @@ from .parts import Part, as_pair, build_parts, probe_part
 from .policy import PolicyNetwork
 from .renorm import create_renorm
 from .routing import may_route, routed_fusion
+from .tags import fine_tuned_cfgs
 
 __all__ = ['AMF', 'MultiTune']
 
@@ -537,7 +538,11 @@ def _cfg(
     return composite_cfg(named, list(named)[:len(parts)], **{'min_input_size': smallest} if smallest else {})
 
 
-default_cfgs = generate_default_cfgs({f'{name}.{PARTS_TAG}': _cfg(*v) for name, v in _VARIANTS.items()})
+default_cfgs = generate_default_cfgs({
+    **dict(fine_tuned_cfgs(_VARIANTS, lambda variant, _: _cfg(*_VARIANTS[variant]))),
+    # Last, so that it is the default, also where the parts have no weights.
+    **{f'{name}.{PARTS_TAG}*': _cfg(*v) for name, v in _VARIANTS.items()},
+})
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs) -> AMF:

@@ -15,7 +15,8 @@ __all__ = ['PARTS_TAG', 'build_composite', 'composite_cfg', 'joint_input_cfg']
 
 _logger = logging.getLogger(__name__)
 
-# The tag whose weights are those of the parts, each from its own source. Other tags are checkpoints of the whole model.
+# The tag whose weights are those of the parts, each from its own source. Other tags are checkpoints of the whole model
+# (see `tags`).
 PARTS_TAG = 'in1k'
 
 # What the composite takes over from the backbone that its images are prepared for.
@@ -102,11 +103,12 @@ def build_composite(
         **kwargs: To `model_cls` and timm's builder.
     """
     registered = resolve_pretrained_cfg(variant, pretrained_cfg if isinstance(pretrained_cfg, str) else None)
+    named = registered.tag not in (PARTS_TAG, None)
     if not pretrained_cfg or isinstance(pretrained_cfg, str):
-        named = registered.tag not in (PARTS_TAG, None)
-        pretrained_cfg = registered.to_dict() if named else dict(parts_cfg, architecture=variant)
+        own = {k: v for k, v in registered.to_dict().items() if v is not None} if named else {}
+        pretrained_cfg = {**parts_cfg, **own, 'architecture': variant}
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
-    of_parts = _of_parts(cfg, parts_cfg, registered.hf_hub_id)
+    of_parts = _of_parts(cfg, parts_cfg, None if named else registered.hf_hub_id)
     model_cls = partial(
         model_cls,
         mean=cfg['mean'],

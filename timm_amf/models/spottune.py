@@ -40,6 +40,7 @@ from .policy import PolicyNetwork, gumbel_noise, straight_through
 from .renorm import create_renorm
 from .routed_block import Decision, PartOfBlock, Route, RoutedBlock, eager
 from .sources import has_source
+from .tags import fine_tuned_cfgs, tag_arguments
 
 __all__ = ['SpotTune']
 
@@ -637,11 +638,16 @@ def _cfg(
     )
 
 
-default_cfgs = generate_default_cfgs({f'{name}.{PARTS_TAG}': _cfg(**v) for name, v in _VARIANTS.items()})
+default_cfgs = generate_default_cfgs({
+    **dict(fine_tuned_cfgs(_VARIANTS, lambda variant, args: _cfg(**{**_VARIANTS[variant], **args}))),
+    # Last, so that it is the default, also where the parts have no weights.
+    **{f'{name}.{PARTS_TAG}*': _cfg(**v) for name, v in _VARIANTS.items()},
+})
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs) -> SpotTune:
-    kwargs = {**_VARIANTS[variant], **kwargs}
+    of_tag = tag_arguments(variant, kwargs.get('pretrained_cfg'))
+    kwargs = {**_VARIANTS[variant], **of_tag, **kwargs}
     cfg = _cfg(**kwargs)
     size = as_pair(kwargs.get('img_size')) or cfg['input_size'][-2:]
     in_chans = kwargs.get('in_chans', cfg['input_size'][0])
@@ -649,7 +655,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> SpotTune:
     plain = meta_part(part, in_chans)
     levels = len(getattr(plain, 'feature_info', None) or ()) if hasattr(plain, 'forward_intermediates') else 0
     # All levels of a pyramid; the last three where there are many of few reductions, as timm has it for a ViT.
-    return build_composite(
+    model = build_composite(
         SpotTune,
         variant,
         pretrained,
@@ -657,6 +663,9 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> SpotTune:
         feature_cfg=dict(feature_cls='getter', out_indices=tuple(range(levels)) if levels <= 5 else 3),
         **kwargs,
     )
+    # timm adds what it was given, so that a checkpoint says how to build the model again.
+    model._model_args = of_tag
+    return model
 
 
 @register_model

@@ -1,0 +1,121 @@
+"""Fine-tuned tags: a checkpoint of a whole composite in a Hub repository of its own, and the recipe that trains it.
+
+`amf_inception_v4x2.aircraft_dtd` is the tag `aircraft_dtd`; its repository and its recipe have the same name, behind
+`OWNER` and in `hub_configs`. A tag says what the model is built with, because that is not always what the bare name is
+built with. What is here of a recipe's is repeated, so that importing the package does not read its YAML files.
+"""
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from timm.models import PretrainedCfg
+
+__all__ = ['FINE_TUNED', 'OWNER', 'FineTuned', 'fine_tuned_cfgs', 'fine_tuned_name', 'tag_arguments', 'unpublished']
+
+# Of all repositories that tags name.
+OWNER = 'timm-amf'
+# Nothing else is asked for: where there is no such file, timm would go on to a pickle.
+_WEIGHTS = 'model.safetensors'
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What a tag stands for.
+
+    Args:
+        num_classes: Classes of its data.
+        license: Licence of the weights, as the Hub names it.
+        model_args: Keyword arguments that the model is built with, where they are not given.
+        published: Whether its repository was there when this version was released.
+    """
+    num_classes: int
+    license: str = 'apache-2.0'
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    published: bool = False
+
+
+# Both are of the papers' experiments: torchvision's weights, which are prepared for other crops than timm's; a first
+# macro block that is neither tuned nor routed (SpotTune, section 4.1).
+_TORCHVISION = {'backbone': 'resnet50.tv_in1k', 'temperature': 5.0}
+_DECATHLON = {'first_block': 4, 'temperature': 5.0}
+_DECATHLON_CLASSES = {
+    'aircraft': 100, 'cifar100': 100, 'daimlerpedcls': 2, 'dtd': 47, 'gtsrb': 43, 'omniglot': 1623, 'svhn': 10,
+    'ucf101': 101, 'vgg-flowers': 102,
+}
+
+# Name with tag -> what it stands for.
+FINE_TUNED: dict[str, FineTuned] = {
+    'amf_inception_v4x2.aircraft_dtd': FineTuned(94),
+    'amf_inception_v4x2.aircraft_cars': FineTuned(122),
+    'amf_inception_v4x2.cifar10': FineTuned(10),
+    'amf_inception_v4x2.fashion_mnist': FineTuned(10),
+    'multitune_inception_v4x2.aircraft_dtd': FineTuned(94),
+    **{
+        f'spottune_resnet50.{data}': FineTuned(classes, 'bsd-3-clause', _TORCHVISION)
+        for data, classes in (('cub', 200), ('cars', 196), ('flowers', 102), ('wikiart', 195), ('sketches', 250))
+    },
+    **{
+        f'spottune_resnet26.decathlon_{domain}': FineTuned(classes, model_args=_DECATHLON)
+        for domain, classes in _DECATHLON_CLASSES.items()
+    },
+}
+
+
+def fine_tuned_cfgs(variants: Mapping[str, Any], cfg_of: Callable[[str, Mapping], dict]) -> Iterator[tuple[str, dict]]:
+    """The `pretrained_cfg` of each tag of some models.
+
+    Args:
+        variants: Registered names.
+        cfg_of: From a registered name and the arguments of a tag to the `pretrained_cfg` of that composite.
+
+    Yields:
+        Name with tag, and the `pretrained_cfg`.
+    """
+    for name, tuned in FINE_TUNED.items():
+        variant, _, tag = name.partition('.')
+        if variant in variants:
+            yield name, {
+                **cfg_of(variant, tuned.model_args),
+                'hf_hub_id': f'{OWNER}/{name}',
+                'hf_hub_filename': _WEIGHTS,
+                'num_classes': tuned.num_classes,
+                'license': tuned.license,
+                'tag': tag,
+            }
+
+
+def tag_arguments(variant: str, pretrained_cfg: Any) -> dict[str, Any]:
+    """The keyword arguments that the tag of a model stands for; none where the tag is another.
+
+    Args:
+        variant: Registered name.
+        pretrained_cfg: Tag, cfg or nothing, as `timm.create_model` passes it.
+    """
+    if isinstance(pretrained_cfg, PretrainedCfg):
+        tag = pretrained_cfg.tag
+    elif isinstance(pretrained_cfg, Mapping):
+        tag = pretrained_cfg.get('tag')
+    else:
+        tag = pretrained_cfg
+    tuned = FINE_TUNED.get(f'{variant}.{tag}')
+    return dict(tuned.model_args) if tuned else {}
+
+
+def fine_tuned_name(cfg: Mapping[str, Any]) -> Optional[str]:
+    """The name with tag whose own repository a `pretrained_cfg` means, None where it means another source."""
+    name = f'{cfg.get("architecture")}.{cfg.get("tag")}'
+    return name if name in FINE_TUNED and cfg.get('hf_hub_id') == f'{OWNER}/{name}' else None
+
+
+def unpublished(name: str, why: str) -> str:
+    """One line for somebody who wants weights that are not there.
+
+    Args:
+        name: Name with tag.
+        why: What was found, in words.
+    """
+    return (
+        f"'{name}' is not published yet ({why}): train it with `timm-amf train --config {name} --data-dir DIR`, "
+        f'publish it with `timm-amf publish RUN --repo-id OWNER/NAME --license {FINE_TUNED[name].license}`, and load '
+        f"'hf-hub:OWNER/NAME'."
+    )
