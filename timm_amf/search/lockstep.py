@@ -180,21 +180,20 @@ class Lockstep:
             return self._run_trunk(unit, x, args, kwargs)
         if unit.index < self._pass.begins:
             return self._placeholder(unit, x, args, kwargs)
-        order, batch = self._pass.order, self._pass.images[0]
+        order = self._pass.order
+        rows = dict(zip((m.name for m in order), x.split(self._pass.images[0]))) if order else {}
         begin = self._starts.get(unit.index, [])
+        rows.update({m.name: self._pass.taps[unit.name] for m in begin})
         rest = [m for m in order if unit is not self.head_unit and unit.name not in m.copies]
-        here = [m for m in order if m not in rest]
-        if rest != order[:len(rest)]:
-            # Those behind their own layers are mostly the first to have begun; else they are brought together.
-            rows = dict(zip((m.name for m in order), x.split(batch)))
-            x = torch.cat([rows[m.name] for m in (*rest, *here)])
-        # One split, whose gradient is one concatenation; and none where nothing is to be split.
-        sizes = [len(rest) * batch] * bool(rest) + [batch] * len(here)
-        pieces = list(x.split(sizes)) if len(sizes) > 1 else [x] * len(sizes)
-        parts = [unit.frozen(pieces.pop(0), args, kwargs)] if rest else []
-        own = [*zip(here, pieces), *((m, self._pass.taps[unit.name]) for m in begin)]
-        parts += [self._run_own(member, unit, rows, args, kwargs) for member, rows in own]
-        self._pass.order = [*rest, *here, *begin]
+        own = [*(m for m in order if m not in rest), *begin]
+        parts = []
+        if rest:
+            # Those behind their own layers are mostly the first to have begun, and then there is nothing to copy.
+            first = rest == order[:len(rest)]
+            together = x[:len(rest) * self._pass.images[0]] if first else torch.cat([rows[m.name] for m in rest])
+            parts.append(unit.frozen(together, args, kwargs))
+        parts += [self._run_own(member, unit, rows[member.name], args, kwargs) for member in own]
+        self._pass.order = rest + own
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _run_trunk(self, unit: _Unit, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
@@ -251,5 +250,4 @@ def _own_folds(probe: Probe, member: Member, path: str) -> tuple[Folds, Folds]:
     """For a candidate's copy of a unit, what to fold in evaluation, and in training."""
     pairs = pairs_below(probe.pairs, path)
     # Norms that train have their batch's statistics in training.
-    fixed = [p for p in pairs if not is_within(f'{path}.{p[1]}', member.candidate.modules)]
-    return Folds(pairs, cut=True), Folds(fixed, cut=True)
+    return Folds(pairs), Folds(p for p in pairs if not is_within(f'{path}.{p[1]}', member.candidate.modules))
