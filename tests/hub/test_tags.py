@@ -6,8 +6,8 @@ from huggingface_hub import constants
 from safetensors.torch import save
 
 from timm_amf.data import DataSpec
-from timm_amf.engine.config_file import list_recipes, read_config
 from timm_amf.engine.config_file import find_config as recipe_path
+from timm_amf.engine.config_file import list_recipes, read_config
 from timm_amf.engine.options import build_parser
 from timm_amf.errors import UserError
 from timm_amf.models.tags import FINE_TUNED, OWNER

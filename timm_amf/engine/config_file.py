@@ -15,7 +15,7 @@ import yaml
 
 from timm_amf.errors import UserError
 
-__all__ = ['SECTIONS', 'KeyValues', 'find_config', 'list_recipes', 'nearest', 'read_config', 'save_args']
+__all__ = ['SECTIONS', 'KeyValues', 'find_config', 'list_recipes', 'load_yaml', 'nearest', 'read_config', 'save_args']
 
 # Options that others can set (--device cpu sets cpu, --amp sets mixed_precision), and that are then not the user's own.
 DERIVED = ('cpu', 'drop_path', 'loss', 'mixed_precision')
@@ -110,9 +110,10 @@ def read_config(
         the file (None if the file does not say, as a recipe does not).
 
     Raises:
-        UserError: If the file cannot be read, or a key or value is wrong; the message names file, key and remedy.
+        UserError: If the file cannot be read, or a key or value is wrong, or a recipe of the package is not whole; the
+            message names file, key and remedy.
     """
-    content = _load(path)
+    content = load_yaml(path)
     actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
     values, sections, explicit = {}, {}, None
     for name, value in content.items():
@@ -131,10 +132,19 @@ def read_config(
             raise UserError(f'{where}: unknown key{hint or "; the keys are the flags of train_amf.py --help"}')
         else:
             values[dest] = _convert(actions[dest], value, where)
+    if Path(path).resolve().parent in _RECIPE_DIRS:
+        from timm_amf.engine.recipe_schema import check_recipe  # it reads files with what is here
+
+        check_recipe(path, values, sections)
     return values, sections, explicit
 
 
-def _load(path: Union[str, Path]) -> Mapping:
+def load_yaml(path: Union[str, Path]) -> Mapping:
+    """Reads a YAML file of keys and values.
+
+    Raises:
+        UserError: If it cannot be read, or is no such file.
+    """
     try:
         content = yaml.load(Path(path).read_text(encoding='utf-8'), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
