@@ -145,9 +145,6 @@ def test_what_is_right(write):
 
 
 @pytest.mark.parametrize('change, message', [
-    (('model', None), 'model: is missing'),
-    (('data', None), 'data: is missing'),
-    (('plan', None), 'plan: is missing'),
     (('plan.epoch', 3), 'plan.*epoch.*epochs'),
     (('data.component', []), "data: unknown key 'component'"),
     (('expected.source', None), 'expected: source: is missing'),
@@ -192,6 +189,13 @@ def test_what_is_wrong(write, change, message):
         with pytest.raises(UserError, match=message) as e:
             read(name)
         assert '\n' not in str(e.value) and f'{name}.yaml: ' in str(e.value)
+
+
+@pytest.mark.parametrize('key', ['model', 'data', 'plan'])
+def test_what_is_missing(write, key):
+    with pytest.raises(UserError, match=f'signs_dtd.yaml: {key}: is missing; a recipe names its model'):
+        read_recipe(write((key, None)))
+    assert parse_args(['--config', write((key, None)), '--data-dir', '.'])  # the command line may have it
 
 
 def test_published_needs_a_repository(write):

@@ -110,8 +110,8 @@ def read_config(
         the file (None if the file does not say, as a recipe does not).
 
     Raises:
-        UserError: If the file cannot be read, or a key or value is wrong, or a recipe of the package is not whole; the
-            message names file, key and remedy.
+        UserError: If the file cannot be read, or a key or value is wrong, or a recipe of the package does not fit
+            its schema; the message names file, key and remedy.
     """
     content = load_yaml(path)
     actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from timm_amf.data.spec import DataSpec
-from timm_amf.engine.config_file import find_config, load_yaml, nearest
+from timm_amf.engine.config_file import SECTIONS, find_config, load_yaml, nearest
 from timm_amf.errors import UserError
 from timm_amf.hub.client import check_repo_id
 from timm_amf.tuning import Plan
@@ -67,25 +67,28 @@ class Recipe:
 
 
 def read_recipe(name: str) -> Recipe:
-    """Reads and checks a recipe that comes with the package, or a file like it; its flags are not looked at.
+    """Reads a whole recipe and checks it, its flags excepted.
 
     Args:
         name: Its name, or its path.
 
     Raises:
-        UserError: If there is none, or it is not as it must be.
+        UserError: If there is none, or something is missing or wrong; the message names file, key and remedy.
     """
     path = find_config(name)
     content = dict(load_yaml(path))
-    sections = {key: content.pop(key, {}) for key in ('data', 'plan', 'expected', 'card')}
+    sections = {key: content.pop(key, {}) for key in SECTIONS}
     for key, section in sections.items():
         _mapping(section, f'{path}: {key}')
+    for key in ('model', 'data', 'plan'):
+        if not {**content, **sections}.get(key):
+            raise UserError(f'{path}: {key}: is missing; a recipe names its model, its data and its Plan')
     check_recipe(path, content, {key: section for key, section in sections.items() if section})
     return Recipe(path.stem, path, content, **sections)
 
 
 def check_recipe(path: Union[str, Path], flags: Mapping[str, Any], sections: Mapping[str, Mapping]) -> None:
-    """Checks that a file is a whole recipe: what it must have is there, and what it has is right.
+    """Checks what a recipe has, as `--config` does: what it has not, the command line may have.
 
     Args:
         path: The file; the messages begin with it.
@@ -95,15 +98,15 @@ def check_recipe(path: Union[str, Path], flags: Mapping[str, Any], sections: Map
     Raises:
         UserError: If something is wrong; the message names file, key and remedy.
     """
-    for key, have in (('model', flags), ('data', sections), ('plan', sections)):
-        if not have.get(key):
-            raise UserError(f'{path}: {key}: is missing; a recipe names its model, its data and its Plan')
-    components = [c.name for c in _of_owner(path, DataSpec.from_mapping, sections['data']).components]
-    _of_owner(path, Plan.from_dict, sections['plan'])
+    components = None
+    if 'data' in sections:
+        components = [c.name for c in _of_owner(path, DataSpec.from_mapping, sections['data']).components]
+    if 'plan' in sections:
+        _of_owner(path, Plan.from_dict, sections['plan'])
     if 'expected' in sections:
         _check_expected(sections['expected'], components, f'{path}: expected')
     if 'card' in sections:
-        _check_card(sections['card'], Path(path).stem, str(flags['model']), f'{path}: card')
+        _check_card(sections['card'], Path(path).stem, flags.get('model'), f'{path}: card')
 
 
 def _of_owner(path: Union[str, Path], build: Callable, section: Mapping) -> Any:
@@ -134,7 +137,7 @@ def _describe_range(value: Mapping[str, float]) -> str:
 # -- expected ---------------------------------------------------------------------------------------------------------
 
 
-def _check_expected(section: Mapping, components: Collection[str], where: str) -> None:
+def _check_expected(section: Mapping, components: Optional[Collection[str]], where: str) -> None:
     _text(section.get('source'), f'{where}: source', 'say who found these figures, and over how many runs')
     _one_of(section.get('split'), _SPLITS, f'{where}: split')
     metrics = [key for key in section if key not in ('source', 'split')]
@@ -151,14 +154,14 @@ def _split_metric(key: str) -> tuple[str, str]:
     return metric, key[len(metric) + 1:] if metric else key
 
 
-def _check_metric(key: Any, components: Collection[str], where: str) -> None:
+def _check_metric(key: Any, components: Optional[Collection[str]], where: str) -> None:
     metric, whose = _split_metric(str(key))
-    known = (*components, *_WHOSE)
+    known = (*(components or ()), *_WHOSE)
     if not metric:
         choices = ('source', 'split', *_METRICS, *(f'top1_{name}' for name in known))
         raise UserError(
             f'{where}: unknown key{nearest(str(key), choices) or f"; there are source, split, {_listed(_METRICS)}"}')
-    if whose and whose not in known and not re.fullmatch(r'top[1-9]\d*', whose):
+    if whose and components is not None and whose not in known and not re.fullmatch(r'top[1-9]\d*', whose):
         raise UserError(
             f'{where}: {whose!r} is no component of the data'
             f'{nearest(whose, known) or f"; there are {_listed(components)}, and {_listed(_WHOSE)}"}')
@@ -184,7 +187,7 @@ def _check_range(value: Any, where: str) -> None:
 # -- card -------------------------------------------------------------------------------------------------------------
 
 
-def _check_card(section: Mapping, name: str, model: str, where: str) -> None:
+def _check_card(section: Mapping, name: str, model: Optional[str], where: str) -> None:
     _known_keys(section, (
         'license', 'license_name', 'license_link', 'repo_id', 'published', 'base_model', 'datasets', 'tags', 'paper'),
         where)
@@ -212,7 +215,7 @@ def _check_card(section: Mapping, name: str, model: str, where: str) -> None:
         raise UserError(f'{where}: published: is true without a repo_id; name the repository')
 
 
-def _check_own_id(repo_id: Any, name: str, model: str, where: str) -> None:
+def _check_own_id(repo_id: Any, name: str, model: Optional[str], where: str) -> None:
     """Repository, recipe and tag have one name: who has one finds the others."""
     _text(repo_id, where, 'write OWNER/NAME')
     try:
@@ -221,8 +224,8 @@ def _check_own_id(repo_id: Any, name: str, model: str, where: str) -> None:
         raise UserError(f'{where}: {e}') from None
     if repo_id.split('/')[1] != name:
         raise UserError(f'{where}: {repo_id!r} must end in the name of the recipe, {name}')
-    architecture = model.partition('.')[0]
-    if not name.startswith(f'{architecture}.'):
+    architecture = str(model).partition('.')[0]
+    if model and not name.startswith(f'{architecture}.'):
         raise UserError(f'{where}: the recipe trains {architecture}; name its file {architecture}.TAG.yaml')
 
 
