@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, NoReturn, Optional, Union
 
 import torch
 import yaml
@@ -118,8 +118,13 @@ class BlockSearch:
             raise UserError(f'{path}: cannot be written ({e.strerror}); choose another folder') from None
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
 def _own_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog='timm-amf search', add_help=False, allow_abbrev=False,
         usage='%(prog)s [DIR] --model NAME [flags of train_amf.py] [flags below]',
         description='Find the layers, blocks or windows of layers that are worth tuning.')
@@ -168,6 +173,8 @@ def _check_own(own: argparse.Namespace) -> None:
         value = getattr(own, name)
         if value is not None and value <= 0:
             raise UserError(f'--{name.replace("_", "-")} {value:g}: must be above 0')
+    if not own.cache_gb >= 0:
+        raise UserError(f'--cache-gb {own.cache_gb:g}: must be 0 or above')
     if own.protocol and own.budget:
         raise UserError('--budget changes images and epochs, which --protocol fixes; give one of them')
 
@@ -267,6 +274,8 @@ class _Search:
         self.role = role
         lr = resolve_lr(args, args.batch_size * self.accelerator.num_processes * args.grad_accum_steps)
         plan = plan_from_args(args, roles, lr)
+        if plan.role('head').train == 'none':
+            raise UserError('plan: the classifier must train in a search; leave the train of role head out')
         build.set_start(model, plan, args, num_classes)
         return model, plan
 
@@ -578,11 +587,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """The verb `search`: print the tables, write the files. Returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     argv = list(sys.argv[1:] if argv is None else argv)
-    own, _ = _own_parser().parse_known_args(argv)
-    if own.help:
-        _own_parser().print_help()
-        return 0
     try:
+        own, _ = _own_parser().parse_known_args(argv)
+        if own.help:
+            _own_parser().print_help()
+            return 0
         if own.compare:
             _compare(own)
             return 0
