@@ -4,6 +4,9 @@ import csv
 import io
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -386,7 +389,8 @@ def interrupt(monkeypatch, after: int) -> None:
     (1, []),
     (3, ['--chunk', '2', '--mixup', '0.2', '--opt', 'adamw', '--sched', 'plateau']),
     (3, ['--halving', '0.5', '--epochs', '3']),
-    (4, ['--ways', 'layer', 'top3', '--chunk', '8', '--final-share', '0.5']),
+    pytest.param(
+        4, ['--ways', 'layer', 'top3', '--chunk', '8', '--final-share', '0.5'], marks=pytest.mark.slow),
     (1, ['--one-by-one']),
     (1, ['--budget', '5']),
 ])
@@ -394,24 +398,23 @@ def test_resume(after, extra, search, monkeypatch):
     """The same to the bit as without a stop; what was done is not done again."""
     if '--budget' in extra:
         monkeypatch.setattr(Contest, 'costs', lambda *args: (1., 1.))
+    trained: list[int] = []
+    train = Contest._train_epoch
+    monkeypatch.setattr(Contest, '_train_epoch', lambda self, part, *args: (
+        trained.append(len(part)), train(self, part, *args))[1])
     code, text, whole = search(*extra, '--cache-gb', '0', name='whole')
     assert code == 0, text
+    in_one, trained[:] = sum(trained), []
     with monkeypatch.context() as patch:
         interrupt(patch, after)
         code, text, folder = search(*extra, '--cache-gb', '0', name='stopped')
     assert code == 130 and '--resume auto' in text and not (folder / 'results.json').exists()
-    epochs = []
-    train = Contest._train_epoch
-    monkeypatch.setattr(Contest, '_train_epoch', lambda self, part, *args: (
-        epochs.append(len(part)), train(self, part, *args))[1])
+    first, trained[:] = sum(trained), []
     code, text, folder = search(*extra, '--cache-gb', '0', '--resume', 'auto', name='stopped')
     assert code == 0, text
-    done, epochs[:] = sum(epochs), []
+    assert 0 < first < in_one and first + sum(trained) == in_one
     assert curves(folder) == curves(whole) and curves(folder, 'final') == curves(whole, 'final')
     assert not (folder / 'state').exists()
-    monkeypatch.setattr(Contest, '_save', lambda *args: None)
-    search(*extra, '--cache-gb', '0', name='again')
-    assert 0 < done < sum(epochs)
 
 
 def test_resume_with_the_cache(search, monkeypatch):
@@ -542,6 +545,33 @@ def test_two_classifiers(images, tmp_path, capsys):
         '--img-size', '32', '--pretrained-path', tmp_path / 'deit.safetensors', '--cpu', '--workers', '0', '--output',
         tmp_path)
     assert code == 2 and 'has 2 classifiers; search a model with one' in ''.join(capsys.readouterr())
+
+
+def test_size_that_the_network_does_not_take(images, tmp_path, capsys):
+    model = timm.create_model('vit_tiny_patch16_224', depth=1)
+    save_file(model.state_dict(), tmp_path / 'vit.safetensors')
+    code = call(
+        images / 'colours', '--model', 'vit_tiny_patch16_224', '--model-kwargs', 'depth=1', '--img-size', '32',
+        '--pretrained-path', tmp_path / 'vit.safetensors', '--cpu', '--workers', '0', '--output', tmp_path)
+    text = ''.join(capsys.readouterr())
+    assert code == 2 and text.count('\n') == 1 and '--img-size: vit_tiny_patch16_224 takes no images of 3x32x32' in text
+
+
+@pytest.mark.slow
+def test_two_processes(base, search, tmp_path):
+    """Each with half of every batch; norms have the statistics of their half, so that without them all is the same."""
+    root = Path(__file__).resolve().parents[2]
+    code = 'import sys; from timm_amf.cli import main; sys.exit(main())'
+    (tmp_path / 'verb.py').write_text(code)
+    flags = ['--freeze-bn', 'backbone', '-b', '8']
+    found = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', tmp_path / 'verb.py',
+         'search', *base, *flags, '--experiment', 'two', '--budget', '30'],
+        cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(root)}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count('Run it: train_amf.py') == 1 and found.stderr.count('For 30 minutes: 2 epochs on 24') == 1
+    _, _, one = search(*flags, '-b', '16', '--val-interval', '2', name='one')
+    assert_close(curves(tmp_path / 'two'), curves(one))
 
 
 def test_compare(everything, tmp_path, capsys):

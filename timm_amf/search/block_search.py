@@ -26,6 +26,7 @@ from typing import Any, NoReturn, Optional, Union
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from timm.data import resolve_data_config
 from torch import nn
 
@@ -320,7 +321,13 @@ class _Search:
         norms = 'separate' if own.separate_norms else 'joined'
         tops = [way for way in own.ways if way not in WAYS]
         ways = [way for way in WAYS if way in own.ways or (way == 'layer' and tops)]
-        layers = weighted_layers(model, self.input_size, self.role, norms)
+        try:
+            layers = weighted_layers(model, self.input_size, self.role, norms)
+        except (AssertionError, RuntimeError, ValueError) as e:  # whatever an architecture makes of another size
+            size = 'x'.join(map(str, self.input_size))
+            raise UserError(
+                f'--img-size: {self.args.model} takes no images of {size} ({str(e).splitlines()[0]}); give another, '
+                f'or --model-kwargs img_size={self.input_size[-1]} if it is built for a size') from e
         found = baseline_candidates()
         if 'layer' in ways:
             found += layer_candidates(layers)
@@ -362,15 +369,17 @@ class _Search:
             UserError: If other ones are asked for.
         """
         path = self.folder / 'state' / 'chunks.yaml'
-        if path.exists():
-            kept = yaml.safe_load(path.read_text(encoding='utf-8'))
-            if self.own.chunk not in (None, kept['chunk']) or self.own.memory not in (None, kept['memory'] / 2**30):
-                raise UserError(
-                    f'{self.folder}: --chunk and --memory stay as they were; leave them out, or add --overwrite')
-            contest.chunk, contest.memory = kept['chunk'], kept['memory']
-        elif self.accelerator.is_main_process:
-            path.write_text(yaml.safe_dump(dict(chunk=contest.chunk, memory=contest.memory)), encoding='utf-8')
-        self.accelerator.wait_for_everyone()
+        chunk, memory = contest.chunk, contest.memory
+        if self.accelerator.is_main_process:
+            if path.exists():
+                chunk, memory = yaml.safe_load(path.read_text(encoding='utf-8'))
+            else:
+                path.write_text(yaml.safe_dump([chunk, memory]), encoding='utf-8')
+        # Of the main process: less may be free where another one runs.
+        contest.chunk, contest.memory = broadcast_object_list([chunk, memory])
+        if self.own.chunk not in (None, contest.chunk) or self.own.memory not in (None, contest.memory / 2**30):
+            raise UserError(
+                f'{self.folder}: --chunk and --memory stay as they were; leave them out, or add --overwrite')
 
     def _fit(self, contest: Contest, candidates: Sequence[Candidate], train: Mixture, val: Mixture):
         """Images and epochs: as asked for, or what fits into the budget."""
@@ -378,18 +387,19 @@ class _Search:
         if not own.budget:
             return train, val, own.search_epochs
         path = self.folder / 'budget.yaml'
-        if path.exists():  # of the search that goes on: the same images and epochs
-            fit = Fit(**yaml.safe_load(path.read_text(encoding='utf-8')))
+        # Of a search that goes on: the same images and epochs.
+        known = path.read_text(encoding='utf-8') if self.accelerator.is_main_process and path.exists() else ''
+        known = broadcast_object_list([known])[0]
+        if known:
+            fit = Fit(**yaml.safe_load(known))
         else:
             stage = self._stage(contest, 'timing', train, val, 1)
-            train_cost, val_cost = contest.costs(candidates, stage, _STEPS)
+            costs = broadcast_object_list(list(contest.costs(candidates, stage, _STEPS)))
             _close(stage)
             least = 2 / max(1, train.class_counts().min())
-            fit = fit_budget(
-                own.budget * 60, len(train), len(val), train_cost, val_cost, args.epochs, min(1., least))
+            fit = fit_budget(own.budget * 60, len(train), len(val), *costs, args.epochs, min(1., least))
             if self.accelerator.is_main_process:
                 path.write_text(yaml.safe_dump(dataclasses.asdict(fit)), encoding='utf-8')
-            self.accelerator.wait_for_everyone()
         contest.args = argparse.Namespace(**{**vars(args), 'val_interval': fit.epochs})
         if fit.share < 1:
             train = stratified(train, [fit.share], args.seed)[0]
