@@ -1,5 +1,4 @@
 """The `timm-amf` command: one verb for each thing to do."""
-import argparse
 import difflib
 import sys
 from collections.abc import Sequence
@@ -42,33 +41,10 @@ def _search(argv: list[str]) -> int:
 
 
 def _models(argv: list[str]) -> int:
-    """list the models, their parts and parameters, and the recipes"""
-    parser = argparse.ArgumentParser(prog='timm-amf models', description=_models.__doc__)
-    parser.add_argument('filter', nargs='?', default='*', help='wildcard on the name, such as amf_*')
-    args = parser.parse_args(argv)
+    """list the models, their tags, the recipes, and what is published"""
+    from timm_amf.engine.listing import main as models_main
 
-    import fnmatch
-
-    import timm
-    import torch
-
-    from timm_amf.engine.config_file import list_recipes
-
-    print(f'{"model":32}{"parameters":>14}  {"input":14}networks + policy')
-    for module in ('amf', 'spottune', 'decathlon'):
-        for name in timm.list_models(args.filter, module=module):
-            with torch.device('meta'):
-                model = timm.create_model(name)
-            count = sum(p.numel() for p in model.parameters())
-            size = 'x'.join(map(str, model.pretrained_cfg['input_size']))
-            networks = [model.backbone] if hasattr(model, 'backbone') else getattr(model, 'branches', [])
-            parts = ', '.join(net.pretrained_cfg['architecture'] for net in networks)
-            policy = getattr(model, 'policy', None)
-            parts += f' + {policy.net.pretrained_cfg["architecture"]}' if policy is not None else ''
-            print(f'{name:32}{count:>14,}  {size:14}{parts}')
-    recipes = [name for name in list_recipes() if fnmatch.fnmatch(name, args.filter)]
-    print(f'recipes (train_amf.py --config NAME): {", ".join(recipes) or "none"}')
-    return 0
+    return models_main(argv)
 
 
 def _decathlon(argv: list[str]) -> int:

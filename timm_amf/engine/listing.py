@@ -1,0 +1,176 @@
+"""`timm-amf models`: the architectures, their tags, the recipes, and whether weights of them are published.
+
+    timm-amf models
+    timm-amf models 'amf_*'
+    timm-amf models spottune_resnet50 --check
+
+What is published is known of the time when this version was released, without any network; `--check` asks the Hub.
+"""
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatch
+from typing import NoReturn
+
+import timm
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from torch import nn
+
+from timm_amf.engine.config_file import list_recipes, nearest
+from timm_amf.engine.recipe_schema import Recipe, describe_expected, read_recipe
+from timm_amf.errors import UserError
+from timm_amf.hub.client import hub_errors, patiently
+from timm_amf.models.tags import FINE_TUNED, OWNER
+from timm_amf.version import __version__
+
+__all__ = ['ask_hub', 'main']
+
+_MODULES = ('amf', 'spottune', 'decathlon')
+_TIMEOUT = 10.  # seconds that the Hub gets for an answer
+
+# Of a repository whether it is there: 'yes', 'no', ...
+Published = Callable[[str], str]
+
+
+def ask_hub(repo_id: str) -> str:
+    """Whether a repository is on the Hub, for who is logged in or for everybody.
+
+    Args:
+        repo_id: OWNER/NAME.
+
+    Returns:
+        `yes`, `no`, `private` or `gated`.
+
+    Raises:
+        UserError: If the Hub cannot be asked.
+    """
+    api = HfApi(library_name='timm_amf', library_version=__version__)
+    with hub_errors(repo_id, 'read'):
+        try:
+            info = patiently(lambda: api.model_info(repo_id, timeout=_TIMEOUT))
+        except GatedRepoError:
+            return 'gated'
+        except RepositoryNotFoundError:
+            return 'no'
+    return 'private' if info.private else 'gated' if info.gated else 'yes'
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a name or the architecture in front of its tag is meant."""
+    return fnmatch(name, pattern) or fnmatch(name.partition('.')[0], pattern)
+
+
+def _parts(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The networks of a model, and its policy network where it has one; none of a plain model."""
+    networks = [model.backbone] if hasattr(model, 'backbone') else list(getattr(model, 'branches', []))
+    policy = getattr(model, 'policy', None)
+    return networks, [] if policy is None else [policy.net]
+
+
+def _model_row(name: str, model: nn.Module) -> tuple[str, ...]:
+    networks, policy = _parts(model)
+    parts = ' + '.join(
+        ', '.join(net.pretrained_cfg['architecture'] for net in group) for group in (networks, policy) if group)
+    size = 'x'.join(map(str, model.pretrained_cfg['input_size']))
+    return name, f'{sum(p.numel() for p in model.parameters()):,}', size, parts
+
+
+def _tag_rows(name: str, model: nn.Module, published: Published) -> Iterator[tuple[str, ...]]:
+    """The tags of an architecture whose weights can be had, or could if they were published; the default first."""
+    default = timm.get_pretrained_cfg(name)
+    if default.hf_hub_id:
+        networks, policy = _parts(model)
+        sources = [net.pretrained_cfg.get('hf_hub_id') for net in (*networks, *policy)]
+        yield f'{name}.{default.tag} (default)', 'yes', ', '.join(dict.fromkeys(filter(None, sources)))
+    for tag in FINE_TUNED:
+        if tag.partition('.')[0] == name:
+            repo = timm.get_pretrained_cfg(tag).hf_hub_id
+            yield tag, published(repo), repo
+
+
+def _recipe_row(recipe: Recipe, published: Published) -> tuple[str, ...]:
+    state = published(recipe.repo_id) if recipe.repo_id else '-'
+    return recipe.name, state, recipe.card.get('paper', '-'), describe_expected(recipe.expected) or '-'
+
+
+def _known(recipes: Iterable[Recipe]) -> Published:
+    """What this version knows: its tags and its recipes say whether their repository is there."""
+    there = {f'{OWNER}/{name}' for name, tuned in FINE_TUNED.items() if tuned.published}
+    there |= {recipe.repo_id for recipe in recipes if recipe.published}
+    return lambda repo: 'yes' if repo in there else 'no'
+
+
+def _asked() -> Published:
+    """What the Hub says, asked once for each repository."""
+    answers: dict[str, str] = {}
+
+    def published(repo: str) -> str:
+        if repo not in answers:
+            answers[repo] = ask_hub(repo)
+        return answers[repo]
+    return published
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Columns of their widest cell; `right` are the numbers of those that are aligned there."""
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    lines = []
+    for row in (head, *rows):
+        cells = [f'{cell:>{w}}' if i in right else f'{cell:<{w}}' for i, (cell, w) in enumerate(zip(row, widths))]
+        lines.append('  '.join(cells).rstrip())
+    return '\n'.join(lines)
+
+
+def _list(pattern: str, check: bool) -> str:
+    names = [name for module in _MODULES for name in timm.list_models(module=module)]
+    recipes = [read_recipe(name) for name in list_recipes() if _matches(name, pattern)]
+    published = _asked() if check else _known(recipes)
+    models, tags = [], []
+    for name in names:
+        if not fnmatch(name, pattern) and not any(
+                tag.startswith(f'{name}.') and fnmatch(tag, pattern) for tag in FINE_TUNED):
+            continue
+        with torch.device('meta'):
+            model = timm.create_model(name)
+        models.append(_model_row(name, model))
+        tags += [row for row in _tag_rows(name, model, published) if _matches(row[0].split()[0], pattern)]
+    if not models and not recipes:
+        known = [*names, *FINE_TUNED, *list_recipes()]
+        raise UserError(f'{pattern}: no such model, tag or recipe{nearest(pattern, known) or "; try *"}')
+    blocks = []
+    if models:
+        blocks.append(_table(('model', 'parameters', 'input', 'networks + policy'), models, right=(1,)))
+    if tags:
+        blocks.append(_table(('tag', 'published', 'weights'), tags))
+    if recipes:
+        rows = [_recipe_row(recipe, published) for recipe in recipes]
+        blocks.append(_table(('recipe', 'published', 'paper', 'expected top-1, percent'), rows))
+        blocks.append('timm-amf train --config RECIPE trains one; docs/recipes.md says more.')
+    return '\n\n'.join(blocks)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `timm-amf models`.
+
+    Returns:
+        The exit code: 2 for a mistake on the command line, or if the Hub cannot be asked.
+    """
+    parser = _Parser(
+        prog='timm-amf models', description='List the models, their tags, the recipes, and what is published.')
+    parser.add_argument('filter', nargs='?', default='*', help='wildcard on the name, such as amf_*')
+    parser.add_argument(
+        '--check', action='store_true', help='ask the Hub what is published, instead of what this version knows')
+    try:
+        args = parser.parse_args(argv)
+        print(_list(args.filter, args.check))
+    except UserError as e:
+        print(f'timm-amf models: error: {e}', file=sys.stderr)
+        return 2
+    return 0
