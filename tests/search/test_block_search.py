@@ -506,6 +506,7 @@ def test_starting_weights_are_the_files(search, monkeypatch, weights):
     (['--bce-loss'], '--loss'),
     (['--dry-run'], '--dry-run'),
     (['--role', 'head.train=none'], 'the classifier must train in a search'),
+    (['--role', 'backbone.start_epoch=1'], 'role backbone must train from the start'),
     (['--freeze', 'head'], 'the classifier must train in a search'),
     (['--no-such-flag'], '--no-such-flag'),
     (['--window', 'x'], '--window'),

@@ -277,6 +277,9 @@ class _Search:
         plan = plan_from_args(args, roles, lr)
         if plan.role('head').train == 'none':
             raise UserError('plan: the classifier must train in a search; leave the train of role head out')
+        for name in (role, 'head'):
+            if plan.role(name).start_epoch:
+                raise UserError(f'plan: role {name} must train from the start in a search; leave its start_epoch out')
         build.set_start(model, plan, args, num_classes)
         return model, plan
 
