@@ -329,8 +329,8 @@ class _Search:
         except (AssertionError, RuntimeError, ValueError) as e:  # whatever an architecture makes of another size
             size = 'x'.join(map(str, self.input_size))
             raise UserError(
-                f'--img-size: {self.args.model} takes no images of {size} ({str(e).splitlines()[0]}); give another, '
-                f'or --model-kwargs img_size={self.input_size[-1]} if it is built for a size') from e
+                f'--img-size: {self.args.model} takes no images of {size} ({next(iter(str(e).splitlines()), repr(e))}); give '
+                f'another, or --model-kwargs img_size={self.input_size[-1]} if it is built for a size') from e
         found = baseline_candidates()
         if 'layer' in ways:
             found += layer_candidates(layers)
