@@ -327,10 +327,10 @@ class _Search:
         try:
             layers = weighted_layers(model, self.input_size, self.role, norms)
         except (AssertionError, RuntimeError, ValueError) as e:  # whatever an architecture makes of another size
-            size = 'x'.join(map(str, self.input_size))
+            size, cause = 'x'.join(map(str, self.input_size)), (str(e) or repr(e)).splitlines()[0]
             raise UserError(
-                f'--img-size: {self.args.model} takes no images of {size} ({next(iter(str(e).splitlines()), repr(e))}); give '
-                f'another, or --model-kwargs img_size={self.input_size[-1]} if it is built for a size') from e
+                f'--img-size: {self.args.model} takes no images of {size} ({cause}); give another, '
+                f'or --model-kwargs img_size={self.input_size[-1]} if it is built for a size') from e
         found = baseline_candidates()
         if 'layer' in ways:
             found += layer_candidates(layers)
