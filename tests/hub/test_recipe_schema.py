@@ -1,5 +1,8 @@
 """The schema of recipes: all of ours fit it, and what is wrong with another is said in one line."""
 import copy
+import re
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 import yaml
@@ -104,6 +107,29 @@ def test_blockwise_settings(name):
     assert (plan['opt'], plan['lr'], plan['weight_decay'], plan['epochs']) == ('adam', 1e-4, 0, 50)
     assert plan['schedule'] == dict(sched='plateau', patience_epochs=10, decay_rate=0.1)
     assert (args.batch_size, args.no_aug, args.smoothing, args.pretrained) == (4, True, 0, True)
+
+
+def test_the_page():
+    """Its example is the recipe that it names, and it lists all recipes and all keys of the card."""
+    page = (Path(__file__).parents[2] / 'docs' / 'recipes.md').read_text(encoding='utf-8')
+    example = yaml.safe_load(re.search(r'```yaml\n(.*?)```', page, re.DOTALL)[1])
+    recipe = read_recipe('amf_inception_v4x2.aircraft_dtd')
+    assert (example['expected'], example['card'], example['data']) == (recipe.expected, recipe.card, recipe.data)
+    listed = set()
+    for row in page[page.index('## The list'):].splitlines():
+        first = ''
+        for name in re.findall(r'`([^`]+)`', row.split('|')[1]) if row.startswith('| `') else ():
+            first = first or name
+            name = first.partition('.')[0] + name if name.startswith('.') else name
+            patterns = [name.replace('{aircraft,caltech256_30,cars,dtd}', d).replace('{default,optimal}', s)
+                        for d in ('aircraft', 'caltech256_30', 'cars', 'dtd') for s in ('default', 'optimal')]
+            found = {n for n in list_recipes() for p in patterns if fnmatch(n, p)}
+            assert found, name
+            listed |= found
+    assert listed == set(list_recipes())
+    for key in ('license', 'license_name', 'license_link', 'repo_id', 'published', 'base_model', 'datasets', 'tags',
+                'paper', *PAPERS, 'source', 'split'):
+        assert f'`{key}`' in page
 
 
 # -- what is wrong ----------------------------------------------------------------------------------------------------
