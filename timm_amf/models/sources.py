@@ -10,7 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, Repositor
 from torch import nn
 
 from ..errors import UserError
-from .tags import FINE_TUNED, fine_tuned_name, unpublished
+from .tags import unpublished, unpublished_name
 
 __all__ = ['check_source', 'has_source', 'loading']
 
@@ -76,12 +76,12 @@ def _check_hub(name: str, cfg: dict[str, Any], cache_dir: Optional[Union[str, Pa
     files = (cfg['hf_hub_filename'],) if cfg.get('hf_hub_filename') else _HUB_FILES
     if any(isinstance(try_to_load_from_cache(repo, f, cache_dir, revision or None), str) for f in files):
         return
-    own = fine_tuned_name(cfg)
+    tag = unpublished_name(cfg)
     try:
         get_hf_file_metadata(hf_hub_url(repo, files[0], revision=revision or None), timeout=_HUB_TIMEOUT)
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as e:
-        if own and not isinstance(e, (GatedRepoError, RevisionNotFoundError)):
-            raise UserError(unpublished(own, f'the Hub has no public {repo}')) from e
+        if tag and type(e) is RepositoryNotFoundError:
+            raise UserError(unpublished(tag, f'the Hub has no public {repo}')) from e
         raise UserError(
             f"the pretrained weights of '{name}' are not at {_describe(cfg)} ({type(e).__name__}): check the name, "
             'or log in with `hf auth login` if it is private.'
@@ -91,8 +91,8 @@ def _check_hub(name: str, cfg: dict[str, Any], cache_dir: Optional[Union[str, Pa
             raise UserError(f"{_describe(cfg)} has no {files[0]} for '{name}'; ask its owner for it.") from e
         # the repository answers; timm tries its other file names
     except Exception as e:  # the Hub's client raises its HTTP library's own types, which differ between versions
-        if own and not FINE_TUNED[own].published:
-            raise UserError(unpublished(own, f'as far as this version knows; {type(e).__name__} for {repo}')) from e
+        if tag:
+            raise UserError(unpublished(tag, f'as far as this version knows; {type(e).__name__} for {repo}')) from e
         raise _unreachable(name, cfg, e) from e
 
 

@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from timm.models import PretrainedCfg
 
-__all__ = ['FINE_TUNED', 'OWNER', 'FineTuned', 'fine_tuned_cfgs', 'fine_tuned_name', 'tag_arguments', 'unpublished']
+__all__ = ['FINE_TUNED', 'OWNER', 'FineTuned', 'fine_tuned_cfgs', 'tag_arguments', 'unpublished', 'unpublished_name']
 
 # Of all repositories that tags name.
 OWNER = 'timm-amf'
@@ -101,10 +101,18 @@ def tag_arguments(variant: str, pretrained_cfg: Any) -> dict[str, Any]:
     return dict(tuned.model_args) if tuned else {}
 
 
-def fine_tuned_name(cfg: Mapping[str, Any]) -> Optional[str]:
-    """The name with tag whose own repository a `pretrained_cfg` means, None where it means another source."""
+def unpublished_name(cfg: Mapping[str, Any]) -> Optional[str]:
+    """The name with tag whose own repository a `pretrained_cfg` means, if this version does not know it as published.
+
+    Args:
+        cfg: The `pretrained_cfg`.
+
+    Returns:
+        The name; None where the repository should be there, or the cfg means another source.
+    """
     name = f'{cfg.get("architecture")}.{cfg.get("tag")}'
-    return name if name in FINE_TUNED and cfg.get('hf_hub_id') == f'{OWNER}/{name}' else None
+    tuned = FINE_TUNED.get(name)
+    return name if tuned and not tuned.published and cfg.get('hf_hub_id') == f'{OWNER}/{name}' else None
 
 
 def unpublished(name: str, why: str) -> str:
