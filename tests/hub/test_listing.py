@@ -62,6 +62,8 @@ def test_filter(run, no_network):
     found = run('*.cub')
     assert set(found['tag']) == set(found['recipe']) == {'spottune_resnet50.cub'}
     assert set(found['model']) == {'spottune_resnet50'}
+    found = run('amf_resnet18x2.in1k')
+    assert [list(table) for table in found.values()] == [['amf_resnet18x2'], ['amf_resnet18x2.in1k']]
     found = run('inception_v4.dtd_*')  # timm's own architecture: recipes alone
     assert set(found) == {'recipe'} and set(found['recipe']) == {'inception_v4.dtd_default', 'inception_v4.dtd_optimal'}
     found = run('spottune_resnet26')
@@ -92,6 +94,12 @@ def test_check_asks_the_hub(run, client, hub):
             'spottune_resnet50.wikiart': 'no', 'spottune_resnet50.sketches': 'no'}
     asked = [path for _, path, _ in hub.requests if path.startswith('/api/models/')]
     assert len(asked) == len(set(asked)) == 5  # each repository once, in one table or two
+
+
+def test_only_what_is_meant_is_asked_about(run, client, hub):
+    run('*.cub', '--check')
+    assert [path for _, path, _ in hub.requests if path.startswith('/api/models/')] == [
+        f'/api/models/{OWNER}/spottune_resnet50.cub']
 
 
 @pytest.mark.parametrize('status, message', [(500, 'the Hub is in trouble'), (429, 'limits your requests')])

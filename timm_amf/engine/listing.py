@@ -77,17 +77,23 @@ def _model_row(name: str, model: nn.Module) -> tuple[str, ...]:
     return name, f'{sum(p.numel() for p in model.parameters()):,}', size, parts
 
 
-def _tag_rows(name: str, model: nn.Module, published: Published) -> Iterator[tuple[str, ...]]:
-    """The tags of an architecture whose weights can be had, or could if they were published; the default first."""
-    default = timm.get_pretrained_cfg(name)
-    if default.hf_hub_id:
-        networks, policy = _parts(model)
-        sources = [net.pretrained_cfg.get('hf_hub_id') for net in (*networks, *policy)]
-        yield f'{name}.{default.tag} (default)', 'yes', ', '.join(dict.fromkeys(filter(None, sources)))
-    for tag in FINE_TUNED:
-        if tag.partition('.')[0] == name:
-            repo = timm.get_pretrained_cfg(tag).hf_hub_id
+def _tags(name: str, pattern: str) -> list[str]:
+    """The tags of an architecture that are meant, the default first."""
+    default = f'{name}.{timm.get_pretrained_cfg(name).tag}'
+    own = [tag for tag in FINE_TUNED if tag.partition('.')[0] == name]
+    return [tag for tag in (default, *own) if _matches(tag, pattern)]
+
+
+def _tag_rows(tags: Sequence[str], model: nn.Module, published: Published) -> Iterator[tuple[str, ...]]:
+    """The tags of a model whose weights can be had, or could if they were published."""
+    for tag in tags:
+        repo = timm.get_pretrained_cfg(tag).hf_hub_id
+        if tag in FINE_TUNED:
             yield tag, published(repo), repo
+        elif repo:
+            networks, policy = _parts(model)
+            sources = [net.pretrained_cfg.get('hf_hub_id') for net in (*networks, *policy)]
+            yield f'{tag} (default)', 'yes', ', '.join(dict.fromkeys(filter(None, sources)))
 
 
 def _recipe_row(recipe: Recipe, published: Published) -> tuple[str, ...]:
@@ -129,13 +135,12 @@ def _list(pattern: str, check: bool) -> str:
     published = _asked() if check else _known(recipes)
     models, tags = [], []
     for name in names:
-        if not fnmatch(name, pattern) and not any(
-                tag.startswith(f'{name}.') and fnmatch(tag, pattern) for tag in FINE_TUNED):
-            continue
-        with torch.device('meta'):
-            model = timm.create_model(name)
-        models.append(_model_row(name, model))
-        tags += [row for row in _tag_rows(name, model, published) if _matches(row[0].split()[0], pattern)]
+        meant = _tags(name, pattern)
+        if meant:
+            with torch.device('meta'):
+                model = timm.create_model(name)
+            models.append(_model_row(name, model))
+            tags += _tag_rows(meant, model, published)
     if not models and not recipes:
         known = [*names, *FINE_TUNED, *list_recipes()]
         raise UserError(f'{pattern}: no such model, tag or recipe{nearest(pattern, known) or "; try *"}')
