@@ -7,6 +7,7 @@
 What is published is known of the time when this version was released, without any network; `--check` asks the Hub.
 """
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
@@ -174,8 +175,10 @@ def main(argv: Sequence[str]) -> int:
         '--check', action='store_true', help='ask the Hub what is published, instead of what this version knows')
     try:
         args = parser.parse_args(argv)
-        print(_list(args.filter, args.check))
+        print(_list(args.filter, args.check), flush=True)
     except UserError as e:
         print(f'timm-amf models: error: {e}', file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has what it wants; Python's own flush at the end must not say so again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
