@@ -25,6 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
     ]),
     ('train_loop', ['control: bare / bare', 'loop / bare', 'loop - bare, a step', 'loop - bare, once an epoch']),
     ('l2sp', ['control: sgd / sgd', 'sgd: L2-SP / weight decay', 'adamw: L2-SP / weight decay']),
+    ('block_search', [
+        'lockstep / one after the other', 'chunks of 6 / one after the other', 'last block: cached / alone',
+        'kept for backward: lockstep / full fine-tuning',
+    ]),
     ('import_time', ['control: timm / timm', 'timm_amf / timm']),
 ])
 def test_prints_its_rows(script, rows):

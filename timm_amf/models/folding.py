@@ -65,6 +65,24 @@ class FoldedConv(nn.Module):
         return self._kept
 
 
+class CutConv(nn.Module):
+    """A pointwise convolution that takes PyTorch's fast path in small batches too (see `_pieces`)."""
+
+    def __init__(self, conv: nn.Module):
+        super().__init__()
+        self._source = (conv,)  # in a tuple, as in `FoldedConv`
+
+    def forward(self, x: Tensor) -> Tensor:
+        (conv,) = self._source
+        stride = conv.stride
+        if stride != (1, 1) and _is_slow(x, conv.groups):
+            x = x[:, :, ::stride[0], ::stride[1]].contiguous(memory_format=torch.channels_last)  # all that it reads
+            stride = (1, 1)
+        pieces = _pieces(x, conv.weight.shape, stride, conv.padding, conv.groups)
+        y = F.conv2d(_cut(x, pieces), conv.weight, conv.bias, stride, conv.padding, conv.dilation, conv.groups)
+        return _uncut(y, pieces, x)
+
+
 def _scale_and_bias(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """What to multiply the weight with, one value an output channel, and the bias; in the type of the weight."""
     scale = torch.rsqrt(norm.running_var + norm.eps)
@@ -93,6 +111,7 @@ class _ScaledConv(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
         of_x, of_weight, of_scale, of_bias = ctx.needs_input_grad[:4]
+        outer = grad
         if ctx.pieces > 1:
             grad = _cut(grad.contiguous(memory_format=torch.channels_last), ctx.pieces)
         stride, padding, dilation, groups = ctx.geometry
@@ -100,7 +119,7 @@ class _ScaledConv(torch.autograd.Function):
             grad, _cut(x, ctx.pieces), _scaled(weight, scale), [len(weight)], stride, padding, dilation, False, [0, 0],
             groups, [of_x, of_weight or of_scale, of_bias])
         return (
-            _uncut(g_x, ctx.pieces) if of_x else None,
+            _uncut(g_x, ctx.pieces, outer) if of_x else None,
             _scaled(g_scaled, scale) if of_weight else None,
             (g_scaled * weight).sum((1, 2, 3)) if of_scale else None,
             g_bias,
@@ -113,7 +132,7 @@ def _scaled(weight: Tensor, scale: Optional[Tensor]) -> Tensor:
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, stride, padding, dilation, groups: int, pieces: int) -> Tensor:
-    return _uncut(F.conv2d(_cut(x, pieces), weight, bias, stride, padding, dilation, groups), pieces)
+    return _uncut(F.conv2d(_cut(x, pieces), weight, bias, stride, padding, dilation, groups), pieces, x)
 
 
 def _pieces(x: Tensor, shape: torch.Size, stride, padding, groups: int) -> int:
@@ -123,16 +142,21 @@ def _pieces(x: Tensor, shape: torch.Size, stride, padding, groups: int) -> int:
     channels_last such a convolution sees no images but a list of pixels, so rows can pass as images.
     """
     batch, height = x.shape[0], x.shape[2]
-    if not (
-            0 < batch < 16 and x.device.type == 'cpu' and torch.get_num_threads() == 1
-            and tuple(shape[2:]) == (1, 1) == tuple(stride) and tuple(padding) == (0, 0) and groups == 1
-            and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    ):
+    if not _is_slow(x, groups) or not (
+            tuple(shape[2:]) == (1, 1) == tuple(stride) and tuple(padding) == (0, 0)):
         return 1
     pieces = 1
     while batch * pieces < 16 and height % (2 * pieces) == 0:
         pieces *= 2
-    return pieces if batch * pieces >= 16 else 1
+    # Else each row, or each pixel.
+    return next((n for n in (pieces, height, height * x.shape[3]) if batch * n >= 16), 1)
+
+
+def _is_slow(x: Tensor, groups: int) -> bool:
+    """Whether PyTorch would take its slow path for a pointwise convolution of a batch."""
+    return (
+        0 < x.shape[0] < 16 and x.device.type == 'cpu' and torch.get_num_threads() == 1 and groups == 1
+        and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def _cut(x: Tensor, pieces: int) -> Tensor:
@@ -140,15 +164,16 @@ def _cut(x: Tensor, pieces: int) -> Tensor:
     if pieces == 1:
         return x
     batch, channels, height, width = x.shape
-    x = x.permute(0, 2, 3, 1).reshape(batch * pieces, height // pieces, width, channels)
+    rows, columns = (height // pieces, width) if pieces <= height else (1, height * width // pieces)
+    x = x.permute(0, 2, 3, 1).reshape(batch * pieces, rows, columns, channels)
     return x.permute(0, 3, 1, 2)
 
 
-def _uncut(x: Tensor, pieces: int) -> Tensor:
+def _uncut(x: Tensor, pieces: int, like: Tensor) -> Tensor:
+    """The batch of such images as one of the size of `like`."""
     if pieces == 1:
         return x
-    batch, channels, height, width = x.shape
-    x = x.permute(0, 2, 3, 1).reshape(batch // pieces, height * pieces, width, channels)
+    x = x.permute(0, 2, 3, 1).reshape(like.shape[0], like.shape[2], like.shape[3], x.shape[1])
     return x.permute(0, 3, 1, 2)
 
 
@@ -179,14 +204,19 @@ def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def folded_view(module: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Module:
+def folded_view(module: nn.Module, pairs: Sequence[tuple[str, str]], cut: bool = False) -> nn.Module:
     """A module that computes as `module` does with its norms in evaluation mode, from the same parameters.
 
     Args:
         module: What to view; its children that need no change are shared.
         pairs: Names within it of convolutions and the norms behind them.
+        cut: Also let other pointwise convolutions take the fast path.
     """
-    replaced = {}
+    replaced: dict[str, nn.Module] = {}
+    if cut:
+        replaced = {
+            n: CutConv(m) for n, m in module.named_modules()
+            if n and _is_conv(m) and m.kernel_size == (1, 1) and m.padding == (0, 0)}
     for conv_name, norm_name in pairs:
         conv, norm = module.get_submodule(conv_name), module.get_submodule(norm_name)
         replaced[conv_name] = FoldedConv(conv, norm)
@@ -201,14 +231,16 @@ class Folds:
 
     Args:
         pairs: Names within the module of convolutions and the norms behind them.
+        cut: Also let other pointwise convolutions take the fast path in small batches.
     """
 
-    def __init__(self, pairs: Iterable[tuple[str, str]]):
+    def __init__(self, pairs: Iterable[tuple[str, str]], cut: bool = False):
         self.pairs = list(pairs)
+        self.cut = cut
         self._kept: Optional[tuple[nn.Module, list[nn.Module]]] = None
 
     def __getstate__(self):
-        return {'pairs': self.pairs, '_kept': None}  # a copied module has its own
+        return {'pairs': self.pairs, 'cut': self.cut, '_kept': None}  # a copied module has its own
 
     def forget(self) -> None:
         """For whoever changes the module other than in its parameters and buffers."""
@@ -218,7 +250,7 @@ class Folds:
         """The view; the module itself while one of its norms computes with the batch."""
         if self._kept is None or self._kept[0].training != module.training:
             pairs = foldable_pairs(module, self.pairs)
-            self._kept = folded_view(module, pairs), [module.get_submodule(norm) for _, norm in pairs]
+            self._kept = folded_view(module, pairs, self.cut), [module.get_submodule(norm) for _, norm in pairs]
         view, norms = self._kept
         return view if norms_fixed(norms) else module
 

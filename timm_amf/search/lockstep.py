@@ -123,19 +123,23 @@ class Lockstep:
             LockstepUnfit: They differ, or the network does not run.
         """
         first = next(self.model.parameters())
-        x = torch.randn(_BATCH, *input_size, device=first.device, dtype=first.dtype)
+        images = torch.randn(2, _BATCH, *input_size, device=first.device, dtype=first.dtype)
         for member in self.members:
             member.train(False)
         if not self.members:
             return
-        expected = plain_logits(self.model, self.members[0].head, x, self.own_head)
+        expected = [plain_logits(self.model, self.members[0].head, x, self.own_head) for x in images]
         try:
-            found = self(x)
+            # Two batches by turns, so that candidates whose images reach each other do not find equal ones.
+            both = [self.taps(x) for x in images]
+            found = self(images[0], {name: both[i % 2][name] for i, name in enumerate(both[0])})
         except Exception as e:  # whatever the architecture makes of a batch that grows
             raise LockstepUnfit(f'it fails on a batch that grows ({str(e).splitlines()[0]})') from e
-        scale = expected.abs().max().clamp(min=1)
-        for name, logits in found.items():
-            if logits.shape != expected.shape or (logits - expected).abs().max() > 1e-3 * scale:
+        starts = [self._starts[i] for i in sorted(self._starts)]
+        for i, name in ((i, m.name) for i, members in enumerate(starts) for m in members):
+            right, logits = expected[i % 2], found[name]
+            scale = right.abs().max().clamp(min=1)
+            if logits.shape != right.shape or (logits - right).abs().max() > 1e-3 * scale:
                 raise LockstepUnfit(f'it gives other values for candidate {name} than alone')
 
     @property
@@ -180,20 +184,21 @@ class Lockstep:
             return self._run_trunk(unit, x, args, kwargs)
         if unit.index < self._pass.begins:
             return self._placeholder(unit, x, args, kwargs)
-        order = self._pass.order
-        rows = dict(zip((m.name for m in order), x.split(self._pass.images[0]))) if order else {}
+        order, batch = self._pass.order, self._pass.images[0]
         begin = self._starts.get(unit.index, [])
-        rows.update({m.name: self._pass.taps[unit.name] for m in begin})
         rest = [m for m in order if unit is not self.head_unit and unit.name not in m.copies]
-        own = [*(m for m in order if m not in rest), *begin]
-        parts = []
-        if rest:
-            # Those behind their own layers are mostly the first to have begun, and then there is nothing to copy.
-            first = rest == order[:len(rest)]
-            together = x[:len(rest) * self._pass.images[0]] if first else torch.cat([rows[m.name] for m in rest])
-            parts.append(unit.frozen(together, args, kwargs))
-        parts += [self._run_own(member, unit, rows[member.name], args, kwargs) for member in own]
-        self._pass.order = rest + own
+        here = [m for m in order if m not in rest]
+        if rest != order[:len(rest)]:
+            # Those behind their own layers are mostly the first to have begun; else they are brought together.
+            rows = dict(zip((m.name for m in order), x.split(batch)))
+            x = torch.cat([rows[m.name] for m in (*rest, *here)])
+        # One split, whose gradient is one concatenation; and none where nothing is to be split.
+        sizes = [len(rest) * batch] * bool(rest) + [batch] * len(here)
+        pieces = list(x.split(sizes)) if len(sizes) > 1 else [x] * len(sizes)
+        parts = [unit.frozen(pieces.pop(0), args, kwargs)] if rest else []
+        own = [*zip(here, pieces), *((m, self._pass.taps[unit.name]) for m in begin)]
+        parts += [self._run_own(member, unit, rows, args, kwargs) for member, rows in own]
+        self._pass.order = [*rest, *here, *begin]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _run_trunk(self, unit: _Unit, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
@@ -250,4 +255,5 @@ def _own_folds(probe: Probe, member: Member, path: str) -> tuple[Folds, Folds]:
     """For a candidate's copy of a unit, what to fold in evaluation, and in training."""
     pairs = pairs_below(probe.pairs, path)
     # Norms that train have their batch's statistics in training.
-    return Folds(pairs), Folds(p for p in pairs if not is_within(f'{path}.{p[1]}', member.candidate.modules))
+    fixed = [p for p in pairs if not is_within(f'{path}.{p[1]}', member.candidate.modules)]
+    return Folds(pairs, cut=True), Folds(fixed, cut=True)
