@@ -1,5 +1,6 @@
 """The model card: what the Hub reads of it, what people read of it, and that its code runs when copied."""
 import csv
+import dataclasses
 import re
 from types import SimpleNamespace
 
@@ -80,6 +81,8 @@ def test_a_licence_must_be_said(license):
 @pytest.mark.parametrize('model,own,ids', [
     ('amf_resnet18x2', dict(pretrained=True), ['timm/resnet18.a1_in1k', 'timm/resnet10t.c3_in1k']),
     ('spottune_resnet50', dict(pretrained=True), ['timm/resnet50.a1_in1k', 'timm/resnet18.a1_in1k']),
+    ('spottune_resnet26.decathlon_dtd', dict(pretrained=True), ['timm-amf/spottune_resnet26.decathlon_dtd']),
+    ('spottune_resnet26.decathlon_dtd', dict(pretrained=False), []),
     ('test_resnet', dict(pretrained=True), ['timm/test_resnet.r160_in1k']),
     ('test_resnet', dict(pretrained=False), []),
     ('test_resnet', dict(pretrained=True, pretrained_path='w.safetensors'), []),
@@ -88,6 +91,65 @@ def test_a_licence_must_be_said(license):
 def test_base_models_are_named_by_hub_id(model, own, ids):
     run = SimpleNamespace(trained=timm.create_model(model), own=own, args=SimpleNamespace(model=model))
     assert _base_models(run) == ids
+
+
+# -- what the recipe says ---------------------------------------------------------------------------------------------
+
+def with_recipe(run, plan=None, **section):
+    """The run as if its recipe had had this section `card`, and its Plan been this one."""
+    args = SimpleNamespace(**{**vars(run.args), 'recipe': {**run.args.recipe, 'card': section}})
+    return dataclasses.replace(run, args=args, plan=plan or run.plan)
+
+
+def cited(text):
+    return re.findall(r'@\w+\{(\w+),', text)
+
+
+def test_tags_of_the_recipe_are_added_once(opened):
+    tags = ModelCard(card(with_recipe(opened('amf'), tags=['mixture', 'amf', 'birds']))).data.tags
+    assert tags == ['image-classification', 'timm', 'timm_amf', 'fine-tuning', 'amf', 'mixture', 'birds']
+
+
+def test_a_name_instead_of_a_list_is_one_name(opened):
+    data = ModelCard(card(with_recipe(
+        opened('plain'), base_model='timm/resnet18.a1_in1k', datasets='cub', tags='birds'))).data
+    assert data.base_model == 'timm/resnet18.a1_in1k' or data.base_model == ['timm/resnet18.a1_in1k']
+    assert data.datasets == ['cub'] and data.tags[-1] == 'birds'
+
+
+SEARCHED = Plan(lr=0.1, roles={'backbone': dict(train=['layer3.0.conv1', 'layer3.0.bn1'])})
+
+
+@pytest.mark.parametrize('name,plan,paper,papers', [
+    ('plain', None, None, ['plested2021rethinking']),
+    ('plain', None, 'spottune', ['guo2019spottune']),
+    ('plain', None, 'blockwise', ['barakat2023blockwise']),
+    ('plain', None, 'a paper of my own', ['plested2021rethinking']),
+    ('plain', SEARCHED, None, ['barakat2023blockwise']),
+    ('plain', SEARCHED, 'spottune', ['guo2019spottune']),  # a row of its tables that trains layers by name
+    ('plain', Plan(lr=0.1, roles={'backbone': dict(train=[-1])}), None, ['plested2021rethinking']),
+    ('plain', Plan(lr=0.1, roles={'backbone': dict(train=['layer3.0'], low_blocks=1)}), None,
+     ['barakat2023blockwise', 'plested2021rethinking']),
+    ('amf', None, 'amf', ['shen2022amf']),
+    ('multitune', None, None, ['shen2022amf', 'wang2020multitune']),
+])
+def test_whom_to_cite(opened, name, plan, paper, papers):
+    section = dict(paper=paper) if paper else {}
+    assert cited(card(with_recipe(opened(name), plan, **section))) == papers
+
+
+def test_each_paper_of_a_recipe_can_be_cited(opened):
+    from timm_amf.engine.recipe_schema import PAPERS
+
+    for paper, title in PAPERS.items():
+        text = card(with_recipe(opened('plain'), paper=paper))
+        assert title.lower() in text.lower().replace('{', '').replace('}', '')
+
+
+def test_a_search_in_words(opened):
+    text = card(with_recipe(opened('plain'), SEARCHED))
+    assert 'test_resnet, fine-tuned in a part of its layers.' in text
+    assert '- `backbone`: learning rate 0.1, only `layer3.0.conv1` and `layer3.0.bn1` trained, all else in it' in text
 
 
 # -- what people read -------------------------------------------------------------------------------------------------
@@ -206,5 +268,28 @@ def test_stochastic_and_partial_training_in_words():
         'backbone': dict(train='random', train_share=0.5, train_seed=3, freeze_bn=True, layer_decay=0.8)}), model)[1]
     assert '50 % of its blocks trained, drawn with seed 3' in words and 'batch norms fixed' in words
     assert 'times 0.8 for each layer further down' in words
-    assert 'only -1, -2 trained' in describe_plan(Plan(roles={'backbone': dict(train=[-1, -2])}), model)[1]
     assert 'L2-SP' in describe_plan(Plan(roles={'backbone': dict(l2sp_alpha=0.1)}), model)[1]
+
+
+@pytest.mark.parametrize('train,words', [
+    ([-1], 'only its last block trained'),
+    ([0, 3], 'only its block 1 and its block 4 trained, all else in it frozen'),
+    ([-1, -2], 'only its last 2 blocks trained'),
+    ([-2], 'only its block 2 from the end trained, all else in it frozen'),
+    ([0, -1], 'only its block 1 and its last block trained, all else in it frozen'),
+    (['layer3.0'], 'only `layer3.0` trained, all else in it frozen'),
+    (['stem', 'layer1.0', 'layer4.0.conv1'],
+     'only what lies before its blocks, `layer1.0` and `layer4.0.conv1` trained, all else in it frozen'),
+    ([f'layer{i}.0.conv{j}' for i in range(1, 5) for j in range(1, 5)],
+     'only ' + ', '.join(f'`layer{i}.0.conv{j}`' for i in range(1, 4) for j in range(1, 5))
+     + ' and 4 more (`plan.yaml` has all) trained, all else in it frozen'),
+])
+def test_lists_of_layers_in_words(train, words):
+    plan = Plan(lr=0.1, weight_decay=0, roles={'backbone': dict(train=train)})
+    line = describe_plan(plan, timm.create_model('test_resnet'))[1]
+    assert line == f'`backbone`: learning rate 0.1, {words}'
+
+
+def test_an_empty_list_of_layers_is_frozen():
+    assert describe_plan(Plan(roles={'backbone': dict(train=[])}), timm.create_model('test_resnet'))[1] == (
+        '`backbone`: frozen')

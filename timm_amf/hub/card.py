@@ -3,16 +3,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from timm_amf.errors import UserError
 from timm_amf.hub.stage import OpenRun, Result, figures, fixed_paths
-from timm_amf.hub.words import describe_plan
+from timm_amf.hub.words import describe_plan, join_words
 from timm_amf.models.amf import AMF, MultiTune
 from timm_amf.models.spottune import SpotTune
+from timm_amf.models.tags import OWNER
+from timm_amf.tuning.plan import RolePlan
 
 __all__ = ['CardOptions', 'build_card']
 
@@ -40,6 +42,11 @@ _CITATIONS = {
   author={Plested, Jo and Shen, Xuyang and Gedeon, Tom},
   journal={arXiv preprint arXiv:2107.08585},
   year={2021}
+}""",
+    'blockwise': """@misc{barakat2023blockwise,
+  title={Improving Reliability of Fine-tuning with Block-wise Optimisation},
+  author={Barakat and Huang},
+  year={2023}
 }""",
 }
 
@@ -80,10 +87,9 @@ def build_card(run: OpenRun, repo_id: str, options: CardOptions) -> str:
     """
     plain = not isinstance(run.model, (AMF, SpotTune))
     bases = _base_models(run) if options.base_models is None else list(options.base_models)
-    card_section = run.args.recipe.get('card') or {}
     if options.base_models is None and not bases:
-        bases = [str(b) for b in card_section.get('base_model') or ()]
-    datasets = options.datasets or [str(d) for d in card_section.get('datasets') or ()] or _dataset_names(run)
+        bases = _of_recipe(run, 'base_model')
+    datasets = options.datasets or _of_recipe(run, 'datasets') or _dataset_names(run)
     name = repo_id.split('/')[-1]
     data = ModelCardData(
         license=options.license,
@@ -91,7 +97,7 @@ def build_card(run: OpenRun, repo_id: str, options: CardOptions) -> str:
         license_link=options.license_link,
         library_name='timm' if run.compacted else 'timm_amf',
         pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', *_method_tags(run)],
+        tags=_tags(run),
         base_model=bases or None,
         datasets=list(datasets),
         metrics=['accuracy'],
@@ -116,6 +122,12 @@ def build_card(run: OpenRun, repo_id: str, options: CardOptions) -> str:
 # -- metadata ---------------------------------------------------------------------------------------------------------
 
 
+def _of_recipe(run: OpenRun, key: str) -> list[str]:
+    """What the section `card` of the run's recipe names; in a file of one's own it may be a name instead of a list."""
+    value: Any = (run.args.recipe.get('card') or {}).get(key) or []
+    return [str(item) for item in (value if isinstance(value, list) else [value])]
+
+
 def _networks(model: nn.Module) -> list[nn.Module]:
     if isinstance(model, AMF):
         return [*model.branches, *([model.policy.net] if model.policy is not None else [])]
@@ -125,12 +137,18 @@ def _networks(model: nn.Module) -> list[nn.Module]:
 
 
 def _base_models(run: OpenRun) -> list[str]:
-    """Hub ids of the weights that the run started from, as far as they came from the Hub."""
+    """Hub ids of the weights that the run started from, as far as they came from the Hub.
+
+    A repository of the whole model, named as such or by a fine-tuned tag, is one; else each network has its own.
+    """
     if not run.own.get('pretrained') or run.own.get('pretrained_path') or run.own.get('initial_checkpoint'):
         return []
-    cfgs = [net.pretrained_cfg for net in _networks(run.trained)]
-    if str(run.args.model).startswith(('hf-hub:', 'hf_hub:')):
-        cfgs = [run.trained.pretrained_cfg]
+    whole = run.trained.pretrained_cfg
+    of_whole = str(run.args.model).startswith(('hf-hub:', 'hf_hub:'))
+    if of_whole or (whole.get('hf_hub_id') or '').startswith(f'{OWNER}/'):
+        cfgs = [whole]
+    else:
+        cfgs = [net.pretrained_cfg for net in _networks(run.trained)]
     ids = [cfg['hf_hub_id'].split('@')[0] for cfg in cfgs if cfg.get('hf_hub_id') and not cfg.get('file')]
     return list(dict.fromkeys(ids))
 
@@ -146,9 +164,12 @@ def _dataset_names(run: OpenRun) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _method_tags(run: OpenRun) -> list[str]:
+def _tags(run: OpenRun) -> list[str]:
+    """What the card is found by: the kind of model, and what the recipe adds."""
     method = _method(run.trained)
-    return [*([] if run.compacted else ['timm_amf']), 'fine-tuning', *([method] if method else [])]
+    tags = ['image-classification', 'timm', *([] if run.compacted else ['timm_amf']), 'fine-tuning']
+    tags += [*([method] if method else []), *_of_recipe(run, 'tags')]
+    return list(dict.fromkeys(tags))
 
 
 def _method(model: nn.Module) -> Optional[str]:
@@ -200,22 +221,19 @@ def _what(run: OpenRun) -> str:
             f'A SpotTune: every residual block of {names[0]} exists frozen and tuned, and a policy network '
             f'({names[-1]}) routes each image through one of the two, block by block.')
     if method == 'multitune':
-        return f'A MultiTune: {_join(names)}, each fine-tuned its own way, fused by concatenation.'
+        return f'A MultiTune: {join_words(names)}, each fine-tuned its own way, fused by concatenation.'
     if method == 'amf':
         return (
-            f'An AMF: {_join(names[:-1])}, each fine-tuned its own way, weighted for each image by a policy network '
+            f'An AMF: {join_words(names[:-1])}, each fine-tuned its own way, weighted for each image by a policy network '
             f'({names[-1]}) and fused by concatenation.')
-    return f'{names[0]}, fine-tuned.'
+    partly = any(isinstance(role.train, list) for role in run.plan.roles.values())
+    return f'{names[0]}, fine-tuned in a part of its layers.' if partly else f'{names[0]}, fine-tuned.'
 
 
 def _input_size(run: OpenRun) -> Sequence[int]:
     from timm.data import resolve_data_config
 
     return resolve_data_config(vars(run.args), model=run.trained, verbose=False)['input_size']
-
-
-def _join(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f'{", ".join(names[:-1])} and {names[-1]}'
 
 
 def _usage(run: OpenRun, repo_id: str, plain: bool) -> str:
@@ -291,7 +309,7 @@ def _start(run: OpenRun, bases: Sequence[str]) -> str:
     """What the weights were before."""
     file = run.own.get('initial_checkpoint') or run.own.get('pretrained_path')
     if bases:
-        return f'It started from {_join([f"`{base}`" for base in bases])}.'
+        return f'It started from {join_words([f"`{base}`" for base in bases])}.'
     if file:
         return f'It started from a file, `{Path(file).name}`.'
     if run.own.get('pretrained'):
@@ -318,16 +336,24 @@ def _limits(run: OpenRun, bases: Sequence[str]) -> str:
 
 
 def _citation(run: OpenRun) -> str:
+    return '\n\n'.join(f'```bibtex\n{_CITATIONS[key]}\n```' for key in _papers(run))
+
+
+def _papers(run: OpenRun) -> list[str]:
+    """Whose method the run is: the model's, the recipe's paper, and what the Plan does."""
     method = _method(run.trained)
-    keys = [method] if method else []
+    papers = [method] if method else []
     if method == 'multitune':
-        keys.insert(0, 'amf')  # whose re-implementation of it this is
-    if _is_nonbinary(run) or not keys:
-        keys.append('nonbinary')
-    return '\n\n'.join(f'```bibtex\n{_CITATIONS[key]}\n```' for key in keys)
+        papers.insert(0, 'amf')  # whose re-implementation of it this is
+    papers += [paper for paper in _of_recipe(run, 'paper') if paper in _CITATIONS]
+    roles = run.plan.roles.values()
+    if not papers and any(_names_layers(role) for role in roles):
+        papers.append('blockwise')
+    if not papers or any(role.reinit_blocks or role.l2sp_alpha or role.low_blocks for role in roles):
+        papers.append('nonbinary')
+    return list(dict.fromkeys(papers))
 
 
-def _is_nonbinary(run: OpenRun) -> bool:
-    """Whether the Plan has what the non-binary paper is about."""
-    return any(
-        role.reinit_blocks or role.l2sp_alpha or role.low_blocks for role in run.plan.roles.values())
+def _names_layers(role: RolePlan) -> bool:
+    """Whether parts of a network train that are named, as `timm-amf search` names them, not counted."""
+    return isinstance(role.train, list) and any(isinstance(item, str) for item in role.train)

@@ -1,6 +1,6 @@
 """A Plan in words, for people who have never seen one."""
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Union
 
 from torch import nn
 
@@ -8,7 +8,10 @@ from timm_amf.tuning import Plan, model_roles
 from timm_amf.tuning.plan import RolePlan, Schedule
 from timm_amf.tuning.roles import role_defaults
 
-__all__ = ['describe_plan', 'describe_role', 'describe_schedule']
+__all__ = ['describe_plan', 'describe_role', 'describe_schedule', 'join_words']
+
+# A longer list of layers is cut here: a search may have found dozens, and the card is for people.
+_MOST_PARTS = 12
 
 
 def describe_plan(plan: Plan, model: nn.Module) -> list[str]:
@@ -37,13 +40,13 @@ def describe_plan(plan: Plan, model: nn.Module) -> list[str]:
 
 def describe_role(role: RolePlan, plan: Plan) -> str:
     """What one role did, `role` being complete (`Plan.role`)."""
-    if role.train == 'none':
+    if role.train in ('none', []):
         return 'frozen'
     parts = [f'learning rate {role.lr:g}']
     if role.train == 'random':
         parts.append(f'{100 * role.train_share:g} % of its blocks trained, drawn with seed {role.train_seed}')
     elif role.train != 'all':
-        parts.append(f'only {", ".join(map(str, role.train))} trained')
+        parts.append(_listed_training(role.train))
     if role.low_blocks and role.low_lr_scale != 1:
         parts.append(f'{role.low_lr_scale:g} times that in its first {role.low_blocks} blocks')
     if role.layer_decay is not None:
@@ -65,8 +68,32 @@ def describe_role(role: RolePlan, plan: Plan) -> str:
     return ', '.join(parts)
 
 
+def _listed_training(train: Sequence[Union[int, str]]) -> str:
+    """What `train` as a list of blocks and layers leaves to train, and that the rest does not."""
+    count = len(train)
+    if sorted(train, key=str) == sorted(range(-count, 0), key=str):
+        return f'only its last {count} blocks trained' if count > 1 else 'only its last block trained'
+    shown = [_part_name(item) for item in train[:_MOST_PARTS]]
+    if count > _MOST_PARTS:
+        shown.append(f'{count - _MOST_PARTS} more (`plan.yaml` has all)')
+    return f'only {join_words(shown)} trained, all else in it frozen'
+
+
+def _part_name(item: Union[int, str]) -> str:
+    if isinstance(item, str):
+        return {'stem': 'what lies before its blocks', 'tail': 'what lies after them'}.get(item, f'`{item}`')
+    if item < 0:
+        return 'its last block' if item == -1 else f'its block {-item} from the end'
+    return f'its block {item + 1}'
+
+
 def _own_schedule(fields: Mapping[str, Any], plan: Plan) -> str:
     return describe_schedule(plan.schedule.replace(**fields))
+
+
+def join_words(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`; at least one."""
+    return words[0] if len(words) == 1 else f'{", ".join(words[:-1])} and {words[-1]}'
 
 
 def describe_schedule(schedule: Schedule) -> str:
