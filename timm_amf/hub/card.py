@@ -224,8 +224,8 @@ def _what(run: OpenRun) -> str:
         return f'A MultiTune: {join_words(names)}, each fine-tuned its own way, fused by concatenation.'
     if method == 'amf':
         return (
-            f'An AMF: {join_words(names[:-1])}, each fine-tuned its own way, weighted for each image by a policy network '
-            f'({names[-1]}) and fused by concatenation.')
+            f'An AMF: {join_words(names[:-1])}, each fine-tuned its own way, weighted for each image by a policy '
+            f'network ({names[-1]}) and fused by concatenation.')
     partly = any(isinstance(role.train, list) for role in run.plan.roles.values())
     return f'{names[0]}, fine-tuned in a part of its layers.' if partly else f'{names[0]}, fine-tuned.'
 
