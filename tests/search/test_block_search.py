@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import timm_amf
 from timm_amf import cli
 from timm_amf.errors import UserError
-from timm_amf.search import block_search, taps
+from timm_amf.search import search_flags, taps
 from timm_amf.search.candidates import Candidate, block_candidates, candidate_parameters
 from timm_amf.search.contest import Contest
 from timm_amf.search.results import SearchResults
@@ -307,11 +307,12 @@ def test_protocol(search):
 
 
 def test_protocol_of_the_paper_without_more(base):
-    own, args = block_search._parse([base[0], '--model', 'vgg16', '--protocol', 'paper'])
+    own, args = search_flags.parse_search_args([base[0], '--model', 'vgg16', '--protocol', 'paper'])
     assert own.ways == ['layer', 'block', 'window', 'top3', 'top5'] and own.search_head == 'mlp'
     assert (own.search_share, own.final_share, own.search_epochs) == (0.1, 0.7, 50)
     assert (args.epochs, args.batch_size, args.opt, args.sched, args.pretrained) == (50, 4, 'adam', 'plateau', True)
-    own, args = block_search._parse([base[0], '--model', 'vgg16', '--protocol', 'paper', '-b', '8', '--sched=cosine'])
+    argv = [base[0], '--model', 'vgg16', '--protocol', 'paper', '-b', '8', '--sched=cosine']
+    own, args = search_flags.parse_search_args(argv)
     assert (args.batch_size, args.sched, args.opt) == (8, 'cosine', 'adam')
 
 
@@ -601,5 +602,5 @@ def test_help(capsys):
     for flag in ('--ways', '--cut', '--budget', '--halving', '--one-by-one', '--protocol', '--cache-gb', '--compare'):
         assert flag in text
     page = (Path(__file__).parents[2] / 'docs' / 'search.md').read_text()
-    own = [o for a in block_search._own_parser()._actions for o in a.option_strings if o.startswith('--')]
+    own = [o for a in search_flags.build_search_parser()._actions for o in a.option_strings if o.startswith('--')]
     assert all(f'`{o}' in page or f' {o} ' in page for o in own if o != '--help')
