@@ -49,7 +49,7 @@ def test_the_model_index_has_the_values_of_the_summary(opened, runs):
     data = ModelCard(card(opened('amf'))).data
     assert data.model_name == 'birds'
     best = max(rows(runs('amf') / 'summary.csv'), key=lambda row: float(row['eval_top1']))
-    found = {(r.dataset_name.split(' (')[0], r.metric_name): r.metric_value for r in data.eval_results}
+    found = {(r.dataset_name, r.metric_name.split(' (')[0]): r.metric_value for r in data.eval_results}
     assert found == pytest.approx({
         ('stripes + blobs', 'top-1 accuracy, percent'): float(best['eval_top1']),
         ('stripes + blobs', 'top-5 accuracy, percent'): float(best['eval_top5']),
@@ -60,6 +60,17 @@ def test_the_model_index_has_the_values_of_the_summary(opened, runs):
     assert {r.task_type for r in data.eval_results} == {'image-classification'}
     assert {r.dataset_split for r in data.eval_results} == {'val'}
     assert [r.dataset_type for r in data.eval_results] == ['mixture', 'mixture', 'stripes', 'blobs']
+
+
+@pytest.mark.parametrize('datasets', (None, ['one/set-of-both']))
+def test_no_accuracy_of_the_model_index_comes_under_the_name_of_another(opened, datasets):
+    run = opened('amf')
+    own = [r for r in run.results]
+    both = [*(dataclasses.replace(r, top1=r.top1 / 2, how='ten crops') for r in own), *own]
+    data = ModelCard(card(dataclasses.replace(run, results=both), datasets=datasets)).data
+    expected = {(r.data or 'stripes + blobs', f'top-1 accuracy, percent ({r.how})', round(r.top1, 4)) for r in both}
+    found = [(r.dataset_name, r.metric_name, r.metric_value) for r in data.eval_results if 'top-1' in r.metric_name]
+    assert set(found) == expected and len(found) == len(both)
 
 
 def test_what_the_publisher_says_goes_first(opened):
@@ -199,7 +210,7 @@ def test_results_of_other_runs_are_not_those_of_the_model(runs, tmp_path):
 
 
 @pytest.mark.parametrize('name,citation,words', [
-    ('amf', 'shen2022amf', ('policy network', 'forward_policy')),
+    ('amf', 'shen2022amf', ('2 x test_resnet, each', 'policy network', 'forward_policy')),
     ('spottune', 'guo2019spottune', ('every residual block', '(batch, blocks, 2)', '`frozen`: frozen')),
     ('plain', 'plested2021rethinking', ('test_resnet, fine-tuned.',)),
 ])
@@ -256,6 +267,8 @@ def test_a_plan_in_words():
     (dict(sched='multistep', decay_milestones=[5, 8], decay_rate=0.1), 'learning rates times 0.1 at epochs 5, 8'),
     (dict(sched='plateau', patience_epochs=4, decay_rate=0.5),
      'learning rates times 0.5 after 4 epochs without improvement'),
+    (dict(sched='step', decay_rate=0.94, decay_epochs=1, warmup_epochs=1),
+     'learning rates times 0.94 every 1 epoch, 1 epoch of warm-up first'),
     (dict(sched='wsd', hold_epochs=2), 'schedule wsd, held for 2 epochs before it falls'),
 ])
 def test_a_schedule_in_words(fields, words):

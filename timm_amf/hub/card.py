@@ -1,5 +1,6 @@
 """The model card: metadata that the Hub reads, and what somebody needs who has never heard of the run."""
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,12 +185,16 @@ def _eval_results(result: Result, datasets: Sequence[str], run: OpenRun) -> list
     where = run.val.components.index(result.data) if result.data in run.val.components else 0
     per_component = len(datasets) == len(run.val.components)
     kind = datasets[where] if per_component and (result.data or len(datasets) == 1) else 'mixture'
+    # What agrees in type, config and split comes under one name, the first's: so parts of a mixture differ in their
+    # config, and how an accuracy was evaluated goes with the accuracy.
     common = dict(
-        task_type='image-classification', task_name='Image Classification', dataset_type=kind,
-        dataset_name=f'{name} ({result.how})', dataset_split=result.split)
-    values = [('top-1 accuracy, percent', result.top1), ('top-5 accuracy, percent', result.top5)]
+        task_type='image-classification', task_name='Image Classification', dataset_type=kind, dataset_name=name,
+        dataset_config=result.data if kind == 'mixture' and result.data else None, dataset_split=result.split)
+    values = [('top-1', result.top1), ('top-5', result.top5)]
     return [
-        EvalResult(**common, metric_type='accuracy', metric_name=title, metric_value=round(value, 4))
+        EvalResult(
+            **common, metric_type='accuracy', metric_name=f'{title} accuracy, percent ({result.how})',
+            metric_value=round(value, 4))
         for title, value in values if value is not None
     ]
 
@@ -214,20 +219,25 @@ def _what(run: OpenRun) -> str:
     method = _method(run.trained)
     if run.compacted:
         return (
-            f'{names[0]}, fine-tuned with SpotTune under a global policy: the same {run.plan.global_k} blocks are '
-            f'tuned for all images, the others are as they were. What is left is a plain timm model.')
+            f'{names[0]}, fine-tuned with SpotTune under a global policy (k = {run.plan.global_k}): the same blocks '
+            f'are tuned for all images, the others are as they were. What is left is a plain timm model.')
     if method == 'spottune':
         return (
             f'A SpotTune: every residual block of {names[0]} exists frozen and tuned, and a policy network '
             f'({names[-1]}) routes each image through one of the two, block by block.')
     if method == 'multitune':
-        return f'A MultiTune: {join_words(names)}, each fine-tuned its own way, fused by concatenation.'
+        return f'A MultiTune: {_counted(names)}, each fine-tuned its own way, fused by concatenation.'
     if method == 'amf':
         return (
-            f'An AMF: {join_words(names[:-1])}, each fine-tuned its own way, weighted for each image by a policy '
-            f'network ({names[-1]}) and fused by concatenation.')
+            f'An AMF: {_counted(names[:-1])}, each fine-tuned its own way, weighted for each image by a policy network '
+            f'({names[-1]}) and fused by concatenation.')
     partly = any(isinstance(role.train, list) for role in run.plan.roles.values())
     return f'{names[0]}, fine-tuned in a part of its layers.' if partly else f'{names[0]}, fine-tuned.'
+
+
+def _counted(names: Sequence[str]) -> str:
+    """Names of networks, equal ones together: `2 x inception_v4`."""
+    return join_words([f'{n} x {name}' if n > 1 else name for name, n in Counter(names).items()])
 
 
 def _input_size(run: OpenRun) -> Sequence[int]:

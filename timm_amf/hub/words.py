@@ -26,12 +26,12 @@ def describe_plan(plan: Plan, model: nn.Module) -> list[str]:
     """
     optimizer = plan.opt.upper() if plan.opt == 'sgd' else plan.opt
     momentum = f' with momentum {plan.momentum:g}' if plan.opt in ('sgd', 'momentum') else ''
-    lines = [f'{optimizer}{momentum} for {plan.epochs} epochs; {describe_schedule(plan.schedule)}']
+    lines = [f'{optimizer}{momentum} for {_epochs(plan.epochs)}; {describe_schedule(plan.schedule)}']
     if plan.temperature is not None:
         until = f' to {plan.temperature_end:g}' if plan.temperature_end is not None else ''
         lines.append(f'Gumbel-softmax temperature {plan.temperature:g}{until}')
     if plan.global_k is not None:
-        lines.append(f'the same {plan.global_k} tuned blocks for all images (global-k)')
+        lines.append(f'the same {_blocks(plan.global_k, "tuned ")} for all images (global-k)')
     defaults = role_defaults(model)
     for role in model_roles(model):
         lines.append(f'`{role}`: {describe_role(plan.role(role, defaults), plan)}')
@@ -48,13 +48,13 @@ def describe_role(role: RolePlan, plan: Plan) -> str:
     elif role.train != 'all':
         parts.append(_listed_training(role.train))
     if role.low_blocks and role.low_lr_scale != 1:
-        parts.append(f'{role.low_lr_scale:g} times that in its first {role.low_blocks} blocks')
+        parts.append(f'{role.low_lr_scale:g} times that in its first {_blocks(role.low_blocks)}')
     if role.layer_decay is not None:
         parts.append(f'times {role.layer_decay:g} for each layer further down')
     if role.reinit_blocks:
-        parts.append(f'its last {role.reinit_blocks} blocks re-initialised')
+        parts.append(f'its last {_blocks(role.reinit_blocks)} re-initialised')
     if role.l2sp_alpha:
-        where = 'everywhere' if role.l2sp_blocks in (None, 'all') else f'in its first {role.l2sp_blocks} blocks'
+        where = 'everywhere' if role.l2sp_blocks in (None, 'all') else f'in its first {_blocks(role.l2sp_blocks)}'
         parts.append(f'decay {role.l2sp_alpha:g} towards its start {where} (L2-SP)')
     if role.weight_decay:
         beyond = ' elsewhere' if role.l2sp_alpha else ''
@@ -72,7 +72,7 @@ def _listed_training(train: Sequence[Union[int, str]]) -> str:
     """What `train` as a list of blocks and layers leaves to train, and that the rest does not."""
     count = len(train)
     if sorted(train, key=str) == sorted(range(-count, 0), key=str):
-        return f'only its last {count} blocks trained' if count > 1 else 'only its last block trained'
+        return f'only its last {_blocks(count)} trained'
     shown = [_part_name(item) for item in train[:_MOST_PARTS]]
     if count > _MOST_PARTS:
         shown.append(f'{count - _MOST_PARTS} more (`plan.yaml` has all)')
@@ -85,6 +85,14 @@ def _part_name(item: Union[int, str]) -> str:
     if item < 0:
         return 'its last block' if item == -1 else f'its block {-item} from the end'
     return f'its block {item + 1}'
+
+
+def _blocks(count: int, kind: str = '') -> str:
+    return f'{kind}block' if count == 1 else f'{count} {kind}blocks'
+
+
+def _epochs(count: float) -> str:
+    return f'{count:g} epoch{"" if count == 1 else "s"}'
 
 
 def _own_schedule(fields: Mapping[str, Any], plan: Plan) -> str:
@@ -103,9 +111,9 @@ def describe_schedule(schedule: Schedule) -> str:
         'constant': 'constant learning rates',
         'cosine': f'cosine decay to {s.min_scale:g} of the learning rates',
         'multistep': f'learning rates times {s.decay_rate:g} at epochs {", ".join(map(str, s.decay_milestones))}',
-        'step': f'learning rates times {s.decay_rate:g} every {s.decay_epochs or 0:g} epochs',
-        'plateau': f'learning rates times {s.decay_rate:g} after {s.patience_epochs} epochs without improvement',
+        'step': f'learning rates times {s.decay_rate:g} every {_epochs(s.decay_epochs or 0)}',
+        'plateau': f'learning rates times {s.decay_rate:g} after {_epochs(s.patience_epochs)} without improvement',
     }.get(s.sched, f'schedule {s.sched}')
-    before = f', {s.warmup_epochs:g} epochs of warm-up first' if s.warmup_epochs else ''
-    hold = f', held for {s.hold_epochs:g} epochs before it falls' if s.hold_epochs else ''
+    before = f', {_epochs(s.warmup_epochs)} of warm-up first' if s.warmup_epochs else ''
+    hold = f', held for {_epochs(s.hold_epochs)} before it falls' if s.hold_epochs else ''
     return shape + before + hold
