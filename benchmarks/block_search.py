@@ -20,10 +20,9 @@ import torch.nn.functional as F
 from _timing import Row, create_parser, interleave, parse, per_round, report
 from torch import nn
 
-from timm_amf.engine.memory import keep_freed_memory
+from timm_amf.engine.memory import keep_freed_memory, saved_bytes
 from timm_amf.models.blocks import classifiers
 from timm_amf.search.candidates import Candidate, block_candidates, candidate_parameters
-from timm_amf.search.contest import saved_bytes
 from timm_amf.search.lockstep import Lockstep
 from timm_amf.search.members import Member, lockstep_member
 from timm_amf.search.units import probe_units

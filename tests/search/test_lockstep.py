@@ -79,9 +79,9 @@ def steps(model, members, forward, optimizer, count, batches):
 @pytest.mark.parametrize('name,kwargs,optimizer', [
     ('resnet10t', {}, 'sgd'),
     ('mobilenetv2_050', {}, 'adamw'),
-    ('convnext_atto', {}, 'adamw'),
+    pytest.param('convnext_atto', {}, 'adamw', marks=pytest.mark.slow),
     ('vit_tiny_patch16_224', {'img_size': 32, 'depth': 4}, 'adamw'),
-    ('mobilenetv3_small_050', {}, 'sgd'),
+    pytest.param('mobilenetv3_small_050', {}, 'sgd', marks=pytest.mark.slow),
 ])
 def test_twenty_steps_equal_training_alone(name, kwargs, optimizer):
     model = network(name, **kwargs)

@@ -1,8 +1,13 @@
-"""Memory of the CPU."""
+"""Memory of the CPU, and of the backward pass."""
 import ctypes
 import sys
+from collections.abc import Callable
+from typing import Any
 
-__all__ = ['keep_freed_memory']
+import torch
+from torch import Tensor
+
+__all__ = ['keep_freed_memory', 'saved_bytes']
 
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -24,3 +29,24 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+def saved_bytes(forward: Callable[[], Any]) -> int:
+    """Bytes that a forward pass keeps for its backward pass, each storage counted once.
+
+    Args:
+        forward: Computes something with gradients.
+    """
+    storages: dict[int, int] = {}
+    kept = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        kept.append(storage)  # so that no address is used twice
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = forward()
+    del result
+    return sum(storages.values())

@@ -8,8 +8,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -24,9 +24,11 @@ from tqdm import tqdm
 
 from timm_amf.engine.build import seed_step, seed_torch
 from timm_amf.engine.evaluate import Tally, reduce_tensors
+from timm_amf.engine.memory import saved_bytes
 from timm_amf.errors import UserError
 from timm_amf.models.blocks import classifiers
 from timm_amf.search.candidates import Candidate, candidate_plan
+from timm_amf.search.contestant import Contestant
 from timm_amf.search.lockstep import Lockstep, plain_logits
 from timm_amf.search.members import HEAD, LockstepUnfit, Member, lockstep_member, plain_member
 from timm_amf.search.results import CandidateResult
@@ -36,52 +38,9 @@ from timm_amf.tuning import GroupScheduler, Plan
 from timm_amf.tuning.groups import optimizer_of, param_groups
 from timm_amf.tuning.roles import role_defaults
 
-__all__ = ['Contest', 'Contestant', 'Stage']
+__all__ = ['Contest', 'Stage']
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Contestant:
-    """A candidate in training.
-
-    Attributes:
-        member: Its weights.
-        optimizer: Over what it trains.
-        scheduler: Of its learning rates.
-        curve: (epochs trained, top1, loss) of each evaluation.
-        stopped: It was left behind.
-    """
-    member: Member
-    optimizer: torch.optim.Optimizer
-    scheduler: GroupScheduler
-    curve: list[tuple[int, float, float]] = field(default_factory=list)
-    stopped: bool = False
-
-    def result(self, images: int) -> CandidateResult:
-        epochs, top1, loss = self.curve[-1]
-        parameters = sum(p.numel() for p in self.member.params.values())
-        return CandidateResult(
-            self.member.candidate, top1, loss, images, parameters, epochs, self.stopped, tuple(self.curve))
-
-    def state(self) -> dict[str, Any]:
-        return dict(
-            tensors={n: t.detach().cpu() for n, t in self.member.tensors().items()},
-            optimizer=self.optimizer.state_dict(),
-            start={} if self.optimizer.l2sp is None else self.optimizer.l2sp.state_dict(),
-            schedule=self.scheduler.state_dict(),
-            curve=[list(point) for point in self.curve],
-        )
-
-    def restore(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for name, tensor in self.member.tensors().items():
-                tensor.copy_(state['tensors'][name])
-        self.optimizer.load_state_dict(state['optimizer'])
-        if self.optimizer.l2sp is not None:
-            self.optimizer.l2sp.load_state_dict(state['start'])
-        self.scheduler.load_state_dict(state['schedule'])
-        self.curve = [tuple(point) for point in state['curve']]
 
 
 @dataclass
@@ -470,24 +429,3 @@ class Contest:
         for contestant in part:
             contestant.scheduler.step(state['epoch'])
         return state['epoch']
-
-
-def saved_bytes(forward: Callable[[], Any]) -> int:
-    """Bytes that a forward pass keeps for its backward pass, each storage counted once.
-
-    Args:
-        forward: Computes something with gradients.
-    """
-    storages: dict[int, int] = {}
-    kept = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        kept.append(storage)  # so that no address is used twice
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = forward()
-    del result
-    return sum(storages.values())
