@@ -4,14 +4,13 @@
     timm-amf export runs/spottune --format torchscript --output spottune.pt --weights last
 """
 import argparse
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, Optional, Union
+from typing import Optional, Union
 
 from timm_amf.engine.run_folder import WEIGHTS
 from timm_amf.errors import UserError
+from timm_amf.verbs import VerbParser, run_verb
 
 from .checked import Exported, check_output, export_model
 from .formats import FORMATS
@@ -52,31 +51,22 @@ def export_run(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `timm-amf export` and turn what goes wrong into one line and an exit code."""
-    try:
-        args = vars(_parser().parse_args(argv))
-        if args['batch'] < 1:
-            raise UserError(f'--batch: must be at least 1, not {args["batch"]}')
-        exported, source = export_run(args.pop('run'), **args)
-    except UserError as e:
-        print(f'timm-amf export: error: {e}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('timm-amf export: interrupted', file=sys.stderr)
-        return 128 + signal.SIGINT
+    """Run `timm-amf export`; returns the exit code."""
+    return run_verb('timm-amf export', lambda: _run(argv))
+
+
+def _run(argv: Sequence[str]) -> None:
+    args = vars(_parser().parse_args(argv))
+    if args['batch'] < 1:
+        raise UserError(f'--batch: must be at least 1, not {args["batch"]}')
+    exported, source = export_run(args.pop('run'), **args)
     for note in source.notes:
         print(f'note: {note}')
     print(exported)
-    return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = VerbParser(
         prog='timm-amf export',
         description='Write the model of a run, or of a published folder, to one file that others can run; run the file '
                     'on random images, and keep it if it computes what the model computes.',

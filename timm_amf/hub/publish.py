@@ -7,13 +7,11 @@ Everything goes in one commit: what breaks off before leaves the repository as i
 missing. The token is that of the Hub's own client (`hf auth login`, or HF_TOKEN); it is neither printed nor written.
 """
 import argparse
-import signal
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Optional, Union
+from typing import Optional, Union
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
@@ -21,9 +19,11 @@ from timm_amf.errors import UserError
 from timm_amf.hub.card import CardOptions, build_card
 from timm_amf.hub.client import check_repo_id, hub_errors, patiently
 from timm_amf.hub.stage import OpenRun, is_own_file, open_run, stage
+from timm_amf.verbs import VerbParser, run_verb
 from timm_amf.version import __version__
 
 __all__ = ['Target', 'check_target', 'main', 'publish']
+
 
 @dataclass(frozen=True)
 class Target:
@@ -177,13 +177,8 @@ def _additions(files: Mapping[str, Path]) -> list[CommitOperationAdd]:
 # ---- the verb
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = VerbParser(
         prog='timm-amf publish',
         description='Publish a run on the Hugging Face Hub: weights, configuration, Plan, options, results and card.',
         epilog='Log in with `hf auth login` first.')
@@ -209,18 +204,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `timm-amf publish` and turn what goes wrong into one line and an exit code."""
-    try:
-        args = _parser().parse_args(argv)
-        publish(
-            args.run, args.repo_id, args.license, private=args.private, revision=args.revision,
-            message=args.commit_message, keep_card=args.keep_card, data_dir=args.data_dir, compact=args.compact,
-            results=args.results, dry_run=args.dry_run, license_name=args.license_name,
-            license_link=args.license_link, base_models=args.base_model, datasets=args.dataset)
-    except UserError as e:
-        print(f'timm-amf publish: error: {e}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('timm-amf publish: interrupted; the repository is as it was', file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    """Run `timm-amf publish`; returns the exit code."""
+    return run_verb('timm-amf publish', lambda: _run(argv), 'interrupted; the repository is as it was')
+
+
+def _run(argv: Sequence[str]) -> None:
+    args = _parser().parse_args(argv)
+    publish(
+        args.run, args.repo_id, args.license, private=args.private, revision=args.revision,
+        message=args.commit_message, keep_card=args.keep_card, data_dir=args.data_dir, compact=args.compact,
+        results=args.results, dry_run=args.dry_run, license_name=args.license_name, license_link=args.license_link,
+        base_models=args.base_model, datasets=args.dataset)
