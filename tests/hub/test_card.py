@@ -128,6 +128,22 @@ def test_a_name_instead_of_a_list_is_one_name(opened):
     assert data.datasets == ['cub'] and data.tags[-1] == 'birds'
 
 
+@pytest.mark.parametrize('expected,words', [
+    (dict(source='Table III', split='test', top1_aircraft=dict(mean=93.01, std=0.2), top1=dict(min=96, max=98.5)),
+     'The recipe expects on the `test` split (percent, top-1 unless another is named): aircraft 93.01 ± 0.2, 96 to 98.5; '
+     'source: Table III.'),
+    (dict(source='my notebook', top5=dict(mean=99), seconds=dict(least=3), note='slow'),
+     'The recipe expects (percent, top-1 unless another is named): top5 99.00; source: my notebook.'),
+    (dict(source='nobody', note='none'), None),
+    (dict(top1=dict(mean=93)), None),
+])
+def test_what_the_recipe_expects(opened, expected, words):
+    run = opened('plain')
+    args = SimpleNamespace(**{**vars(run.args), 'recipe': {**run.args.recipe, 'expected': expected}})
+    text = card(dataclasses.replace(run, args=args))
+    assert (words in text) if words else ('The recipe expects' not in text)
+
+
 SEARCHED = Plan(lr=0.1, roles={'backbone': dict(train=['layer3.0.conv1', 'layer3.0.bn1'])})
 
 

@@ -1,7 +1,7 @@
 """The model card: metadata that the Hub reads, and what somebody needs who has never heard of the run."""
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -9,6 +9,7 @@ from typing import Any, Optional
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
+from timm_amf.engine.recipe_schema import describe_expected
 from timm_amf.errors import UserError
 from timm_amf.hub.stage import OpenRun, Result, figures, fixed_paths
 from timm_amf.hub.words import describe_plan, join_words
@@ -295,13 +296,25 @@ def _results(run: OpenRun) -> str:
     text += (
         f"\n\nIntervals: Wilson's over the images{of_mean}. The epoch was chosen by `{run.args.eval_metric}` on the "
         f'`{run.results[-1].split}` split, so figures of that split are a little too good.')
-    expected = run.args.recipe.get('expected') or {}
-    if expected.get('source'):
-        figures_ = '; '.join(
-            f'{key} {", ".join(f"{k} {v:g}" for k, v in value.items())}' for key, value in expected.items()
-            if isinstance(value, dict) and all(isinstance(v, (int, float)) for v in value.values()))
-        text += f'\n\nExpected by the recipe ({expected["source"]}): {figures_}.'
-    return text
+    expected = _expected(run)
+    return f'{text}\n\n{expected}' if expected else text
+
+
+def _expected(run: OpenRun) -> str:
+    """What the run's recipe expects; of a file of one's own, which may say anything, what are figures as in recipes."""
+    section = run.args.recipe.get('expected') or {}
+    found = describe_expected({key: value for key, value in section.items() if _is_range(value)})
+    if not found or not section.get('source'):
+        return ''
+    split = f' on the `{section["split"]}` split' if section.get('split') else ''
+    return f'The recipe expects{split} (percent, top-1 unless another is named): {found}; source: {section["source"]}.'
+
+
+def _is_range(value: Any) -> bool:
+    """Whether it is `{mean: 93, std: 0.2}` or `{min: 96, max: 98}`."""
+    return (
+        isinstance(value, Mapping) and all(isinstance(number, (int, float)) for number in value.values())
+        and ('mean' in value or {'min', 'max'} <= set(value)))
 
 
 def _training(run: OpenRun, repo_id: str, bases: Sequence[str]) -> str:
