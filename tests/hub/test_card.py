@@ -130,8 +130,8 @@ def test_a_name_instead_of_a_list_is_one_name(opened):
 
 @pytest.mark.parametrize('expected,words', [
     (dict(source='Table III', split='test', top1_aircraft=dict(mean=93.01, std=0.2), top1=dict(min=96, max=98.5)),
-     'The recipe expects on the `test` split (percent, top-1 unless another is named): aircraft 93.01 ± 0.2, 96 to 98.5; '
-     'source: Table III.'),
+     'The recipe expects on the `test` split (percent, top-1 unless another is named): aircraft 93.01 ± 0.2, 96 to '
+     '98.5; source: Table III.'),
     (dict(source='my notebook', top5=dict(mean=99), seconds=dict(least=3), note='slow'),
      'The recipe expects (percent, top-1 unless another is named): top5 99.00; source: my notebook.'),
     (dict(source='nobody', note='none'), None),
@@ -158,6 +158,7 @@ SEARCHED = Plan(lr=0.1, roles={'backbone': dict(train=['layer3.0.conv1', 'layer3
     ('plain', Plan(lr=0.1, roles={'backbone': dict(train=['layer3.0'], low_blocks=1)}), None,
      ['barakat2023blockwise', 'plested2021rethinking']),
     ('amf', None, 'amf', ['shen2022amf']),
+    ('amf', Plan(lr=0.1, roles={'branch.0': dict(train=['layer3.0'])}), None, ['shen2022amf', 'barakat2023blockwise']),
     ('multitune', None, None, ['shen2022amf', 'wang2020multitune']),
 ])
 def test_whom_to_cite(opened, name, plan, paper, papers):

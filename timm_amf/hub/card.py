@@ -368,9 +368,10 @@ def _papers(run: OpenRun) -> list[str]:
     papers = [method] if method else []
     if method == 'multitune':
         papers.insert(0, 'amf')  # whose re-implementation of it this is
-    papers += [paper for paper in _of_recipe(run, 'paper') if paper in _CITATIONS]
+    named = [paper for paper in _of_recipe(run, 'paper') if paper in _CITATIONS]
+    papers += named
     roles = run.plan.roles.values()
-    if not papers and any(_names_layers(role) for role in roles):
+    if not named and any(_names_layers(role) for role in roles):
         papers.append('blockwise')
     if not papers or any(role.reinit_blocks or role.l2sp_alpha or role.low_blocks for role in roles):
         papers.append('nonbinary')
