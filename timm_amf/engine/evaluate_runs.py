@@ -12,13 +12,12 @@ import csv
 import io
 import math
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn, Optional, Union
+from typing import Optional, Union
 
 import torch
 from torch import nn
@@ -32,6 +31,7 @@ from timm_amf.engine.run_folder import WEIGHTS, choose_device, eval_loader, is_r
 from timm_amf.errors import UserError
 from timm_amf.models.spottune import SpotTune
 from timm_amf.tuning import Plan
+from timm_amf.verbs import VerbParser, run_verb
 
 __all__ = ['Row', 'RunOptions', 'evaluate_runs', 'is_for_runs', 'main', 'predict', 'table']
 
@@ -351,32 +351,23 @@ def is_for_runs(argv: Sequence[str]) -> bool:
 
 def main(argv: Sequence[str]) -> int:
     """Run `timm-amf evaluate RUN ...` and turn what goes wrong into one line and an exit code."""
-    try:
-        args = _parser().parse_args(argv)
-        options = _options(args)
-        print(_heading(options))
-        rows = evaluate_runs(args.runs, options, args.ensemble)
-        print(table(rows, options.level))
-        if len(args.runs) > 1 and not any(row.run.startswith('mean of') for row in rows):
-            print('no mean: the runs differ in their images or classes')
-        if args.results_file:
-            _write(rows, options, Path(args.results_file))
-    except UserError as e:
-        print(f'timm-amf evaluate: error: {e}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('timm-amf evaluate: interrupted', file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    return run_verb('timm-amf evaluate', lambda: _evaluate(argv))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+def _evaluate(argv: Sequence[str]) -> None:
+    args = _parser().parse_args(argv)
+    options = _options(args)
+    print(_heading(options))
+    rows = evaluate_runs(args.runs, options, args.ensemble)
+    print(table(rows, options.level))
+    if len(args.runs) > 1 and not any(row.run.startswith('mean of') for row in rows):
+        print('no mean: the runs differ in their images or classes')
+    if args.results_file:
+        _write(rows, options, Path(args.results_file))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = VerbParser(
         prog='timm-amf evaluate',
         usage='%(prog)s RUN [RUN ...] [flags]\n       %(prog)s [DIR] --model NAME --initial-checkpoint FILE [flags of '
               'train_amf.py]',

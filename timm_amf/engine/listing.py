@@ -6,12 +6,10 @@
 
 What is published is known of the time when this version was released, without any network; `--check` asks the Hub.
 """
-import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
-from typing import NoReturn
 
 import timm
 import torch
@@ -24,6 +22,7 @@ from timm_amf.engine.recipe_schema import Recipe, describe_expected, read_recipe
 from timm_amf.errors import UserError
 from timm_amf.hub.client import hub_errors, patiently
 from timm_amf.models.tags import FINE_TUNED, OWNER
+from timm_amf.verbs import VerbParser
 from timm_amf.version import __version__
 
 __all__ = ['ask_hub', 'main']
@@ -157,18 +156,13 @@ def _list(pattern: str, check: bool) -> str:
     return '\n\n'.join(blocks)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def main(argv: Sequence[str]) -> int:
     """Run `timm-amf models`.
 
     Returns:
         The exit code: 2 for a mistake on the command line, or if the Hub cannot be asked.
     """
-    parser = _Parser(
+    parser = VerbParser(
         prog='timm-amf models', description='List the models, their tags, the recipes, and what is published.')
     parser.add_argument('filter', nargs='?', default='*', help='wildcard on the name, such as amf_*')
     parser.add_argument(

@@ -10,7 +10,6 @@ It takes the flags of train_amf.py, so the advice is for the run that these name
 import argparse
 import logging
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -35,6 +34,7 @@ from timm_amf.search.rules import Decision, decide
 from timm_amf.search.tables import component_table, plan_table, ranking_table
 from timm_amf.search.transferability import class_means
 from timm_amf.tuning import Plan
+from timm_amf.verbs import VerbParser, run_verb
 
 __all__ = ['Advice', 'ComponentAdvice', 'advise', 'main']
 
@@ -114,7 +114,7 @@ class Advice:
 
 
 def _own_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = VerbParser(
         prog='timm-amf advise', add_help=False, allow_abbrev=False,
         usage='%(prog)s [DIR] --model NAME [flags of train_amf.py] [flags below]',
         description='Measure how well pretrained weights fit the data, and propose a Plan for train_amf.py.')
@@ -311,21 +311,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """The verb `advise`: print the tables, write the file. Returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     argv = list(sys.argv[1:] if argv is None else argv)
+    return run_verb(
+        'timm-amf advise', lambda: _advise(argv), 'interrupted; features that were finished are kept')
+
+
+def _advise(argv: Sequence[str]) -> None:
     own, _ = _own_parser().parse_known_args(argv)
     if own.help:
         _own_parser().print_help()
-        return 0
-    try:
-        if os.path.exists(own.advice_file) and '--overwrite' not in argv:
-            raise UserError(f'{own.advice_file} exists; add --overwrite, or name another with --advice-file')
-        advice = _run(argv)
-        advice.to_yaml(own.advice_file)
-    except UserError as e:
-        print(f'timm-amf advise: error: {e}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('timm-amf advise: interrupted; features that were finished are kept', file=sys.stderr)
-        return 128 + signal.SIGINT
+        return
+    if os.path.exists(own.advice_file) and '--overwrite' not in argv:
+        raise UserError(f'{own.advice_file} exists; add --overwrite, or name another with --advice-file')
+    advice = _run(argv)
+    advice.to_yaml(own.advice_file)
     print(advice)
     print(f'\nRun it: train_amf.py --config {own.advice_file}')
-    return 0

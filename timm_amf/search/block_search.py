@@ -26,6 +26,7 @@ from timm_amf.search.block_tables import methods_table, write_methods_csv
 from timm_amf.search.results import SearchResults
 from timm_amf.search.search_flags import PAPER_OPTIONS, build_search_parser, parse_search_args
 from timm_amf.search.search_run import BlockSearch, Search
+from timm_amf.verbs import run_verb
 
 __all__ = ['BlockSearch', 'main', 'search_blocks']
 
@@ -96,29 +97,25 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """The verb `search`: print the tables, write the files. Returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     argv = list(sys.argv[1:] if argv is None else argv)
+    return run_verb(
+        'timm-amf search', lambda: _search(argv),
+        'interrupted; the same command with --resume auto and its --experiment goes on')
+
+
+def _search(argv: Sequence[str]) -> None:
+    own, _ = build_search_parser().parse_known_args(argv)
+    if own.help:
+        build_search_parser().print_help()
+        return
+    if own.compare:
+        _compare(own)
+        return
+    search = Search(*parse_search_args(argv), progress=True)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        own, _ = build_search_parser().parse_known_args(argv)
-        if own.help:
-            build_search_parser().print_help()
-            return 0
-        if own.compare:
-            _compare(own)
-            return 0
-        own, args = parse_search_args(argv)
-        search = Search(own, args, progress=True)
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            found = search.run()
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-        if search.accelerator.is_main_process:
-            print(found)
-            print(f'\nRun it: train_amf.py --config {found.folder / "best.yaml"}')
-    except UserError as e:
-        print(f'timm-amf search: error: {e}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('timm-amf search: interrupted; the same command with --resume auto and its --experiment goes on',
-              file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+        found = search.run()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if search.accelerator.is_main_process:
+        print(found)
+        print(f'\nRun it: train_amf.py --config {found.folder / "best.yaml"}')

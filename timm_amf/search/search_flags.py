@@ -1,11 +1,11 @@
 """The flags of `timm-amf search`, and what of the train script's a search has not."""
 import argparse
 from collections.abc import Sequence
-from typing import NoReturn
 
 from timm_amf.engine.options import parse_args
 from timm_amf.errors import UserError
 from timm_amf.search.candidates import CUTS
+from timm_amf.verbs import VerbParser
 
 __all__ = ['LEFT_OUT', 'PAPER_OPTIONS', 'PAPER_SHARES', 'WAYS', 'build_search_parser', 'parse_search_args']
 
@@ -26,14 +26,9 @@ _REFUSED = (
 LEFT_OUT = ('model_ema', 'mixup_off_epoch', 'branch_loss', 'policy_balance')
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def build_search_parser() -> argparse.ArgumentParser:
     """The flags that train_amf.py has not."""
-    parser = _Parser(
+    parser = VerbParser(
         prog='timm-amf search', add_help=False, allow_abbrev=False,
         usage='%(prog)s [DIR] --model NAME [flags of train_amf.py] [flags below]',
         description='Find the layers, blocks or windows of layers that are worth tuning.')
