@@ -80,7 +80,7 @@ class CutConv(nn.Module):
             stride = (1, 1)
         pieces = _pieces(x, conv.weight.shape, stride, conv.padding, conv.groups)
         y = F.conv2d(_cut(x, pieces), conv.weight, conv.bias, stride, conv.padding, conv.dilation, conv.groups)
-        return _uncut(y, pieces, x)
+        return _uncut(y, pieces)
 
 
 def _scale_and_bias(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,6 @@ class _ScaledConv(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
         of_x, of_weight, of_scale, of_bias = ctx.needs_input_grad[:4]
-        outer = grad
         if ctx.pieces > 1:
             grad = _cut(grad.contiguous(memory_format=torch.channels_last), ctx.pieces)
         stride, padding, dilation, groups = ctx.geometry
@@ -119,7 +118,7 @@ class _ScaledConv(torch.autograd.Function):
             grad, _cut(x, ctx.pieces), _scaled(weight, scale), [len(weight)], stride, padding, dilation, False, [0, 0],
             groups, [of_x, of_weight or of_scale, of_bias])
         return (
-            _uncut(g_x, ctx.pieces, outer) if of_x else None,
+            _uncut(g_x, ctx.pieces) if of_x else None,
             _scaled(g_scaled, scale) if of_weight else None,
             (g_scaled * weight).sum((1, 2, 3)) if of_scale else None,
             g_bias,
@@ -132,7 +131,7 @@ def _scaled(weight: Tensor, scale: Optional[Tensor]) -> Tensor:
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, stride, padding, dilation, groups: int, pieces: int) -> Tensor:
-    return _uncut(F.conv2d(_cut(x, pieces), weight, bias, stride, padding, dilation, groups), pieces, x)
+    return _uncut(F.conv2d(_cut(x, pieces), weight, bias, stride, padding, dilation, groups), pieces)
 
 
 def _pieces(x: Tensor, shape: torch.Size, stride, padding, groups: int) -> int:
@@ -148,8 +147,7 @@ def _pieces(x: Tensor, shape: torch.Size, stride, padding, groups: int) -> int:
     pieces = 1
     while batch * pieces < 16 and height % (2 * pieces) == 0:
         pieces *= 2
-    # Else each row, or each pixel.
-    return next((n for n in (pieces, height, height * x.shape[3]) if batch * n >= 16), 1)
+    return next((n for n in (pieces, height) if batch * n >= 16), 1)
 
 
 def _is_slow(x: Tensor, groups: int) -> bool:
@@ -164,16 +162,15 @@ def _cut(x: Tensor, pieces: int) -> Tensor:
     if pieces == 1:
         return x
     batch, channels, height, width = x.shape
-    rows, columns = (height // pieces, width) if pieces <= height else (1, height * width // pieces)
-    x = x.permute(0, 2, 3, 1).reshape(batch * pieces, rows, columns, channels)
+    x = x.permute(0, 2, 3, 1).reshape(batch * pieces, height // pieces, width, channels)
     return x.permute(0, 3, 1, 2)
 
 
-def _uncut(x: Tensor, pieces: int, like: Tensor) -> Tensor:
-    """The batch of such images as one of the size of `like`."""
+def _uncut(x: Tensor, pieces: int) -> Tensor:
     if pieces == 1:
         return x
-    x = x.permute(0, 2, 3, 1).reshape(like.shape[0], like.shape[2], like.shape[3], x.shape[1])
+    batch, channels, height, width = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(batch // pieces, height * pieces, width, channels)
     return x.permute(0, 3, 1, 2)
 
 
