@@ -281,6 +281,15 @@ def test_a_mistake_is_one_line(run, flags, words):
     assert '\n' not in message and all(word in message for word in words), message
 
 
+def test_a_size_that_a_model_is_not_built_for(run):
+    base = [
+        '--model', 'vit_tiny_patch16_224', '--img-size', '32', '--workers', '0', '--cpu', '--tracker', 'none', '-b', '8',
+        '--epochs', '1', '--model-kwargs', 'depth=1', 'embed_dim=24', 'num_heads=2']
+    with pytest.raises(UserError, match='vit_tiny_patch16_224 is built for images of 224x224, not 32x32.*img_size=32'):
+        run('first', base=base)
+    run('second', base=[*base, 'img_size=32'])
+
+
 def test_a_loss_that_is_not_finite_names_step_lr_and_checkpoint(run):
     with pytest.raises(UserError) as error:
         run('first', '--branch-lr', '1e18', '1e18', '--opt', 'momentum', '--epochs', '5')

@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Optional
@@ -273,6 +273,7 @@ def place_model(model: nn.Module, args: argparse.Namespace, accelerator: Acceler
 def build_loaders(args: argparse.Namespace, model: nn.Module, train: Mixture, val: Mixture, accelerator: Accelerator):
     """The loaders of training and validation, with timm's transforms at the model's resolution and statistics."""
     config = resolve_data_config(vars(args), model=model, verbose=False)
+    _check_size(model, args.model, config['input_size'])
     common = dict(
         input_size=config['input_size'],
         mean=config['mean'],
@@ -320,6 +321,17 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, train: Mixture, va
         val, batch_size=args.validation_batch_size or args.batch_size, interpolation=config['interpolation'],
         crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], **common)
     return train_loader, val_loader
+
+
+def _check_size(model: nn.Module, name: str, input_size: Sequence[int]) -> None:
+    """Refuse images of a size that a model with position embeddings was not built for."""
+    embed = getattr(model, 'patch_embed', None)
+    built, wanted = getattr(embed, 'img_size', None), tuple(input_size[-2:])
+    if getattr(embed, 'strict_img_size', False) and built is not None and tuple(built) != wanted:
+        size = wanted[0] if wanted[0] == wanted[1] else list(wanted)
+        raise UserError(
+            f'--img-size: {name} is built for images of {"x".join(map(str, built))}, not {"x".join(map(str, wanted))}; '
+            f'leave it out, or build it for them with --model-kwargs img_size={size}')
 
 
 def start_trackers(args: argparse.Namespace, accelerator: Accelerator, plan: Plan) -> None:
