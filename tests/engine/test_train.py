@@ -283,8 +283,8 @@ def test_a_mistake_is_one_line(run, flags, words):
 
 def test_a_size_that_a_model_is_not_built_for(run):
     base = [
-        '--model', 'vit_tiny_patch16_224', '--img-size', '32', '--workers', '0', '--cpu', '--tracker', 'none', '-b', '8',
-        '--epochs', '1', '--model-kwargs', 'depth=1', 'embed_dim=24', 'num_heads=2']
+        '--model', 'vit_tiny_patch16_224', '--img-size', '32', '--workers', '0', '--cpu', '--tracker', 'none',
+        '-b', '8', '--epochs', '1', '--model-kwargs', 'depth=1', 'embed_dim=24', 'num_heads=2']
     with pytest.raises(UserError, match='vit_tiny_patch16_224 is built for images of 224x224, not 32x32.*img_size=32'):
         run('first', base=base)
     run('second', base=[*base, 'img_size=32'])
