@@ -25,6 +25,7 @@ from timm_amf.engine import build
 from timm_amf.engine.config_file import find_config
 from timm_amf.engine.options import parse_args
 from timm_amf.errors import UserError
+from timm_amf.files import replacing
 from timm_amf.search.features import FeatureNet, Features, extract_features
 from timm_amf.search.measure import RANKING, Measures, measure
 from timm_amf.search.networks import Target, read_target
@@ -103,14 +104,8 @@ class Advice:
         Raises:
             UserError: If it cannot be written.
         """
-        path = Path(path)
-        temporary = path.with_name(f'{path.name}.tmp')
-        try:
+        with replacing(path, 'choose another --advice-file') as temporary:
             temporary.write_text(self.config, encoding='utf-8')
-            os.replace(temporary, path)
-        except OSError as e:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f'{path}: cannot be written ({e.strerror}); choose another --advice-file') from None
 
 
 def _own_parser() -> argparse.ArgumentParser:

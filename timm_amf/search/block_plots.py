@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
 from timm_amf.errors import UserError
+from timm_amf.files import replacing
 from timm_amf.search.block_tables import (
     PAPER_NAMES,
     Methods,
     compare_methods,
     labelled,
     methods_title,
-    replacing,
     title,
 )
 from timm_amf.search.results import BASELINES, CandidateResult, SearchResults

@@ -1,21 +1,20 @@
 """What a block-wise search found, as tables: for the terminal, and as CSV."""
-import contextlib
 import csv
 import io
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev, variance
 from typing import Optional, Union
 
 from timm_amf.errors import UserError
+from timm_amf.files import replacing
 from timm_amf.search.results import BASELINES, CandidateResult, SearchResults
 
 __all__ = [
     'PAPER_NAMES', 'Cell', 'Methods', 'Network', 'compare_methods', 'difference_interval', 'labelled', 'methods_table',
-    'methods_title', 'ranking', 'replacing', 'summary', 'title', 'write_csv', 'write_methods_csv',
+    'methods_title', 'ranking', 'summary', 'title', 'write_csv', 'write_methods_csv',
 ]
 
 # The columns of the paper's Table I, with its own names for them.
@@ -372,23 +371,3 @@ def _write_rows(path: Union[str, Path], rows: Sequence[Sequence]) -> None:
     csv.writer(text, lineterminator='\n').writerows(rows)
     with replacing(path) as temporary:
         temporary.write_text(text.getvalue(), encoding='utf-8')
-
-
-@contextlib.contextmanager
-def replacing(path: Union[str, Path]) -> Iterator[Path]:
-    """A temporary name for a file that gets its own if the block succeeds, in a folder that is made if it is missing.
-
-    Raises:
-        UserError: If it cannot be written; what was there before is then as it was.
-    """
-    path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f'{path}: cannot be written ({e.strerror or e}); name another file') from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Optional, Union
 
 from timm_amf.engine.intervals import wilson_interval
 from timm_amf.errors import UserError
+from timm_amf.files import replacing
 from timm_amf.search.candidates import Candidate
 
 __all__ = ['BASELINES', 'CandidateResult', 'SearchResults']
@@ -111,12 +111,10 @@ class SearchResults:
 
     def write(self, path: Union[str, Path]) -> None:
         """Write as JSON, whole or not at all."""
-        path = Path(path)
         values = {**dataclasses.asdict(self), 'results': [r.to_dict() for r in self.results],
                   'final': [r.to_dict() for r in self.final]}
-        temporary = path.with_name(f'{path.name}.tmp')
-        temporary.write_text(json.dumps(values, indent=1), encoding='utf-8')
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(values, indent=1), encoding='utf-8')
 
     @classmethod
     def read(cls, path: Union[str, Path]) -> 'SearchResults':

@@ -23,6 +23,7 @@ from timm_amf.data.check import check_images
 from timm_amf.engine import build
 from timm_amf.engine.options import resolve_lr, save_args
 from timm_amf.errors import UserError
+from timm_amf.files import replacing
 from timm_amf.search.block_tables import ranking, summary, write_csv
 from timm_amf.search.candidates import (
     Candidate,
@@ -79,14 +80,8 @@ class BlockSearch:
         Raises:
             UserError: If it cannot be written.
         """
-        path = Path(path)
-        temporary = path.with_name(f'{path.name}.tmp')
-        try:
+        with replacing(path, 'choose another folder') as temporary:
             temporary.write_text(self.config, encoding='utf-8')
-            os.replace(temporary, path)
-        except OSError as e:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f'{path}: cannot be written ({e.strerror}); choose another folder') from None
 
 
 class Search:
