@@ -200,7 +200,7 @@ def test_python(images, weights, tmp_path, everything):
     found.to_yaml(tmp_path / 'mine.yaml')
     assert yaml.safe_load((tmp_path / 'mine.yaml').read_text())['plan'] == found.plan.to_dict()
     with pytest.raises(UserError, match='cannot be written'):
-        found.to_yaml(tmp_path / 'nowhere' / 'mine.yaml')
+        found.to_yaml(tmp_path / 'mine.yaml' / 'below.yaml')
     with pytest.raises(UserError, match='no_such_option') as caught:
         timm_amf.search_blocks('test_resnet', images / 'colours', no_such_option=1)
     assert 'options.yaml' not in str(caught.value)
