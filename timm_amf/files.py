@@ -3,7 +3,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Union
+from typing import Optional, Union
 
 from timm_amf.errors import UserError
 
@@ -11,12 +11,17 @@ __all__ = ['replacing']
 
 
 @contextlib.contextmanager
-def replacing(path: Union[str, Path], remedy: str = 'name another file') -> Iterator[Path]:
+def replacing(
+        path: Union[str, Path],
+        remedy: str = 'name another file',
+        label: Optional[str] = None,
+) -> Iterator[Path]:
     """A temporary name for a file that gets its own if the block succeeds, in a folder that is made if it is missing.
 
     Args:
         path: The file.
         remedy: What to do where it cannot be written.
+        label: What to call it then; None is its path.
 
     Raises:
         UserError: If it cannot be written; what was there before is then as it was.
@@ -28,7 +33,8 @@ def replacing(path: Union[str, Path], remedy: str = 'name another file') -> Iter
         yield temporary
         os.replace(temporary, path)
     except OSError as e:
-        raise UserError(f'{path}: cannot be written ({e.strerror or e}); {remedy}') from None
+        reason = e.strerror or next(iter(str(e).splitlines()), type(e).__name__)
+        raise UserError(f'{label or path}: cannot be written ({reason}); {remedy}') from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

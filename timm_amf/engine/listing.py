@@ -22,6 +22,7 @@ from timm_amf.engine.recipe_schema import Recipe, describe_expected, read_recipe
 from timm_amf.errors import UserError
 from timm_amf.hub.client import hub_errors, patiently
 from timm_amf.models.tags import FINE_TUNED, OWNER
+from timm_amf.text import columns
 from timm_amf.verbs import VerbParser
 from timm_amf.version import __version__
 
@@ -119,16 +120,6 @@ def _asked() -> Published:
     return published
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns of their widest cell; `right` are the numbers of those that are aligned there."""
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    lines = []
-    for row in (head, *rows):
-        cells = [f'{cell:>{w}}' if i in right else f'{cell:<{w}}' for i, (cell, w) in enumerate(zip(row, widths))]
-        lines.append('  '.join(cells).rstrip())
-    return '\n'.join(lines)
-
-
 def _list(pattern: str, check: bool) -> str:
     names = [name for module in _MODULES for name in timm.list_models(module=module)]
     recipes = [read_recipe(name) for name in list_recipes() if _matches(name, pattern)]
@@ -146,12 +137,12 @@ def _list(pattern: str, check: bool) -> str:
         raise UserError(f'{pattern}: no such model, tag or recipe{nearest(pattern, known) or "; try *"}')
     blocks = []
     if models:
-        blocks.append(_table(('model', 'parameters', 'input', 'networks + policy'), models, right=(1,)))
+        blocks.append(columns([('model', 'parameters', 'input', 'networks + policy'), *models], right=(1,)))
     if tags:
-        blocks.append(_table(('tag', 'published', 'weights'), tags))
+        blocks.append(columns([('tag', 'published', 'weights'), *tags]))
     if recipes:
         rows = [_recipe_row(recipe, published) for recipe in recipes]
-        blocks.append(_table(('recipe', 'published', 'paper', 'expected top-1, percent'), rows))
+        blocks.append(columns([('recipe', 'published', 'paper', 'expected top-1, percent'), *rows]))
         blocks.append('timm-amf train --config RECIPE trains one; docs/recipes.md says more.')
     return '\n\n'.join(blocks)
 

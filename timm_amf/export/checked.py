@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_amf.errors import UserError
+from timm_amf.files import replacing
 from timm_amf.models.spottune import SpotTune
 
 from .formats import FORMATS
@@ -167,16 +168,8 @@ def check_output(path: Path, overwrite: bool) -> None:
 def _appearing(path: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary name for a file that gets its own if the block succeeds."""
     check_output(path, overwrite)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, 'name another', f'--output {path}') as temporary:
         temporary.touch()  # before any work
         yield temporary
         with open(temporary, 'rb') as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f'--output {path}: cannot be written ({e.strerror or first_line(e)}); name another') from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

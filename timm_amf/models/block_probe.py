@@ -1,5 +1,8 @@
 """Which blocks of an architecture can exist twice: found by one forward pass in which nothing is computed."""
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +13,7 @@ from .blocks import list_blocks
 from .folding import find_pairs
 from .parts import Part, meta_part, part_cfg
 
-__all__ = ['BlockProbe', 'probe_blocks', 'probe_pairs']
+__all__ = ['BlockProbe', 'in_eval', 'probe_blocks', 'probe_pairs', 'tensor_problem']
 
 # A batch size that no map, window or table of an architecture is likely to have among its dimensions.
 _BATCH = 101
@@ -48,15 +51,41 @@ class _Calls:
         self.problem = self.problem or _problem(args, kwargs, output, self.version)
 
 
-def _problem(args: tuple, kwargs: dict, output, version: int) -> str:
+def tensor_problem(args: tuple, output, version: Optional[int], batch: int) -> str:
+    """Why a call was none that takes one tensor and gives one, batch first; empty if it was.
+
+    Args:
+        args: Its arguments.
+        output: What it gave.
+        version: Version of the first argument before the call.
+        batch: Size of the batch.
+    """
     if not args or not torch.is_tensor(args[0]):
         return 'takes no single tensor'
     if not torch.is_tensor(output):
         return f'gives a {type(output).__name__}, not one tensor'
-    if args[0].shape[:1] != (_BATCH,) or output.shape[:1] != (_BATCH,):
+    if args[0].shape[:1] != (batch,) or output.shape[:1] != (batch,):
         return 'has no batch as its first dimension'
-    if args[0]._version != version:
-        return 'works in place on its input'
+    return 'works in place on its input' if args[0]._version != version else ''
+
+
+@contextlib.contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode, and afterwards each of its modules in the mode that it had."""
+    # Restored one by one and not by `train()`, which models override.
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _problem(args: tuple, kwargs: dict, output, version: int) -> str:
+    problem = tensor_problem(args, output, version, _BATCH)
+    if problem:
+        return problem
     others = (*args[1:], *kwargs.values())
     # What holds tensors may be written to, or differ from image to image.
     if any(isinstance(a, (list, dict, set)) for a in others):

@@ -5,12 +5,12 @@ Found from the model's structure alone. A block is an entry of a container (`nn.
 transformer layer, an Inception module, a convolution of a VGG. Where the matcher is coarser than that (a stage is one
 layer), the stage is opened; where there is none, containers decide alone.
 """
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from timm.models._manipulate import group_with_matcher, named_modules_with_params
 from torch import nn
 
-__all__ = ['classifiers', 'layer_ids', 'list_blocks']
+__all__ = ['classifiers', 'is_within', 'layer_ids', 'list_blocks']
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # What timm calls the blocks within a stage.
@@ -23,6 +23,11 @@ def classifiers(model: nn.Module) -> list[nn.Module]:
     """The classifier of a timm model, or the several that some have."""
     found = model.get_classifier()
     return list(found) if isinstance(found, (tuple, list)) else [found]
+
+
+def is_within(path: str, modules: Iterable[str]) -> bool:
+    """Whether a module or parameter is one of some modules, or below one; the empty path is the whole model."""
+    return any(not m or path == m or path.startswith(f'{m}.') for m in modules)
 
 
 def layer_ids(model: nn.Module, coarse: bool = False) -> tuple[dict[str, int], int]:

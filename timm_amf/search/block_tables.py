@@ -11,6 +11,7 @@ from typing import Optional, Union
 from timm_amf.errors import UserError
 from timm_amf.files import replacing
 from timm_amf.search.results import BASELINES, CandidateResult, SearchResults
+from timm_amf.text import columns
 
 __all__ = [
     'PAPER_NAMES', 'Cell', 'Methods', 'Network', 'compare_methods', 'difference_interval', 'labelled', 'methods_table',
@@ -61,7 +62,7 @@ def ranking(results: SearchResults, level: float = 0.95, limit: Optional[int] = 
                 str(rank), labelled(way), result.candidate.name, f'{result.top1:.2f}', _interval(result, level),
                 epochs, f'{result.parameters:,}', note))
     left_out = len(ranked) - len(rows) + 1
-    lines = [title(results), _grid(rows, right=(0, 3, 6))]
+    lines = [title(results), columns(rows, right=(0, 3, 6))]
     if left_out:
         lines.append(f'and {left_out} more, beyond the first {limit} of each way')
     return '\n'.join(lines)
@@ -98,7 +99,7 @@ def summary(results: SearchResults, level: float = 0.95) -> str:
         if results.final:
             cells += ('', '') if final is None else (f'{final.top1:.2f}', _interval(final, level))
         rows.append((labelled(way), *cells))
-    lines = [title(results), _grid(rows, right=(1, 3, 5, 6, 7))]
+    lines = [title(results), columns(rows, right=(1, 3, 5, 6, 7))]
     stopped = sum(r.stopped for r in results.results)
     if stopped:
         lines.append(f'mean and worst: what was stopped ({stopped}) counts with its accuracy then')
@@ -258,7 +259,7 @@ def methods_table(searches: Sequence[SearchResults]) -> str:
         rows.append((f'{network.name}, {network.seeds} seeds' if network.seeds > 1 else network.name, *cells))
     for name, digits, values in (('mean', 4, methods.mean), ('variance', 6, methods.variance)):
         rows.append((name, *(f'{values[w]:.{digits}f}' if w in values else '' for w in methods.ways)))
-    return f'{methods_title(methods)}\n{_grid(rows)}'
+    return f'{methods_title(methods)}\n{columns(rows)}'
 
 
 def write_methods_csv(searches: Sequence[SearchResults], path: Union[str, Path]) -> None:
@@ -354,16 +355,6 @@ def title(results: SearchResults) -> str:
     validation = f'{min(images)}' if len(images) == 1 else f'{min(images)} to {max(images)}'
     return f'{results.model} {results.role}, seed {results.seed}: {results.classes} classes, trained on ' \
            f'{results.train_images} images, validated on {validation}'
-
-
-def _grid(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns as wide as their widest cell; those of `right` end where it ends."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
-        lines.append('  '.join(cells).rstrip())
-    return '\n'.join(lines)
 
 
 def _write_rows(path: Union[str, Path], rows: Sequence[Sequence]) -> None:

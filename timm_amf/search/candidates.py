@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from timm_amf.errors import UserError
+from timm_amf.models.block_probe import in_eval
+from timm_amf.models.blocks import is_within
 from timm_amf.tuning.plan import Plan
 from timm_amf.tuning.roles import Place, model_roles, places, role_blocks
 
@@ -166,7 +168,7 @@ def baseline_candidates() -> list[Candidate]:
 def candidate_parameters(model: nn.Module, candidate: Candidate, role: str = 'backbone') -> list[str]:
     """Names of the parameters of a role that a candidate trains besides the classifier, as the model registers them."""
     where = places(model)
-    return [n for n in where if where[n].role == role and any(_within(n, path) for path in candidate.modules)]
+    return [n for n in where if where[n].role == role and is_within(n, candidate.modules)]
 
 
 def candidate_plan(plan: Plan, candidate: Candidate, role: str = 'backbone') -> Plan:
@@ -180,10 +182,6 @@ def candidate_plan(plan: Plan, candidate: Candidate, role: str = 'backbone') -> 
     else:
         train = list(candidate.modules)
     return plan.with_role(role, train=train)
-
-
-def _within(name: str, path: str) -> bool:
-    return not path or name == path or name.startswith(f'{path}.')
 
 
 def _modules(layers: Iterable[Layer]) -> tuple[str, ...]:
@@ -259,21 +257,9 @@ def _trace(model: nn.Module, input_size: Sequence[int]) -> _Trace:
     # What the pass changes are copies of the buffers.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     recorder = _UseRecorder(trace, {id(p): name for name, p in params.items()})
-    with _in_eval(model), _same_random_state(example.device), _marks(model, trace), torch.no_grad(), recorder:
+    with in_eval(model), _same_random_state(example.device), _marks(model, trace), torch.no_grad(), recorder:
         torch.func.functional_call(model, buffers, (image,))
     return trace
-
-
-@contextlib.contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    # Restored one by one and not by `train()`, which models override.
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _same_random_state(device: torch.device) -> contextlib.AbstractContextManager:
@@ -397,10 +383,10 @@ def _residual_candidates(model: nn.Module, trace: _Trace, role: str) -> list[Can
 def _outermost(model: nn.Module, piece: Sequence[_Unit]) -> tuple[str, ...]:
     """The outermost paths that together hold the units of a piece and nothing else."""
     own = {unit.path for unit in piece}
-    others = [n for n, _ in model.named_parameters() if not any(_within(n, path) for path in own)]
+    others = [n for n, _ in model.named_parameters() if not is_within(n, own)]
     paths = {}
     for unit in piece:
         parts = unit.path.split('.')
         above = ['.'.join(parts[:end]) for end in range(1, len(parts) + 1)]
-        paths[next(path for path in above if not any(_within(n, path) for n in others))] = None
+        paths[next(path for path in above if not any(is_within(n, [path]) for n in others))] = None
     return tuple(paths)

@@ -1,12 +1,10 @@
 """Training the candidates of a search side by side: the same batches, each with weights, optimiser and schedule of its
 own."""
 import argparse
-import copy
 import functools
 import itertools
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from timm_amf.engine.build import seed_step, seed_torch
 from timm_amf.engine.evaluate import Tally, reduce_tensors
 from timm_amf.engine.memory import saved_bytes
 from timm_amf.errors import UserError
+from timm_amf.files import replacing
 from timm_amf.models.blocks import classifiers
 from timm_amf.search.candidates import Candidate, candidate_plan
 from timm_amf.search.contestant import Contestant
@@ -122,21 +121,27 @@ class Contest:
                 self.why_alone = f'{type(model).__name__} does not show its blocks ({str(e).splitlines()[0]})'
         self._bar: Optional[tqdm] = None
         self._ticks: list[float] = []
+        self._bytes: dict[str, int] = {}
 
     # -- candidates ---------------------------------------------------------------------------------------------------
 
     def enter(self, candidates: Iterable[Candidate], stage: Stage) -> list[Contestant]:
         """New contestants, all with the network's weights and the same classifier."""
         contestants = [self._contestant(c, stage) for c in candidates]
-        shared = [c.member for c in contestants if not c.member.alone]
-        if shared:
+        net = self._lockstep(contestants)
+        if net is not None:
             try:
-                Lockstep(self.model, self.probe, shared, self.own_head).check(self.input_size)
+                net.check(self.input_size)
             except LockstepUnfit as e:
                 self.why_alone = f'lockstep does not apply to {type(self.model).__name__}: {e}'
                 self.probe = None
                 return self.enter([c.member.candidate for c in contestants], stage)
         return contestants
+
+    def _lockstep(self, part: Sequence[Contestant]) -> Optional[Lockstep]:
+        """The network that contestants share; None where none of them does."""
+        shared = [c.member for c in part if not c.member.alone]
+        return Lockstep(self.model, self.probe, shared, self.own_head) if shared else None
 
     def _contestant(self, candidate: Candidate, stage: Stage) -> Contestant:
         plan = candidate_plan(self.plan, candidate, self.role).updated({'epochs': stage.epochs})
@@ -192,9 +197,11 @@ class Contest:
         return result
 
     def _activation_bytes(self, member: Member) -> int:
-        """What one batch of a member keeps for the backward pass."""
+        """What one batch of a member keeps for the backward pass; measured once, though chunks are cut at each rung."""
+        if member.name in self._bytes:
+            return self._bytes[member.name]
         net = Lockstep(self.model, self.probe, [member], self.own_head)
-        kept = copy.deepcopy([b for b in member.tensors().values()])
+        kept = [t.clone() for t in member.tensors().values()]
         member.train()
         images = next(self.model.parameters()).new_zeros((3, *self.input_size))
         sizes = [saved_bytes(functools.partial(net, images[:count])) for count in (2, 3)]
@@ -202,7 +209,8 @@ class Contest:
         with torch.no_grad():
             for tensor, value in zip(member.tensors().values(), kept):
                 tensor.copy_(value)  # the statistics of norms moved
-        return (sizes[1] - sizes[0]) * self.args.batch_size
+        self._bytes[member.name] = (sizes[1] - sizes[0]) * self.args.batch_size
+        return self._bytes[member.name]
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -243,8 +251,7 @@ class Contest:
     def _train_chunk(self, part: list[Contestant], stage: Stage, start: int, end: int, name: str) -> None:
         epoch = self._restore(part, name, start)
         self._bar.update((epoch - start) * len(stage.train_loader))
-        shared = [c.member for c in part if not c.member.alone]
-        net = Lockstep(self.model, self.probe, shared, self.own_head) if shared else None
+        net = self._lockstep(part)
         stores = {
             stage.train_loader: self._store(net, stage.train_loader, f'{name}-train', self.mixup is not None),
             stage.val_loader: self._store(net, stage.val_loader, f'{name}-val'),
@@ -283,8 +290,7 @@ class Contest:
         seconds = [0., 0.]
         self._bar = tqdm(disable=True)
         for part in self.chunks(self.enter(candidates, stage)):
-            shared = [c.member for c in part if not c.member.alone]
-            net = Lockstep(self.model, self.probe, shared, self.own_head) if shared else None
+            net = self._lockstep(part)
             runs = (
                 (stage.train_loader, lambda p=part, n=net: self._train_epoch(p, n, stage.train_loader, 0, None, steps)),
                 (stage.val_loader, lambda p=part, n=net: self._evaluate(p, n, stage.val_loader, 0, None, steps)),
@@ -359,7 +365,10 @@ class Contest:
                 params = [p for n, p in contestant.member.params.items()
                           if not ('agc' in self.args.clip_mode and n.startswith(HEAD))]
                 dispatch_clip_grad(params, value=self.args.clip_grad, mode=self.args.clip_mode)
-            (contestant.optimizer.step if scaler is None else lambda c=contestant: scaler.step(c.optimizer))()
+            if scaler is None:
+                contestant.optimizer.step()
+            else:
+                scaler.step(contestant.optimizer)
             contestant.optimizer.zero_grad()
         if scaler is not None:
             scaler.update()
@@ -407,12 +416,8 @@ class Contest:
         if self.folder is None or not self.accelerator.is_main_process:
             return
         path = self.folder / f'{name}.pt'
-        temporary = path.with_suffix('.tmp')
-        try:
+        with replacing(path, 'make room, and go on with --resume') as temporary:
             torch.save(dict(epoch=epoch, contestants={c.member.name: c.state() for c in part}), temporary)
-            os.replace(temporary, path)
-        except OSError as e:
-            raise UserError(f'{path}: cannot be written ({e.strerror}); make room, and go on with --resume') from None
 
     def _restore(self, part: Sequence[Contestant], name: str, start: int) -> int:
         """Bring contestants to where they were; returns the epochs that they have trained."""

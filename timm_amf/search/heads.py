@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from timm_amf.engine.build import seed_step
+from timm_amf.models.block_probe import in_eval
 
 __all__ = ['mlp_head']
 
@@ -22,12 +23,8 @@ def mlp_head(model: nn.Module, input_size: Sequence[int], num_classes: int, seed
         seed: What its weights follow from.
     """
     first = next(model.parameters())
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # else norms would take this image for data
-    with torch.no_grad():
+    with in_eval(model), torch.no_grad():  # else norms would take this image for data
         width = model.forward_features(first.new_zeros((1, *input_size))).numel()
-    for module, mode in modes:
-        module.training = mode
     with torch.random.fork_rng():
         seed_step(seed, 0, 0, 0)
         head = nn.Sequential(

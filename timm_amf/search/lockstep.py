@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from timm_amf.engine.build import seed_torch
-from timm_amf.models.blocks import classifiers
+from timm_amf.models.blocks import classifiers, is_within
 from timm_amf.models.folding import Folds, view_with
 from timm_amf.search.members import LockstepUnfit, Member
-from timm_amf.search.units import Probe, is_within, pairs_below
+from timm_amf.search.units import Probe, pairs_below
 
 __all__ = ['Lockstep', 'plain_logits']
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from timm_amf.models.blocks import is_within
 from timm_amf.search.candidates import Candidate
-from timm_amf.search.units import Probe, is_within
+from timm_amf.search.units import Probe
 
 __all__ = ['HEAD', 'LockstepUnfit', 'Member', 'lockstep_member', 'plain_member']
 

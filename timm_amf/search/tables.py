@@ -3,6 +3,7 @@ from collections.abc import Mapping, Sequence
 
 from timm_amf.search.measure import LABELS, Measures
 from timm_amf.search.rules import PAPER, RULES, Decision, sureness
+from timm_amf.text import columns
 from timm_amf.tuning import Plan
 
 __all__ = ['component_table', 'plan_table', 'ranking_table']
@@ -16,11 +17,6 @@ _ORDER = (
     'random_minus_fixed', 'fixed_accuracy', 'fisher', 'emd', 'random_init', 'fixed_top1', 'log_me', 'leep', 'nce',
     'h_score', 'trans_rate',
 )
-
-
-def _grid(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return '\n'.join('  '.join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 
 def component_table(name: str, network: str, measures: Measures, decision: Decision) -> str:
@@ -52,7 +48,7 @@ def component_table(name: str, network: str, measures: Measures, decision: Decis
     title = f'{name} under {network}: {measures.images} training images, {measures.classes} classes'
     verdict = f'The pretrained weights are {side}, {sureness(decision.sure)} ({decision.sure:.2f}); nearest of the ' \
               f"paper's data sets: {decision.like} (LR {PAPER[decision.like].lr:g})"
-    return '\n'.join([title, _grid(rows), verdict, _grid(rules)])
+    return '\n'.join([title, columns(rows), verdict, columns(rules)])
 
 
 def plan_table(model: str, plan: Plan, followed: Mapping[str, str]) -> str:
@@ -62,7 +58,7 @@ def plan_table(model: str, plan: Plan, followed: Mapping[str, str]) -> str:
     for role, settings in plan.roles.items():
         values = [getattr(settings, name) for name in names]
         rows.append((role, followed.get(role, ''), *('' if v is None else f'{v:.4g}' for v in values)))
-    return _grid(rows)
+    return columns(rows)
 
 
 def ranking_table(ranking: Sequence[tuple[str, float, Mapping[str, float]]]) -> str:
@@ -71,4 +67,4 @@ def ranking_table(ranking: Sequence[tuple[str, float, Mapping[str, float]]]) -> 
     rows = [('model', 'mean rank', *(LABELS[name] for name in names))]
     for model, rank, values in ranking:
         rows.append((model, f'{rank:.2f}', *(f'{values[name]:.4g}' for name in names)))
-    return _grid(rows)
+    return columns(rows)

@@ -1,24 +1,19 @@
 """Where in a network candidates of a search may differ: found by watching one forward pass."""
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Optional
 
 import torch
 from torch import nn
 
+from timm_amf.models.block_probe import in_eval, tensor_problem
 from timm_amf.models.blocks import classifiers, list_blocks
 from timm_amf.models.folding import find_pairs
 
-__all__ = ['Probe', 'is_within', 'pairs_below', 'probe_units']
+__all__ = ['Probe', 'pairs_below', 'probe_units']
 
 # Of the pass that is watched.
 _BATCH = 3
-
-
-def is_within(path: str, modules: Iterable[str]) -> bool:
-    """Whether a module or parameter is one of some modules, or below one."""
-    return any(not m or path == m or path.startswith(f'{m}.') for m in modules)
 
 
 @dataclass
@@ -53,17 +48,6 @@ def _places(model: nn.Module) -> list[str]:
     return walk('', model)
 
 
-@contextmanager
-def _kept_modes(model: nn.Module):
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def probe_units(model: nn.Module, input_size: Sequence[int]) -> Probe:
     """Watch one forward pass.
 
@@ -83,7 +67,7 @@ def probe_units(model: nn.Module, input_size: Sequence[int]) -> Probe:
     def after(name):
         def hook(module, args, kwargs, output):
             order.append(name)
-            seen[name].append(_why_not(args, output, versions[name]))
+            seen[name].append(tensor_problem(args, output, versions[name], _BATCH))
         return hook
 
     versions: dict[str, Optional[int]] = {}
@@ -94,7 +78,7 @@ def probe_units(model: nn.Module, input_size: Sequence[int]) -> Probe:
                   module.register_forward_hook(after(name), with_kwargs=True)]
     first = next(model.parameters())
     try:
-        with _kept_modes(model), torch.enable_grad(), torch.random.fork_rng(), find_pairs(model) as finder:
+        with in_eval(model), torch.enable_grad(), torch.random.fork_rng(), find_pairs(model) as finder:
             x = torch.randn(_BATCH, *input_size, device=first.device, dtype=first.dtype).requires_grad_(True)
             result = model.forward_features(x)
             logits = model.forward_head(result)
@@ -109,16 +93,6 @@ def probe_units(model: nn.Module, input_size: Sequence[int]) -> Probe:
         if reason:
             refused[name] = reason
     return Probe([n for n in order if n not in refused], refused, pairs)
-
-
-def _why_not(args: tuple, output, version: Optional[int]) -> str:
-    if version is None:
-        return 'takes no single tensor'
-    if not torch.is_tensor(output):
-        return f'gives a {type(output).__name__}, not one tensor'
-    if args[0].shape[:1] != (_BATCH,) or output.shape[:1] != (_BATCH,):
-        return 'has no batch as its first dimension'
-    return 'works in place on its input' if args[0]._version != version else ''
 
 
 def pairs_below(pairs: Iterable[tuple[str, str]], path: str) -> list[tuple[str, str]]:

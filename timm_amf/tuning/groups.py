@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from timm_amf.errors import UserError
+from timm_amf.models.blocks import is_within
+from timm_amf.text import columns
 from timm_amf.tuning.l2sp import L2SP
 from timm_amf.tuning.plan import Plan, RolePlan
 from timm_amf.tuning.roles import Place, model_roles, places, role_blocks, role_defaults
@@ -89,7 +91,7 @@ class RoleSettings:
 
     def trained(self, name: str, place: Place) -> bool:
         """Whether `train` covers a parameter or a module, by its own name or with all of its block."""
-        return self.training is None or place.block in self.training or any(_within(name, p) for p in self.layers)
+        return self.training is None or place.block in self.training or is_within(name, self.layers)
 
     def reinitialised(self, place: Place) -> bool:
         """Whether what stands there starts anew; never the stem."""
@@ -189,10 +191,6 @@ def _training_layers(model: nn.Module, role: str, blocks: list[str], items: list
             raise UserError(f'plan: {role} has no block or layer {item!r}{hint}')
         layers.add(found[0])
     return frozenset(layers)
-
-
-def _within(name: str, path: str) -> bool:
-    return name == path or name.startswith(f'{path}.')
 
 
 def _paths(name: str) -> list[str]:
@@ -315,8 +313,7 @@ def describe_groups(groups: list[dict[str, Any]]) -> str:
             f'{group["l2sp_alpha"]:g}', str(group['start_epoch']), str(len(group['params'])),
             f'{sum(p.numel() for p in group["params"]):,}',
         ))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return columns(rows)
 
 
 def describe_depths(model: nn.Module, plan: Plan) -> str:
