@@ -325,7 +325,9 @@ def _limits(run: OpenRun, bases: Sequence[str]) -> str:
 
 
 def _citation(run: OpenRun) -> str:
-    return '\n\n'.join(f'```bibtex\n{_CITATIONS[key]}\n```' for key in _papers(run))
+    own = method_of(run.trained).citation
+    entries = [_CITATIONS[key] for key in _papers(run) if key in _CITATIONS] + ([own] if own else [])
+    return '\n\n'.join(f'```bibtex\n{entry}\n```' for entry in entries)
 
 
 def _papers(run: OpenRun) -> list[str]:
