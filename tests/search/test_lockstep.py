@@ -16,9 +16,15 @@ from timm_amf.search.candidates import (
     weighted_layers,
     window_candidates,
 )
-from timm_amf.search.lockstep import Lockstep, plain_logits
-from timm_amf.search.members import HEAD, LockstepUnfit, lockstep_member, plain_member
-from timm_amf.search.units import probe_units
+from timm_amf.search.lockstep import (
+    HEAD,
+    Lockstep,
+    LockstepUnfit,
+    lockstep_member,
+    plain_logits,
+    plain_member,
+    probe_units,
+)
 
 SIZE = (3, 32, 32)
 CLASSIFIER = Candidate('classifier', 'classifier', 0, ())
