@@ -23,7 +23,7 @@ from timm_amf import cli
 from timm_amf.engine.checkpoint import Checkpointer
 from timm_amf.engine.loop import Trainer
 from timm_amf.errors import UserError
-from timm_amf.search import block_search
+from timm_amf.search import block_search, training
 from timm_amf.search.candidates import Candidate, block_candidates, candidate_parameters
 from timm_amf.search.results import SearchResults
 
@@ -219,13 +219,13 @@ def test_one_by_one(extra, search):
 
 def test_chunks(search, monkeypatch):
     sizes: list[int] = []
-    train = block_search._Candidates._train
+    train = training.CandidateRuns._train
 
     def counting(self, members, *args):
         sizes.append(sum(not m.alone for m in members))
         return train(self, members, *args)
 
-    monkeypatch.setattr(block_search._Candidates, '_train', counting)
+    monkeypatch.setattr(training.CandidateRuns, '_train', counting)
     found = {}
     limits = {'whole': [], 'one': ['--chunk', '1'], 'three': ['--chunk', '3'], 'little': ['--memory', '1e-6']}
     for name, extra in limits.items():
@@ -369,8 +369,8 @@ def test_damaged_state(search, monkeypatch):
 def test_starting_weights_are_the_files(search, monkeypatch, weights):
     """Bit for bit in the network that all share when all is done: parameters, and statistics of its norms."""
     networks = []
-    init = block_search._Candidates.__init__
-    monkeypatch.setattr(block_search._Candidates, '__init__', lambda self, model, *args, **kwargs: (
+    init = training.CandidateRuns.__init__
+    monkeypatch.setattr(training.CandidateRuns, '__init__', lambda self, model, *args, **kwargs: (
         networks.append(model), init(self, model, *args, **kwargs))[1])
     code, text, _ = search('--search-head', 'mlp', '--final-share', '0.5', '--search-share', '0.5')
     assert code == 0, text

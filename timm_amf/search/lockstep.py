@@ -223,9 +223,6 @@ def lockstep_member(
         candidate: What to tune.
         head: Classifier to copy.
         trains: Names of the parameters that train, as the Plan has it.
-
-    Raises:
-        LockstepUnfit: It tunes what is in no unit.
     """
     reached = {path: [u for u in probe.order if is_within(path, [u]) or is_within(u, [path])]
                for path in candidate.modules}
@@ -301,9 +298,6 @@ class Lockstep:
 
     Attributes:
         step_seed: What random numbers of the candidates' layers (dropout) follow from, the same for all of them.
-
-    Raises:
-        LockstepUnfit: The network has several classifiers.
     """
 
     def __init__(self, model: nn.Module, probe: Probe, members: Sequence[Member], own_head: bool = True):
@@ -334,11 +328,7 @@ class Lockstep:
 
     @torch.no_grad()
     def check(self, input_size: Sequence[int]) -> None:
-        """Compare with the plain network, which all candidates equal until they are trained.
-
-        Raises:
-            LockstepUnfit: They differ, or the network does not run.
-        """
+        """Compare with the plain network, which all candidates equal until they are trained."""
         first = next(self.model.parameters())
         images = torch.randn(2, _BATCH, *input_size, device=first.device, dtype=first.dtype)
         for member in self.members:

@@ -133,11 +133,7 @@ class SearchResults:
 
     @classmethod
     def read(cls, path: Union[str, Path]) -> 'SearchResults':
-        """Read what `write` wrote.
-
-        Raises:
-            UserError: If it is missing, or something else.
-        """
+        """Read what `write` wrote."""
         try:
             values = json.loads(Path(path).read_text(encoding='utf-8'))
             parts = {name: [CandidateResult.from_dict(v) for v in values[name]] for name in ('results', 'final')}
