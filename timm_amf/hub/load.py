@@ -3,36 +3,65 @@
     model = timm_amf.load('me/birds')                  # or 'me/birds@v1', or a folder
     print(model.provenance)
 
-`timm.create_model('hf-hub:me/birds', pretrained=True)` reads the same files, with timm's own checks alone.
+A repository is somebody else's. Read from it are files of names that are known here, of a bounded size, in formats that
+carry data alone: JSON, YAML without tags and aliases, safetensors. The arguments in `config.json` are held against a
+whitelist of types, names and sizes; then the model is built on the meta device, where nothing is allocated, and its
+tensors are compared with those of the weights. Only then is it built. `timm.create_model('hf-hub:me/birds',
+pretrained=True)` reads the same files with timm's own checks alone.
 """
+import hashlib
+import json
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import timm
+import torch
+import yaml
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from timm.models import PretrainedCfg
 from torch import nn
 
 from timm_amf.errors import UserError
-from timm_amf.hub.client import check_repo_id, hub_errors
-from timm_amf.hub.safety import PICKLES, WEIGHTS, check_digest, check_fits, read_config, read_yaml
 from timm_amf.models.method import Method
 from timm_amf.models.sources import loading
 from timm_amf.tuning import Plan
 from timm_amf.version import __version__
 
-__all__ = ['Provenance', 'load']
+__all__ = ['WEIGHTS', 'Provenance', 'check_repo_id', 'load', 'read_config']
 
 _logger = logging.getLogger(__name__)
+
+WEIGHTS = 'model.safetensors'
+# Endings of files that torch reads by running what is in them.
+_PICKLES = ('.bin', '.pt', '.pth', '.pth.tar', '.ckpt', '.pkl', '.pickle', '.npz', '.npy')
+# Bytes of a file: the names and descriptions of ImageNet-21k's classes are some 2 million; a Plan is short.
+_MAX_CONFIG, _MAX_PLAN, _MAX_ARGS = 16_000_000, 200_000, 20_000
+_MAX_NUMBER, _MAX_LENGTH, _MAX_DEPTH, _MAX_CLASSES, _MAX_TEXT = 65_536, 256, 5, 1_000_000, 2_000
+_KEY = re.compile(r'(?!__)[A-Za-z_]\w{0,63}')
+# Names of architectures, layers, activations, poolings. No slash: neither a path nor an address of the Hub.
+_WORD = re.compile(r'(?!.*\.\.)[\w.,:+\- ]{0,128}')
+# Arguments that say where to load from, or how far to trust what is loaded; none describes a network.
+_REFUSED = {
+    'cache_dir', 'checkpoint_path', 'custom_load', 'device', 'dtype', 'feature_cfg', 'feature_cls', 'features_only',
+    'file', 'filter_fn', 'hf_hub_filename', 'hf_hub_id', 'kwargs_filter', 'model_cfg', 'out_indices', 'source',
+    'state_dict', 'url',
+}
+# Of a network that is a part of another: the statistics that its input has.
+_OF_PARTS = ('pretrained_cfg', 'pretrained_cfg_overlay')
+_FREE_TEXT = ('label_names', 'label_descriptions', 'description', 'notes', 'origin_url', 'paper_name', 'paper_ids')
 
 
 @dataclass(frozen=True)
 class Provenance:
     """Which Plan and data made the weights of a model that `load` returned (`model.provenance`).
 
-    Args:
+    Attributes:
         source: The repository or folder.
         commit: Commit of the repository; None of a folder.
         architecture: What was built.
@@ -50,8 +79,7 @@ class Provenance:
     version: Optional[str] = None
 
     def __str__(self) -> str:
-        where = self.source if self.commit is None else f'{self.source}@{self.commit[:10]}'
-        lines = [f'{where}: {self.architecture}']
+        lines = [f'{self.source}{"@" + self.commit[:10] if self.commit else ""}: {self.architecture}']
         for c in self.data:
             lines.append(
                 f'  data {c["name"]}: {c["classes"]} classes, {c["train"]} training and {c["val"]} validation images')
@@ -60,18 +88,18 @@ class Provenance:
         if self.plan is None:
             lines.append('  plan: not recorded')
         else:
-            plan = self.plan
-            roles = ', '.join(
-                f'{name} {role.lr:g}' for name, role in plan.roles.items() if role.lr is not None and role.lr > 0)
-            lines.append(f'  plan: {plan.opt}, {plan.epochs} epochs, LR {plan.lr:g}{f" ({roles})" if roles else ""}')
+            roles = ', '.join(f'{name} {role.lr:g}' for name, role in self.plan.roles.items() if role.lr)
+            lines.append(
+                f'  plan: {self.plan.opt}, {self.plan.epochs} epochs, LR {self.plan.lr:g}'
+                f'{f" ({roles})" if roles else ""}')
         return '\n'.join(lines)
 
 
 def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs) -> nn.Module:
     """Load a published model, in evaluation mode.
 
-    Everything that is read is checked first (`timm_amf.hub.safety`): no pickle is loaded, no argument builds what the
-    weights do not fill, a file is what the Hub says it is. A SpotTune whose results are of fixed blocks has them fixed.
+    A SpotTune whose results are of fixed blocks has them fixed. The architecture must be registered with timm: import
+    the module of a method of your own first.
 
     Args:
         path_or_id: A folder that holds `config.json` and `model.safetensors`, or OWNER/NAME on the Hub, with or without
@@ -83,24 +111,29 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs)
         The model, with a `Provenance` in its `provenance`.
 
     Raises:
-        UserError: If there is no such repository or folder, it cannot be had, or it is not what it should be.
+        UserError: If the repository or folder is not what it should be. Errors of the Hub are those of its client.
     """
     cache_dir = kwargs.pop('cache_dir', None)
-    folder = _as_folder(path_or_id)
+    folder, commit = _as_folder(path_or_id), None
     if folder is not None:
         if revision:
             raise UserError(f'{folder}: is a folder, and has no revision {revision!r}; leave it out')
-        where, commit = str(folder), None
+        where = str(folder)
         _check_folder(folder)
     else:
-        repo, revision = _as_repo(path_or_id, revision)
-        folder, commit = _download(repo, revision, cache_dir)
-        where = repo
+        name, _, own = str(path_or_id).removeprefix('hf-hub:').removeprefix('hf_hub:').partition('@')
+        check_repo_id(name)
+        where = name
+        folder, commit = _download(name, revision or own or None, cache_dir)
     config = read_config(folder / 'config.json', where)
+    own = config.get('timm_amf', {})
     plan = _read_plan(folder / 'plan.yaml', where)
-    own = _own_section(config, where)
-    check_fits(config, folder / WEIGHTS, where)
-    model = _build(config, folder, where, kwargs)
+    _check_fits(config, folder / WEIGHTS, where)
+    cfg = config['pretrained_cfg']
+    classifiers = cfg.get('classifier') or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    with loading(where, {**cfg, 'file': str(folder / WEIGHTS)}, classifiers):
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
     for module in model.modules():  # with features_only the model is within another
         if isinstance(module, Method) and 'eval_blocks' in module.takes and own.get('blocks') is not None:
             module.set_blocks(own['blocks'])
@@ -110,27 +143,30 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs)
     return model
 
 
+# -- where it is ------------------------------------------------------------------------------------------------------
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuses what cannot be the name of a repository."""
+    try:
+        validate_repo_id(repo_id)
+        valid = repo_id.count('/') == 1
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise UserError(
+            f'{repo_id!r} cannot be a repository of the Hub; write OWNER/NAME of letters, digits, "-", "_" and "."')
+
+
 def _as_folder(path_or_id: Union[str, Path]) -> Optional[Path]:
     """The folder that is meant, None where it is a repository."""
     if isinstance(path_or_id, Path):
         return path_or_id
-    source, colon, rest = path_or_id.partition(':')
-    if colon and source == 'local-dir':
-        return Path(rest)
-    if colon and source in ('hf-hub', 'hf_hub'):
+    if path_or_id.startswith(('hf-hub:', 'hf_hub:')):
         return None
-    looks_local = path_or_id.startswith(('.', '/', '~')) or path_or_id.count('/') != 1
-    path = Path(path_or_id).expanduser()
-    return path if path.is_dir() or looks_local else None
-
-
-def _as_repo(path_or_id: str, revision: Optional[str]) -> tuple[str, Optional[str]]:
-    name = path_or_id.partition(':')[2] if path_or_id.startswith(('hf-hub:', 'hf_hub:')) else path_or_id
-    repo, at, own = name.partition('@')
-    check_repo_id(repo)
-    if at and revision and own != revision:
-        raise UserError(f'{name}: two revisions, {own} and {revision}; give one')
-    return repo, own or revision
+    path = Path(path_or_id.removeprefix('local-dir:')).expanduser()
+    is_path = path_or_id.startswith(('.', '/', '~', 'local-dir:')) or path_or_id.count('/') != 1
+    return path if is_path or path.is_dir() else None
 
 
 def _check_folder(folder: Path) -> None:
@@ -146,7 +182,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _no_weights(where: str, names: list[str]) -> UserError:
-    pickles = sorted(name for name in names if name.endswith(PICKLES))
+    pickles = sorted(name for name in names if name.endswith(_PICKLES))
     if pickles:
         return UserError(
             f'{where}: has its weights as a pickle alone ({ascii(pickles[0])}), which runs code when it is read; ask '
@@ -157,71 +193,211 @@ def _no_weights(where: str, names: list[str]) -> UserError:
 def _download(repo: str, revision: Optional[str], cache_dir: Optional[str]) -> tuple[Path, str]:
     """Fetches the files of one commit into the client's cache; returns their folder and the commit."""
 
-    def fetch(name: str, at: Optional[str]) -> Path:
-        return Path(hf_hub_download(
-            repo, name, revision=at, cache_dir=cache_dir, library_name='timm_amf', library_version=__version__))
-
-    where = f'{repo}@{revision}' if revision else repo
-    with hub_errors(where, 'read'):
+    def fetch(name: str, at: Optional[str]) -> Optional[Path]:
         try:
-            config = fetch('config.json', revision)
+            return Path(hf_hub_download(
+                repo, name, revision=at, cache_dir=cache_dir, library_name='timm_amf', library_version=__version__))
         except LocalEntryNotFoundError:
             raise  # the Hub could not be asked
         except EntryNotFoundError:
-            raise UserError(f'{where}: has no config.json; it is no model that can be loaded') from None
-        # The cache keeps each commit in a folder of its name. What a branch holds may change between two requests.
-        commit = config.parent.name
-        try:
-            weights = fetch(WEIGHTS, commit)
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            raise _no_weights(where, HfApi().list_repo_files(repo, revision=commit)) from None
-        check_digest(weights, where)
-        try:
-            fetch('plan.yaml', commit)
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            pass  # a model that another program published
+            return None
+
+    config = fetch('config.json', revision)
+    if config is None:
+        raise UserError(f'{repo}: has no config.json; it is no model that can be loaded')
+    # The cache keeps each commit in a folder of its name. What a branch holds may change between two requests.
+    commit = config.parent.name
+    weights = fetch(WEIGHTS, commit)
+    if weights is None:
+        raise _no_weights(repo, HfApi().list_repo_files(repo, revision=commit))
+    _check_digest(weights, repo)
+    fetch('plan.yaml', commit)  # not there if another program published the model
     return config.parent, commit
 
 
+def _check_digest(path: Path, where: str) -> None:
+    """Compares a file of the client's cache with the SHA-256 that the Hub gave for it.
+
+    The client compares no more than the length of what came. In its cache the file of a commit is a link to `blobs/`,
+    where a large file has that hash for its name (and may be a link in turn, to a store by Xet's own hash). A file that
+    is not what its name says is removed, so that the next try downloads it again.
+    """
+    blob = path.parent / path.readlink() if path.is_symlink() else path
+    if not re.fullmatch(r'[0-9a-f]{64}', blob.name):
+        return  # a small file, which the Hub names by git's hash of it, or a cache without links
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != blob.name:
+        for link in (path.resolve(), blob, path):
+            link.unlink(missing_ok=True)
+        raise UserError(f'{where}: {path.name} is not what the Hub says it is (SHA-256 differs); try again')
+
+
+# -- what is in it ----------------------------------------------------------------------------------------------------
+
+
+def read_config(path: Path, where: str) -> dict[str, Any]:
+    """Reads a `config.json` and holds it against what timm and this package read from one.
+
+    Args:
+        path: The file.
+        where: Whose it is, for messages.
+
+    Raises:
+        UserError: If it is no JSON, the architecture is unknown, or an argument is not plainly the description of a
+            network.
+    """
+    try:
+        config = json.loads(_read_text(path, where, _MAX_CONFIG), parse_constant=float)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f'{where}: config.json is damaged ({_short(e)})') from None
+    if not isinstance(config, dict):
+        raise UserError(f'{where}: config.json holds no mapping')
+    name, cfg, args = config.get('architecture'), config.get('pretrained_cfg'), config.get('model_args', {})
+    if not isinstance(name, str) or not _WORD.fullmatch(name) or not timm.is_model(name):
+        raise UserError(
+            f'{where}: its architecture {_short(name)} is unknown here; a newer timm or timm_amf may have it, or a '
+            'module that is to be imported first')
+    if not isinstance(cfg, dict) or not isinstance(args, dict):
+        raise UserError(f'{where}: pretrained_cfg and model_args of config.json must be mappings')
+    if len(json.dumps(args)) > _MAX_ARGS:
+        raise UserError(f'{where}: model_args: more than the arguments of a network are; it is not built')
+    _check_value(args, f'{where}: model_args', _WORD)
+    _check_cfg(cfg, where)
+    _check_classes(config, where)
+    _check_own(config.get('timm_amf', {}), where)
+    return config
+
+
+def _read_text(path: Path, where: str, limit: int) -> str:
+    if path.stat().st_size > limit:
+        raise UserError(f'{where}: {path.name} is {path.stat().st_size} bytes long; such a file has at most {limit}')
+    return path.read_text(encoding='utf-8')
+
+
+def _check_value(value: Any, where: str, text: re.Pattern, depth: int = 0) -> None:
+    """Numbers and words of a bounded size, and lists and mappings of them."""
+    if depth > _MAX_DEPTH:
+        raise UserError(f'{where}: is nested too deeply; it is not built')
+    if isinstance(value, dict):
+        for key, item in value.items():
+            refused = key in _REFUSED or (key.startswith('pretrained') and not (key in _OF_PARTS and depth))
+            if refused or not _KEY.fullmatch(key):
+                raise UserError(f'{where}: {_short(key)} is not read from a repository')
+            if key == 'num_classes':
+                _check_count(item, where)
+            else:
+                _check_value(item, f'{where}.{key}', text, depth + 1)
+    elif isinstance(value, list):
+        if len(value) > _MAX_LENGTH:
+            raise UserError(f'{where}: a list of {len(value)} entries; such a list has at most {_MAX_LENGTH}')
+        for item in value:
+            _check_value(item, where, text, depth + 1)
+    elif isinstance(value, str):
+        if not text.fullmatch(value):
+            raise UserError(f'{where}: {_short(value)} is no name of a layer or architecture; it is not built')
+    elif value is not None and not abs(value) <= _MAX_NUMBER:  # NaN fails too
+        raise UserError(f'{where}: {_short(value)} is beyond {_MAX_NUMBER}; it is not built')
+
+
+def _check_count(value: Any, where: str) -> None:
+    if value is not None and (type(value) is not int or not 0 <= value <= _MAX_CLASSES):
+        raise UserError(f'{where}: num_classes must be a number up to {_MAX_CLASSES}, not {_short(value)}')
+
+
+def _check_cfg(cfg: dict[str, Any], where: str) -> None:
+    any_text = re.compile(rf'(?s).{{0,{_MAX_TEXT}}}')
+    for key, value in cfg.items():
+        what = f'{where}: pretrained_cfg.{_short(key)}'
+        if key not in PretrainedCfg.__dataclass_fields__:
+            raise UserError(f'{what}: is unknown to this timm; a newer one may have it')
+        if key in _REFUSED and value:
+            raise UserError(f'{what}: names other weights than those of the repository; it is not read')
+        if key not in (*_REFUSED, *_FREE_TEXT, 'num_classes'):
+            _check_value(value, what, any_text)
+    for key in ('mean', 'std'):
+        values = cfg.get(key, [1.])
+        if not isinstance(values, list) or not values or not all(type(v) in (int, float) for v in values) or (
+                key == 'std' and min(values) <= 0):
+            raise UserError(f'{where}: pretrained_cfg.{key} must be a list of numbers{", above 0" * (key == "std")}')
+    _check_classes(cfg, where)
+
+
+def _check_classes(config: dict[str, Any], where: str) -> None:
+    """Their number, and their names: text of a bounded length, by index or in order."""
+    _check_count(config.get('num_classes'), where)
+    for key in ('label_names', 'label_descriptions'):
+        names = config.get(key) or []
+        items = list(names.values()) if isinstance(names, dict) else names
+        texts = isinstance(items, list) and all(isinstance(n, str) and len(n) <= _MAX_TEXT for n in items)
+        if not texts or len(items) > _MAX_CLASSES:
+            raise UserError(f'{where}: {key} of config.json must be texts of up to {_MAX_TEXT} characters')
+
+
+def _check_own(own: Any, where: str) -> None:
+    """The section `timm_amf` that `publish` writes: the types of what is read from it."""
+    kinds = dict(name=str, dataset=str, classes=int, train=int, val=int)
+    try:
+        blocks, data = own.get('blocks'), own.get('data', [])
+        right = (
+            isinstance(data, list)
+            and all(type(part[key]) is kind for part in data for key, kind in kinds.items())
+            and all(part['name'].isprintable() for part in data)
+            and (blocks in (None, 'tuned', 'frozen')
+                 or (isinstance(blocks, list) and all(type(b) in (int, str) for b in blocks)))
+            and type(own.get('epoch')) in (int, type(None))
+            and type(own.get('version')) in (str, type(None)))
+    except (AttributeError, KeyError, TypeError):
+        right = False
+    if not right:
+        raise UserError(f'{where}: the section timm_amf of config.json is damaged')
+
+
 def _read_plan(path: Path, where: str) -> Optional[Plan]:
+    """The Plan; YAML may have neither tags, which make objects, nor aliases, which make a short text very long."""
     if not path.is_file():
         return None
-    content = read_yaml(path, where)
+    text = _read_text(path, f'{where}: plan.yaml', _MAX_PLAN)
     try:
-        return Plan.from_dict(content['plan'])
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f'{where}: plan.yaml holds no Plan') from None
-    except UserError as e:
-        raise UserError(f'{where}: plan.yaml: {e}') from None
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > 20:
+                raise UserError('has aliases or is nested too deeply; it is not read')
+        return Plan.from_dict(yaml.safe_load(text)['plan'])
+    except (yaml.YAMLError, UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f'{where}: plan.yaml: {_short(e)}') from None
 
 
-def _own_section(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """What `publish` wrote under `timm_amf`, its types checked."""
-    own = config.get('timm_amf', {})
-    wrong = UserError(f'{where}: the section timm_amf of config.json is damaged')
-    if not isinstance(own, dict) or not isinstance(own.get('data', []), list):
-        raise wrong
-    kinds = {'name': str, 'dataset': str, 'classes': int, 'train': int, 'val': int}
-    for component in own.get('data', []):
-        if not isinstance(component, dict) or any(type(component.get(k)) is not kind for k, kind in kinds.items()):
-            raise wrong
-        if not component['name'].isprintable():
-            raise wrong
-    blocks = own.get('blocks')
-    plain = blocks in (None, 'tuned', 'frozen') or (
-        isinstance(blocks, list) and all(type(b) in (int, str) for b in blocks))
-    if not plain or type(own.get('epoch', 0)) not in (int, type(None)) or not isinstance(own.get('version', ''), str):
-        raise wrong
-    return own
+def _check_fits(config: dict[str, Any], weights: Path, where: str) -> None:
+    """Compares the tensors that a checked `config.json` asks for with those of the weights, before any is allocated."""
+    try:
+        with safe_open(weights, framework='pt') as file:  # checks the header against the length of the file
+            has = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except SafetensorError as e:
+        raise UserError(f'{where}: {WEIGHTS} is truncated, damaged or no safetensors file ({_short(e)})') from None
+    name, cfg, args = config['architecture'], config['pretrained_cfg'], dict(config.get('model_args', {}))
+    args.setdefault('num_classes', config.get('num_classes', cfg.get('num_classes', 1000)))
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device('meta'):
+            model = timm.create_model(name, pretrained_cfg={**cfg, 'architecture': name}, **args)
+    except Exception as e:  # arguments that the architecture refuses, in whatever way
+        raise UserError(f"{where}: '{name}' cannot be built with its model_args: {_short(e)}") from e
+    needs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    unlike = sorted(n for n in needs.keys() | has.keys() if needs.get(n) != has.get(n))
+    if unlike:
+        n = unlike[0]
+        raise UserError(
+            f'{where}: {WEIGHTS} are not the weights of its config.json: {len(unlike)} tensors differ, {_short(n)} '
+            f'first ({has.get(n, "none")} in the file, {needs.get(n, "none")} in the model)')
 
 
-def _build(config: dict[str, Any], folder: Path, where: str, kwargs: dict[str, Any]) -> nn.Module:
-    cfg = config['pretrained_cfg']
-    classifiers = cfg.get('classifier') or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    with loading(where, {**cfg, 'file': str(folder / WEIGHTS)}, classifiers):
-        return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+def _short(value: Any) -> str:
+    """A value from a repository or an error about it, safe to print: on one line, escaped, and cut."""
+    if isinstance(value, Exception):
+        text = ' '.join(str(value).split()) or type(value).__name__
+        return ascii(text[:200])[1:-1]
+    text = ascii(value) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
+    return text if len(text) <= 80 else f'{text[:77]}...'
