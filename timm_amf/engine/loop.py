@@ -175,8 +175,7 @@ class Trainer:
         self.l2sp = getattr(optimizer, 'l2sp', None)
         if self.l2sp is not None and accelerator.num_processes > 1:
             self.l2sp.take()  # now the weights are those of the first process everywhere
-        # Accelerate's wrapper is for the loss scaler of fp16; it looks for a package at every step (0.06 ms).
-        self.optimizer = optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(optimizer)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.summary = CsvLog(self.folder / 'summary.csv')
         self.policy_log = CsvLog(self.folder / 'policy.csv')
         self.signals = Signals()

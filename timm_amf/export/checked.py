@@ -83,7 +83,8 @@ def export_model(
     example = _images(2, source.config['input_size'])
     with _appearing(path, overwrite) as temporary:
         expected = _expected(source.model, batches, source.config)
-        with method_of(source.model).exportable(), _failing(f'{source.config["architecture"]} cannot be exported to {format}'):
+        what = f'{source.config["architecture"]} cannot be exported to {format}'
+        with method_of(source.model).exportable(), _failing(what):
             form.write(source, example, temporary, opset)
         with _failing(f'the {format} file does not run'):
             run = form.read(temporary)

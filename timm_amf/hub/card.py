@@ -83,6 +83,7 @@ def build_card(
         plan=_plan_lines(run.plan, run.model),
         figures=[(name[8:].rpartition('.')[0], name) for _, name in what.figures],
         papers=_papers(what),
+        citation=method.citation,
     )
     # The template leaves blank lines where it leaves something out.
     return re.sub(r'\n{3,}', '\n\n', str(card)).rstrip() + '\n'
@@ -191,11 +192,11 @@ def _settings(values: Mapping[str, Any]) -> str:
 def _papers(what: 'Publication') -> list[str]:
     """Whose method the run is: the model's, the recipe's paper, and what the Plan does."""
     method = method_of(what.run.model).method_name
-    papers = {'amf', method} if method == 'multitune' else {method}  # AMF's paper re-implements MultiTune
+    papers = {method, 'amf'} if method == 'multitune' else {method} - {''}  # AMF's paper re-implements MultiTune
     named = {paper for paper in _of_recipe(what, 'paper') if paper in _PAPERS}
     roles = what.run.plan.roles.values()
     if not named and any(isinstance(r.train, list) and any(isinstance(part, str) for part in r.train) for r in roles):
         papers.add('blockwise')  # layers by name, as `timm-amf search` writes them
-    if any(role.reinit_blocks or role.l2sp_alpha or role.low_blocks for role in roles) or not (papers | named) - {''}:
+    if any(role.reinit_blocks or role.l2sp_alpha or role.low_blocks for role in roles) or not papers | named:
         papers.add('nonbinary')
     return [paper for paper in _PAPERS if paper in papers | named]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .records import Record
 
-__all__ = ['Method', 'RunSettings', 'check_takes', 'method_of']
+__all__ = ['Method', 'PlainMethod', 'RunSettings', 'check_takes', 'method_of']
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Method:
     (role -> fields of `RolePlan` beneath the Plan's), `role_layers()` (parameter -> position for layer decay).
     """
     method_name = ''
+    # BibTeX of the method's paper, for the card.
+    citation = ''
     # Names of the run's settings that act on this model; of the settings of methods all others are refused.
     takes: frozenset[str] = frozenset()
 
@@ -113,8 +115,12 @@ class Method:
         yield self._network()
 
 
-class _Plain(Method):
-    """A timm model that knows nothing of this."""
+class PlainMethod(Method):
+    """The answers for a model that has none itself.
+
+    A method that changes how a timm model is trained and not what it computes, such as a penalty on its features,
+    inherits from this and is put on the model as `model.method`; the model stays the timm model that it is.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -124,8 +130,8 @@ class _Plain(Method):
 
 
 def method_of(model: nn.Module) -> Method:
-    """The model's answers: its own where it is a `Method`, else those of a plain model."""
-    return model if isinstance(model, Method) else _Plain(model)
+    """Who answers for a model: itself where it is a `Method`, else its attribute `method`, else a `PlainMethod`."""
+    return model if isinstance(model, Method) else getattr(model, 'method', None) or PlainMethod(model)
 
 
 def check_takes(model: nn.Module, **asked: Any) -> None:
