@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from hub_runs import HUB_ERRORS
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from hub_runs import HUB_ERRORS
 from loopback import TOKEN
 from safetensors.torch import load_file, save_file
 

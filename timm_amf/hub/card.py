@@ -11,7 +11,6 @@ from timm_amf.engine.recipe_schema import describe_expected
 from timm_amf.models.method import Method, method_of
 from timm_amf.models.tags import OWNER
 from timm_amf.tuning import Plan, model_roles
-from timm_amf.tuning.plan import RolePlan
 from timm_amf.tuning.roles import role_defaults
 
 if TYPE_CHECKING:
@@ -162,17 +161,22 @@ def _expected(what: 'Publication') -> Mapping[str, str]:
 
 
 def _plan_lines(plan: Plan, model: Any) -> list[str]:
-    """The Plan's common settings, then those of each role that are not the defaults, by their names in `plan.yaml`."""
-    common = {k: v for k, v in plan.to_dict().items() if k not in ('roles', 'lr', 'weight_decay')}
-    lines = [_settings(common)]
-    defaults, neutral = role_defaults(model), Plan().role('')
+    """The Plan's common settings, then those of each role, by their names in `plan.yaml`; defaults are left out."""
+    common = _differing(plan.to_dict(), Plan().to_dict(), {'epochs', 'opt'})
+    shape = {'sched', 'decay_epochs', 'decay_rate'} if plan.schedule.sched == 'step' else {'sched'}
+    common['schedule'] = _differing(plan.to_dict()['schedule'], Plan().to_dict()['schedule'], shape)
+    lines = [_settings({k: v for k, v in common.items() if k not in ('roles', 'lr', 'weight_decay')})]
+    defaults, neutral = role_defaults(model), dataclasses.asdict(Plan().role(''))
     for name in model_roles(model):
         role = plan.role(name, defaults)
-        values = {
-            f.name: getattr(role, f.name) for f in dataclasses.fields(RolePlan)
-            if f.name in ('lr', 'weight_decay') or getattr(role, f.name) != getattr(neutral, f.name)}
+        kept = {'lr', 'weight_decay', *(['low_lr_scale'] if role.low_blocks else [])}
+        values = _differing(dataclasses.asdict(role), neutral, kept)
         lines.append(f'`{name}`: ' + ('frozen' if role.train in ('none', []) else _settings(values)))
     return lines
+
+
+def _differing(values: Mapping[str, Any], default: Mapping[str, Any], kept: set[str]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if k in kept or v != default.get(k)}
 
 
 def _settings(values: Mapping[str, Any]) -> str:
