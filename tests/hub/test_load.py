@@ -230,8 +230,7 @@ HOSTILE = [
     ('model_args.policy_kwargs', {f'k{i}': i for i in range(3000)}), ('model_args.a b', 1),
     ('pretrained_cfg', None), ('pretrained_cfg.file', '/etc/passwd'), ('pretrained_cfg.url', 'http://evil'),
     ('pretrained_cfg.state_dict', {'a': 1}), ('pretrained_cfg.hf_hub_id', 'evil/model'),
-    ('pretrained_cfg.custom_load', True), ('pretrained_cfg.frobnicate', 1), ('pretrained_cfg.mean', 'abc'),
-    ('pretrained_cfg.std', [0., 0., 0.]), ('pretrained_cfg.std', []), ('pretrained_cfg.mean', [float('nan')] * 3),
+    ('pretrained_cfg.custom_load', True), ('pretrained_cfg.frobnicate', 1), ('pretrained_cfg.mean', [float('nan')] * 3),
     ('pretrained_cfg.input_size', [3, 10 ** 9, 10 ** 9]), ('pretrained_cfg.crop_pct', 1e300),
     ('label_names', 'abc'), ('label_names', [1, 2]), ('label_names', ['x' * 10_000]), ('label_descriptions', {'a': []}),
 ]

@@ -13,6 +13,8 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -21,7 +23,14 @@ import timm
 import torch
 import yaml
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg
@@ -33,7 +42,7 @@ from timm_amf.models.sources import loading
 from timm_amf.tuning import Plan
 from timm_amf.version import __version__
 
-__all__ = ['WEIGHTS', 'Provenance', 'check_repo_id', 'load', 'read_config']
+__all__ = ['WEIGHTS', 'Provenance', 'check_repo_id', 'connection', 'load', 'read_config']
 
 _logger = logging.getLogger(__name__)
 
@@ -124,7 +133,8 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs)
         name, _, own = str(path_or_id).removeprefix('hf-hub:').removeprefix('hf_hub:').partition('@')
         check_repo_id(name)
         where = name
-        folder, commit = _download(name, revision or own or None, cache_dir)
+        with connection(name):
+            folder, commit = _download(name, revision or own or None, cache_dir)
     config = read_config(folder / 'config.json', where)
     own = config.get('timm_amf', {})
     plan = _read_plan(folder / 'plan.yaml', where)
@@ -156,6 +166,19 @@ def check_repo_id(repo_id: str) -> None:
     if not valid:
         raise UserError(
             f'{repo_id!r} cannot be a repository of the Hub; write OWNER/NAME of letters, digits, "-", "_" and "."')
+
+
+@contextmanager
+def connection(repo_id: str) -> Iterator[None]:
+    """Around requests: an exception of a connection that broke names neither the repository nor what to do."""
+    try:
+        yield
+    except (HfHubHTTPError, OfflineModeIsEnabled):
+        raise  # they say it
+    except (HTTPError, ConnectionError, RuntimeError) as e:  # the client raises its HTTP library's own, or wraps them
+        raise UserError(
+            f'{repo_id}: the connection to the Hub broke off ({_short(e.__cause__ or e)}); nothing was changed, check '
+            'the network and try again') from e
 
 
 def _as_folder(path_or_id: Union[str, Path]) -> Optional[Path]:
@@ -317,11 +340,6 @@ def _check_cfg(cfg: dict[str, Any], where: str) -> None:
             raise UserError(f'{what}: names other weights than those of the repository; it is not read')
         if key not in (*_REFUSED, *_FREE_TEXT, 'num_classes'):
             _check_value(value, what, any_text)
-    for key in ('mean', 'std'):
-        values = cfg.get(key, [1.])
-        if not isinstance(values, list) or not values or not all(type(v) in (int, float) for v in values) or (
-                key == 'std' and min(values) <= 0):
-            raise UserError(f'{where}: pretrained_cfg.{key} must be a list of numbers{", above 0" * (key == "std")}')
     _check_classes(cfg, where)
 
 

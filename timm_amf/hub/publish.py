@@ -37,7 +37,7 @@ from timm_amf.engine.intervals import wilson_interval
 from timm_amf.engine.run_folder import OpenRun, open_run
 from timm_amf.errors import UserError
 from timm_amf.hub.card import build_card
-from timm_amf.hub.load import WEIGHTS, check_repo_id, load
+from timm_amf.hub.load import WEIGHTS, check_repo_id, connection, load
 from timm_amf.models.method import method_of
 from timm_amf.verbs import VerbParser, run_verb
 from timm_amf.version import __version__
@@ -199,7 +199,8 @@ def publish(
             folder.replace(target)
             print(f'nothing was sent; see {target}')
             return None
-        address = _upload(folder, repo_id, private, revision, message, keep_card)
+        with connection(repo_id):
+            address = _upload(folder, repo_id, private, revision, message, keep_card)
     print(f'published: {address}')
     return address
 
