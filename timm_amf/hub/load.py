@@ -38,7 +38,6 @@ from torch import nn
 
 from timm_amf.errors import UserError
 from timm_amf.models.method import Method
-from timm_amf.models.sources import loading
 from timm_amf.tuning import Plan
 from timm_amf.version import __version__
 
@@ -139,11 +138,7 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs)
     own = config.get('timm_amf', {})
     plan = _read_plan(folder / 'plan.yaml', where)
     _check_fits(config, folder / WEIGHTS, where)
-    cfg = config['pretrained_cfg']
-    classifiers = cfg.get('classifier') or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    with loading(where, {**cfg, 'file': str(folder / WEIGHTS)}, classifiers):
-        model = timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
     for module in model.modules():  # with features_only the model is within another
         if isinstance(module, Method) and 'eval_blocks' in module.takes and own.get('blocks') is not None:
             module.set_blocks(own['blocks'])
