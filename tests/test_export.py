@@ -259,7 +259,7 @@ def test_what_arguments_do_not_tell_is_no_safetensors_file(small, tmp_path):
 
 def test_missing_package(small, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxscript', None)
-    with pytest.raises(UserError, match=r'onnxscript is not installed.*timm_amf\[export\]'):
+    with pytest.raises(ImportError, match='onnxscript'):
         export_model(small, 'onnx', tmp_path / 'a.onnx')
     assert not list(tmp_path.iterdir())
 

@@ -28,11 +28,10 @@ from timm.models import get_model_args
 from torch import Tensor, nn
 
 from timm_amf.engine.run_folder import WEIGHTS, open_run
-from timm_amf.errors import UserError
+from timm_amf.errors import CommandParser, UserError, run_command
 from timm_amf.files import replacing
 from timm_amf.hub.load import load
 from timm_amf.models.method import method_of
-from timm_amf.verbs import VerbParser, run_verb
 from timm_amf.version import __version__
 
 __all__ = ['FORMATS', 'Exported', 'Format', 'Source', 'describe', 'export_model', 'main', 'open_source']
@@ -369,13 +368,9 @@ def export_model(
 def _check_request(path: Path, format: str, opset: Optional[int], overwrite: bool) -> None:
     """What can be refused before a model is loaded and exported."""
     if format == 'onnx':
-        try:
-            import onnx  # noqa: F401
-            import onnxruntime  # noqa: F401
-            import onnxscript  # noqa: F401
-        except ImportError as e:
-            raise UserError(
-                f'{e.name} is not installed, and ONNX export needs it: pip install "timm_amf[export]"') from e
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
     elif opset is not None:
         raise UserError(f'--opset: {format} has no operator sets; leave it out')
     if path.is_dir():
@@ -405,7 +400,7 @@ def _quiet() -> Iterator[None]:
 
 def main(argv: Sequence[str]) -> int:
     """Run `timm-amf export`; returns the exit code."""
-    return run_verb('timm-amf export', lambda: _run(argv))
+    return run_command('timm-amf export', lambda: _run(argv))
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -421,8 +416,8 @@ def _run(argv: Sequence[str]) -> None:
     print(exported)
 
 
-def _parser() -> VerbParser:
-    parser = VerbParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog='timm-amf export',
         description='Write the model of a run, or of a published folder, to one file that others can run; run the file '
                     'on random images, and keep it if it computes what the model computes.',

@@ -6,8 +6,6 @@
 
 What is published is known of the time when this version was released, without any network; `--check` asks the Hub.
 """
-import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 
@@ -19,11 +17,10 @@ from torch import nn
 
 from timm_amf.engine.config_file import list_recipes, nearest
 from timm_amf.engine.recipe_schema import Recipe, describe_expected, read_recipe
-from timm_amf.errors import UserError
+from timm_amf.errors import CommandParser, UserError, run_command
 from timm_amf.models.method import method_of
 from timm_amf.models.tags import FINE_TUNED, OWNER
 from timm_amf.text import columns
-from timm_amf.verbs import VerbParser, run_verb
 from timm_amf.version import __version__
 
 __all__ = ['ask_hub', 'main']
@@ -137,17 +134,14 @@ def _list(pattern: str, check: bool) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Run `timm-amf models`; returns the exit code."""
-    return run_verb('timm-amf models', lambda: _run(argv))
+    return run_command('timm-amf models', lambda: _run(argv))
 
 
 def _run(argv: Sequence[str]) -> None:
-    parser = VerbParser(
+    parser = CommandParser(
         prog='timm-amf models', description='List the models, their tags, the recipes, and what is published.')
     parser.add_argument('filter', nargs='?', default='*', help='wildcard on the name, such as amf_*')
     parser.add_argument(
         '--check', action='store_true', help='ask the Hub what is published, instead of what this version knows')
     args = parser.parse_args(argv)
-    try:
-        print(_list(args.filter, args.check), flush=True)
-    except BrokenPipeError:  # `| head` has what it wants; Python's own flush at the end must not say so again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(_list(args.filter, args.check), flush=True)

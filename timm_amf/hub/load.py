@@ -32,7 +32,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from timm.models import PretrainedCfg
 from torch import nn
 
@@ -50,10 +50,11 @@ WEIGHTS = 'model.safetensors'
 _PICKLES = ('.bin', '.pt', '.pth', '.pth.tar', '.ckpt', '.pkl', '.pickle', '.npz', '.npy')
 # Bytes of a file: the names and descriptions of ImageNet-21k's classes are some 2 million; a Plan is short.
 _MAX_CONFIG, _MAX_PLAN, _MAX_ARGS = 16_000_000, 200_000, 20_000
-_MAX_NUMBER, _MAX_LENGTH, _MAX_DEPTH, _MAX_CLASSES, _MAX_TEXT = 65_536, 256, 5, 1_000_000, 2_000
+_MAX_NUMBER, _MAX_LENGTH, _MAX_DEPTH, _MAX_CLASSES = 65_536, 256, 5, 1_000_000
 _KEY = re.compile(r'(?!__)[A-Za-z_]\w{0,63}')
 # Names of architectures, layers, activations, poolings. No slash: neither a path nor an address of the Hub.
 _WORD = re.compile(r'(?!.*\.\.)[\w.,:+\- ]{0,128}')
+_TEXT = re.compile(r'(?s).{0,2000}')
 # Arguments that say where to load from, or how far to trust what is loaded; none describes a network.
 _REFUSED = {
     'cache_dir', 'checkpoint_path', 'custom_load', 'device', 'dtype', 'feature_cfg', 'feature_cls', 'features_only',
@@ -256,6 +257,27 @@ def _check_digest(path: Path, where: str) -> None:
 # -- what is in it ----------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _reading(path: Path, where: str) -> Iterator[None]:
+    """Whatever is wrong with a file of somebody else's, in one line that names it and is safe to print."""
+    try:
+        yield
+    except Exception as e:  # also what an architecture does with arguments that it was not made for
+        raise UserError(f'{where}: {path.name}: {_short(e)}; it is not loaded') from e
+
+
+def _short(error: BaseException) -> str:
+    """The text of an exception that may quote a repository: on one line, escaped, and cut."""
+    kind = '' if isinstance(error, (UserError, ValueError)) else f'{type(error).__name__}: '
+    return ascii(kind + ' '.join(str(error).split()))[1:-1][:240]
+
+
+def _read_text(path: Path, limit: int) -> str:
+    if path.stat().st_size > limit:
+        raise ValueError(f'is {path.stat().st_size} bytes long; such a file has at most {limit}')
+    return path.read_text(encoding='utf-8')
+
+
 def read_config(path: Path, where: str) -> dict[str, Any]:
     """Reads a `config.json` and holds it against what timm and this package read from one.
 
@@ -264,153 +286,107 @@ def read_config(path: Path, where: str) -> dict[str, Any]:
         where: Whose it is, for messages.
 
     Raises:
-        UserError: If it is no JSON, the architecture is unknown, or an argument is not plainly the description of a
-            network.
+        UserError: If the architecture is unknown, or an argument is not plainly the description of a network.
     """
-    try:
-        config = json.loads(_read_text(path, where, _MAX_CONFIG), parse_constant=float)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f'{where}: config.json is damaged ({_short(e)})') from None
-    if not isinstance(config, dict):
-        raise UserError(f'{where}: config.json holds no mapping')
-    name, cfg, args = config.get('architecture'), config.get('pretrained_cfg'), config.get('model_args', {})
-    if not isinstance(name, str) or not _WORD.fullmatch(name) or not timm.is_model(name):
-        raise UserError(
-            f'{where}: its architecture {_short(name)} is unknown here; a newer timm or timm_amf may have it, or a '
-            'module that is to be imported first')
-    if not isinstance(cfg, dict) or not isinstance(args, dict):
-        raise UserError(f'{where}: pretrained_cfg and model_args of config.json must be mappings')
-    if len(json.dumps(args)) > _MAX_ARGS:
-        raise UserError(f'{where}: model_args: more than the arguments of a network are; it is not built')
-    _check_value(args, f'{where}: model_args', _WORD)
-    _check_cfg(cfg, where)
-    _check_classes(config, where)
-    _check_own(config.get('timm_amf', {}), where)
+    with _reading(path, where):
+        config = json.loads(_read_text(path, _MAX_CONFIG), parse_constant=float)
+        name, cfg, args = config['architecture'], config['pretrained_cfg'], config.setdefault('model_args', {})
+        if not _WORD.fullmatch(name) or not timm.is_model(name):
+            raise ValueError(
+                f'architecture {name:.80} is unknown here; a newer timm or timm_amf may have it, or a module that is '
+                'to be imported first')
+        if not isinstance(args, dict) or len(json.dumps(args)) > _MAX_ARGS:
+            raise ValueError('model_args are not the arguments of a network')
+        _check_value(args, 'model_args', _WORD)
+        for key, value in cfg.items():
+            if key not in PretrainedCfg.__dataclass_fields__:
+                raise ValueError(f'pretrained_cfg.{key:.80} is unknown to this timm; a newer one may have it')
+            if key in _REFUSED and value:
+                raise ValueError(f'pretrained_cfg.{key} names other weights than those of the repository')
+            if key not in (*_REFUSED, *_FREE_TEXT, 'num_classes'):
+                _check_value(value, f'pretrained_cfg.{key}', _TEXT)
+        for section in (config, cfg):
+            _check_count(section.get('num_classes'))
+            for key in ('label_names', 'label_descriptions'):
+                names = section.get(key) or []
+                names = list(names.values()) if isinstance(names, dict) else names
+                if len(names) > _MAX_CLASSES or not all(_TEXT.fullmatch(name) for name in names):
+                    raise ValueError(f'{key} must be short texts')
+        _check_own(config.get('timm_amf', {}))
     return config
 
 
-def _read_text(path: Path, where: str, limit: int) -> str:
-    if path.stat().st_size > limit:
-        raise UserError(f'{where}: {path.name} is {path.stat().st_size} bytes long; such a file has at most {limit}')
-    return path.read_text(encoding='utf-8')
-
-
-def _check_value(value: Any, where: str, text: re.Pattern, depth: int = 0) -> None:
+def _check_value(value: Any, what: str, text: re.Pattern, depth: int = 0) -> None:
     """Numbers and words of a bounded size, and lists and mappings of them."""
     if depth > _MAX_DEPTH:
-        raise UserError(f'{where}: is nested too deeply; it is not built')
+        raise ValueError(f'{what:.80} is nested too deeply')
     if isinstance(value, dict):
         for key, item in value.items():
             refused = key in _REFUSED or (key.startswith('pretrained') and not (key in _OF_PARTS and depth))
             if refused or not _KEY.fullmatch(key):
-                raise UserError(f'{where}: {_short(key)} is not read from a repository')
+                raise ValueError(f'{what:.80}.{key:.80} is not read from a repository')
             if key == 'num_classes':
-                _check_count(item, where)
+                _check_count(item)
             else:
-                _check_value(item, f'{where}.{key}', text, depth + 1)
+                _check_value(item, f'{what}.{key}', text, depth + 1)
     elif isinstance(value, list):
         if len(value) > _MAX_LENGTH:
-            raise UserError(f'{where}: a list of {len(value)} entries; such a list has at most {_MAX_LENGTH}')
+            raise ValueError(f'{what:.80} has {len(value)} entries; such a list has at most {_MAX_LENGTH}')
         for item in value:
-            _check_value(item, where, text, depth + 1)
+            _check_value(item, what, text, depth + 1)
     elif isinstance(value, str):
         if not text.fullmatch(value):
-            raise UserError(f'{where}: {_short(value)} is no name of a layer or architecture; it is not built')
+            raise ValueError(f'{what:.80}: {value:.80} is no name of a layer or architecture')
     elif value is not None and not abs(value) <= _MAX_NUMBER:  # NaN fails too
-        raise UserError(f'{where}: {_short(value)} is beyond {_MAX_NUMBER}; it is not built')
+        raise ValueError(f'{what:.80} is beyond {_MAX_NUMBER}')
 
 
-def _check_count(value: Any, where: str) -> None:
+def _check_count(value: Any) -> None:
     if value is not None and (type(value) is not int or not 0 <= value <= _MAX_CLASSES):
-        raise UserError(f'{where}: num_classes must be a number up to {_MAX_CLASSES}, not {_short(value)}')
+        raise ValueError(f'num_classes must be a number up to {_MAX_CLASSES}')
 
 
-def _check_cfg(cfg: dict[str, Any], where: str) -> None:
-    any_text = re.compile(rf'(?s).{{0,{_MAX_TEXT}}}')
-    for key, value in cfg.items():
-        what = f'{where}: pretrained_cfg.{_short(key)}'
-        if key not in PretrainedCfg.__dataclass_fields__:
-            raise UserError(f'{what}: is unknown to this timm; a newer one may have it')
-        if key in _REFUSED and value:
-            raise UserError(f'{what}: names other weights than those of the repository; it is not read')
-        if key not in (*_REFUSED, *_FREE_TEXT, 'num_classes'):
-            _check_value(value, what, any_text)
-    _check_classes(cfg, where)
-
-
-def _check_classes(config: dict[str, Any], where: str) -> None:
-    """Their number, and their names: text of a bounded length, by index or in order."""
-    _check_count(config.get('num_classes'), where)
-    for key in ('label_names', 'label_descriptions'):
-        names = config.get(key) or []
-        items = list(names.values()) if isinstance(names, dict) else names
-        texts = isinstance(items, list) and all(isinstance(n, str) and len(n) <= _MAX_TEXT for n in items)
-        if not texts or len(items) > _MAX_CLASSES:
-            raise UserError(f'{where}: {key} of config.json must be texts of up to {_MAX_TEXT} characters')
-
-
-def _check_own(own: Any, where: str) -> None:
+def _check_own(own: dict[str, Any]) -> None:
     """The section `timm_amf` that `publish` writes: the types of what is read from it."""
     kinds = dict(name=str, dataset=str, classes=int, train=int, val=int)
-    try:
-        blocks, data = own.get('blocks'), own.get('data', [])
-        right = (
+    data, blocks = own.get('data', []), own.get('blocks')
+    if not (
             isinstance(data, list)
             and all(type(part[key]) is kind for part in data for key, kind in kinds.items())
             and all(part['name'].isprintable() for part in data)
             and (blocks in (None, 'tuned', 'frozen')
                  or (isinstance(blocks, list) and all(type(b) in (int, str) for b in blocks)))
             and type(own.get('epoch')) in (int, type(None))
-            and type(own.get('version')) in (str, type(None)))
-    except (AttributeError, KeyError, TypeError):
-        right = False
-    if not right:
-        raise UserError(f'{where}: the section timm_amf of config.json is damaged')
+            and type(own.get('version')) in (str, type(None))):
+        raise ValueError('the section timm_amf is damaged')
 
 
 def _read_plan(path: Path, where: str) -> Optional[Plan]:
     """The Plan; YAML may have neither tags, which make objects, nor aliases, which make a short text very long."""
     if not path.is_file():
         return None
-    text = _read_text(path, f'{where}: plan.yaml', _MAX_PLAN)
-    try:
-        depth = 0
+    with _reading(path, where):
+        text, depth = _read_text(path, _MAX_PLAN), 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > 20:
-                raise UserError('has aliases or is nested too deeply; it is not read')
+                raise ValueError('has aliases or is nested too deeply')
         return Plan.from_dict(yaml.safe_load(text)['plan'])
-    except (yaml.YAMLError, UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f'{where}: plan.yaml: {_short(e)}') from None
 
 
 def _check_fits(config: dict[str, Any], weights: Path, where: str) -> None:
     """Compares the tensors that a checked `config.json` asks for with those of the weights, before any is allocated."""
-    try:
-        with safe_open(weights, framework='pt') as file:  # checks the header against the length of the file
-            has = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except SafetensorError as e:
-        raise UserError(f'{where}: {WEIGHTS} is truncated, damaged or no safetensors file ({_short(e)})') from None
-    name, cfg, args = config['architecture'], config['pretrained_cfg'], dict(config.get('model_args', {}))
-    args.setdefault('num_classes', config.get('num_classes', cfg.get('num_classes', 1000)))
-    try:
+    name, cfg = config['architecture'], config['pretrained_cfg']
+    args = {'num_classes': config.get('num_classes', cfg.get('num_classes', 1000)), **config['model_args']}
+    with _reading(weights.with_name('config.json'), where):
         with torch.random.fork_rng(devices=[]), torch.device('meta'):
             model = timm.create_model(name, pretrained_cfg={**cfg, 'architecture': name}, **args)
-    except Exception as e:  # arguments that the architecture refuses, in whatever way
-        raise UserError(f"{where}: '{name}' cannot be built with its model_args: {_short(e)}") from e
-    needs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    unlike = sorted(n for n in needs.keys() | has.keys() if needs.get(n) != has.get(n))
-    if unlike:
-        n = unlike[0]
-        raise UserError(
-            f'{where}: {WEIGHTS} are not the weights of its config.json: {len(unlike)} tensors differ, {_short(n)} '
-            f'first ({has.get(n, "none")} in the file, {needs.get(n, "none")} in the model)')
-
-
-def _short(value: Any) -> str:
-    """A value from a repository or an error about it, safe to print: on one line, escaped, and cut."""
-    if isinstance(value, Exception):
-        text = ' '.join(str(value).split()) or type(value).__name__
-        return ascii(text[:200])[1:-1]
-    text = ascii(value) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
-    return text if len(text) <= 80 else f'{text[:77]}...'
+    with _reading(weights, where), safe_open(weights, framework='pt') as file:  # checks the length of the file
+        has = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        needs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        unlike = sorted(n for n in needs.keys() | has.keys() if needs.get(n) != has.get(n))
+        if unlike:
+            n = unlike[0]
+            raise ValueError(
+                f'are not the weights of its config.json: {len(unlike)} tensors differ, {n:.80} first '
+                f'({has.get(n, "none")} in the file, {needs.get(n, "none")} in the model)')
