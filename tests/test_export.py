@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import nn
@@ -483,8 +483,7 @@ def test_damaged_runs(run, capsys):  # noqa: F811
     best = folder / 'model_best.safetensors'
     whole = best.read_bytes()
     best.write_bytes(whole[:-100])
-    with pytest.raises((UserError, SafetensorError)):
-        open_source(folder)
+    refused('damaged')
     best.unlink()
     refused('model_best.safetensors: no such checkpoint')
     best.write_bytes(whole)

@@ -3,7 +3,6 @@ import pytest
 import timm
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import OfflineModeIsEnabled
 
 from timm_amf.cli import main
 from timm_amf.engine import listing
@@ -106,5 +105,5 @@ def test_only_what_is_meant_is_asked_about(run, client, hub):
 def test_no_network(run, client, monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     assert run('*.cub')['tag']
-    with pytest.raises(OfflineModeIsEnabled):
-        listing.ask_hub(f'{OWNER}/spottune_resnet50.cub')
+    error = run('*.cub', '--check', code=2)
+    assert error.count('\n') == 1 and 'offline mode' in error

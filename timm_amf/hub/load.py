@@ -310,7 +310,8 @@ def read_config(path: Path, where: str) -> dict[str, Any]:
             for key in ('label_names', 'label_descriptions'):
                 names = section.get(key) or []
                 names = list(names.values()) if isinstance(names, dict) else names
-                if len(names) > _MAX_CLASSES or not all(_TEXT.fullmatch(name) for name in names):
+                texts = isinstance(names, list) and all(_TEXT.fullmatch(name) for name in names)
+                if not texts or len(names) > _MAX_CLASSES:
                     raise ValueError(f'{key} must be short texts')
         _check_own(config.get('timm_amf', {}))
     return config
