@@ -20,7 +20,6 @@ from timm_amf.engine.options import parse_args, resolve_lr, save_args
 from timm_amf.engine.run import find_resume, prepare_folder
 from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
 from timm_amf.errors import run_command, without_traceback_flag
-from timm_amf.hub.flags import check_flags, publish_finished
 from timm_amf.models.method import RunSettings
 from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args, resolve
 
@@ -31,6 +30,8 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     """Parse, build, loop; raises `Interrupted` after a signal, with the checkpoint written."""
     args = parse_args(argv)
     if args.publish:
+        from timm_amf.hub.publish import check_flags  # what it takes is imported only where it is asked for
+
         check_flags(args)
     accelerator = build.build_accelerator(args)
     folder = build.run_folder(args, accelerator)
@@ -87,6 +88,8 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     accelerator.end_training()
     accelerator.print(trainer.closing_line())
     if args.publish and accelerator.is_main_process:
+        from timm_amf.hub.publish import publish_finished
+
         publish_finished(args, folder)
 
 
