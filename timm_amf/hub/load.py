@@ -220,8 +220,5 @@ def _own_section(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _build(config: dict[str, Any], folder: Path, where: str, kwargs: dict[str, Any]) -> nn.Module:
-    cfg = config['pretrained_cfg']
-    classifiers = cfg.get('classifier') or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    with loading(where, {**cfg, 'file': str(folder / WEIGHTS)}, classifiers):
+    with loading(where, {'file': str(folder / WEIGHTS)}):
         return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()

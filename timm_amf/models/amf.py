@@ -32,9 +32,9 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .blocks import layer_ids
+from .blocks import layer_ids, probe_part
 from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg
-from .parts import Part, as_pair, build_parts, probe_part
+from .parts import Part, as_pair, build_parts
 from .policy import PolicyNetwork
 from .renorm import create_renorm
 from .routing import may_route, routed_fusion
@@ -140,7 +140,7 @@ class AMF(nn.Module):
 
         if policy is not None:
             parts = [*parts, _policy_part(policy, n, policy_kwargs).sized(as_pair(policy_input_size) or size)]
-        nets = build_parts(parts, pretrained_parts, cache_dir=cache_dir, in_chans=in_chans, **dd)
+        nets = build_parts(parts, [pretrained_parts] * len(parts), cache_dir=cache_dir, in_chans=in_chans, **dd)
         stats = mean or cfg['mean'], std or cfg['std']
         renorms = [
             create_renorm(*stats, net.pretrained_cfg['mean'], net.pretrained_cfg['std'], in_chans, **dd) for net in nets
@@ -464,6 +464,8 @@ class _Features:
 
 def _joint_features(parts: Sequence[Part], input_size: tuple[int, int, int]) -> _Features:
     probes = [probe_part(p, input_size) for p in parts]
+    for probe in probes:
+        probe.require_width()
     alike = len({p.layout for p in parts}) == 1
     return _Features(
         [p.width for p in probes],

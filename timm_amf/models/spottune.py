@@ -31,11 +31,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
 from . import decathlon, policy_resnet  # noqa: F401  registered before they are named below
-from .block_probe import probe_blocks, probe_pairs
-from .blocks import classifiers, layer_ids
+from .blocks import classifier_names, classifiers, layer_ids, probe_part
 from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg
 from .folding import Folds
-from .parts import Part, as_pair, build_parts, create_part, meta_part, part_cfg
+from .parts import Part, as_pair, build_parts, create_part, part_cfg
 from .policy import PolicyNetwork, gumbel_noise, straight_through
 from .renorm import create_renorm
 from .routed_block import Decision, PartOfBlock, Route, RoutedBlock, eager
@@ -112,12 +111,12 @@ class SpotTune(nn.Module):
             raise UserError(f"frozen_bn is 'frozen' or 'official', not {frozen_bn!r}.")
         if routing not in ROUTINGS:
             raise UserError(f'routing is one of {", ".join(ROUTINGS)}, not {routing!r}.')
-        part = _backbone_part(
-            backbone, backbone_kwargs, num_classes, drop_path_rate=drop_path_rate, drop_rate=drop_rate or None)
+        part = _backbone_part(backbone, backbone_kwargs, num_classes, drop_rate, drop_path_rate)
         cfg = joint_input_cfg([part])
         size = as_pair(img_size) or tuple(cfg['input_size'][-2:])
         part = part.sized(size)
-        probe = probe_blocks(part, (in_chans, *size))
+        probe = probe_part(part, (in_chans, *size))
+        probe.require_blocks()
         self.backbone_part = part = _pooling(part, global_pool, probe.tokens)
         self.tokens = probe.tokens
         self.unpooled = global_pool == ''
@@ -136,7 +135,7 @@ class SpotTune(nn.Module):
         self.grad_checkpointing = False
         self._route = Route()
         self._names = tuple(probe.blocks[first_block:])
-        self._tail = _tail_modules(part, probe.blocks, in_chans)
+        self._tail = probe.tail
 
         policy_part = _policy_part(policy, len(self._names), policy_kwargs).sized(as_pair(policy_input_size) or size)
         policy_source = has_source(part_cfg(policy_part))
@@ -161,7 +160,8 @@ class SpotTune(nn.Module):
         self.backbone = nets[0]
         self._folds = Folds(self._split_blocks(probe.pairs))
         seen = as_pair(policy_input_size) or size
-        self._policy_folds = Folds((f'net.{c}', f'net.{n}') for c, n in probe_pairs(policy_part, (in_chans, *seen)))
+        policy_pairs = probe_part(policy_part, (in_chans, *seen)).pairs
+        self._policy_folds = Folds((f'net.{c}', f'net.{n}') for c, n in policy_pairs)
         # The share of images that took each tuned copy lately; what `compact` goes by.
         self.register_buffer('tuned_share', torch.full((len(self._names),), 0.5, **dd))
         self._adopt()
@@ -229,7 +229,7 @@ class SpotTune(nn.Module):
         tail = [f'backbone.{n}' for n in self._tail if any(True for _ in self._parameters_of(n))]
         roles = dict(
             stem=['backbone'], frozen=[f'{name}.frozen' for name in present], tuned=tuned, tail=tail, policy='policy',
-            head=self._head_names())
+            head=[f'backbone.{n}' for n in classifier_names(self.backbone)])
         return {role: paths for role, paths in roles.items() if paths}
 
     def _parameters_of(self, name: str) -> Iterable[nn.Parameter]:
@@ -237,13 +237,6 @@ class SpotTune(nn.Module):
             return self.backbone.get_submodule(name).parameters()
         except AttributeError:  # pruned
             return ()
-
-    def _head_names(self) -> list[str]:
-        heads = classifiers(self.backbone)
-        return [
-            f'backbone.{n}' for n, m in self.backbone.named_modules()
-            if n and any(m is h for h in heads) and any(True for _ in m.parameters())
-        ]
 
     @property
     def role_defaults(self) -> dict[str, dict[str, Any]]:
@@ -257,7 +250,7 @@ class SpotTune(nn.Module):
 
     def _layers(self, coarse: bool = False) -> tuple[dict[str, int], int]:
         """The layer of each parameter; both copies of a block are of its layer, the policy is aligned at the top."""
-        plain = meta_part(self.backbone_part, self.in_chans)
+        plain = probe_part(self.backbone_part, (self.in_chans, *self.img_size)).net
         ids, top = layer_ids(plain, coarse)
         policy_ids, policy_top = layer_ids(self.policy.net, coarse)
         depth = max(top, policy_top)
@@ -574,24 +567,15 @@ def _prefixed(info) -> list[dict[str, Any]]:
     return [dict(f, module=f'backbone.{f["module"]}') for f in info]
 
 
-def _tail_modules(part: Part, blocks: list[str], in_chans: int) -> tuple[str, ...]:
-    """Modules with weights that the backbone registers after its last block, its classifier apart."""
-    plain = meta_part(part, in_chans)
-    last = blocks[-1]
-    top = [n for n, m in plain.named_children() if any(True for _ in m.parameters())]
-    after = top[top.index(last.split('.')[0]) + 1:] if last.split('.')[0] in top else []
-    heads = classifiers(plain)
-    return tuple(n for n in after if not any(plain.get_submodule(n) is h for h in heads))
-
-
 def _backbone_part(
         backbone: str,
         kwargs: Optional[dict[str, Any]] = None,
         num_classes: int = 0,
-        **common,
+        drop_rate: float = 0.,
+        drop_path_rate: Optional[float] = None,
 ) -> Part:
-    common = {k: v for k, v in common.items() if v is not None}
-    return Part(backbone, num_classes, {**common, **(kwargs or {})})
+    common = dict(drop_path_rate=drop_path_rate, drop_rate=drop_rate or None)
+    return Part(backbone, num_classes, {**{k: v for k, v in common.items() if v is not None}, **(kwargs or {})})
 
 
 def _pooling(part: Part, global_pool: Optional[str], tokens: bool) -> Part:
@@ -651,9 +635,9 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> SpotTune:
     cfg = _cfg(**kwargs)
     size = as_pair(kwargs.get('img_size')) or cfg['input_size'][-2:]
     in_chans = kwargs.get('in_chans', cfg['input_size'][0])
-    part = _backbone_part(kwargs['backbone'], kwargs.get('backbone_kwargs')).sized(size)
-    plain = meta_part(part, in_chans)
-    levels = len(getattr(plain, 'feature_info', None) or ()) if hasattr(plain, 'forward_intermediates') else 0
+    given = {k: kwargs[k] for k in ('drop_rate', 'drop_path_rate') if k in kwargs}
+    part = _backbone_part(kwargs['backbone'], kwargs.get('backbone_kwargs'), kwargs.get('num_classes', 1), **given)
+    levels = len(probe_part(part.sized(size), (in_chans, *size)).levels)
     # All levels of a pyramid; the last three where there are many of few reductions, as timm has it for a ViT.
     model = build_composite(
         SpotTune,
