@@ -37,7 +37,7 @@ from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cf
 from .parts import Part, as_pair, build_parts
 from .policy import PolicyNetwork
 from .renorm import create_renorm
-from .routing import may_route, routed_fusion
+from .routing import kept_branches, may_route, run_kept_branches
 from .tags import fine_tuned_cfgs
 
 __all__ = ['AMF', 'MultiTune']
@@ -265,17 +265,22 @@ class AMF(nn.Module):
         return branch.forward_head(branch.forward_features(self.renorms[index](x)), pre_logits=True)
 
     def _checkpointed_branch(self, index: int, x: Tensor) -> Tensor:
-        if index in self._whole:
-            return checkpoint(self._run_branch, index, x)
-        return self._run_branch(index, x)
+        return checkpoint(self._run_branch, index, x) if index in self._whole else self._run_branch(index, x)
+
+    def _weights(self, x: Tensor) -> Optional[Tensor]:
+        if self.policy is not None:
+            return self.policy(x)
+        return None
 
     def _fuse(self, x: Tensor) -> Tensor:
         """The concatenation (B, head_hidden_size) of the weighted pooled features z_i = h_i * m_i."""
         pooled = self.forward_branches(x)
-        if self.policy is not None:
-            weights = self.policy(x)
-            pooled = [m * weights[:, i:i + 1] for i, m in enumerate(pooled)]
-        return torch.cat(pooled, dim=1)
+        return _weigh_and_concat(pooled, self._weights(x))
+
+    def _fuse_routed(self, x: Tensor, eps: float) -> Tensor:
+        weights = self.policy(x)
+        branches = [partial(self._run_branch, i) for i in range(len(self.branches))]
+        return _weigh_and_concat(run_kept_branches(x, kept_branches(weights, eps), branches, self.widths), weights)
 
     def forward_parts(self, x: Tensor) -> tuple[Tensor, Optional[Tensor], list[Tensor]]:
         """What one dense pass computes, for losses and records that look at more than the logits.
@@ -285,23 +290,15 @@ class AMF(nn.Module):
             a policy; the pooled features (B, C_i) of each branch, not weighted.
         """
         pooled = self.forward_branches(x)
-        weights = None if self.policy is None else self.policy(x)
-        fused = torch.cat(pooled, dim=1) if weights is None else _weigh(pooled, weights, 1)
-        return self.fc(self.head_drop(fused)), weights, pooled
-
-    def _fuse_routed(self, x: Tensor, eps: float) -> Tensor:
-        branches = [partial(self._run_branch, i) for i in range(len(self.branches))]
-        return routed_fusion(x, self.policy(x), eps, branches, self.widths)
+        weights = self._weights(x)
+        return self.fc(self.head_drop(_weigh_and_concat(pooled, weights))), weights, pooled
 
     def forward_features(self, x: Tensor) -> Tensor:
         if self.has_maps:
             maps = []
             for renorm, branch in zip(self.renorms, self.branches):
                 maps.append(branch.forward_features(renorm(x)))
-            if self.policy is not None:
-                weights = self.policy(x)
-                maps = [m * weights[:, i].view(-1, 1, 1, 1) for i, m in enumerate(maps)]
-            return torch.cat(maps, dim=self.channel_dim)
+            return _weigh_and_concat(maps, self._weights(x), self.channel_dim, True)
         return self._fuse(x)[:, :, None, None]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -375,15 +372,15 @@ class AMF(nn.Module):
             )
             levels.append(result if intermediates_only else result[1])
             finals.append(None if intermediates_only else result[0])
-        weights = self.forward_policy(x)
-        fused = [_weigh(_same_size(maps), weights, 1) for maps in zip(*levels, strict=True)]
+        weights = self._weights(x)
+        fused = [_weigh_and_concat(_same_size(maps), weights, 1, True) for maps in zip(*levels, strict=True)]
         fused = [nchw_to(f, Format(output_fmt)) for f in fused]
         if intermediates_only:
             return fused
         if self.has_maps:
-            return _weigh(finals, weights, self.channel_dim), fused
+            return _weigh_and_concat(finals, weights, self.channel_dim, True), fused
         pooled = [b.forward_head(f, pre_logits=True) for b, f in zip(self.branches, finals, strict=True)]
-        return _weigh(pooled, weights, 1)[:, :, None, None], fused
+        return _weigh_and_concat(pooled, weights)[:, :, None, None], fused
 
     def _require_levels(self) -> None:
         if not self.feature_info:
@@ -432,10 +429,17 @@ class AMF(nn.Module):
         update_model_input_size(self, size)
 
 
-def _weigh(tensors: Sequence[Tensor], weights: Tensor, dim: int) -> Tensor:
-    """Each branch's (B, ...) tensor times its weights' column, concatenated."""
-    shape = (-1,) + (1,) * (tensors[0].ndim - 1)
-    return torch.cat([t * weights[:, i].view(shape) for i, t in enumerate(tensors)], dim=dim)
+def _weigh_and_concat(
+        tensors: list[Tensor],
+        weights: Optional[Tensor],
+        dim: int = 1,
+        maps: bool = False,
+) -> Tensor:
+    """Each branch's pooled features (B, C) or 4-D maps times its column of the weights (B, n), concatenated."""
+    if weights is not None:
+        shape = [-1, 1, 1, 1] if maps else [-1, 1]
+        tensors = [t * weights[:, i].view(shape) for i, t in enumerate(tensors)]
+    return torch.cat(tensors, dim=dim)
 
 
 def _same_size(maps: Sequence[Tensor]) -> list[Tensor]:
