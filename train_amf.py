@@ -22,6 +22,7 @@ from timm_amf.engine.run import find_resume, prepare_folder
 from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
 from timm_amf.errors import UserError
 from timm_amf.hub.flags import check_flags, publish_finished
+from timm_amf.models.method import RunSettings
 from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args
 
 _logger = logging.getLogger('train')
@@ -53,7 +54,7 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     optimizer = create_optimizer(model, plan)
     mixup = build.build_mixup(args, model.num_classes)
     task = AdaptiveTask(
-        model, args.branch_loss, args.policy_balance, plan, device=accelerator.device,
+        model, RunSettings(plan, args.branch_loss, args.policy_balance), device=accelerator.device,
         criterion_kwargs=criterion_kwargs(args, soft_targets=mixup is not None))
     trainer = Trainer(args, accelerator, task, plan, optimizer, train_loader, val_loader, folder, mixup)
 

@@ -426,7 +426,7 @@ def test_label_names_with_gaps(published):
     (['--format', 'torchscript', '--img-size', '-3'], '--img-size: takes one side'),
     (['--format', 'torchscript', '--weights', 'ema'], 'one set of weights'),
     (['--format', 'torchscript', '--data-dir', '.'], '--data-dir: .* published folder'),
-    (['--format', 'torchscript', '--blocks', 'tuned'], '--blocks needs a SpotTune'),
+    (['--format', 'torchscript', '--blocks', 'tuned'], '--blocks does not act'),
     (['--format', 'torchscript', '--class-names', '{folder}/none.txt'], 'cannot be read'),
     (['--format', 'torchscript', '--class-names', '{folder}/config.json'], 'names .* classes and the model has 5'),
 ])

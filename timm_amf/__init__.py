@@ -21,7 +21,7 @@ _PUBLIC = {
     'model_roles': 'tuning.roles',
     'reinit': 'tuning.reinit',
     'L2SP': 'tuning.l2sp',
-    'global_k_loss': 'tuning.global_k',
+    'global_k_loss': 'models.global_k',
     'list_blocks': 'models.blocks',
     'advise': 'search.advise',
     'search_blocks': 'search.block_search',

@@ -216,7 +216,7 @@ def test_what_cannot_be_averaged(plain, run, oblong, tmp_path, capsys):
             ([a, '--ensemble'], 'there is one run; give two or more'),
             ([a, a], 'is given twice'),
             ([a, tmp_path / 'nowhere'], 'nowhere: no args.yaml there; give the folder of a run'),
-            ([a, '--blocks', 'tuned'], 'need a SpotTune, not ResNet'),
+            ([a, '--blocks', 'tuned'], 'do not act on ResNet'),
             ([a, '--data-dir', tmp_path / 'gone'], 'gone does not exist'),
             ([mixed, '--data-dir', other], "names the folder of component 'stripes' itself"),
             ([a, elsewhere, '--ensemble'], f'images ({oblong}/validation/class0/0.png and {third}/'),

@@ -12,8 +12,7 @@ from test_resume import Killed, kill_at
 
 import train_amf
 from timm_amf import UserError
-from timm_amf.engine.monitor import RoutingMonitor, create_monitor
-from timm_amf.engine.paths import chosen_paths, parse_blocks
+from timm_amf.models.method import method_of
 
 BASE = [
     '--model', 'spottune', '--model-kwargs', 'backbone=test_resnet', 'policy=test_resnet',
@@ -116,8 +115,8 @@ PLAIN = ['--model', 'test_resnet', *BASE[BASE.index('--img-size'):BASE.index('--
     (BASE, ['--global-k', '99'], '99'),
     (BASE, ['--temperature', '-1'], 'temperature must be above 0'),
     (PLAIN, ['--eval-blocks', 'tuned'], '--eval-blocks'),
-    (PLAIN, ['--global-k', '1'], '--global-k needs a SpotTune'),
-    (PLAIN, ['--temperature', '1'], '--temperature needs a SpotTune'),
+    (PLAIN, ['--global-k', '1'], '--global-k does not act'),
+    (PLAIN, ['--temperature', '1'], '--temperature does not act'),
 ])
 def test_refused_before_any_work(components, tmp_path, base, flags, words):
     with pytest.raises(UserError, match=words):
@@ -127,28 +126,27 @@ def test_refused_before_any_work(components, tmp_path, base, flags, words):
 
 def test_paths_are_given_back(spottune):
     spottune.set_blocks([1])
-    with chosen_paths(spottune, global_k=2, blocks='frozen', sampling_seed=1):
+    with spottune.evaluation(global_k=2, blocks='frozen', sampling_seed=1):
         assert spottune.fixed_blocks == () and spottune.sampling is not None
     assert spottune.fixed_blocks == (1,) and spottune.sampling is None
-    assert parse_blocks('0,-1,layer1.0') == [0, -1, 'layer1.0'] and parse_blocks('') is None
+    assert spottune.fixed_path(blocks='0,-1') == [0, len(spottune.block_names) - 1] and spottune.fixed_path() is None
 
 
-def test_monitor_against_a_loop(spottune):
-    monitor = create_monitor(spottune, ['a', 'b'])
-    assert isinstance(monitor, RoutingMonitor)
+def test_record_against_a_loop(spottune):
+    record = spottune.create_record(['a', 'b'])
     generator = torch.Generator().manual_seed(0)
     blocks = len(spottune.block_names)
     seen = []
     for size in (5, 3):
         shares = (torch.rand(size, blocks, generator=generator) > 0.5).float()
         component = torch.randint(0, 2, (size,), generator=generator)
-        monitor.update(shares, component)
+        record.update(dict(shares=shares), component)
         seen += list(zip(component.tolist(), shares.tolist()))
-    row = monitor.row()
+    row = record.row()
     for i in range(blocks):
         assert row[f'block_{i}'] == pytest.approx(sum(s[i] for _, s in seen) / len(seen))
         of_b = [s[i] for c, s in seen if c == 1]
         assert row[f'b_block_{i}'] == pytest.approx(sum(of_b) / len(of_b))
     for n in range(blocks + 1):
         assert row[f'images_{n}'] == sum(sum(s) == n for _, s in seen)
-    assert create_monitor(timm.create_model('test_resnet'), ['a']) is None
+    assert method_of(timm.create_model('test_resnet')).create_record(['a']) is None

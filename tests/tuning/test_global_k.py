@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from timm_amf.errors import UserError
+from timm_amf.models.global_k import global_k_loss, update_shares
 from timm_amf.tuning import Plan
-from timm_amf.tuning.global_k import global_k_loss, update_shares
 
 
 def naive(v: list[float], k: int, lambda_1: float, lambda_2: float) -> float:

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from timm.data import Mixup, resolve_data_config
 from timm.data.mixup import mixup_target
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
-from timm.models import is_model_in_modules, safe_model_name
+from timm.models import safe_model_name
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -192,7 +192,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
 def _check_weights(args: argparse.Namespace) -> None:
     """Fail at once, and in one line, where a plain model's weights cannot be had; composites see to theirs."""
     name = args.model.split('.')[0]
-    if ':' in args.model or is_model_in_modules(name, ['amf', 'spottune']):
+    if ':' in args.model or not timm.model_entrypoint(name).__module__.startswith('timm.'):
         return
     part = Part(args.model, 0, dict(pretrained_cfg_overlay=_cfg_overlay(args) or None))
     try:

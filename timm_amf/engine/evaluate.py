@@ -1,5 +1,5 @@
 """Evaluation that counts every sample once, over any number of processes."""
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from timm_amf.engine.monitor import PolicyMonitor, RoutingMonitor
+from timm_amf.models.records import Record
 
 __all__ = ['Tally', 'evaluate', 'reduce_tensors']
 
@@ -49,7 +49,7 @@ class Tally:
 
 
 def reduce_tensors(accelerator: Accelerator, *holders: Any) -> None:
-    """Sum the accumulators of tallies and monitors over all processes, in place."""
+    """Sum the accumulators of tallies and records over all processes, in place."""
     if accelerator.num_processes > 1:
         for holder in holders:
             for tensor in holder.tensors():
@@ -61,7 +61,7 @@ def evaluate(
         model: nn.Module,
         loader,
         accelerator: Accelerator,
-        monitor: Optional[Union[PolicyMonitor, RoutingMonitor]] = None,
+        record: Optional[Record] = None,
         description: str = 'eval',
         progress: bool = False,
 ) -> dict[str, float]:
@@ -71,7 +71,7 @@ def evaluate(
         model: Module whose output is a dict with `output` (logits) and, of composites, what the policy decided.
         loader: Loader of evaluation batches; processes may hold different numbers of batches.
         accelerator: Accelerate's context.
-        monitor: Records what the policy decided.
+        record: Sums what the model decided.
         description: Label of the progress bar.
         progress: Show a progress bar.
 
@@ -85,7 +85,7 @@ def evaluate(
         with accelerator.autocast():
             result = model(batch.input)
         tally.update(result['output'], batch.target, batch.component)
-        if monitor is not None and monitor.reads in result:
-            monitor.update(result[monitor.reads], batch.component)
-    reduce_tensors(accelerator, tally, *([monitor] if monitor is not None else []))
+        if record is not None:
+            record.update(result, batch.component)
+    reduce_tensors(accelerator, tally, *([record] if record is not None else []))
     return tally.metrics()

@@ -26,10 +26,9 @@ from tqdm import tqdm
 from timm_amf.data import Mixture, check_images, create_dataset, data_spec_from_args, splits_from_args
 from timm_amf.engine.evaluate import Tally
 from timm_amf.engine.intervals import mean_interval, wilson_interval
-from timm_amf.engine.paths import chosen_paths
 from timm_amf.engine.run_folder import WEIGHTS, choose_device, eval_loader, is_run, load_run, read_run
 from timm_amf.errors import UserError
-from timm_amf.models.spottune import SpotTune
+from timm_amf.models.method import method_of
 from timm_amf.tuning import Plan
 from timm_amf.verbs import VerbParser, run_verb
 
@@ -206,9 +205,9 @@ def _difference(one: _Opened, other: _Opened) -> Optional[str]:
 
 def _predict_run(run: _Opened, model: nn.Module, options: RunOptions) -> torch.Tensor:
     asked = bool(options.blocks) or options.sampling_seed is not None
-    if asked and not isinstance(model, SpotTune):
+    if asked and 'eval_blocks' not in method_of(model).takes:
         raise UserError(
-            f'{run.name}: --blocks and --sampling-seed need a SpotTune, not {type(model).__name__}; leave them out')
+            f'{run.name}: --blocks and --sampling-seed do not act on {type(model).__name__}; leave them out')
     blocks, k, seed = run.args.eval_blocks, run.plan.global_k, run.args.eval_sampling_seed
     if options.blocks:
         blocks, k = (None, None) if options.blocks == 'policy' else (options.blocks, None)
@@ -221,7 +220,7 @@ def _predict_run(run: _Opened, model: nn.Module, options: RunOptions) -> torch.T
     model = model.to(device)
     loader = eval_loader(run.args, model, run.data, device, batch_size, options.workers, options.ten_crop)
     try:
-        with chosen_paths(model, k, blocks, seed):
+        with method_of(model).evaluation(k, blocks, seed):
             return predict(model, loader, options.precision, run.name)
     finally:
         loader.close()

@@ -8,25 +8,25 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather
 from timm.data import Mixup
-from timm.models import model_parameters
+from timm.models import model_parameters, save_for_hf
 from timm.utils import dispatch_clip_grad, distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from timm_amf.engine.build import seed_step
-from timm_amf.engine.checkpoint import Checkpointer, read_state
+from timm_amf.engine.checkpoint import Checkpointer, load_weights, read_state
+from timm_amf.engine.csv_log import CsvLog
 from timm_amf.engine.evaluate import evaluate, reduce_tensors
-from timm_amf.engine.monitor import CsvLog, PolicyMonitor, RoutingMonitor, create_monitor
-from timm_amf.engine.paths import chosen_paths, write_compact
 from timm_amf.engine.task import AdaptiveTask
 from timm_amf.errors import UserError
-from timm_amf.models import routing_error
+from timm_amf.models.method import check_takes, method_of
+from timm_amf.models.records import Record
 from timm_amf.tuning import GroupScheduler, Plan, apply_freeze
 
 __all__ = ['Interrupted', 'Signals', 'Trainer']
@@ -153,7 +153,10 @@ class Trainer:
         self.epochs = min(self.total_epochs, args.stop_epoch or self.total_epochs)
         if self.epochs and min(group['start_epoch'] for group in optimizer.param_groups) > 0:
             raise UserError('plan: nothing trains in epoch 0; set start_epoch of at least one role to 0')
-        with chosen_paths(task.model, plan.global_k, args.eval_blocks, args.eval_sampling_seed):
+        check_takes(
+            task.model, eval_blocks=args.eval_blocks, eval_sampling_seed=args.eval_sampling_seed,
+            routing_eps=args.routing_eps)
+        with self._evaluation(task.model):
             pass  # says so now if there are no such paths
         if args.model_ema:
             # Before anything wraps the model: the average is of the bare one.
@@ -172,8 +175,7 @@ class Trainer:
         self.l2sp = getattr(optimizer, 'l2sp', None)
         if self.l2sp is not None and accelerator.num_processes > 1:
             self.l2sp.take()  # now the weights are those of the first process everywhere
-        # Accelerate's wrapper is for the loss scaler of fp16; it looks for a package at every step (0.06 ms).
-        self.optimizer = optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(optimizer)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.summary = CsvLog(self.folder / 'summary.csv')
         self.policy_log = CsvLog(self.folder / 'policy.csv')
         self.signals = Signals()
@@ -243,8 +245,8 @@ class Trainer:
             UserError: If the loss is no longer finite, or the disk is full.
         """
         self._apply_plan()
-        meter, monitor = _TrainMeter(self.accelerator.device, self.step), self._monitor()
-        holders = [meter] if monitor is None else [meter, monitor]
+        meter, record = _TrainMeter(self.accelerator.device, self.step), self._record_of_epoch()
+        holders = [meter] if record is None else [meter, record]
         self._restore_meters(holders)
         if self.mixup is not None and self.args.mixup_off_epoch and self.epoch >= self.args.mixup_off_epoch:
             self.mixup.mixup_enabled = False
@@ -257,7 +259,7 @@ class Trainer:
             disable=not self._progress, dynamic_ncols=True)
         for step, batch in enumerate(bar, start=self.step):
             ends_update = (step + 1) % self.args.grad_accum_steps == 0 or step + 1 == self.steps
-            self._train_step(step, batch, ends_update, meter, monitor)
+            self._train_step(step, batch, ends_update, meter, record)
             images += batch.step_size
             self.step = step + 1
             if ends_update:
@@ -271,10 +273,10 @@ class Trainer:
         reduce_tensors(self.accelerator, *holders)
         if self.accelerator.num_processes > 1 and self.args.dist_bn:
             distribute_bn(self.task.model, self.accelerator.num_processes, self.args.dist_bn == 'reduce')
-        policy = {} if monitor is None else monitor.row('train_')
+        policy = {} if record is None else record.row('train_')
         return dict(policy, loss=meter.loss(), images_per_s=images / max(seconds, 1e-9))
 
-    def _train_step(self, step, batch, ends_update, meter, monitor) -> None:
+    def _train_step(self, step, batch, ends_update, meter, record) -> None:
         args, accelerator = self.args, self.accelerator
         seed_step(args.seed, self.epoch, step, accelerator.process_index)
         if args.save_images and step % args.log_interval == 0 and accelerator.is_main_process:
@@ -288,8 +290,8 @@ class Trainer:
             weight = self._weight(step, len(inputs), batch.step_size)
             accelerator.backward(result['loss'] if weight == 1 else result['loss'] * weight)
         meter.update(result['loss'], len(inputs))
-        if monitor is not None and monitor.reads in result:
-            monitor.update(result[monitor.reads], batch.component)
+        if record is not None:
+            record.update(result, batch.component)
         if ends_update:
             self._clip()
             self.optimizer.step()
@@ -357,16 +359,19 @@ class Trainer:
     def _apply_plan(self) -> None:
         """Freeze and unfreeze for the epoch. A reducer knows only what trained when it was built: build it anew."""
         changed = apply_freeze(self.task.model, self.plan, self.epoch)
-        temperature = self.plan.temperature_at(self.epoch)
-        if temperature is not None:
-            self.task.model.temperature = temperature
+        method_of(self.task.model).start_epoch(self.epoch, self.task.settings)
         module = self.task.trainable_module
         if changed and isinstance(module, DistributedDataParallel):
             self.task.trainable_module = DistributedDataParallel(
                 module.module, device_ids=module.device_ids, broadcast_buffers=module.broadcast_buffers)
 
-    def _monitor(self) -> Union[PolicyMonitor, RoutingMonitor, None]:
-        return create_monitor(self.task.model, self.components, self.accelerator.device)
+    def _record_of_epoch(self) -> Optional[Record]:
+        return method_of(self.task.model).create_record(self.components, self.accelerator.device)
+
+    def _evaluation(self, model: torch.nn.Module):
+        """The paths that evaluation takes through a model."""
+        args = self.args
+        return method_of(model).evaluation(self.plan.global_k, args.eval_blocks, args.eval_sampling_seed)
 
     def _restore_meters(self, holders) -> None:
         if self.resumed_meters is not None:
@@ -399,14 +404,15 @@ class Trainer:
         """Evaluate the current weights."""
         use_ema = self.task.has_ema() and not self.args.model_ema_force_cpu
         module = self.task.get_trainable_module(ema=use_ema)
-        monitor = self._monitor()
+        record = self._record_of_epoch()
         # Processes may hold different numbers of batches: evaluate without the reducer around the model.
         module = module.module if isinstance(module, DistributedDataParallel) else module
         model = self.task.ema_model if use_ema else self.task.model
-        with chosen_paths(model, self.plan.global_k, self.args.eval_blocks, self.args.eval_sampling_seed):
-            metrics = evaluate(module, self.val_loader, self.accelerator, monitor, progress=self._progress)
-        seen = monitor is not None and monitor.votes.sum() > 0
-        return dict(metrics, policy=monitor.row() if seen else {})
+        with self._evaluation(model):
+            metrics = evaluate(module, self.val_loader, self.accelerator, record, progress=self._progress)
+        if record is None or not record.count:
+            return dict(metrics, policy={}, headline='')
+        return dict(metrics, policy=record.row(), headline=record.headline())
 
     def finish_epoch(self, train: dict[str, Any], val: Optional[dict[str, Any]]) -> None:
         """Record the epoch, save what it earned, set the next epoch's LRs and report."""
@@ -480,21 +486,16 @@ class Trainer:
         parts = [f'eval loss {val["loss"]:.4f} top1 {val["top1"]:.2f} top5 {val["top5"]:.2f}']
         if len(self.components) > 1:
             parts.append(' '.join(f'{name} {val[f"top1_{name}"]:.2f}' for name in self.components))
-        if 'tuned_blocks' in val['policy']:
-            parts.append(f'tuned blocks {val["policy"]["tuned_blocks"]:.2f}')
-        accuracy = val['policy'].get('assignment_accuracy', '')
-        if accuracy != '':
-            parts.append(f'assignment {accuracy:.1f}')
+        if val['headline']:
+            parts.append(val['headline'])
         return ' | '.join(parts)
 
     def report_routing(self, eps: float) -> str:
         """Evaluate without the branches whose weight is below `eps`: the metrics, and what changed, on one line."""
-        if getattr(self.task.model, 'policy', None) is None:
-            raise UserError(f'--routing-eps: {type(self.task.model).__name__} has no policy to route by; leave it out')
         self.task.model.set_routing(eps)
         try:
             metrics = self.evaluate_now()
-            errors = [(len(b.input), routing_error(self.task.model, b.input)) for b in self.val_loader]
+            errors = [(len(b.input), self.task.model.routing_error(b.input)) for b in self.val_loader]
         finally:
             self.task.model.set_routing(None)
         count = sum(n for n, _ in errors)
@@ -505,11 +506,16 @@ class Trainer:
             f'{100 * kept:.2f} % of the predictions kept, logits off by {off:.2g} on average')
 
     def write_compact(self) -> None:
-        """Of a finished global-k run, the plain model that is left: `compact/`, for timm alone."""
-        if self.plan.global_k is not None and self.epoch >= self.epochs and self.accelerator.is_main_process:
-            path = write_compact(
-                self.task.model, self.folder / 'model_best.safetensors', self.plan.global_k, self.folder)
-            print(f"compact model: timm.create_model('local-dir:{path}', pretrained=True)")
+        """Of a finished run whose images all take one path, the plain model that is left: `compact/`, for timm."""
+        if self.plan.global_k is None or self.epoch < self.epochs or not self.accelerator.is_main_process:
+            return
+        model, weights = self.task.model, self.folder / 'model_best.safetensors'
+        if weights.exists():
+            load_weights(model, weights)
+        method, target = method_of(model), self.folder / 'compact'
+        compact = method.compact_model(method.fixed_path(self.plan.global_k)).to('cpu')
+        save_for_hf(compact, str(target), model_args=method.compact_args(), safe_serialization=True)
+        print(f"compact model: timm.create_model('local-dir:{target}', pretrained=True)")
 
     def closing_line(self) -> str:
         """What the run came to."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from timm_amf.errors import UserError
 from timm_amf.files import replacing
-from timm_amf.models.spottune import SpotTune
+from timm_amf.models.method import method_of
 
 from .formats import FORMATS
 from .source import Source, first_line
@@ -83,7 +83,8 @@ def export_model(
     example = _images(2, source.config['input_size'])
     with _appearing(path, overwrite) as temporary:
         expected = _expected(source.model, batches, source.config)
-        with _dense(source.model), _failing(f'{source.config["architecture"]} cannot be exported to {format}'):
+        what = f'{source.config["architecture"]} cannot be exported to {format}'
+        with method_of(source.model).exportable(), _failing(what):
             form.write(source, example, temporary, opset)
         with _failing(f'the {format} file does not run'):
             run = form.read(temporary)
@@ -128,20 +129,6 @@ def _compare(
         differences.append((result - logits).abs().max())
         same += (result.argmax(1) == logits.argmax(1)).sum().item()
     return torch.stack(differences).max().item(), same
-
-
-@contextlib.contextmanager
-def _dense(model: nn.Module) -> Iterator[None]:
-    """A SpotTune computes both copies of each block: a file cannot split a batch by what it decides."""
-    if not isinstance(model, SpotTune):
-        yield
-        return
-    before = model.routing
-    model.routing = 'both'
-    try:
-        yield
-    finally:
-        model.routing = before
 
 
 @contextlib.contextmanager

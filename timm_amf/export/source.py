@@ -18,12 +18,10 @@ from torch import nn
 
 from timm_amf.data import create_dataset, data_spec_from_args, splits_from_args
 from timm_amf.engine.build import build_model
-from timm_amf.engine.paths import parse_blocks
 from timm_amf.engine.run_folder import is_run, load_run, read_run, weights_file
 from timm_amf.errors import UserError
 from timm_amf.hub.load import load
-from timm_amf.models.amf import AMF
-from timm_amf.models.spottune import SpotTune
+from timm_amf.models.method import method_of
 from timm_amf.tuning import Plan
 from timm_amf.version import __version__
 
@@ -175,7 +173,7 @@ def _open_run(
             notes = (f'the class names are left out: {e}; give --data-dir DIR or --class-names FILE',)
     whole, k = model, Plan.from_yaml(run / 'plan.yaml').global_k
     model, more = _on_path(whole, str(run), blocks or args.eval_blocks, k)
-    if args.eval_sampling_seed is not None and isinstance(model, SpotTune):
+    if args.eval_sampling_seed is not None and 'eval_sampling_seed' in method_of(model).takes:
         more += ('the run draws its decisions in evaluation; the file takes the likelier ones',)
     return model, _data_config(vars(args), whole, model), names, notes + more
 
@@ -231,7 +229,7 @@ def _open_published(
         names: Optional[list[str]],
 ) -> tuple[nn.Module, dict[str, Any], Optional[list[str]], tuple[str, ...]]:
     model = load(folder)
-    if isinstance(model, SpotTune) and model.fixed_blocks is not None and not blocks:
+    if getattr(model, 'fixed_blocks', None) is not None and not blocks:
         blocks = ','.join(map(str, model.fixed_blocks)) or 'frozen'  # its results are of this path
     labels = model.pretrained_cfg.get('label_names')
     if isinstance(labels, dict):  # index -> name, where not every output has one
@@ -253,17 +251,18 @@ def _on_path(
         global_k: Optional[int],
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The model that computes what is evaluated: of a SpotTune with one path for all images the plain one."""
-    if not isinstance(model, SpotTune):
+    takes = method_of(model).takes
+    if 'eval_blocks' not in takes:
         if blocks:
-            raise UserError(f'{name}: --blocks needs a SpotTune, not {type(model).__name__}; leave it out')
-        if isinstance(model, AMF):
+            raise UserError(f'{name}: --blocks does not act on {type(model).__name__}; leave it out')
+        if 'routing_eps' in takes:
             model.set_routing(None)
         return model, ()
     model.set_sampling(None)
     if blocks == 'policy' or (not blocks and global_k is None):
         model.set_blocks(None)
         return model, ()
-    model.set_blocks(parse_blocks(blocks) if blocks else model.chosen_blocks(global_k))
+    model.set_blocks(model.fixed_path(global_k, blocks))
     return model.compact(model.fixed_blocks), (
         f'all images take one path, {len(model.fixed_blocks)} tuned of {len(model.block_names)} blocks: exported as a '
         f'plain {model.backbone_part.name}',)

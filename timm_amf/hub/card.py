@@ -1,20 +1,17 @@
 """The model card: metadata that the Hub reads, and what somebody needs who has never heard of the run."""
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from torch import nn
 
 from timm_amf.engine.recipe_schema import describe_expected
 from timm_amf.errors import UserError
 from timm_amf.hub.stage import OpenRun, Result, figures, fixed_paths
 from timm_amf.hub.words import describe_plan, join_words
-from timm_amf.models.amf import AMF, MultiTune
-from timm_amf.models.spottune import SpotTune
+from timm_amf.models.method import Method, method_of
 from timm_amf.models.tags import OWNER
 from timm_amf.tuning.plan import RolePlan
 
@@ -87,7 +84,7 @@ def build_card(run: OpenRun, repo_id: str, options: CardOptions) -> str:
         repo_id: Where it is published.
         options: What the run does not know.
     """
-    plain = not isinstance(run.model, (AMF, SpotTune))
+    plain = not isinstance(run.model, Method)
     bases = _base_models(run) if options.base_models is None else list(options.base_models)
     if options.base_models is None and not bases:
         bases = _of_recipe(run, 'base_model')
@@ -130,14 +127,6 @@ def _of_recipe(run: OpenRun, key: str) -> list[str]:
     return [str(item) for item in (value if isinstance(value, list) else [value])]
 
 
-def _networks(model: nn.Module) -> list[nn.Module]:
-    if isinstance(model, AMF):
-        return [*model.branches, *([model.policy.net] if model.policy is not None else [])]
-    if isinstance(model, SpotTune):
-        return [model.backbone, model.policy.net]
-    return [model]
-
-
 def _base_models(run: OpenRun) -> list[str]:
     """Hub ids of the weights that the run started from, as far as they came from the Hub.
 
@@ -150,7 +139,7 @@ def _base_models(run: OpenRun) -> list[str]:
     if of_whole or (whole.get('hf_hub_id') or '').startswith(f'{OWNER}/'):
         cfgs = [whole]
     else:
-        cfgs = [net.pretrained_cfg for net in _networks(run.trained)]
+        cfgs = [net.pretrained_cfg for net in method_of(run.trained).networks()]
     ids = [cfg['hf_hub_id'].split('@')[0] for cfg in cfgs if cfg.get('hf_hub_id') and not cfg.get('file')]
     return list(dict.fromkeys(ids))
 
@@ -168,17 +157,10 @@ def _dataset_names(run: OpenRun) -> list[str]:
 
 def _tags(run: OpenRun) -> list[str]:
     """What the card is found by: the kind of model, and what the recipe adds."""
-    method = _method(run.trained)
+    method = method_of(run.trained).method_name
     tags = ['image-classification', 'timm', *([] if run.compacted else ['timm_amf']), 'fine-tuning']
     tags += [*([method] if method else []), *_of_recipe(run, 'tags')]
     return list(dict.fromkeys(tags))
-
-
-def _method(model: nn.Module) -> Optional[str]:
-    for kind, name in ((MultiTune, 'multitune'), (AMF, 'amf'), (SpotTune, 'spottune')):
-        if isinstance(model, kind):
-            return name
-    return None
 
 
 def _eval_results(result: Result, datasets: Sequence[str], run: OpenRun) -> list[EvalResult]:
@@ -216,29 +198,15 @@ def _summary(run: OpenRun) -> str:
 
 
 def _what(run: OpenRun) -> str:
-    names = [net.pretrained_cfg['architecture'] for net in _networks(run.trained)]
-    method = _method(run.trained)
+    method = method_of(run.trained)
+    name = method.architectures()[0]
     if run.compacted:
         return (
-            f'{names[0]}, fine-tuned with SpotTune under a global policy (k = {run.plan.global_k}): the same blocks '
+            f'{name}, fine-tuned with SpotTune under a global policy (k = {run.plan.global_k}): the same blocks '
             f'are tuned for all images, the others are as they were. What is left is a plain timm model.')
-    if method == 'spottune':
-        return (
-            f'A SpotTune: every residual block of {names[0]} exists frozen and tuned, and a policy network '
-            f'({names[-1]}) routes each image through one of the two, block by block.')
-    if method == 'multitune':
-        return f'A MultiTune: {_counted(names)}, each fine-tuned its own way, fused by concatenation.'
-    if method == 'amf':
-        return (
-            f'An AMF: {_counted(names[:-1])}, each fine-tuned its own way, weighted for each image by a policy network '
-            f'({names[-1]}) and fused by concatenation.')
-    partly = any(isinstance(role.train, list) for role in run.plan.roles.values())
-    return f'{names[0]}, fine-tuned in a part of its layers.' if partly else f'{names[0]}, fine-tuned.'
-
-
-def _counted(names: Sequence[str]) -> str:
-    """Names of networks, equal ones together: `2 x inception_v4`."""
-    return join_words([f'{n} x {name}' if n > 1 else name for name, n in Counter(names).items()])
+    if not method.method_name and any(isinstance(role.train, list) for role in run.plan.roles.values()):
+        return f'{name}, fine-tuned in a part of its layers.'
+    return method.sentence()
 
 
 def _input_size(run: OpenRun) -> Sequence[int]:
@@ -272,10 +240,8 @@ def _usage(run: OpenRun, repo_id: str, plain: bool) -> str:
     lines.append(f"    print(f'{{value:.1%}}', {label})")
     install = 'pip install timm' if plain else 'pip install timm_amf'
     text = f'```bash\n{install}\n```\n\n```python\n' + '\n'.join(lines) + '\n```'
-    if isinstance(run.model, AMF) and run.model.policy is not None:
-        text += '\n\n`model.forward_policy(x)` gives the weights of the branches for each image, (batch, branches).'
-    if isinstance(run.model, SpotTune):
-        text += '\n\n`model.forward_policy(x)` gives the logits of frozen and tuned, (batch, blocks, 2).'
+    note = method_of(run.model).usage_note()
+    text += f'\n\n{note}' if note else ''
     easy = f"`timm_amf.load('{repo_id}')` does the same, checks all that it reads, and knows the Plan and the data " \
            'that made the weights (`model.provenance`).'
     return f'{text}\n\n{easy if not plain else ""}'.rstrip()
@@ -359,12 +325,14 @@ def _limits(run: OpenRun, bases: Sequence[str]) -> str:
 
 
 def _citation(run: OpenRun) -> str:
-    return '\n\n'.join(f'```bibtex\n{_CITATIONS[key]}\n```' for key in _papers(run))
+    own = method_of(run.trained).citation
+    entries = [_CITATIONS[key] for key in _papers(run) if key in _CITATIONS] + ([own] if own else [])
+    return '\n\n'.join(f'```bibtex\n{entry}\n```' for entry in entries)
 
 
 def _papers(run: OpenRun) -> list[str]:
     """Whose method the run is: the model's, the recipe's paper, and what the Plan does."""
-    method = _method(run.trained)
+    method = method_of(run.trained).method_name
     papers = [method] if method else []
     if method == 'multitune':
         papers.insert(0, 'amf')  # whose re-implementation of it this is

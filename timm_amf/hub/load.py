@@ -18,8 +18,8 @@ from torch import nn
 from timm_amf.errors import UserError
 from timm_amf.hub.client import check_repo_id, hub_errors
 from timm_amf.hub.safety import PICKLES, WEIGHTS, check_digest, check_fits, read_config, read_yaml
+from timm_amf.models.method import Method
 from timm_amf.models.sources import loading
-from timm_amf.models.spottune import SpotTune
 from timm_amf.tuning import Plan
 from timm_amf.version import __version__
 
@@ -102,7 +102,7 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs)
     check_fits(config, folder / WEIGHTS, where)
     model = _build(config, folder, where, kwargs)
     for module in model.modules():  # with features_only the model is within another
-        if isinstance(module, SpotTune) and own.get('blocks') is not None:
+        if isinstance(module, Method) and 'eval_blocks' in module.takes and own.get('blocks') is not None:
             module.set_blocks(own['blocks'])
     model.provenance = Provenance(
         where, commit, config['architecture'], plan, own.get('data', []), own.get('epoch'), own.get('version'))

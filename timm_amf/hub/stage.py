@@ -32,12 +32,11 @@ from timm_amf.engine.checkpoint import save_weights, write_text
 from timm_amf.engine.config_file import read_config
 from timm_amf.engine.intervals import wilson_interval
 from timm_amf.engine.options import build_parser
-from timm_amf.engine.paths import parse_blocks
 from timm_amf.engine.run_folder import is_run, load_run, read_run
 from timm_amf.errors import UserError
 from timm_amf.hub.safety import WEIGHTS, check_fits
 from timm_amf.hub.safety import read_config as read_checked
-from timm_amf.models.spottune import SpotTune
+from timm_amf.models.method import method_of
 from timm_amf.tuning import Plan
 from timm_amf.version import __version__
 
@@ -153,7 +152,7 @@ def open_run(
     plan = Plan.from_yaml(folder / 'plan.yaml')
     model = trained = load_run(args, folder, train.num_classes)
     if compact:
-        if not isinstance(trained, SpotTune) or plan.global_k is None:
+        if 'global_k' not in method_of(trained).takes or plan.global_k is None:
             raise UserError(f'{run}: --compact needs a SpotTune that was trained with --global-k; leave it out')
         model = trained.compact(plan.global_k).eval()
     own, _, _ = read_config(folder / 'args.yaml', build_parser())
@@ -322,13 +321,7 @@ def fixed_paths(model: nn.Module, plan: Optional[Plan], eval_blocks: Optional[st
         plan: Its Plan, whose `global_k` counts after `eval_blocks`.
         eval_blocks: `tuned`, `frozen`, or blocks with commas between.
     """
-    if not isinstance(model, SpotTune):
-        return None
-    if eval_blocks:
-        return parse_blocks(eval_blocks)
-    if plan is not None and plan.global_k is not None:
-        return list(model.chosen_blocks(plan.global_k))
-    return None
+    return method_of(model).fixed_path(None if plan is None else plan.global_k, eval_blocks)
 
 
 def _provenance(run: OpenRun) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 from .amf import AMF, MultiTune
 from .blocks import list_blocks
 from .decathlon import DecathlonResNet, convert_adapter_keys
+from .method import Method, PlainMethod, RunSettings, method_of
 from .policy import PolicyNetwork
+from .records import Record
 from .routing import routing_error
 from .spottune import SpotTune
 
 __all__ = [
-    'AMF', 'DecathlonResNet', 'MultiTune', 'PolicyNetwork', 'SpotTune', 'convert_adapter_keys', 'list_blocks',
-    'routing_error',
+    'AMF', 'DecathlonResNet', 'Method', 'MultiTune', 'PlainMethod', 'PolicyNetwork', 'Record', 'RunSettings',
+    'SpotTune', 'convert_adapter_keys', 'list_blocks', 'method_of', 'routing_error',
 ]

@@ -17,6 +17,7 @@ Features: `forward_features` has the weights applied, is 4-D, and has `num_featu
 - else (class tokens, a norm or layer after the pooling, different architectures) the weighted pooled features
   themselves as (B, C, 1, 1), since the weight must come after everything that a branch does.
 """
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,10 +35,12 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .blocks import layer_ids, probe_part
 from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg
+from .method import Method, RunSettings
 from .parts import Part, as_pair, build_parts
 from .policy import PolicyNetwork
+from .records import PolicyRecord
 from .renorm import create_renorm
-from .routing import kept_branches, may_route, run_kept_branches
+from .routing import kept_branches, may_route, routing_error, run_kept_branches
 from .tags import fine_tuned_cfgs
 
 __all__ = ['AMF', 'MultiTune']
@@ -65,7 +68,7 @@ def _policy_part(policy: str, num_branches: int, policy_kwargs: Optional[dict[st
     return Part(policy, num_branches, {} if policy_kwargs is None else policy_kwargs)
 
 
-class AMF(nn.Module):
+class AMF(Method, nn.Module):
     """n branches, a policy network that weighs their pooled features for each image, and one linear classifier.
 
     `branches[i]` is a plain timm model without classifier, `policy` a `PolicyNetwork`, and `fc`, the classifier, holds
@@ -76,6 +79,8 @@ class AMF(nn.Module):
     has_maps: torch.jit.Final[bool]
     pools: torch.jit.Final[bool]
     __jit_unused_properties__ = ['tuning_roles']
+    method_name = 'amf'
+    takes = frozenset({'branch_loss', 'policy_balance', 'routing_eps'})
 
     def __init__(
             self,
@@ -282,16 +287,62 @@ class AMF(nn.Module):
         branches = [partial(self._run_branch, i) for i in range(len(self.branches))]
         return _weigh_and_concat(run_kept_branches(x, kept_branches(weights, eps), branches, self.widths), weights)
 
-    def forward_parts(self, x: Tensor) -> tuple[Tensor, Optional[Tensor], list[Tensor]]:
-        """What one dense pass computes, for losses and records that look at more than the logits.
+    def forward_train(self, x: Tensor, settings: RunSettings) -> dict[str, Tensor]:
+        """`output` (B, classes); with a policy `weights` (B, n); `branch_outputs` (n, B, classes) if a loss needs them.
 
-        Returns:
-            Logits (B, num_classes), as `forward` gives them without routing; the policy's weights (B, n), None without
-            a policy; the pooled features (B, C_i) of each branch, not weighted.
+        A branch's own logits are its features through its columns of the classifier.
         """
+        if self.routing_eps is not None and not self.training:
+            return dict(output=self(x))
         pooled = self.forward_branches(x)
         weights = self._weights(x)
-        return self.fc(self.head_drop(_weigh_and_concat(pooled, weights))), weights, pooled
+        parts = dict(output=self.fc(self.head_drop(_weigh_and_concat(pooled, weights))))
+        if weights is not None:
+            parts['weights'] = weights
+        if settings.branch_loss:
+            columns = self.fc.weight.split([m.shape[1] for m in pooled], dim=1)
+            parts['branch_outputs'] = torch.stack([F.linear(m, w, self.fc.bias) for m, w in zip(pooled, columns)])
+        return parts
+
+    def extra_loss(self, parts, target, criterion, settings: RunSettings) -> Union[Tensor, float]:
+        """The mean loss of the branches on their own, and the importance loss of Shazeer et al., 2017, equation 6.
+
+        The first keeps a branch learning after a faster sibling has fitted the training set; the second, the squared
+        coefficient of variation of the mean weights over the batch, works against a policy that ignores a branch. Both
+        are 0 by default, as in the paper.
+        """
+        loss = 0.
+        if settings.branch_loss:
+            loss = settings.branch_loss * torch.stack([criterion(o, target) for o in parts['branch_outputs']]).mean()
+        if settings.policy_balance and 'weights' in parts:
+            importance = parts['weights'].float().mean(0)
+            loss = loss + settings.policy_balance * importance.var(unbiased=False) / importance.mean().square()
+        return loss
+
+    def create_record(self, components, device=None) -> Optional[PolicyRecord]:
+        return None if self.policy is None else PolicyRecord(len(self.branches), components, device)
+
+    def networks(self) -> list[nn.Module]:
+        return list(self._networks().values())
+
+    def sentence(self) -> str:
+        names = self.architectures()
+        branches, policy = names[:len(self.branches)], names[len(self.branches):]
+        counted = ' and '.join(f'{n} x {name}' if n > 1 else name for name, n in Counter(branches).items())
+        if not policy:
+            return f'A MultiTune: {counted}, each fine-tuned its own way, fused by concatenation.'
+        return (
+            f'An AMF: {counted}, each fine-tuned its own way, weighted for each image by a policy network '
+            f'({policy[0]}) and fused by concatenation.')
+
+    def usage_note(self) -> str:
+        if self.policy is None:
+            return ''
+        return '`model.forward_policy(x)` gives the weights of the branches for each image, (batch, branches).'
+
+    def routing_error(self, x: Tensor) -> dict[str, float]:
+        """What `set_routing` changes for a batch, see `routing.routing_error`."""
+        return routing_error(self, x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         if self.has_maps:
@@ -500,6 +551,8 @@ def _joint_levels(infos: Sequence[Sequence[dict[str, Any]]]) -> tuple[list[dict[
 
 class MultiTune(AMF):
     """AMF without a policy: the plain concatenation of the branches' features, each of fixed weight one."""
+    method_name = 'multitune'
+    takes = frozenset({'branch_loss'})
 
     def __init__(self, backbones: Sequence[str] = ('resnet18', 'resnet18'), **kwargs):
         """

@@ -18,7 +18,8 @@ with the same outputs and gradients; `auto` takes `routed` where it is exact.
 """
 import copy
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -34,8 +35,11 @@ from . import decathlon, policy_resnet  # noqa: F401  registered before they are
 from .blocks import classifier_names, classifiers, layer_ids, probe_part
 from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg
 from .folding import Folds
+from .global_k import global_k_loss, update_shares
+from .method import Method, RunSettings
 from .parts import Part, as_pair, build_parts, create_part, part_cfg
 from .policy import PolicyNetwork, gumbel_noise, straight_through
+from .records import RoutingRecord
 from .renorm import create_renorm
 from .routed_block import Decision, PartOfBlock, Route, RoutedBlock, eager
 from .sources import has_source
@@ -48,11 +52,13 @@ _logger = logging.getLogger(__name__)
 ROUTINGS = ('auto', 'both', 'routed')
 
 
-class SpotTune(nn.Module):
+class SpotTune(Method, nn.Module):
     """A backbone whose blocks exist twice, and a policy network that chooses for each image and block.
 
     `backbone` is the timm model with a `RoutedBlock` in the place of each of its blocks, and its own classifier.
     """
+    method_name = 'spottune'
+    takes = frozenset({'global_k', 'temperature', 'eval_blocks', 'eval_sampling_seed'})
 
     def __init__(
             self,
@@ -356,7 +362,7 @@ class SpotTune(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """The backbone's unpooled maps; of a backbone of tokens the pooled features, as (B, C, 1, 1)."""
         decision = self._decide(x)
-        x = self._network(decision).forward_features(self.renorm(x))
+        x = self._backbone_for(decision).forward_features(self.renorm(x))
         return self.backbone.forward_head(x, pre_logits=True)[:, :, None, None] if self.tokens else x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -368,12 +374,7 @@ class SpotTune(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
-    def forward_parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, num_classes), and the decisions (B, blocks) that led to them, as `forward_shares` gives them."""
-        logits = self(x)
-        return logits, self._route.decision.shares
-
-    def _network(self, decision: Decision) -> nn.Module:
+    def _backbone_for(self, decision: Decision) -> nn.Module:
         """The backbone, in routed execution with its own norms folded too where they are fixed."""
         return self._folds.of(self.backbone) if decision.routed else self.backbone
 
@@ -498,6 +499,90 @@ class SpotTune(nn.Module):
         example = torch.zeros(2, self.in_chans, *self.img_size, device=p.device, dtype=p.dtype)
         with torch.no_grad():
             return _Traced(torch.jit.trace(self, example, check_trace=False))
+
+    # -- as a method (see `Method`) -----------------------------------------------------------------------------------
+
+    def forward_train(self, x: Tensor, settings: RunSettings) -> dict[str, Tensor]:
+        """`output` (B, num_classes), and the decisions `shares` (B, blocks) that led to it."""
+        output = self(x)
+        return dict(output=output, shares=self._route.decision.shares)
+
+    def extra_loss(self, parts, target, criterion, settings: RunSettings) -> Union[Tensor, float]:
+        """The losses of global-k, if the Plan asks for them (Section 3.3)."""
+        plan = settings.plan
+        if plan is None or plan.global_k is None:
+            return 0.
+        running = update_shares(self.tuned_share, parts['shares'], plan.global_k_window)
+        return global_k_loss(parts['shares'], plan.global_k, tuple(plan.global_k_weights), running)
+
+    def start_epoch(self, epoch: int, settings: RunSettings) -> None:
+        temperature = settings.plan.temperature_at(epoch)
+        if temperature is not None:
+            self.temperature = temperature
+
+    def create_record(self, components, device=None) -> RoutingRecord:
+        return RoutingRecord(len(self._names), components, device)
+
+    @contextmanager
+    def evaluation(
+            self,
+            global_k: Optional[int] = None,
+            blocks: Optional[str] = None,
+            sampling_seed: Optional[int] = None,
+    ) -> Iterator[None]:
+        """Around an evaluation: the paths that are asked for, and the model's own again afterwards.
+
+        Args:
+            global_k: All images take the tuned copy of this many most used blocks: what `compact` gives.
+            blocks: All images take the tuned copy of these: `tuned`, `frozen`, or indices and names with commas
+                between; goes before `global_k`.
+            sampling_seed: Draw the decisions instead of taking the likelier one.
+        """
+        before = self.fixed_blocks, self.sampling
+        path = self.fixed_path(global_k, blocks)
+        if path is not None:
+            self.set_blocks(path)
+        self.set_sampling(sampling_seed)
+        try:
+            yield
+        finally:
+            self.fixed_blocks, self.sampling = before
+
+    def fixed_path(self, global_k: Optional[int] = None, blocks: Optional[str] = None) -> Optional[list[int]]:
+        if blocks:
+            named = blocks if blocks in ('tuned', 'frozen') else [
+                int(item) if item.lstrip('-').isdigit() else item for item in blocks.split(',') if item]
+            return list(self._block_indices(named))
+        return None if global_k is None else list(self.chosen_blocks(global_k))
+
+    def compact_model(self, path: Sequence[int]) -> nn.Module:
+        """`compact(path)`: the plain timm model of a path that all images take."""
+        return self.compact(path)
+
+    def compact_args(self) -> dict[str, Any]:
+        """Keyword arguments with which `timm.create_model` builds the plain model: all but where weights came from."""
+        return {k: v for k, v in self.backbone_part.kwargs.items() if not k.startswith('pretrained_cfg')}
+
+    def networks(self) -> list[nn.Module]:
+        return [self.backbone, self.policy.net]
+
+    def sentence(self) -> str:
+        backbone, policy = self.architectures()
+        return (
+            f'A SpotTune: every residual block of {backbone} exists frozen and tuned, and a policy network ({policy}) '
+            'routes each image through one of the two, block by block.')
+
+    def usage_note(self) -> str:
+        return '`model.forward_policy(x)` gives the logits of frozen and tuned, (batch, blocks, 2).'
+
+    @contextmanager
+    def exportable(self) -> Iterator[nn.Module]:
+        """Both copies of each block computed: a file cannot split a batch by what it decides."""
+        before, self.routing = self.routing, 'both'
+        try:
+            yield self
+        finally:
+            self.routing = before
 
     # -- one set of blocks for all images -----------------------------------------------------------------------------
 

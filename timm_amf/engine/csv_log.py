@@ -1,0 +1,36 @@
+"""The CSV files of a run, `summary.csv` and `policy.csv`."""
+import csv
+import io
+import itertools
+from pathlib import Path
+from typing import Any, Union
+
+from timm_amf.engine.checkpoint import write_text
+
+__all__ = ['CsvLog']
+
+
+class CsvLog:
+    """A CSV file of one row an epoch, written whole or not at all.
+
+    Args:
+        path: The file.
+        start_epoch: Rows of this epoch and later ones are dropped: the resumed run writes them again.
+    """
+
+    def __init__(self, path: Union[str, Path], start_epoch: int = 0):
+        self.path = Path(path)
+        self.rows: list[dict[str, Any]] = []
+        if start_epoch and self.path.exists():
+            with open(self.path, newline='', encoding='utf-8') as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row['epoch']) < start_epoch]
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row; a row of the same epoch is replaced."""
+        self.rows = [r for r in self.rows if int(r['epoch']) != row['epoch']] + [row]
+        columns = list(dict.fromkeys(itertools.chain.from_iterable(self.rows)))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.path, text.getvalue())

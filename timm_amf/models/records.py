@@ -1,0 +1,171 @@
+"""What a model decided for each sample, summed over an epoch: the columns of `policy.csv`."""
+import itertools
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ['PolicyRecord', 'Record', 'RoutingRecord', 'best_assignment']
+
+
+class Record:
+    """Means, over all samples and by component, of what `forward_train` gives for each sample.
+
+    Sums are float64 and live on the device, so that recording costs no synchronisation.
+
+    Args:
+        key: Which part of `forward_train` it reads, (B, width).
+        names: A column name for each of the width values.
+        components: Names of the components of the data.
+        device: Device of the values.
+        bins: Number of bins that `bin_of` sorts the samples into.
+    """
+
+    def __init__(
+            self,
+            key: str,
+            names: Sequence[str],
+            components: Sequence[str],
+            device: Optional[torch.device] = None,
+            bins: int = 1,
+    ):
+        self.key, self.names, self.components = key, list(names), list(components)
+        self.sums = torch.zeros(len(self.components), len(self.names), dtype=torch.float64, device=device)
+        self.votes = torch.zeros(len(self.components), bins, dtype=torch.float64, device=device)
+
+    def values_of(self, parts: dict[str, Tensor]) -> Tensor:
+        """(B, width) of what is summed."""
+        return parts[self.key].detach()
+
+    def bin_of(self, values: Tensor) -> Tensor:
+        """The bin (B,) of each sample."""
+        return torch.zeros(len(values), dtype=torch.long, device=values.device)
+
+    def update(self, parts: dict[str, Tensor], component: Tensor) -> None:
+        """Record a batch: what `forward_train` gave, and the component of each sample (B,)."""
+        if self.key not in parts:
+            return
+        values = self.values_of(parts)
+        self.sums.index_add_(0, component, values.to(self.sums.dtype))
+        votes = F.one_hot(self.bin_of(values), self.votes.shape[1])
+        self.votes.index_add_(0, component, votes.to(self.votes.dtype))
+
+    def tensors(self) -> list[Tensor]:
+        """The accumulators, to be summed over processes in place or saved."""
+        return [self.sums, self.votes]
+
+    @property
+    def count(self) -> float:
+        """Number of samples."""
+        return self.votes.sum().item()
+
+    def means(self, sums: Optional[Tensor] = None) -> dict[str, list[float]]:
+        """Means by component; those over all samples under the empty name."""
+        sums = self.sums if sums is None else sums
+        means = {'': (sums.sum(0) / self.votes.sum().clamp(min=1)).tolist()}
+        for name, own, count in zip(self.components, sums, self.votes.sum(1)):
+            means[name] = (own / count.clamp(min=1)).tolist()
+        return means
+
+    def row(self, prefix: str = '') -> dict[str, Any]:
+        """Columns of `policy.csv`, each with the prefix."""
+        row = {}
+        for component, means in self.means().items():
+            if not component or len(self.components) > 1:
+                start = f'{prefix}{component}_' if component else prefix
+                row.update({f'{start}{name}': value for name, value in zip(self.names, means)})
+        return row
+
+    def headline(self) -> str:
+        """A few words for the line that an epoch prints."""
+        return ''
+
+
+class PolicyRecord(Record):
+    """The weights that a policy gave to the branches."""
+
+    def __init__(self, branches: int, components: Sequence[str], device: Optional[torch.device] = None):
+        super().__init__('weights', [f'weight_{i}' for i in range(branches)], components, device, bins=branches)
+
+    def bin_of(self, values: Tensor) -> Tensor:
+        return values.argmax(1)
+
+    def assignment_accuracy(self) -> Optional[float]:
+        """Percent of samples whose largest weight is that of the branch matched to their component (AMF, section
+        IV-C5), under the best matching; None with one component, where it means nothing.
+        """
+        if len(self.components) < 2:
+            return None
+        hits = sum(self.votes[c, b].item() for c, b in best_assignment(self.votes))
+        return 100. * hits / max(self.count, 1.)
+
+    def row(self, prefix: str = '') -> dict[str, Any]:
+        """Mean weight by branch, over all and by component, and the assignment accuracy."""
+        row = {}
+        for component, means in self.means().items():
+            start = f'{prefix}{component}_' if component else prefix
+            row.update({f'{start}weight_{i}': value for i, value in enumerate(means)})
+        accuracy = self.assignment_accuracy()
+        row[f'{prefix}assignment_accuracy'] = '' if accuracy is None else accuracy
+        return row
+
+    def headline(self) -> str:
+        accuracy = self.assignment_accuracy()
+        return '' if accuracy is None else f'assignment {accuracy:.1f}'
+
+
+class RoutingRecord(Record):
+    """The paths that a routing policy chose.
+
+    Columns: `tuned_blocks`, the mean number of tuned blocks an image; `block_0` and on, the share of images that used
+    the tuned copy of a block (SpotTune, figure 3); `images_0` and on, the number of images that used so many tuned
+    blocks (figure 4); with several components the first two of each.
+    """
+
+    def __init__(self, blocks: int, components: Sequence[str], device: Optional[torch.device] = None):
+        super().__init__('shares', [f'block_{i}' for i in range(blocks)], components, device, bins=blocks + 1)
+
+    def values_of(self, parts: dict[str, Tensor]) -> Tensor:
+        return super().values_of(parts).round()
+
+    def bin_of(self, values: Tensor) -> Tensor:
+        return values.sum(1).long()
+
+    def row(self, prefix: str = '') -> dict[str, Any]:
+        row = {}
+        tuned = self.means(self.sums.sum(1, keepdim=True))
+        for component, means in self.means().items():
+            if component and len(self.components) == 1:
+                continue
+            start = f'{prefix}{component}_' if component else prefix
+            row[f'{start}tuned_blocks'] = tuned[component][0]
+            row.update({f'{start}block_{i}': value for i, value in enumerate(means)})
+            if not component:
+                row.update({f'{prefix}images_{i}': int(n) for i, n in enumerate(self.votes.sum(0).tolist())})
+        return row
+
+    def headline(self) -> str:
+        return f'tuned blocks {self.sums.sum().item() / max(self.count, 1.):.2f}'
+
+
+def best_assignment(votes: Tensor) -> list[tuple[int, int]]:
+    """The matching of components to branches, one to one, that the most votes agree with.
+
+    Args:
+        votes: Counts of shape (components, branches).
+
+    Returns:
+        Pairs (component, branch), as many as the smaller of the two numbers.
+    """
+    rows, columns = votes.shape
+    if rows > columns:
+        return [(c, b) for b, c in best_assignment(votes.T)]
+    table = votes.tolist()
+    # By trying all of them: components and branches are few.
+    best = max(
+        itertools.permutations(range(columns), rows),
+        key=lambda order: sum(table[c][b] for c, b in enumerate(order)),
+    )
+    return list(enumerate(best))
