@@ -27,20 +27,20 @@ from typing import Any, Optional, Union
 import torch
 import torch.nn.functional as F
 from timm.layers import Format, get_channel_dim, get_device_dtype, get_spatial_dim, nchw_to
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from ..errors import UserError
 from .blocks import layer_ids, probe_part
-from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg
+from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg, register_variant
 from .method import Method, RunSettings
 from .parts import Part, as_pair, build_parts
 from .policy import PolicyNetwork
 from .records import PolicyRecord
 from .renorm import create_renorm
-from .routing import kept_branches, may_route, routing_error, run_kept_branches
+from .routing import eager, kept_branches, routing_error, run_kept_branches
 from .tags import fine_tuned_cfgs
 
 __all__ = ['AMF', 'MultiTune']
@@ -362,7 +362,7 @@ class AMF(Method, nn.Module):
         if not self.pools:
             return self.forward_head(self.forward_features(x))
         if not torch.jit.is_scripting():
-            if self.routing_eps is not None and may_route(self, x):
+            if self.routing_eps is not None and not self.training and eager(x):
                 return self.fc(self.head_drop(self._fuse_routed(x, self.routing_eps)))
         return self.fc(self.head_drop(self._fuse(x)))
 
@@ -566,18 +566,27 @@ class MultiTune(AMF):
         super().__init__(backbones, policy=None, **kwargs)
 
 
-# Registered name -> (backbones, policy).
-_VARIANTS = {
-    'amf': (('resnet18', 'resnet18'), 'resnet10t'),
-    'amf_inception_v4x2': (('inception_v4',) * 2, 'resnet34'),
-    'amf_inception_v4x3': (('inception_v4',) * 3, 'resnet34'),
-    'amf_resnet18x2': (('resnet18',) * 2, 'resnet10t'),
-    'amf_resnet50x2': (('resnet50',) * 2, 'resnet18'),
-    'amf_mobilenetv2_100x2': (('mobilenetv2_100',) * 2, 'mobilenetv3_small_050'),
-    'amf_convnext_tinyx2': (('convnext_tiny',) * 2, 'resnet18'),
-    'amf_vit_small_patch16_224x2': (('vit_small_patch16_224',) * 2, 'resnet18'),
-    'multitune': (('resnet18', 'resnet18'), None),
-    'multitune_inception_v4x2': (('inception_v4',) * 2, None),
+# Registered name -> (backbones, policy, description).
+_VARIANTS: dict[str, tuple[tuple[str, ...], Optional[str], str]] = {
+    'amf': (
+        ('resnet18', 'resnet18'), 'resnet10t',
+        "AMF of any architectures: `backbones=('resnet18', 'resnet50'), policy='resnet10t'`."),
+    'amf_inception_v4x2': (
+        ('inception_v4',) * 2, 'resnet34',
+        "The paper's network: two Inception-v4 and a ResNet-34 policy (AMF, Section IV-A5)."),
+    'amf_inception_v4x3': (
+        ('inception_v4',) * 3, 'resnet34', 'Three Inception-v4 and a ResNet-34 policy (the n = 3 of AMF, Figure 2).'),
+    'amf_resnet18x2': (('resnet18',) * 2, 'resnet10t', 'Two ResNet-18 and a ResNet-10-T policy.'),
+    'amf_resnet50x2': (('resnet50',) * 2, 'resnet18', 'Two ResNet-50 and a ResNet-18 policy.'),
+    'amf_mobilenetv2_100x2': (
+        ('mobilenetv2_100',) * 2, 'mobilenetv3_small_050', 'Two MobileNetV2 and a MobileNetV3-Small 0.5 policy.'),
+    'amf_convnext_tinyx2': (('convnext_tiny',) * 2, 'resnet18', 'Two ConvNeXt-Tiny and a ResNet-18 policy.'),
+    'amf_vit_small_patch16_224x2': (
+        ('vit_small_patch16_224',) * 2, 'resnet18', 'Two ViT-Small/16 and a ResNet-18 policy.'),
+    'multitune': (
+        ('resnet18', 'resnet18'), None, "MultiTune of any architectures: `backbones=('resnet18', 'resnet50')`."),
+    'multitune_inception_v4x2': (
+        ('inception_v4',) * 2, None, "The paper's baseline: two Inception-v4, concatenated (AMF, Section IV-A6)."),
 }
 # Unpadded convolutions: below this, its last maps are less than half of what their reduction says.
 _MIN_INPUT_SIZES = {'inception_v4': (3, 160, 160)}
@@ -598,14 +607,14 @@ def _cfg(
 
 
 default_cfgs = generate_default_cfgs({
-    **dict(fine_tuned_cfgs(_VARIANTS, lambda variant, _: _cfg(*_VARIANTS[variant]))),
+    **dict(fine_tuned_cfgs(_VARIANTS, lambda variant, _: _cfg(*_VARIANTS[variant][:2]))),
     # Last, so that it is the default, also where the parts have no weights.
-    **{f'{name}.{PARTS_TAG}*': _cfg(*v) for name, v in _VARIANTS.items()},
+    **{f'{name}.{PARTS_TAG}*': _cfg(*v[:2]) for name, v in _VARIANTS.items()},
 })
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs) -> AMF:
-    backbones, policy = _VARIANTS[variant]
+    backbones, policy, _ = _VARIANTS[variant]
     kwargs.setdefault('backbones', backbones)
     if policy is not None:
         kwargs.setdefault('policy', policy)
@@ -630,61 +639,5 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> AMF:
     )
 
 
-@register_model
-def amf(pretrained: bool = False, **kwargs) -> AMF:
-    """AMF of any architectures: `backbones=('resnet18', 'resnet50'), policy='resnet10t'`."""
-    return _create('amf', pretrained, **kwargs)
-
-
-@register_model
-def multitune(pretrained: bool = False, **kwargs) -> MultiTune:
-    """MultiTune of any architectures: `backbones=('resnet18', 'resnet50')`."""
-    return _create('multitune', pretrained, **kwargs)
-
-
-@register_model
-def amf_inception_v4x2(pretrained: bool = False, **kwargs) -> AMF:
-    """The paper's network: two Inception-v4 and a ResNet-34 policy (AMF, Section IV-A5)."""
-    return _create('amf_inception_v4x2', pretrained, **kwargs)
-
-
-@register_model
-def amf_inception_v4x3(pretrained: bool = False, **kwargs) -> AMF:
-    """Three Inception-v4 and a ResNet-34 policy (the n = 3 of AMF, Figure 2)."""
-    return _create('amf_inception_v4x3', pretrained, **kwargs)
-
-
-@register_model
-def multitune_inception_v4x2(pretrained: bool = False, **kwargs) -> MultiTune:
-    """The paper's baseline: two Inception-v4, concatenated (AMF, Section IV-A6)."""
-    return _create('multitune_inception_v4x2', pretrained, **kwargs)
-
-
-@register_model
-def amf_resnet18x2(pretrained: bool = False, **kwargs) -> AMF:
-    """Two ResNet-18 and a ResNet-10-T policy."""
-    return _create('amf_resnet18x2', pretrained, **kwargs)
-
-
-@register_model
-def amf_resnet50x2(pretrained: bool = False, **kwargs) -> AMF:
-    """Two ResNet-50 and a ResNet-18 policy."""
-    return _create('amf_resnet50x2', pretrained, **kwargs)
-
-
-@register_model
-def amf_mobilenetv2_100x2(pretrained: bool = False, **kwargs) -> AMF:
-    """Two MobileNetV2 and a MobileNetV3-Small 0.5 policy."""
-    return _create('amf_mobilenetv2_100x2', pretrained, **kwargs)
-
-
-@register_model
-def amf_convnext_tinyx2(pretrained: bool = False, **kwargs) -> AMF:
-    """Two ConvNeXt-Tiny and a ResNet-18 policy."""
-    return _create('amf_convnext_tinyx2', pretrained, **kwargs)
-
-
-@register_model
-def amf_vit_small_patch16_224x2(pretrained: bool = False, **kwargs) -> AMF:
-    """Two ViT-Small/16 and a ResNet-18 policy."""
-    return _create('amf_vit_small_patch16_224x2', pretrained, **kwargs)
+for _name, (_, _, _description) in _VARIANTS.items():
+    register_variant(__name__, _name, _description, _create)

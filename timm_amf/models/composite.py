@@ -1,18 +1,19 @@
 """Building a model of several networks through `build_model_with_cfg`, with weights from its parts or of its own."""
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Optional
 
-from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from ..errors import UserError
 from .parts import Part, part_cfg
 from .sources import as_names, check_source, loading
 
-__all__ = ['PARTS_TAG', 'build_composite', 'composite_cfg', 'joint_input_cfg']
+__all__ = ['PARTS_TAG', 'build_composite', 'composite_cfg', 'joint_input_cfg', 'register_variant']
 
 _logger = logging.getLogger(__name__)
 
@@ -25,6 +26,17 @@ _INPUT_KEYS = (
     'input_size', 'test_input_size', 'min_input_size', 'fixed_input_size', 'interpolation', 'crop_pct', 'test_crop_pct',
     'crop_mode', 'mean', 'std', 'license',
 )
+
+
+def register_variant(module: str, name: str, description: str, create: Callable[..., nn.Module]) -> None:
+    """Register `create(name, pretrained, **kwargs)` with timm, as an entry point in the module of its cfgs."""
+    def entry_point(pretrained: bool = False, **kwargs) -> nn.Module:
+        return create(name, pretrained, **kwargs)
+
+    entry_point.__name__ = entry_point.__qualname__ = name
+    entry_point.__module__ = module
+    entry_point.__doc__ = description
+    setattr(sys.modules[module], name, register_model(entry_point))
 
 
 def joint_input_cfg(backbones: Sequence[Part]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A block that exists twice, frozen and tuned, and the ways of computing it for a batch that is of two minds.
+"""A block that exists twice, frozen and tuned, and the ways of computing a batch whose images choose differently.
 
 - `both`: every image through both copies, then a mask (SpotTune, equation 2). What tracing and compiling use, and what
   the other ways are tested against.
@@ -20,14 +20,9 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from .folding import Folds, norms_fixed
+from .routing import is_channels_last, take
 
-__all__ = ['Decision', 'PartOfBlock', 'Route', 'RoutedBlock', 'eager']
-
-
-def eager(x: Tensor) -> bool:
-    """Whether Python runs here for every batch: a trace or a graph would freeze what depends on the values."""
-    graph = torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy)
-    return not (graph or x.is_meta)
+__all__ = ['Decision', 'PartOfBlock', 'Route', 'RoutedBlock']
 
 
 @dataclass(frozen=True)
@@ -152,9 +147,9 @@ class RoutedBlock(nn.Module):
             return self._both(x, decision.shares[:, self.index], args, kwargs)
         split = decision.splits[self.index]
         frozen, tuned = self._copies()
-        if not (self.training and torch.is_grad_enabled()):
-            return _one_each(frozen, tuned, x, split, args, kwargs)
         share = decision.shares[:, self.index]
+        if not (self.training and torch.is_grad_enabled()):
+            return _exact_split(frozen, tuned, x, share.detach(), split, True, args, kwargs)
         out = _exact_split(frozen, tuned, x, share, split, self._norms_fixed(self.tuned), args, kwargs)
         return out if split.tuned is not None else _with_zero_grads(out, self.tuned)
 
@@ -178,32 +173,21 @@ class RoutedBlock(nn.Module):
         return frozen.of(self.frozen), tuned.of(self.tuned)
 
 
-def _channels_last(x: Tensor) -> bool:
-    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
 def _format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if _channels_last(x) else torch.contiguous_format
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
 def _rows(x: Tensor) -> Tensor:
     """A (B, -1) view, one row an image, in the order of the memory; a copy only where there is none."""
-    if _channels_last(x):
+    if is_channels_last(x):
         x = x.permute(0, 2, 3, 1)
     return x.reshape(len(x), -1)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] in the memory format of x; in channels_last plain indexing is slower."""
-    if _channels_last(x):
-        return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
-    return x.index_select(0, index)
 
 
 def _put(parts: list[tuple[Tensor, Tensor]], batch: int, base: Optional[Tensor] = None) -> Tensor:
     """The batch whose rows `index` are `part`, for each (index, part), and those of `base` else; without a graph."""
     first = parts[0][1]
-    last = _channels_last(first)
+    last = is_channels_last(first)
     if last:
         parts = [(index, part.permute(0, 2, 3, 1)) for index, part in parts]
     if base is None:
@@ -213,21 +197,6 @@ def _put(parts: list[tuple[Tensor, Tensor]], batch: int, base: Optional[Tensor] 
     for index, part in parts:
         out.index_copy_(0, index, part)
     return out.permute(0, 3, 1, 2) if last else out
-
-
-def _one_each(frozen, tuned, x: Tensor, split: Split, args: tuple, kwargs: dict) -> Tensor:
-    """Each image through the copy that it chose."""
-    if split.tuned is None:
-        return frozen(x, *args, **kwargs)
-    if split.frozen is None:
-        return tuned(x, *args, **kwargs)
-    x_frozen, x_tuned = _halves(x, split)
-    y_frozen, y_tuned = frozen(x_frozen, *args, **kwargs), tuned(x_tuned, *args, **kwargs)
-    if y_frozen.dtype != y_tuned.dtype:
-        y_frozen = y_frozen.to(y_tuned.dtype)
-    if torch.is_grad_enabled() and (y_frozen.requires_grad or y_tuned.requires_grad):
-        return _Join.apply(None, y_frozen, y_tuned, None, None, split.frozen, split.tuned)
-    return _put([(split.frozen, y_frozen), (split.tuned, y_tuned)], len(x))
 
 
 def _exact_split(
@@ -294,7 +263,7 @@ class _Halve(torch.autograd.Function):
     def forward(ctx, x, frozen, tuned):
         ctx.halves = frozen, tuned
         ctx.format = _format(x)
-        return _take(x, frozen).data, _take(x, tuned).data
+        return take(x, frozen).data, take(x, tuned).data
 
     @staticmethod
     def backward(ctx, g_frozen, g_tuned):
@@ -370,7 +339,7 @@ class _Replace(torch.autograd.Function):
             g_share = _dot(grad, *ctx.saved_tensors).to(ctx.share_dtype)
         if frozen is None:
             return g_share, grad, None, None, None, None
-        g_frozen = grad if tuned is None else _take(grad, frozen)
+        g_frozen = grad if tuned is None else take(grad, frozen)
         g_y = torch.zeros_like(grad) if tuned is None else grad.index_fill(0, frozen, 0.)
         return g_share, g_y, g_frozen, None, None, None
 

@@ -9,13 +9,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ['kept_branches', 'may_route', 'routing_error', 'run_kept_branches']
+__all__ = ['eager', 'is_channels_last', 'kept_branches', 'routing_error', 'run_kept_branches', 'take']
 
 
-def may_route(model: nn.Module, x: Tensor) -> bool:
-    """Only in eager evaluation: what is routed depends on the values, which a trace or graph would freeze."""
+def eager(x: Tensor) -> bool:
+    """Whether Python runs here for every batch: a trace or a graph would freeze what depends on the values."""
     graph = torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy)
-    return not (model.training or graph)
+    return not (graph or x.is_meta)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the memory format of images or maps is channels_last and no other."""
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] in the memory format of x; in channels_last plain indexing is slower."""
+    if is_channels_last(x):
+        return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return x.index_select(0, index)
 
 
 def kept_branches(weights: Tensor, eps: float) -> Tensor:
@@ -46,16 +58,9 @@ def run_kept_branches(
             pooled.append(x.new_zeros(len(x), width))
         else:
             index = kept[:, i].nonzero().squeeze(1)
-            m = branch(_take(x, index))
+            m = branch(take(x, index))
             pooled.append(m.new_zeros(len(x), width).index_copy(0, index, m))
     return pooled
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    taken = x[index]
-    if x.is_contiguous(memory_format=torch.channels_last):
-        taken = taken.contiguous(memory_format=torch.channels_last)
-    return taken
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from typing import Any, Optional, Union
 
 import torch
 from timm.layers import get_device_dtype
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import UserError
 from . import decathlon, policy_resnet  # noqa: F401  registered before they are named below
 from .blocks import classifier_names, classifiers, layer_ids, probe_part
-from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg
+from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg, register_variant
 from .folding import Folds
 from .global_k import global_k_loss, update_shares
 from .method import Method, RunSettings
@@ -41,7 +41,8 @@ from .parts import Part, as_pair, build_parts, create_part, part_cfg
 from .policy import PolicyNetwork, gumbel_noise, straight_through
 from .records import RoutingRecord
 from .renorm import create_renorm
-from .routed_block import Decision, PartOfBlock, Route, RoutedBlock, eager
+from .routed_block import Decision, PartOfBlock, Route, RoutedBlock
+from .routing import eager
 from .sources import has_source
 from .tags import fine_tuned_cfgs, tag_arguments
 
@@ -674,16 +675,31 @@ def _policy_part(policy: str, num_blocks: int, kwargs: Optional[dict[str, Any]])
     return Part(policy, 2 * num_blocks, {} if kwargs is None else kwargs)
 
 
-# Registered name -> arguments.
-_VARIANTS: dict[str, dict[str, Any]] = {
-    'spottune': dict(backbone='resnet18', policy='resnet10t'),
-    'spottune_resnet26': dict(backbone='resnet26_decathlon', policy='resnet8_decathlon'),
-    'spottune_resnet18': dict(backbone='resnet18', policy='policy_resnet10'),
-    'spottune_resnet50': dict(backbone='resnet50', policy='policy_resnet10'),
-    'spottune_resnet101': dict(backbone='resnet101', policy='policy_resnet10'),
-    'spottune_mobilenetv2_100': dict(backbone='mobilenetv2_100', policy='mobilenetv3_small_050'),
-    'spottune_convnext_tiny': dict(backbone='convnext_tiny', policy='policy_resnet10'),
-    'spottune_vit_small_patch16_224': dict(backbone='vit_small_patch16_224', policy='policy_resnet10'),
+# Registered name -> (arguments, description).
+_VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
+    'spottune': (
+        dict(backbone='resnet18', policy='resnet10t'),
+        "SpotTune of any architecture: `backbone='resnet50', policy='resnet10t'`."),
+    'spottune_resnet26': (
+        dict(backbone='resnet26_decathlon', policy='resnet8_decathlon'),
+        'The ResNet-26 of the Visual Decathlon, 12 blocks, and a policy of three (SpotTune, Section 4.1). '
+        'There the first macro block is frozen and unrouted: `first_block=4`.'),
+    'spottune_resnet18': (
+        dict(backbone='resnet18', policy='policy_resnet10'), 'ResNet-18, 8 blocks, and a policy of four blocks.'),
+    'spottune_resnet50': (
+        dict(backbone='resnet50', policy='policy_resnet10'),
+        "The paper's network: ResNet-50, 16 blocks, and a policy of four blocks (SpotTune, Section 4.1)."),
+    'spottune_resnet101': (
+        dict(backbone='resnet101', policy='policy_resnet10'), 'ResNet-101, 33 blocks, and a policy of four blocks.'),
+    'spottune_mobilenetv2_100': (
+        dict(backbone='mobilenetv2_100', policy='mobilenetv3_small_050'),
+        'MobileNetV2, 17 blocks, and a MobileNetV3-Small 0.5 policy.'),
+    'spottune_convnext_tiny': (
+        dict(backbone='convnext_tiny', policy='policy_resnet10'),
+        'ConvNeXt-Tiny, 18 blocks, and a policy of four blocks.'),
+    'spottune_vit_small_patch16_224': (
+        dict(backbone='vit_small_patch16_224', policy='policy_resnet10'),
+        'ViT-Small/16, 12 blocks, and a policy of four blocks.'),
 }
 
 
@@ -708,15 +724,15 @@ def _cfg(
 
 
 default_cfgs = generate_default_cfgs({
-    **dict(fine_tuned_cfgs(_VARIANTS, lambda variant, args: _cfg(**{**_VARIANTS[variant], **args}))),
+    **dict(fine_tuned_cfgs(_VARIANTS, lambda variant, args: _cfg(**{**_VARIANTS[variant][0], **args}))),
     # Last, so that it is the default, also where the parts have no weights.
-    **{f'{name}.{PARTS_TAG}*': _cfg(**v) for name, v in _VARIANTS.items()},
+    **{f'{name}.{PARTS_TAG}*': _cfg(**v) for name, (v, _) in _VARIANTS.items()},
 })
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs) -> SpotTune:
     of_tag = tag_arguments(variant, kwargs.get('pretrained_cfg'))
-    kwargs = {**_VARIANTS[variant], **of_tag, **kwargs}
+    kwargs = {**_VARIANTS[variant][0], **of_tag, **kwargs}
     cfg = _cfg(**kwargs)
     size = as_pair(kwargs.get('img_size')) or cfg['input_size'][-2:]
     in_chans = kwargs.get('in_chans', cfg['input_size'][0])
@@ -737,52 +753,5 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> SpotTune:
     return model
 
 
-@register_model
-def spottune(pretrained: bool = False, **kwargs) -> SpotTune:
-    """SpotTune of any architecture: `backbone='resnet50', policy='resnet10t'`."""
-    return _create('spottune', pretrained, **kwargs)
-
-
-@register_model
-def spottune_resnet26(pretrained: bool = False, **kwargs) -> SpotTune:
-    """The ResNet-26 of the Visual Decathlon, 12 blocks, and a policy of three (SpotTune, Section 4.1).
-
-    There the first macro block is frozen and unrouted: `first_block=4`.
-    """
-    return _create('spottune_resnet26', pretrained, **kwargs)
-
-
-@register_model
-def spottune_resnet18(pretrained: bool = False, **kwargs) -> SpotTune:
-    """ResNet-18, 8 blocks, and a policy of four blocks."""
-    return _create('spottune_resnet18', pretrained, **kwargs)
-
-
-@register_model
-def spottune_resnet50(pretrained: bool = False, **kwargs) -> SpotTune:
-    """The paper's network: ResNet-50, 16 blocks, and a policy of four blocks (SpotTune, Section 4.1)."""
-    return _create('spottune_resnet50', pretrained, **kwargs)
-
-
-@register_model
-def spottune_resnet101(pretrained: bool = False, **kwargs) -> SpotTune:
-    """ResNet-101, 33 blocks, and a policy of four blocks."""
-    return _create('spottune_resnet101', pretrained, **kwargs)
-
-
-@register_model
-def spottune_mobilenetv2_100(pretrained: bool = False, **kwargs) -> SpotTune:
-    """MobileNetV2, 17 blocks, and a MobileNetV3-Small 0.5 policy."""
-    return _create('spottune_mobilenetv2_100', pretrained, **kwargs)
-
-
-@register_model
-def spottune_convnext_tiny(pretrained: bool = False, **kwargs) -> SpotTune:
-    """ConvNeXt-Tiny, 18 blocks, and a policy of four blocks."""
-    return _create('spottune_convnext_tiny', pretrained, **kwargs)
-
-
-@register_model
-def spottune_vit_small_patch16_224(pretrained: bool = False, **kwargs) -> SpotTune:
-    """ViT-Small/16, 12 blocks, and a policy of four blocks."""
-    return _create('spottune_vit_small_patch16_224', pretrained, **kwargs)
+for _name, (_, _description) in _VARIANTS.items():
+    register_variant(__name__, _name, _description, _create)
