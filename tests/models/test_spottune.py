@@ -602,7 +602,7 @@ def test_a_policy_that_has_no_published_weights(weights, caplog):
         model = timm.create_model(
             'spottune', pretrained=True, backbone='test_resnet', policy='resnet8_decathlon', num_classes=3,
             backbone_kwargs=dict(pretrained_cfg_overlay=dict(file=backbone)))
-    assert 'resnet8_decathlon' in caplog.text and 'drawn anew' in caplog.text
+    assert 'resnet8_decathlon' in caplog.text and 'random weights' in caplog.text
     assert same(copy_of(model, 'tuned'), plain.state_dict())
     overlay = dict(file=weights('resnet8_decathlon')[0])
     model = timm.create_model(

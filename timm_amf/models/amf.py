@@ -29,12 +29,11 @@ import torch.nn.functional as F
 from timm.layers import Format, get_channel_dim, get_device_dtype, get_spatial_dim, nchw_to
 from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from ..errors import UserError
 from .blocks import layer_ids, probe_part
-from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg, register_variant
+from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg, register_variant, resize_networks
 from .method import Method, RunSettings
 from .parts import Part, as_pair, build_parts
 from .policy import PolicyNetwork
@@ -62,10 +61,6 @@ def _backbone_parts(
         raise UserError(f'backbone_kwargs has {len(backbone_kwargs)} entries for {len(backbones)} backbones.')
     common = {k: v for k, v in common.items() if v is not None}
     return [Part(name, 0, {**common, **kw}) for name, kw in zip(backbones, backbone_kwargs, strict=True)]
-
-
-def _policy_part(policy: str, num_branches: int, policy_kwargs: Optional[dict[str, Any]]) -> Part:
-    return Part(policy, num_branches, {} if policy_kwargs is None else policy_kwargs)
 
 
 class AMF(Method, nn.Module):
@@ -121,9 +116,6 @@ class AMF(Method, nn.Module):
             std: Standard deviation that the input is normalised with; None is the first backbone's.
             pretrained_parts: Load the pretrained weights of each architecture into its networks.
             cache_dir: Where those are cached.
-
-        Raises:
-            UserError: If an architecture is unknown or gives no flat pooled features, or weights cannot be had.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -144,7 +136,7 @@ class AMF(Method, nn.Module):
         self._set_features(size, global_pool)
 
         if policy is not None:
-            parts = [*parts, _policy_part(policy, n, policy_kwargs).sized(as_pair(policy_input_size) or size)]
+            parts = [*parts, Part(policy, n, policy_kwargs).sized(as_pair(policy_input_size) or size)]
         nets = build_parts(parts, [pretrained_parts] * len(parts), cache_dir=cache_dir, in_chans=in_chans, **dd)
         stats = mean or cfg['mean'], std or cfg['std']
         renorms = [
@@ -374,9 +366,6 @@ class AMF(Method, nn.Module):
 
         Args:
             eps: Least weight in [0, 1]; the largest weight of an image always runs. None runs all branches.
-
-        Raises:
-            UserError: If `eps` is no weight, or the model has no policy to route by.
         """
         if eps is not None and self.policy is None:
             raise UserError('a MultiTune has fixed weights and no branch to leave out; routing needs an AMF.')
@@ -405,9 +394,6 @@ class AMF(Method, nn.Module):
 
         Returns:
             (`forward_features`, levels), or the levels.
-
-        Raises:
-            UserError: If the architectures have no level of the same reduction.
         """
         self._require_levels()
         take, _ = feature_take_indices(len(self.feature_info), indices)
@@ -470,14 +456,8 @@ class AMF(Method, nn.Module):
         nets = list(self.branches)
         if self.policy is not None and self.policy.input_size is None:
             nets.append(self.policy.net)
-        for net in nets:
-            if hasattr(net, 'set_input_size'):
-                net.set_input_size(img_size=size)
-        for part in self.backbone_parts:
-            if 'img_size' in part.kwargs:
-                part.kwargs['img_size'] = size
+        resize_networks(self, nets, self.backbone_parts, size)
         self._set_features(size, self.global_pool)
-        update_model_input_size(self, size)
 
 
 def _weigh_and_concat(
@@ -601,7 +581,7 @@ def _cfg(
     parts = _backbone_parts(backbones, backbone_kwargs)
     named = {f'branches.{i}': p for i, p in enumerate(parts)}
     if policy is not None:
-        named['policy.net'] = _policy_part(policy, len(parts), policy_kwargs)
+        named['policy.net'] = Part(policy, len(parts), policy_kwargs)
     smallest = next((_MIN_INPUT_SIZES[b] for b in backbones if b in _MIN_INPUT_SIZES), None)
     return composite_cfg(named, list(named)[:len(parts)], **{'min_input_size': smallest} if smallest else {})
 

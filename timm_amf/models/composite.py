@@ -1,19 +1,22 @@
 """Building a model of several networks through `build_model_with_cfg`, with weights from its parts or of its own."""
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Optional
 
 from timm.models import build_model_with_cfg, register_model, resolve_pretrained_cfg
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from ..errors import UserError
 from .parts import Part, part_cfg
 from .sources import as_names, check_source, loading
 
-__all__ = ['PARTS_TAG', 'build_composite', 'composite_cfg', 'joint_input_cfg', 'register_variant']
+__all__ = [
+    'PARTS_TAG', 'build_composite', 'composite_cfg', 'joint_input_cfg', 'register_variant', 'resize_networks',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -74,6 +77,29 @@ def composite_cfg(parts: dict[str, Part], backbones: Sequence[str], **overrides)
         tag=PARTS_TAG,
     )
     return {**cfg, **overrides}
+
+
+def resize_networks(
+        model: nn.Module,
+        networks: Iterable[nn.Module],
+        parts: Iterable[Part],
+        size: tuple[int, int],
+) -> None:
+    """Resize the networks of a composite whose input size is fixed, such as a ViT's position embedding.
+
+    Args:
+        model: The composite.
+        networks: Its networks that see images of its input size.
+        parts: What those are that are built again from their arguments.
+        size: (H, W) in pixels.
+    """
+    for net in networks:
+        if hasattr(net, 'set_input_size'):
+            net.set_input_size(img_size=size)
+    for part in parts:
+        if 'img_size' in part.kwargs:
+            part.kwargs['img_size'] = size
+    update_model_input_size(model, size)
 
 
 def _of_parts(cfg: dict[str, Any], parts_cfg: dict[str, Any], registered: Optional[str]) -> bool:

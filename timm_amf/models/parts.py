@@ -8,7 +8,7 @@ import copy
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -36,17 +36,18 @@ class Part:
     Args:
         name: timm architecture, with or without a pretrained tag.
         num_classes: Outputs; 0 for the pooled features.
-        kwargs: Keyword arguments of its `timm.create_model`, `pretrained_cfg_overlay` among them.
+        kwargs: Keyword arguments of its `timm.create_model`, `pretrained_cfg_overlay` among them; None for none.
     """
     name: str
     num_classes: int = 0
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: Optional[dict[str, Any]] = None
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not timm.is_model(self.name):
             close = difflib.get_close_matches(str(self.name).split('.')[0], timm.list_models(), n=3)
             hint = f'did you mean {" or ".join(close)}?' if close else 'timm.list_models() names those that exist.'
             raise UserError(f"'{self.name}' is not an architecture that timm knows; {hint}")
+        self.kwargs = {} if self.kwargs is None else self.kwargs
         if not isinstance(self.kwargs, dict):
             raise UserError(f"the keyword arguments of '{self.name}' must be a dict, not {self.kwargs!r}.")
 

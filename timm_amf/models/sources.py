@@ -10,7 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, Repositor
 from torch import nn
 
 from ..errors import UserError
-from .tags import unpublished, unpublished_name
+from .tags import unpublished
 
 __all__ = ['as_names', 'check_source', 'has_source', 'load_network', 'loading']
 
@@ -78,24 +78,21 @@ def _check_hub(name: str, cfg: dict[str, Any], cache_dir: Optional[Union[str, Pa
     files = as_names(cfg.get('hf_hub_filename')) or _HUB_FILES
     if any(isinstance(try_to_load_from_cache(repo, f, cache_dir, revision or None), str) for f in files):
         return
-    tag = unpublished_name(cfg)
     try:
         get_hf_file_metadata(hf_hub_url(repo, files[0], revision=revision or None), timeout=_HUB_TIMEOUT)
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as e:
-        if tag and type(e) is RepositoryNotFoundError:
-            raise UserError(unpublished(tag, f'the Hub has no public {repo}')) from e
-        raise UserError(
+        missing = type(e) is RepositoryNotFoundError and unpublished(cfg, f'the Hub has no public {repo}')
+        raise UserError(missing or (
             f"the pretrained weights of '{name}' are not at {_describe(cfg)} ({type(e).__name__}): check the name, "
             'or log in with `hf auth login` if it is private.'
-        ) from e
+        )) from e
     except EntryNotFoundError as e:
         if cfg.get('hf_hub_filename'):
             raise UserError(f"{_describe(cfg)} has no {files[0]} for '{name}'; ask its owner for it.") from e
         # the repository answers; timm tries its other file names
     except Exception as e:  # the Hub's client raises its HTTP library's own types, which differ between versions
-        if tag:
-            raise UserError(unpublished(tag, f'as far as this version knows; {type(e).__name__} for {repo}')) from e
-        raise _unreachable(name, cfg, e) from e
+        missing = unpublished(cfg, f'as far as this version knows; {type(e).__name__} for {repo}')
+        raise UserError(missing) if missing else _unreachable(name, cfg, e) from e
 
 
 @contextmanager

@@ -26,14 +26,13 @@ from typing import Any, Optional, Union
 import torch
 from timm.layers import get_device_dtype
 from timm.models import generate_default_cfgs
-from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
 from . import decathlon, policy_resnet  # noqa: F401  registered before they are named below
 from .blocks import classifier_names, classifiers, layer_ids, probe_part
-from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg, register_variant
+from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg, register_variant, resize_networks
 from .folding import Folds
 from .global_k import global_k_loss, update_shares
 from .method import Method, RunSettings
@@ -107,10 +106,6 @@ class SpotTune(Method, nn.Module):
             std: Standard deviation that the input is normalised with; None is the backbone's.
             pretrained_parts: Load the pretrained weights of each architecture into its network.
             cache_dir: Where those are cached.
-
-        Raises:
-            UserError: If an architecture is unknown or cannot be routed, an option is out of range, or weights cannot
-                be had.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -144,10 +139,10 @@ class SpotTune(Method, nn.Module):
         self._names = tuple(probe.blocks[first_block:])
         self._tail = probe.tail
 
-        policy_part = _policy_part(policy, len(self._names), policy_kwargs).sized(as_pair(policy_input_size) or size)
+        policy_part = Part(policy, 2 * len(self._names), policy_kwargs).sized(as_pair(policy_input_size) or size)
         policy_source = has_source(part_cfg(policy_part))
         if pretrained_parts and not policy_source:
-            _logger.info(f"timm has no pretrained weights for the policy '{policy}': it is drawn anew.")
+            _logger.info(f"timm has no pretrained weights for the policy '{policy}': it starts from random weights.")
         nets = build_parts(
             [part, policy_part],
             [pretrained_parts, pretrained_parts and policy_source],
@@ -316,9 +311,6 @@ class SpotTune(Method, nn.Module):
         Args:
             blocks: The blocks whose tuned copy is taken, by index or name (`block_names`); `tuned` for all of them
                 ("running fine-tuned blocks", Section 4.2.1), `frozen` for none; None for the policy.
-
-        Raises:
-            UserError: If there is no such block.
         """
         self.fixed_blocks = None if blocks is None else self._block_indices(blocks)
 
@@ -404,9 +396,6 @@ class SpotTune(Method, nn.Module):
             intermediates_only: bool = False,
     ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
         """The backbone's intermediate features, each image on its path; arguments as the backbone's.
-
-        Raises:
-            UserError: If they lie within routed blocks.
         """
         self._decide(x)
         try:
@@ -478,17 +467,12 @@ class SpotTune(Method, nn.Module):
         """
         size = as_pair(img_size)
         nets = [self.backbone] + ([self.policy.net] if self.policy.input_size is None else [])
-        for net in nets:
-            if hasattr(net, 'set_input_size'):
-                net.set_input_size(img_size=size)
-        if 'img_size' in self.backbone_part.kwargs:
-            self.backbone_part.kwargs['img_size'] = size
+        resize_networks(self, nets, [self.backbone_part], size)
         self.img_size = size
         # The folded views are copies that know the old size.
         self._unfold()
         for block in self.routed_blocks:
             block.unfold()
-        update_model_input_size(self, size)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` takes in place of this model: its dense form, traced.
@@ -619,16 +603,11 @@ class SpotTune(Method, nn.Module):
             tuned = self._block_indices(blocks)
         dd = get_device_dtype(self)
         plain = create_part(self.backbone_part, in_chans=self.in_chans, **dd)
-        kept = {f'{name}.{"tuned" if i in tuned else "frozen"}.': f'{name}.' for i, name in enumerate(self._names)}
-        dropped = tuple(f'{name}.' for name in self._names)
-        state = {}
-        for name, tensor in self.backbone.state_dict().items():
-            prefix = next((p for p in kept if name.startswith(p)), None)
-            if prefix is not None:
-                state[kept[prefix] + name[len(prefix):]] = tensor.clone()
-            elif not name.startswith(dropped):
-                state[name] = tensor.clone()
-        plain.load_state_dict(state)
+        dropped = tuple(f'{name}.{"frozen" if i in tuned else "tuned"}.' for i, name in enumerate(self._names))
+        plain.load_state_dict({
+            self._plain_name(name): tensor for name, tensor in self.backbone.state_dict().items()
+            if not name.startswith(dropped)
+        })
         plain.pretrained_cfg['num_classes'] = self.num_classes
         return plain.train(self.training)
 
@@ -671,10 +650,6 @@ def _pooling(part: Part, global_pool: Optional[str], tokens: bool) -> Part:
     return Part(part.name, part.num_classes, {**part.kwargs, 'global_pool': global_pool})
 
 
-def _policy_part(policy: str, num_blocks: int, kwargs: Optional[dict[str, Any]]) -> Part:
-    return Part(policy, 2 * num_blocks, {} if kwargs is None else kwargs)
-
-
 # Registered name -> (arguments, description).
 _VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     'spottune': (
@@ -711,7 +686,7 @@ def _cfg(
         **_,
 ) -> dict[str, Any]:
     part = _backbone_part(backbone, backbone_kwargs)
-    named = {'backbone': part, 'policy.net': _policy_part(policy, 1, policy_kwargs)}
+    named = {'backbone': part, 'policy.net': Part(policy, 2, policy_kwargs)}
     classifier = part_cfg(part).get('classifier') or ()
     classifiers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     names = tuple(f'backbone.{c}' for c in classifiers)
