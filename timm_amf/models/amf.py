@@ -384,16 +384,7 @@ class AMF(Method, nn.Module):
     ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
         """Features at the levels of `feature_info`, the branches' maps side by side, weighted as everything else.
 
-        Args:
-            x: Images (B, C, H, W).
-            indices: Levels: the last n for an int, all for None.
-            norm: Apply each branch's last norm to its maps.
-            stop_early: Leave out what lies behind the last level.
-            output_fmt: Layout of the maps.
-            intermediates_only: Return the levels alone.
-
-        Returns:
-            (`forward_features`, levels), or the levels.
+        The arguments are timm's; `norm` applies each branch's last norm to its maps.
         """
         self._require_levels()
         take, _ = feature_take_indices(len(self.feature_info), indices)
@@ -432,10 +423,7 @@ class AMF(Method, nn.Module):
     ) -> list[int]:
         """Removes from the branches what `forward_intermediates` does not need for these levels; the policy stays.
 
-        Args:
-            indices: Levels to keep.
-            prune_norm: Remove the branches' last norms too.
-            prune_head: Remove the classifier and the branches' heads: then only `forward_intermediates` runs.
+        With `prune_head` only `forward_intermediates` runs afterwards.
         """
         self._require_levels()
         take, _ = feature_take_indices(len(self.feature_info), indices)
@@ -607,16 +595,8 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> AMF:
     parts = [p.sized(size) for p in parts]
     features = _joint_features(parts, (kwargs.get('in_chans', cfg['input_size'][0]), *size))
     cfg['pool_size'] = features.map_size or (1, 1)
-    # All levels of a pyramid; the last three where there are many of few reductions, as timm has it for a ViT.
-    levels = tuple(range(len(features.levels))) if len(features.levels) <= 5 else 3
-    return build_composite(
-        AMF if policy is not None else MultiTune,
-        variant,
-        pretrained,
-        cfg,
-        feature_cfg=dict(feature_cls='getter', out_indices=levels),
-        **kwargs,
-    )
+    model_cls = AMF if policy is not None else MultiTune
+    return build_composite(model_cls, variant, pretrained, cfg, len(features.levels), **kwargs)
 
 
 for _name, (_, _, _description) in _VARIANTS.items():

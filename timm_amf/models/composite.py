@@ -114,6 +114,7 @@ def build_composite(
         variant: str,
         pretrained: bool,
         parts_cfg: dict[str, Any],
+        num_levels: int,
         pretrained_cfg=None,
         pretrained_cfg_overlay: Optional[dict[str, Any]] = None,
         features_only: bool = False,
@@ -131,6 +132,7 @@ def build_composite(
         variant: Registered name.
         pretrained: Load weights.
         parts_cfg: From `composite_cfg`.
+        num_levels: Levels of its `feature_info`.
         pretrained_cfg: Tag or cfg, as `timm.create_model` passes it.
         pretrained_cfg_overlay: Entries that replace those of the cfg.
         features_only: As in timm.
@@ -161,6 +163,8 @@ def build_composite(
             own,
             pretrained_cfg=cfg,
             pretrained_filter_fn=partial(_check_checkpoint, features_only=features_only),
+            # All levels of a pyramid; the last three where there are many of few reductions, as timm has it for a ViT.
+            feature_cfg=dict(feature_cls='getter', out_indices=tuple(range(num_levels)) if num_levels <= 5 else 3),
             features_only=features_only,
             cache_dir=cache_dir,
             **kwargs,

@@ -178,7 +178,7 @@ class SpotTune(Method, nn.Module):
                 if conv.startswith(f'{name}.') and norm.startswith(f'{name}.')
             )
             routed = RoutedBlock(block, copy.deepcopy(block), index, self._route, within, self.frozen_bn)
-            _replace(self.backbone, name, routed.train(block.training))
+            self.backbone.set_submodule(name, routed.train(block.training))
         prefixes = tuple(f'{name}.' for name in self._names)
         return [(c, n) for c, n in pairs if not c.startswith(prefixes) and not n.startswith(prefixes)]
 
@@ -187,7 +187,8 @@ class SpotTune(Method, nn.Module):
         self.num_classes = self.backbone.num_classes
         self.num_features = self.backbone.num_features
         self.head_hidden_size = getattr(self.backbone, 'head_hidden_size', self.num_features)
-        self.feature_info = _prefixed(getattr(self.backbone, 'feature_info', None) or [])
+        levels = getattr(self.backbone, 'feature_info', None) or []
+        self.feature_info = [dict(f, module=f'backbone.{f["module"]}') for f in levels]
         if hasattr(self.backbone, 'output_fmt'):
             self.output_fmt = self.backbone.output_fmt
 
@@ -228,17 +229,12 @@ class SpotTune(Method, nn.Module):
                 f'{name}.frozen.{norm}' for name in present
                 for norm, m in self.get_submodule(name).frozen.named_modules() if isinstance(m, _BatchNorm)
             ]
-        tail = [f'backbone.{n}' for n in self._tail if any(True for _ in self._parameters_of(n))]
+        modules = dict(self.backbone.named_modules())  # some may have been pruned
+        tail = [f'backbone.{n}' for n in self._tail if n in modules and any(True for _ in modules[n].parameters())]
         roles = dict(
             stem=['backbone'], frozen=[f'{name}.frozen' for name in present], tuned=tuned, tail=tail, policy='policy',
             head=[f'backbone.{n}' for n in classifier_names(self.backbone)])
         return {role: paths for role, paths in roles.items() if paths}
-
-    def _parameters_of(self, name: str) -> Iterable[nn.Parameter]:
-        try:
-            return self.backbone.get_submodule(name).parameters()
-        except AttributeError:  # pruned
-            return ()
 
     @property
     def role_defaults(self) -> dict[str, dict[str, Any]]:
@@ -597,10 +593,8 @@ class SpotTune(Method, nn.Module):
         Returns:
             A new model in this one's mode, its `pretrained_cfg` saying which normalisation it expects.
         """
-        if blocks is None or isinstance(blocks, int):
-            tuned = self.chosen_blocks(blocks)
-        else:
-            tuned = self._block_indices(blocks)
+        by_use = blocks is None or isinstance(blocks, int)
+        tuned = self.chosen_blocks(blocks) if by_use else self._block_indices(blocks)
         dd = get_device_dtype(self)
         plain = create_part(self.backbone_part, in_chans=self.in_chans, **dd)
         dropped = tuple(f'{name}.{"frozen" if i in tuned else "tuned"}.' for i, name in enumerate(self._names))
@@ -621,15 +615,6 @@ class _Traced(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.traced(x)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition('.')
-    setattr(model.get_submodule(parent), child, module)  # of a container too, whose entries may have names
-
-
-def _prefixed(info) -> list[dict[str, Any]]:
-    return [dict(f, module=f'backbone.{f["module"]}') for f in info]
 
 
 def _backbone_part(
@@ -714,15 +699,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> SpotTune:
     given = {k: kwargs[k] for k in ('drop_rate', 'drop_path_rate') if k in kwargs}
     part = _backbone_part(kwargs['backbone'], kwargs.get('backbone_kwargs'), kwargs.get('num_classes', 1), **given)
     levels = len(probe_part(part.sized(size), (in_chans, *size)).levels)
-    # All levels of a pyramid; the last three where there are many of few reductions, as timm has it for a ViT.
-    model = build_composite(
-        SpotTune,
-        variant,
-        pretrained,
-        cfg,
-        feature_cfg=dict(feature_cls='getter', out_indices=tuple(range(levels)) if levels <= 5 else 3),
-        **kwargs,
-    )
+    model = build_composite(SpotTune, variant, pretrained, cfg, levels, **kwargs)
     # timm adds what it was given, so that a checkpoint says how to build the model again.
     model._model_args = of_tag
     return model
