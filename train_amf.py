@@ -10,17 +10,16 @@ docs/flags.md). A run writes the folder --output/--experiment: args.yaml and pla
 policy.csv (a row an epoch), model_best.safetensors, and last/ (from which --resume auto goes on).
 """
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Optional
 
 from timm_amf.engine import build
-from timm_amf.engine.loop import Interrupted, Trainer
+from timm_amf.engine.loop import Trainer
 from timm_amf.engine.options import parse_args, resolve_lr, save_args
 from timm_amf.engine.run import find_resume, prepare_folder
 from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
-from timm_amf.errors import UserError
+from timm_amf.errors import run_command, without_traceback_flag
 from timm_amf.hub.flags import check_flags, publish_finished
 from timm_amf.models.method import RunSettings
 from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args
@@ -29,12 +28,7 @@ _logger = logging.getLogger('train')
 
 
 def train(argv: Optional[Sequence[str]] = None) -> None:
-    """Parse, build, loop.
-
-    Raises:
-        UserError: If a setting, the data, a checkpoint or the disk is at fault.
-        Interrupted: If a signal stopped the run; its checkpoint is written.
-    """
+    """Parse, build, loop; raises `Interrupted` after a signal, with the checkpoint written."""
     args = parse_args(argv)
     if args.publish:
         check_flags(args)
@@ -96,20 +90,10 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run `train` and turn what goes wrong into one line and an exit code."""
+    """Run `train` as a command; see `errors.run_command` for the exit codes."""
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
-    try:
-        train(argv)
-    except UserError as e:
-        print(f'train_amf.py: error: {e}', file=sys.stderr)
-        return 2
-    except Interrupted as e:
-        print(f'train_amf.py: {e}', file=sys.stderr)
-        return 128 + e.signum
-    except KeyboardInterrupt:
-        print('train_amf.py: interrupted', file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    words, show_traceback = without_traceback_flag(sys.argv[1:] if argv is None else argv)
+    return run_command('train_amf.py', lambda: train(words), show_traceback=show_traceback)
 
 
 if __name__ == '__main__':

@@ -1,10 +1,146 @@
-"""The one exception for mistakes that a user can mend."""
+"""Mistakes of users, and the one place where an exception becomes a line and an exit code.
 
-__all__ = ['UserError']
+Every command runs in `run_command`. Code that it calls lets exceptions pass, and raises `UserError` itself only where
+it knows a remedy that the exception does not tell, or can save the user work.
+"""
+import argparse
+import contextlib
+import re
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn, Optional
+
+__all__ = ['CommandParser', 'Interrupted', 'UserError', 'run_command', 'without_traceback_flag']
+
+# Exceptions that are no defect of this package, by module and name, since importing their modules takes seconds.
+_EXPECTED = {
+    'json.decoder.JSONDecodeError': 'is no JSON',
+    'builtins.UnicodeDecodeError': 'is no text in UTF-8',
+    'yaml.error.YAMLError': 'is no YAML',
+    'safetensors._safetensors_rust.SafetensorError': 'a weights file is damaged or no safetensors file',
+    'PIL.Image.DecompressionBombError': 'an image is too large',
+    'zipfile.BadZipFile': 'an archive is damaged',
+    'builtins.MemoryError': 'out of memory; lower the batch size',
+    'torch.OutOfMemoryError': 'the device is out of memory; lower the batch size',
+    'huggingface_hub.errors.HfHubHTTPError': 'the Hub refused',
+    'huggingface_hub.errors.LocalEntryNotFoundError': 'the Hub cannot be reached, and the cache has no copy',
+}
+# What PyTorch says of weights, images or settings that do not fit a model; it has one class for everything.
+_MISFITS = re.compile(
+    r'loading state_dict|size mismatch|shapes cannot be multiplied|must match the size|expected input|input size'
+    r'|more than 1 value per channel|Kernel size|Sizes of tensors|out of memory|enforce fail at alloc', re.IGNORECASE)
+# Distribution -> extra that brings it.
+_EXTRAS = {
+    'sklearn': 'search', 'scipy': 'search', 'ot': 'search', 'matplotlib': 'report', 'onnx': 'export',
+    'onnxruntime': 'export', 'onnxscript': 'export', 'skimage': 'demo', 'tensorboard': 'tensorboard',
+}
+_TOKEN = re.compile(r'\bhf_\w{8,}')
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line that names the thing and the remedy.
+    """A mistake that a user can mend: one line that names the thing and the remedy."""
 
-    Every entry point (`train_amf.py`, `timm-amf`) prints the message without a traceback and exits with code 2.
+
+class Interrupted(Exception):
+    """A signal asked a run to stop, and it stopped with a checkpoint.
+
+    Attributes:
+        signum: The signal.
     """
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are `UserError`: without the usage, which would hide the one line that matters."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def run_command(
+        prog: str,
+        work: Callable[[], Optional[int]],
+        interrupted: str = 'interrupted',
+        show_traceback: bool = False,
+) -> int:
+    """Does the work of a command and turns what goes wrong into one line.
+
+    Args:
+        prog: Name of the program, with which the line begins.
+        work: Parses, does, prints; what it returns is the exit code.
+        interrupted: What there is to say after Ctrl-C.
+        show_traceback: Let exceptions pass.
+
+    Returns:
+        The exit code: 2 for what the user can mend, 1 for a defect, whose traceback is in a file that the line names.
+    """
+    try:
+        return work() or 0
+    except Interrupted as e:
+        print(f'{prog}: {e}', file=sys.stderr)
+        return 128 + e.signum
+    except KeyboardInterrupt:
+        print(f'{prog}: {interrupted}', file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # `| head` has what it wants; Python's own flush at the end must not say so again
+        with contextlib.suppress(OSError):
+            sys.stdout = open('/dev/null', 'w', encoding='utf-8')  # noqa: SIM115  until the process ends
+        return 0
+    except Exception as e:
+        if show_traceback:
+            raise
+        message = _explain(e)
+        if message is not None:
+            print(f'{prog}: error: {_one_line(message)}', file=sys.stderr)
+            return 2
+        print(
+            f'{prog}: a defect: {_one_line(f"{type(e).__name__}: {e}")}; the traceback is in {_write_traceback(e)}, '
+            'please report it', file=sys.stderr)
+        return 1
+
+
+def without_traceback_flag(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """The arguments without `--traceback`, and whether it was there."""
+    return [word for word in argv if word != '--traceback'], '--traceback' in argv
+
+
+def _explain(error: BaseException) -> Optional[str]:
+    """What to tell the user of an exception; None for a defect."""
+    if isinstance(error, UserError):
+        return str(error)
+    names = [f'{cls.__module__}.{cls.__qualname__}' for cls in type(error).__mro__]
+    expected = next((_EXPECTED[name] for name in names if name in _EXPECTED), None)
+    if expected is not None:
+        where = getattr(error, 'filename', None)
+        return f'{f"{where}: " if where else ""}{expected} ({error})' if str(error) else expected
+    if isinstance(error, OSError):
+        paths = ', '.join(str(p) for p in (error.filename, error.filename2) if p is not None)
+        return ': '.join(filter(None, [paths, error.strerror or str(error)]))
+    if isinstance(error, ImportError):
+        package = (error.name or '').partition('.')[0]
+        if package in _EXTRAS:
+            return f"this needs {package}; pip install 'timm_amf[{_EXTRAS[package]}]'"
+    if isinstance(error, RuntimeError) and _MISFITS.search(str(error)):
+        return str(error)
+    return None
+
+
+def _one_line(text: str) -> str:
+    return _TOKEN.sub('hf_...', ' '.join(text.split()))[:600]
+
+
+def _write_traceback(error: BaseException) -> str:
+    text = ''.join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+                'w', prefix='timm_amf-traceback-', suffix='.txt', delete=False, encoding='utf-8') as file:
+            file.write(_TOKEN.sub('hf_...', text))
+        return file.name
+    except OSError:
+        return 'no file, since none can be written (--traceback shows it)'

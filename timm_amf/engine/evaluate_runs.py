@@ -27,10 +27,9 @@ from timm_amf.data import Mixture, check_images, create_dataset, data_spec_from_
 from timm_amf.engine.evaluate import Tally
 from timm_amf.engine.intervals import mean_interval, wilson_interval
 from timm_amf.engine.run_folder import WEIGHTS, choose_device, eval_loader, is_run, load_run, read_run
-from timm_amf.errors import UserError
+from timm_amf.errors import CommandParser, UserError
 from timm_amf.models.method import method_of
 from timm_amf.tuning import Plan
-from timm_amf.verbs import VerbParser, run_verb
 
 __all__ = ['Row', 'RunOptions', 'evaluate_runs', 'is_for_runs', 'main', 'predict', 'table']
 
@@ -332,7 +331,7 @@ def _write(rows: Sequence[Row], options: RunOptions, path: Path) -> None:
         raise UserError(f'--results-file {path}: cannot be written ({e.strerror}); the results are above') from None
 
 
-# ---- the verb
+# ---- the command
 
 
 def is_for_runs(argv: Sequence[str]) -> bool:
@@ -348,12 +347,8 @@ def is_for_runs(argv: Sequence[str]) -> bool:
     return any(word.partition('=')[0] in own for word in argv)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run `timm-amf evaluate RUN ...` and turn what goes wrong into one line and an exit code."""
-    return run_verb('timm-amf evaluate', lambda: _evaluate(argv))
-
-
-def _evaluate(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
+    """`timm-amf evaluate RUN ...`: print the table of the runs."""
     args = _parser().parse_args(argv)
     options = _options(args)
     print(_heading(options))
@@ -366,7 +361,7 @@ def _evaluate(argv: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = VerbParser(
+    parser = CommandParser(
         prog='timm-amf evaluate',
         usage='%(prog)s RUN [RUN ...] [flags]\n       %(prog)s [DIR] --model NAME --initial-checkpoint FILE [flags of '
               'train_amf.py]',

@@ -24,29 +24,17 @@ from timm_amf.engine.checkpoint import Checkpointer, load_weights, read_state
 from timm_amf.engine.csv_log import CsvLog
 from timm_amf.engine.evaluate import evaluate, reduce_tensors
 from timm_amf.engine.task import AdaptiveTask
-from timm_amf.errors import UserError
+from timm_amf.errors import Interrupted, UserError
 from timm_amf.models.method import check_takes, method_of
 from timm_amf.models.records import Record
 from timm_amf.tuning import GroupScheduler, Plan, apply_freeze
 
-__all__ = ['Interrupted', 'Signals', 'Trainer']
+__all__ = ['Signals', 'Trainer']
 
 _logger = logging.getLogger(__name__)
 
 # Processes agree to stop every so many updates: an agreement is a collective operation.
 _AGREE_EVERY = 10
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop, and it stopped with a checkpoint.
-
-    Attributes:
-        signum: The signal.
-    """
-
-    def __init__(self, signum: int, message: str):
-        super().__init__(message)
-        self.signum = signum
 
 
 class Signals:

@@ -4,7 +4,6 @@ The server takes one file for all domains, `[{"image_id": 10000001, "category_id
 """
 import argparse
 import json
-import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from timm_amf.data.decathlon import (
     open_domain,
 )
 from timm_amf.engine.run_folder import choose_device, eval_loader, load_run, read_run
-from timm_amf.errors import UserError
+from timm_amf.errors import CommandParser, UserError
 
 __all__ = ['Predictions', 'main', 'predict_run', 'write_results']
 
@@ -146,28 +145,23 @@ def write_results(predictions: Sequence[Predictions], path: Union[str, Path]) ->
     return len(rows)
 
 
-# ---- the verb
+# ---- the command
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run `timm-amf decathlon score|submit|stats` and turn what goes wrong into one line and an exit code."""
+def main(argv: Sequence[str]) -> None:
+    """Run `timm-amf decathlon score|submit|stats`."""
     args = _parser().parse_args(argv)
-    try:
-        args.run_verb(args)
-    except UserError as e:
-        print(f'timm-amf decathlon: error: {e}', file=sys.stderr)
-        return 2
-    return 0
+    args.run(args)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='timm-amf decathlon', description='The Visual Domain Decathlon.')
+    parser = CommandParser(prog='timm-amf decathlon', description='The Visual Domain Decathlon.')
     verbs = parser.add_subparsers(required=True, metavar='VERB')
 
     score = verbs.add_parser('score', help='the score of test accuracies')
     score.add_argument('accuracies', nargs='+', metavar='NAME=PERCENT or FILE.yaml',
                        help='the test accuracy of a domain, or a YAML file that maps names to accuracies')
-    score.set_defaults(run_verb=_score)
+    score.set_defaults(run=_score)
 
     submit = verbs.add_parser('submit', help='predict the test split of each domain and join the predictions')
     submit.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run: args.yaml and weights')
@@ -180,12 +174,12 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument('--batch-size', type=int, metavar='N', help="images at a time (default: the run's)")
     submit.add_argument('--workers', type=int, metavar='N', help="worker processes (default: the run's)")
     submit.add_argument('--cpu', action='store_true', help='use no GPU')
-    submit.set_defaults(run_verb=_submit)
+    submit.set_defaults(run=_submit)
 
     stats = verbs.add_parser('stats', help='mean and standard deviation of the training images')
     stats.add_argument('domains', nargs='+', metavar='DOMAIN', help=', '.join(DOMAINS))
     stats.add_argument('--data-dir', required=True, metavar='DIR', help='the folder decathlon-1.0')
-    stats.set_defaults(run_verb=_stats)
+    stats.set_defaults(run=_stats)
     return parser
 
 
