@@ -20,11 +20,11 @@ from _timing import Row, create_parser, interleave, parse, per_round, report
 from torch import nn
 
 from timm_amf.engine.memory import keep_freed_memory, saved_bytes
-from timm_amf.models.blocks import classifiers
+from timm_amf.models.blocks import classifiers, probe_units
 from timm_amf.search.candidates import Candidate, block_candidates, candidate_parameters
-from timm_amf.search.lockstep import Lockstep, Member, lockstep_member, probe_units
+from timm_amf.search.lockstep import Lockstep, Member, lockstep_member
 from timm_amf.tuning.freeze import freeze_norm
-from timm_amf.tuning.groups import running_norms
+from timm_amf.tuning.resolve import running_norms
 
 SIZES = {'resnet50': 96, 'mobilenetv2_100': 128}
 LIMITS = dict(full=1 / 2.4, chunks=1 / 2.2, memory=5.5, chunk_memory=3.2)

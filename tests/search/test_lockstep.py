@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 
-from timm_amf.models.blocks import classifiers, list_blocks
+from timm_amf.models.blocks import classifiers, list_blocks, probe_units
 from timm_amf.search.candidates import (
     Candidate,
     block_candidates,
@@ -23,7 +23,6 @@ from timm_amf.search.lockstep import (
     lockstep_member,
     plain_logits,
     plain_member,
-    probe_units,
 )
 
 SIZE = (3, 32, 32)

@@ -48,6 +48,7 @@ from timm_amf.search.proposal import (
 from timm_amf.search.transferability import LABELS, RANKING, Measures, class_means, measure
 from timm_amf.text import columns
 from timm_amf.tuning import Plan, create_optimizer, model_roles, plan_from_args
+from timm_amf.tuning.resolve import resolve
 
 __all__ = ['Advice', 'ComponentAdvice', 'advise', 'main']
 
@@ -275,13 +276,14 @@ def _random_init_accuracy(
     model = build.place_model(build.build_model(options, train.num_classes), options, accelerator)
     loaders = build.build_loaders(options, model, train, val, accelerator)
     plan = plan_from_args(options, model_roles(model), options.lr)
+    table = resolve(model, plan)
     mixup = build.build_mixup(options, model.num_classes)
     task = AdaptiveTask(
         model, RunSettings(plan), device=accelerator.device,
         criterion_kwargs=criterion_kwargs(options, soft_targets=mixup is not None))
     with tempfile.TemporaryDirectory(prefix='timm_amf-') as folder, contextlib.redirect_stdout(io.StringIO()):
         trainer = Trainer(
-            options, accelerator, task, plan, create_optimizer(model, plan), *loaders, Path(folder), mixup)
+            options, accelerator, task, table, create_optimizer(model, table), *loaders, Path(folder), mixup)
         while trainer.epoch < trainer.epochs:
             trained, evaluated = trainer.train_epoch(), trainer.evaluate()
             trainer.finish_epoch(trained, evaluated)

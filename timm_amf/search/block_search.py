@@ -33,7 +33,7 @@ from timm_amf.engine import build
 from timm_amf.engine.options import parse_args, resolve_lr, save_args
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing
-from timm_amf.models.block_probe import in_eval
+from timm_amf.models.blocks import in_eval
 from timm_amf.search.candidates import (
     CUTS,
     Candidate,
@@ -50,6 +50,7 @@ from timm_amf.search.proposal import config_text
 from timm_amf.search.results import BASELINES, CandidateResult, SearchResults, ranking, summary, write_csv
 from timm_amf.search.training import CandidateRuns, Stage
 from timm_amf.tuning import Plan, Schedule, model_roles, plan_from_args
+from timm_amf.tuning.resolve import resolve
 from timm_amf.tuning.roles import role_blocks
 
 __all__ = ['BlockSearch', 'Search', 'main', 'search_blocks']
@@ -231,7 +232,7 @@ class Search:
         for name in (self.role, 'head'):
             if plan.role(name).start_epoch:
                 raise UserError(f'plan: role {name} must train from the start in a search; leave its start_epoch out')
-        build.set_start(model, plan, args, num_classes)
+        build.set_start(model, resolve(model, plan), args, num_classes)
         for other in roles:
             if other not in (self.role, 'head'):
                 plan = plan.with_role(other, train='none')

@@ -19,18 +19,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from timm_amf.engine.build import seed_torch
-from timm_amf.models.block_probe import in_eval, tensor_problem
-from timm_amf.models.blocks import classifiers, is_within, list_blocks
-from timm_amf.models.folding import Folds, find_pairs, view_with
+from timm_amf.models.blocks import Units, classifiers, is_within
+from timm_amf.models.folding import Folds, view_with
 from timm_amf.models.method import Method
 from timm_amf.search.candidates import Candidate
 
 __all__ = [
-    'HEAD', 'Lockstep', 'LockstepModel', 'LockstepUnfit', 'Member', 'Probe', 'lockstep_member', 'plain_logits',
-    'plain_member', 'probe_units',
+    'HEAD', 'Lockstep', 'LockstepModel', 'LockstepUnfit', 'Member', 'lockstep_member', 'plain_logits',
+    'plain_member',
 ]
 
-_BATCH = 3  # images of the pass that is watched, and of the comparison with the plain network
+_BATCH = 3  # images of the comparison with the plain network
 _HEAD_UNIT = '\0head'
 # Before the names of a classifier's parameters: no module's name begins like that.
 HEAD = '@head.'
@@ -38,87 +37,6 @@ HEAD = '@head.'
 
 class LockstepUnfit(Exception):
     """Why an architecture's candidates cannot run in one pass."""
-
-
-# -- Where in a network candidates may differ: found by watching one forward pass.
-
-@dataclass
-class Probe:
-    """What one forward pass told of a network.
-
-    Attributes:
-        order: Units by name, in order of execution: those that take and give one tensor, batch first, once a pass.
-        refused: The other places with weights, and why each can be none.
-        pairs: Names of convolutions and of the batch norms that alone read them.
-    """
-    order: list[str]
-    refused: dict[str, str]
-    pairs: list[tuple[str, str]]
-
-
-def _places(model: nn.Module) -> list[str]:
-    """Blocks, and the outermost modules with weights that hold none of them, without the classifier."""
-    blocks = set(list_blocks(model))
-    heads = {id(m) for m in classifiers(model)}
-
-    def walk(path: str, module: nn.Module) -> list[str]:
-        if path in blocks:
-            return [path]
-        holds = any(b.startswith(f'{path}.' if path else '') for b in blocks)
-        holds = holds or any(id(m) in heads for m in module.modules())
-        if path and not holds:
-            return [path] if next(module.parameters(), None) is not None else []
-        children = ((f'{path}.{n}' if path else n, m) for n, m in module.named_children() if id(m) not in heads)
-        return [found for child, m in children for found in walk(child, m)]
-
-    return walk('', model)
-
-
-def probe_units(model: nn.Module, input_size: Sequence[int]) -> Probe:
-    """Watch one forward pass.
-
-    Args:
-        model: A timm model; its parameters, buffers and modes are left as they are.
-        input_size: (C, H, W) of the input.
-    """
-    places = _places(model)
-    seen: dict[str, list[str]] = {name: [] for name in places}
-    order: list[str] = []
-
-    def before(name):
-        def hook(module, args):
-            versions[name] = args[0]._version if args and torch.is_tensor(args[0]) else None
-        return hook
-
-    def after(name):
-        def hook(module, args, kwargs, output):
-            order.append(name)
-            seen[name].append(tensor_problem(args, output, versions[name], _BATCH))
-        return hook
-
-    versions: dict[str, Optional[int]] = {}
-    hooks = []
-    for name in places:
-        module = model.get_submodule(name)
-        hooks += [module.register_forward_pre_hook(before(name)),
-                  module.register_forward_hook(after(name), with_kwargs=True)]
-    first = next(model.parameters())
-    try:
-        with in_eval(model), torch.enable_grad(), torch.random.fork_rng(), find_pairs(model) as finder:
-            x = torch.randn(_BATCH, *input_size, device=first.device, dtype=first.dtype).requires_grad_(True)
-            result = model.forward_features(x)
-            logits = model.forward_head(result)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    pairs = finder.pairs(logits) if torch.is_tensor(logits) else []
-    refused = {}
-    for name in places:
-        problems = seen[name] or ['is not run']
-        reason = next((p for p in problems if p), '' if len(problems) == 1 else f'runs {len(problems)} times an image')
-        if reason:
-            refused[name] = reason
-    return Probe([n for n in order if n not in refused], refused, pairs)
 
 
 def pairs_below(pairs: Iterable[tuple[str, str]], path: str) -> list[tuple[str, str]]:
@@ -210,7 +128,7 @@ def plain_member(model: nn.Module, candidate: Candidate, head: nn.Module, trains
 
 def lockstep_member(
         model: nn.Module,
-        probe: Probe,
+        probe: Units,
         candidate: Candidate,
         head: nn.Module,
         trains: Iterable[str],
@@ -300,7 +218,7 @@ class Lockstep:
         step_seed: What random numbers of the candidates' layers (dropout) follow from, the same for all of them.
     """
 
-    def __init__(self, model: nn.Module, probe: Probe, members: Sequence[Member], own_head: bool = True):
+    def __init__(self, model: nn.Module, probe: Units, members: Sequence[Member], own_head: bool = True):
         heads = classifiers(model)
         if len(heads) != 1:
             raise LockstepUnfit(f'it has {len(heads)} classifiers')
@@ -458,12 +376,12 @@ class _Pass:
     order: list[Member] = field(default_factory=list)
 
 
-def _own_folds(probe: Probe, member: Member, path: str) -> tuple[Folds, Folds]:
+def _own_folds(probe: Units, member: Member, path: str) -> tuple[Folds, Folds]:
     """For a candidate's copy of a unit, what to fold in evaluation, and in training."""
     pairs = pairs_below(probe.pairs, path)
     # Norms that train have their batch's statistics in training.
     fixed = [p for p in pairs if not is_within(f'{path}.{p[1]}', member.candidate.modules)]
-    return Folds(pairs, cut=True), Folds(fixed, cut=True)
+    return Folds(pairs), Folds(fixed)
 
 
 # -- As a model of the engine's trainer.

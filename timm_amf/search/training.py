@@ -28,7 +28,7 @@ from timm_amf.engine.memory import saved_bytes
 from timm_amf.engine.run import find_resume, prepare_folder
 from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
 from timm_amf.errors import UserError
-from timm_amf.models.blocks import classifiers
+from timm_amf.models.blocks import Units, classifiers, probe_units
 from timm_amf.models.method import RunSettings
 from timm_amf.search.candidates import Candidate, candidate_plan
 from timm_amf.search.lockstep import (
@@ -37,14 +37,13 @@ from timm_amf.search.lockstep import (
     LockstepModel,
     LockstepUnfit,
     Member,
-    Probe,
     lockstep_member,
     plain_member,
-    probe_units,
 )
 from timm_amf.search.results import CandidateResult
 from timm_amf.tuning import GroupScheduler, Plan
-from timm_amf.tuning.groups import optimizer_of, param_groups
+from timm_amf.tuning.optim import optimizer_of, param_groups
+from timm_amf.tuning.resolve import resolve
 from timm_amf.tuning.roles import role_defaults
 
 __all__ = ['CandidateRuns', 'CandidateTrainer', 'Stage']
@@ -186,7 +185,7 @@ class CandidateRuns:
         self.own_head, self.head = head is None, heads[0] if head is None else head
         self.folder, self.chunk, self.memory, self.progress = folder, chunk, memory, progress
         self.alone = alone
-        self.probe: Optional[Probe] = None
+        self.probe: Optional[Units] = None
         if not alone:
             try:
                 self.probe = probe_units(model, input_size)
@@ -320,7 +319,8 @@ class CandidateRuns:
             **vars(args), 'model_ema': False, 'start_epoch': None, 'stop_epoch': None, 'save_epochs': (),
             'no_progress': not self.progress or args.no_progress, 'explicit': args.explicit - {'checkpoint_hist'}})
         trainer = CandidateTrainer(
-            own_args, self.accelerator, task, common, optimizer, stage.train_loader, stage.val_loader, folder, mixup)
+            own_args, self.accelerator, task, resolve(model, common), optimizer, stage.train_loader, stage.val_loader,
+            folder, mixup)
         ends = np.cumsum([0, *map(len, groups)])
         mode = 'min' if trainer.decreasing else 'max'
         trainer.scheduler = _Schedulers([
