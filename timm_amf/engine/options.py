@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Container, Mapping, Sequence
-from typing import NoReturn, Optional
+from typing import Any, NoReturn, Optional
 
 from timm_amf.engine.config_file import KeyValues, find_config, nearest, read_config, save_args
 from timm_amf.engine.option_checks import check_names, check_values
@@ -115,11 +115,15 @@ def _add_group(parser: argparse.ArgumentParser, title: str, rows: Sequence[tuple
         action.help = (mark + text).replace('%', '%%')
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(
+        argv: Optional[Sequence[str]] = None,
+        data: Optional[Mapping[str, Any]] = None,
+) -> argparse.Namespace:
     """Reads the options from `--config` and the command line, which wins, and checks them.
 
     Args:
         argv: Arguments, those of the process if None.
+        data: Section `data` of a recipe, instead of that of the file.
 
     Returns:
         A namespace with every flag by name and besides: `explicit`, the set of names that the user set, and `recipe`,
@@ -144,7 +148,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         values, recipe, explicit = read_config(find_config(given.config), parser)
     explicit = (set(values) if explicit is None else explicit) | set(vars(given)) - {'config'}
     args = argparse.Namespace(**{**copy.deepcopy(defaults), **values, **vars(given)})
-    args.recipe, args.explicit = recipe, explicit
+    args.recipe, args.explicit = recipe if data is None else {**recipe, 'data': dict(data)}, explicit
     _settle(args, vars(given), defaults)
     _check_applicable(args, defaults)
     check_values(args)
