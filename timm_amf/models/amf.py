@@ -153,7 +153,7 @@ class AMF(Method, nn.Module):
         self.fc = self._create_fc(**dd)
 
     def _set_features(self, size: tuple[int, int], global_pool: Optional[str]) -> None:
-        """Learns the features' widths and layout from the architectures."""
+        """Read the features' widths and layout from the architectures."""
         features = _joint_features(self.backbone_parts, (self.in_chans, *size))
         self.img_size = size
         self.global_pool = global_pool
@@ -421,7 +421,7 @@ class AMF(Method, nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> list[int]:
-        """Removes from the branches what `forward_intermediates` does not need for these levels; the policy stays.
+        """Remove from the branches what `forward_intermediates` does not need for these levels; the policy stays.
 
         With `prune_head` only `forward_intermediates` runs afterwards.
         """
@@ -435,7 +435,7 @@ class AMF(Method, nn.Module):
         return take
 
     def set_input_size(self, img_size: Union[int, tuple[int, int]]) -> None:
-        """Resizes the networks whose input size is fixed, such as a ViT's position embedding.
+        """Resize the networks whose input size is fixed, such as a ViT's position embedding.
 
         Args:
             img_size: New size in pixels, (H, W) or a side.

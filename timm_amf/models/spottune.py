@@ -169,7 +169,7 @@ class SpotTune(Method, nn.Module):
         self._adopt()
 
     def _split_blocks(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Puts a `RoutedBlock` in the place of each block; returns the pairs of convolution and norm outside them."""
+        """Put a `RoutedBlock` in the place of each block; return the pairs of convolution and norm outside them."""
         pairs = list(pairs)
         for index, name in enumerate(self._names):
             block = self.backbone.get_submodule(name)
@@ -302,7 +302,7 @@ class SpotTune(Method, nn.Module):
         return (logits[..., 1] > logits[..., 0]).to(logits.dtype)
 
     def set_blocks(self, blocks: Optional[Union[str, Sequence[Union[int, str]]]] = None) -> None:
-        """Fixes the path of all images, or gives it back to the policy.
+        """Fix the path of all images, or give it back to the policy.
 
         Args:
             blocks: The blocks whose tuned copy is taken, by index or name (`block_names`); `tuned` for all of them
@@ -415,7 +415,7 @@ class SpotTune(Method, nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> list[int]:
-        """Removes from the backbone what `forward_intermediates` does not need for these levels; the policy stays."""
+        """Remove from the backbone what `forward_intermediates` does not need for these levels; the policy stays."""
         self._unfold()
         take = self.backbone.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
         self.num_classes = 0 if prune_head else self.num_classes
@@ -456,7 +456,7 @@ class SpotTune(Method, nn.Module):
         self._adopt()
 
     def set_input_size(self, img_size: Union[int, tuple[int, int]]) -> None:
-        """Resizes the networks whose input size is fixed, such as a ViT's position embedding.
+        """Resize the networks whose input size is fixed, such as a ViT's position embedding.
 
         Args:
             img_size: New size in pixels, (H, W) or a side.
