@@ -20,9 +20,8 @@ from timm_amf.engine.options import parse_args, resolve_lr, save_args
 from timm_amf.engine.run import find_resume, prepare_folder
 from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
 from timm_amf.errors import run_command, without_traceback_flag
-from timm_amf.hub.flags import check_flags, publish_finished
 from timm_amf.models.method import RunSettings
-from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args
+from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args, resolve
 
 _logger = logging.getLogger('train')
 
@@ -31,6 +30,8 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     """Parse, build, loop; raises `Interrupted` after a signal, with the checkpoint written."""
     args = parse_args(argv)
     if args.publish:
+        from timm_amf.hub.publish import check_flags  # what it takes is imported only where it is asked for
+
         check_flags(args)
     accelerator = build.build_accelerator(args)
     folder = build.run_folder(args, accelerator)
@@ -43,17 +44,18 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
 
     lr = resolve_lr(args, args.batch_size * accelerator.num_processes * args.grad_accum_steps)
     plan = plan_from_args(args, model_roles(model), lr)
+    table = resolve(model, plan)
     if resume is None and not args.eval_only:
-        build.set_start(model, plan, args, train_set.num_classes)
-    optimizer = create_optimizer(model, plan)
+        build.set_start(model, table, args, train_set.num_classes)
+    optimizer = create_optimizer(model, table)
     mixup = build.build_mixup(args, model.num_classes)
     task = AdaptiveTask(
         model, RunSettings(plan, args.branch_loss, args.policy_balance), device=accelerator.device,
         criterion_kwargs=criterion_kwargs(args, soft_targets=mixup is not None))
-    trainer = Trainer(args, accelerator, task, plan, optimizer, train_loader, val_loader, folder, mixup)
+    trainer = Trainer(args, accelerator, task, table, optimizer, train_loader, val_loader, folder, mixup)
 
     accelerator.print(describe_groups(optimizer.param_groups))
-    accelerator.print(describe_depths(model, plan), end='')
+    accelerator.print(describe_depths(model, table), end='')
     if args.dry_run:
         return
     if args.eval_only:
@@ -86,6 +88,8 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     accelerator.end_training()
     accelerator.print(trainer.closing_line())
     if args.publish and accelerator.is_main_process:
+        from timm_amf.hub.publish import publish_finished
+
         publish_finished(args, folder)
 
 

@@ -39,33 +39,29 @@ class Fault:
         method: HTTP method.
         path: Regular expression that is searched in the path.
         times: How many answers it takes.
-        after: How many matching requests pass before it begins.
         status: Answer with this status.
         headers: Headers of that answer.
         body: Body of that answer, or of the real one (`serve`).
         cut: Send half of the body of the real answer, and close.
         drop: Close without an answer; of an upload, after half of what the client sends.
         serve: Answer as usual, but with `body`.
-        lose: Do what was asked, and close without an answer.
     """
     method: str
     path: str
     times: int = 1_000_000
-    after: int = 0
     status: Optional[int] = None
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b''
     cut: bool = False
     drop: bool = False
     serve: bool = False
-    lose: bool = False
     seen: int = 0
 
     def takes(self, method: str, path: str) -> bool:
         if method != self.method or not re.search(self.path, path):
             return False
         self.seen += 1
-        return self.after < self.seen <= self.after + self.times
+        return self.seen <= self.times
 
 
 @dataclass(frozen=True)
@@ -263,9 +259,6 @@ class _Handler(BaseHTTPRequestHandler):
         if not isinstance(body, bytes):
             body = json.dumps(body).encode()
             headers.setdefault('Content-Type', 'application/json')
-        if self.active and self.active.lose:
-            self._close()
-            return
         served, cut = body, False
         if self.active and self.command == 'GET':
             served = self.active.body if self.active.serve else body

@@ -102,16 +102,8 @@ def test_only_what_is_meant_is_asked_about(run, client, hub):
         f'/api/models/{OWNER}/spottune_resnet50.cub']
 
 
-@pytest.mark.parametrize('status, message', [(500, 'the Hub is in trouble'), (429, 'limits your requests')])
-def test_a_hub_that_does_not_answer(run, client, hub, monkeypatch, status, message):
-    monkeypatch.setattr('timm_amf.hub.client._WAITS', (0., 0.))
-    hub.fault('GET', '/api/models/', status=status)
-    error = run('*.cub', '--check', code=2)
-    assert error.count('\n') == 1 and message in error and f'{OWNER}/spottune_resnet50.cub' in error
-
-
 def test_no_network(run, client, monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     assert run('*.cub')['tag']
     error = run('*.cub', '--check', code=2)
-    assert error.count('\n') == 1 and 'spottune_resnet50.cub' in error
+    assert error.count('\n') == 1 and 'offline mode' in error

@@ -6,8 +6,6 @@
 
 What is published is known of the time when this version was released, without any network; `--check` asks the Hub.
 """
-import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 
@@ -19,11 +17,10 @@ from torch import nn
 
 from timm_amf.engine.config_file import list_recipes, nearest
 from timm_amf.engine.recipe_schema import Recipe, describe_expected, read_recipe
-from timm_amf.errors import UserError
-from timm_amf.hub.client import hub_errors, patiently
+from timm_amf.errors import CommandParser, UserError, run_command
+from timm_amf.models.method import method_of
 from timm_amf.models.tags import FINE_TUNED, OWNER
 from timm_amf.text import columns
-from timm_amf.verbs import VerbParser
 from timm_amf.version import __version__
 
 __all__ = ['ask_hub', 'main']
@@ -43,18 +40,13 @@ def ask_hub(repo_id: str) -> str:
 
     Returns:
         `yes`, `no`, `private` or `gated`.
-
-    Raises:
-        UserError: If the Hub cannot be asked.
     """
-    api = HfApi(library_name='timm_amf', library_version=__version__)
-    with hub_errors(repo_id, 'read'):
-        try:
-            info = patiently(lambda: api.model_info(repo_id, timeout=_TIMEOUT))
-        except GatedRepoError:
-            return 'gated'
-        except RepositoryNotFoundError:
-            return 'no'
+    try:
+        info = HfApi(library_name='timm_amf', library_version=__version__).model_info(repo_id, timeout=_TIMEOUT)
+    except GatedRepoError:
+        return 'gated'
+    except RepositoryNotFoundError:
+        return 'no'
     return 'private' if info.private else 'gated' if info.gated else 'yes'
 
 
@@ -63,19 +55,13 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatch(name, pattern) or fnmatch(name.partition('.')[0], pattern)
 
 
-def _parts(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The networks of a model, and its policy network where it has one; none of a plain model."""
-    networks = [model.backbone] if hasattr(model, 'backbone') else list(getattr(model, 'branches', []))
-    policy = getattr(model, 'policy', None)
-    return networks, [] if policy is None else [policy.net]
-
-
 def _model_row(name: str, model: nn.Module) -> tuple[str, ...]:
-    networks, policy = _parts(model)
-    parts = ' + '.join(
-        ', '.join(net.pretrained_cfg['architecture'] for net in group) for group in (networks, policy) if group)
+    method = method_of(model)
+    parts = method.architectures() if method.method_name else []
+    policy = [parts.pop()] if getattr(model, 'policy', None) is not None else []  # the last
     size = 'x'.join(map(str, model.pretrained_cfg['input_size']))
-    return name, f'{sum(p.numel() for p in model.parameters()):,}', size, parts
+    count = f'{sum(p.numel() for p in model.parameters()):,}'
+    return name, count, size, ' + '.join(filter(None, [', '.join(parts), *policy]))
 
 
 def _tags(name: str, pattern: str) -> list[str]:
@@ -92,8 +78,7 @@ def _tag_rows(tags: Sequence[str], model: nn.Module, published: Published) -> It
         if tag in FINE_TUNED:
             yield tag, published(repo), repo
         elif repo:
-            networks, policy = _parts(model)
-            sources = [net.pretrained_cfg.get('hf_hub_id') for net in (*networks, *policy)]
+            sources = [net.pretrained_cfg.get('hf_hub_id') for net in method_of(model).networks()]
             yield f'{tag} (default)', 'yes', ', '.join(dict.fromkeys(filter(None, sources)))
 
 
@@ -148,22 +133,15 @@ def _list(pattern: str, check: bool) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `timm-amf models`.
+    """Run `timm-amf models`; returns the exit code."""
+    return run_command('timm-amf models', lambda: _run(argv))
 
-    Returns:
-        The exit code: 2 for a mistake on the command line, or if the Hub cannot be asked.
-    """
-    parser = VerbParser(
+
+def _run(argv: Sequence[str]) -> None:
+    parser = CommandParser(
         prog='timm-amf models', description='List the models, their tags, the recipes, and what is published.')
     parser.add_argument('filter', nargs='?', default='*', help='wildcard on the name, such as amf_*')
     parser.add_argument(
         '--check', action='store_true', help='ask the Hub what is published, instead of what this version knows')
-    try:
-        args = parser.parse_args(argv)
-        print(_list(args.filter, args.check), flush=True)
-    except UserError as e:
-        print(f'timm-amf models: error: {e}', file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `| head` has what it wants; Python's own flush at the end must not say so again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    args = parser.parse_args(argv)
+    print(_list(args.filter, args.check), flush=True)

@@ -13,7 +13,7 @@ from typing import Any, Optional, Union
 from timm_amf.data.spec import DataSpec
 from timm_amf.engine.config_file import SECTIONS, find_config, load_yaml, nearest
 from timm_amf.errors import UserError
-from timm_amf.hub.client import check_repo_id
+from timm_amf.hub.load import check_repo_id
 from timm_amf.tuning import Plan
 
 __all__ = ['PAPERS', 'Recipe', 'check_recipe', 'describe_expected', 'read_recipe']

@@ -4,23 +4,37 @@ What the run began from (pretrained weights, a checkpoint, the file of its Plan)
 """
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
+import yaml
 from PIL import Image
+from safetensors import safe_open
 from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
 from torch import nn
 from torchvision.transforms import Compose, TenCrop
 
-from timm_amf.data import Mixture, SeededLoader, create_loader
+from timm_amf.data import (
+    Mixture,
+    SeededLoader,
+    check_images,
+    create_datasets,
+    create_loader,
+    data_spec_from_args,
+    splits_from_args,
+)
 from timm_amf.engine.build import build_model
 from timm_amf.engine.checkpoint import load_weights
 from timm_amf.engine.options import parse_args
 from timm_amf.errors import UserError
+from timm_amf.tuning import Plan
 
-__all__ = ['WEIGHTS', 'choose_device', 'eval_loader', 'is_run', 'load_run', 'read_run', 'weights_file']
+__all__ = [
+    'WEIGHTS', 'OpenRun', 'choose_device', 'eval_loader', 'is_run', 'load_run', 'open_run', 'read_run',
+]
 
 # Where the weights of a run may be, by the name of the choice, in order of preference.
 WEIGHTS = {
@@ -55,31 +69,107 @@ def read_run(run: Union[str, Path], flags: Sequence[str] = ()) -> argparse.Names
     return args
 
 
-def weights_file(run: Union[str, Path], weights: str = 'best') -> Path:
-    """The file of a choice of `WEIGHTS`; where there is none, the name that it should have."""
-    files = [Path(run) / name for name in WEIGHTS[weights]]
-    return next((file for file in files if file.exists()), files[-1])
-
-
-def load_run(args: argparse.Namespace, run: Union[str, Path], num_classes: int, weights: str = 'best') -> nn.Module:
+def load_run(
+        args: argparse.Namespace,
+        run: Union[str, Path],
+        num_classes: Optional[int] = None,
+        weights: str = 'best',
+) -> nn.Module:
     """The model of a run with its weights, in evaluation mode, on the CPU.
 
     Args:
         args: The run's options, from `read_run`.
         run: Its folder.
-        num_classes: Classes of its data.
+        num_classes: Classes of its data. None: as many as the classifier in the weights has.
         weights: `best` takes `model_best.safetensors`; `last` those of the last epoch as the run evaluated them (the
             moving average, if it kept one); `ema` the moving average; `raw` what the average is of.
 
     Raises:
         UserError: If the weights are missing, damaged, or of another model.
     """
-    file = weights_file(run, weights)
-    if weights == 'ema' and not file.exists():
-        raise UserError(f'{run}: kept no moving average; take its best or last weights')
-    model = build_model(args, num_classes)
+    files = [Path(run) / name for name in WEIGHTS[weights]]
+    file = next((file for file in files if file.exists()), files[-1])
+    if not file.exists():
+        what = 'the run kept no moving average' if weights == 'ema' else 'no such checkpoint'
+        raise UserError(f'{file}: {what}; take other --weights, or train the run on')
+    model = build_model(args, num_classes or args.num_classes or _count_classes(args, file))
     load_weights(model, file)
     return model.eval()
+
+
+def _count_classes(args: argparse.Namespace, weights: Path) -> int:
+    """Outputs of the classifier in a file of weights: the data may be gone or have other classes by now."""
+    with torch.random.fork_rng(devices=[]), torch.device('meta'):
+        names = build_model(args, 2).pretrained_cfg.get('classifier') or ()
+    with safe_open(weights, 'pt') as file:
+        for name in (names,) if isinstance(names, str) else names:
+            for key in (f'{name}.weight', f'{name}.bias'):
+                if key in file.keys():  # noqa: SIM118  no dict
+                    return file.get_slice(key).get_shape()[0]
+    raise UserError(f'{weights}: has no classifier by which to tell the number of classes')
+
+
+@dataclass
+class OpenRun:
+    """A run rebuilt from its folder.
+
+    Attributes:
+        folder: The folder.
+        args: Its options, as `read_run` gives them.
+        options: What its `args.yaml` holds: how it was started, with pretrained weights, say.
+        plan: How it was fine-tuned.
+        model: With its weights, in evaluation mode, on the CPU.
+        data: Its training and its validation images; None where they are gone.
+        missing: Why they are gone.
+    """
+    folder: Path
+    args: argparse.Namespace
+    options: dict[str, Any]
+    plan: Plan
+    model: nn.Module
+    data: Optional[tuple[Mixture, Mixture]]
+    missing: str = ''
+
+
+def open_run(
+        run: Union[str, Path],
+        weights: str = 'best',
+        data_dir: Optional[str] = None,
+        need_data: bool = True,
+) -> OpenRun:
+    """Rebuilds a run.
+
+    Args:
+        run: Its folder.
+        weights: One of `WEIGHTS`.
+        data_dir: Folder of its data, where it is not that of the run.
+        need_data: Whether missing data are an error.
+    """
+    if not is_run(run):
+        raise UserError(f'{run}: no args.yaml there; give the folder of a run')
+    folder = Path(run)
+    options = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
+    if not isinstance(options, dict):
+        raise UserError(f'{folder / "args.yaml"}: holds no options of a run')
+    moved = options.get('data_dir')
+    if need_data or data_dir or not moved or Path(moved).exists():
+        args = read_run(folder, ['--data-dir', data_dir] if data_dir else [])
+    else:  # the options want a folder that exists
+        args = read_run(folder, ['--data-dir', str(folder)])
+        args.data_dir = moved
+    data, missing = None, ''
+    channels = args.in_chans or (args.input_size[0] if args.input_size else 3)
+    try:
+        spec = data_spec_from_args(args, args.recipe.get('data'))
+        data = create_datasets(spec, splits_from_args(args), in_chans=channels)
+    except (UserError, OSError) as e:
+        if need_data:
+            raise
+        missing = str(e)
+    if need_data and args.skip_bad_images:  # an accuracy is of the images that the run could read
+        check_images(data[1], True, args.cache_dir, args.workers, False)
+    model = load_run(args, folder, data[0].num_classes if need_data else None, weights)
+    return OpenRun(folder, args, options, Plan.from_yaml(folder / 'plan.yaml'), model, data, missing)
 
 
 def choose_device(cpu: bool = False) -> torch.device:

@@ -3,36 +3,74 @@
     model = timm_amf.load('me/birds')                  # or 'me/birds@v1', or a folder
     print(model.provenance)
 
-`timm.create_model('hf-hub:me/birds', pretrained=True)` reads the same files, with timm's own checks alone.
+A repository is somebody else's. Read from it are files of names that are known here, of a bounded size, in formats that
+carry data alone: JSON, YAML without tags and aliases, safetensors. The arguments in `config.json` are held against a
+whitelist of types, names and sizes; then the model is built on the meta device, where nothing is allocated, and its
+tensors are compared with those of the weights. Only then is it built. `timm.create_model('hf-hub:me/birds',
+pretrained=True)` reads the same files with timm's own checks alone.
 """
+import hashlib
+import json
 import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import timm
+import torch
+import yaml
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
+from timm.models import PretrainedCfg
 from torch import nn
 
 from timm_amf.errors import UserError
-from timm_amf.hub.client import check_repo_id, hub_errors
-from timm_amf.hub.safety import PICKLES, WEIGHTS, check_digest, check_fits, read_config, read_yaml
 from timm_amf.models.method import Method
-from timm_amf.models.sources import loading
 from timm_amf.tuning import Plan
 from timm_amf.version import __version__
 
-__all__ = ['Provenance', 'load']
+__all__ = ['WEIGHTS', 'Provenance', 'check_repo_id', 'connection', 'load', 'read_config']
 
 _logger = logging.getLogger(__name__)
+
+WEIGHTS = 'model.safetensors'
+# Endings of files that torch reads by running what is in them.
+_PICKLES = ('.bin', '.pt', '.pth', '.pth.tar', '.ckpt', '.pkl', '.pickle', '.npz', '.npy')
+# Bytes of a file: the names and descriptions of ImageNet-21k's classes are some 2 million; a Plan is short.
+_MAX_CONFIG, _MAX_PLAN, _MAX_ARGS = 16_000_000, 200_000, 20_000
+_MAX_NUMBER, _MAX_LENGTH, _MAX_DEPTH, _MAX_CLASSES = 65_536, 256, 5, 1_000_000
+_KEY = re.compile(r'(?!__)[A-Za-z_]\w{0,63}')
+# Names of architectures, layers, activations, poolings. No slash: neither a path nor an address of the Hub.
+_WORD = re.compile(r'(?!.*\.\.)[\w.,:+\- ]{0,128}')
+_TEXT = re.compile(r'(?s).{0,2000}')
+# Arguments that say where to load from, or how far to trust what is loaded; none describes a network.
+_REFUSED = {
+    'cache_dir', 'checkpoint_path', 'custom_load', 'device', 'dtype', 'feature_cfg', 'feature_cls', 'features_only',
+    'file', 'filter_fn', 'hf_hub_filename', 'hf_hub_id', 'kwargs_filter', 'model_cfg', 'out_indices', 'source',
+    'state_dict', 'url',
+}
+# Of a network that is a part of another: the statistics that its input has.
+_OF_PARTS = ('pretrained_cfg', 'pretrained_cfg_overlay')
+_FREE_TEXT = ('label_names', 'label_descriptions', 'description', 'notes', 'origin_url', 'paper_name', 'paper_ids')
 
 
 @dataclass(frozen=True)
 class Provenance:
     """Which Plan and data made the weights of a model that `load` returned (`model.provenance`).
 
-    Args:
+    Attributes:
         source: The repository or folder.
         commit: Commit of the repository; None of a folder.
         architecture: What was built.
@@ -50,8 +88,7 @@ class Provenance:
     version: Optional[str] = None
 
     def __str__(self) -> str:
-        where = self.source if self.commit is None else f'{self.source}@{self.commit[:10]}'
-        lines = [f'{where}: {self.architecture}']
+        lines = [f'{self.source}{"@" + self.commit[:10] if self.commit else ""}: {self.architecture}']
         for c in self.data:
             lines.append(
                 f'  data {c["name"]}: {c["classes"]} classes, {c["train"]} training and {c["val"]} validation images')
@@ -60,18 +97,18 @@ class Provenance:
         if self.plan is None:
             lines.append('  plan: not recorded')
         else:
-            plan = self.plan
-            roles = ', '.join(
-                f'{name} {role.lr:g}' for name, role in plan.roles.items() if role.lr is not None and role.lr > 0)
-            lines.append(f'  plan: {plan.opt}, {plan.epochs} epochs, LR {plan.lr:g}{f" ({roles})" if roles else ""}')
+            roles = ', '.join(f'{name} {role.lr:g}' for name, role in self.plan.roles.items() if role.lr)
+            lines.append(
+                f'  plan: {self.plan.opt}, {self.plan.epochs} epochs, LR {self.plan.lr:g}'
+                f'{f" ({roles})" if roles else ""}')
         return '\n'.join(lines)
 
 
 def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs) -> nn.Module:
     """Load a published model, in evaluation mode.
 
-    Everything that is read is checked first (`timm_amf.hub.safety`): no pickle is loaded, no argument builds what the
-    weights do not fill, a file is what the Hub says it is. A SpotTune whose results are of fixed blocks has them fixed.
+    A SpotTune whose results are of fixed blocks has them fixed. The architecture must be registered with timm: import
+    the module of a method of your own first.
 
     Args:
         path_or_id: A folder that holds `config.json` and `model.safetensors`, or OWNER/NAME on the Hub, with or without
@@ -83,24 +120,26 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs)
         The model, with a `Provenance` in its `provenance`.
 
     Raises:
-        UserError: If there is no such repository or folder, it cannot be had, or it is not what it should be.
+        UserError: If the repository or folder is not what it should be. Errors of the Hub are those of its client.
     """
     cache_dir = kwargs.pop('cache_dir', None)
-    folder = _as_folder(path_or_id)
+    folder, commit = _as_folder(path_or_id), None
     if folder is not None:
         if revision:
             raise UserError(f'{folder}: is a folder, and has no revision {revision!r}; leave it out')
-        where, commit = str(folder), None
+        where = str(folder)
         _check_folder(folder)
     else:
-        repo, revision = _as_repo(path_or_id, revision)
-        folder, commit = _download(repo, revision, cache_dir)
-        where = repo
+        name, _, own = str(path_or_id).removeprefix('hf-hub:').removeprefix('hf_hub:').partition('@')
+        check_repo_id(name)
+        where = name
+        with connection(name):
+            folder, commit = _download(name, revision or own or None, cache_dir)
     config = read_config(folder / 'config.json', where)
+    own = config.get('timm_amf', {})
     plan = _read_plan(folder / 'plan.yaml', where)
-    own = _own_section(config, where)
-    check_fits(config, folder / WEIGHTS, where)
-    model = _build(config, folder, where, kwargs)
+    _check_fits(config, folder / WEIGHTS, where)
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
     for module in model.modules():  # with features_only the model is within another
         if isinstance(module, Method) and 'eval_blocks' in module.takes and own.get('blocks') is not None:
             module.set_blocks(own['blocks'])
@@ -110,27 +149,43 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs)
     return model
 
 
+# -- where it is ------------------------------------------------------------------------------------------------------
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuses what cannot be the name of a repository."""
+    try:
+        validate_repo_id(repo_id)
+        valid = repo_id.count('/') == 1
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise UserError(
+            f'{repo_id!r} cannot be a repository of the Hub; write OWNER/NAME of letters, digits, "-", "_" and "."')
+
+
+@contextmanager
+def connection(repo_id: str) -> Iterator[None]:
+    """Around requests: an exception of a connection that broke names neither the repository nor what to do."""
+    try:
+        yield
+    except (HfHubHTTPError, OfflineModeIsEnabled):
+        raise  # they say it
+    except (HTTPError, ConnectionError, RuntimeError) as e:  # the client raises its HTTP library's own, or wraps them
+        raise UserError(
+            f'{repo_id}: the connection to the Hub broke off ({_short(e.__cause__ or e)}); nothing was changed, check '
+            'the network and try again') from e
+
+
 def _as_folder(path_or_id: Union[str, Path]) -> Optional[Path]:
     """The folder that is meant, None where it is a repository."""
     if isinstance(path_or_id, Path):
         return path_or_id
-    source, colon, rest = path_or_id.partition(':')
-    if colon and source == 'local-dir':
-        return Path(rest)
-    if colon and source in ('hf-hub', 'hf_hub'):
+    if path_or_id.startswith(('hf-hub:', 'hf_hub:')):
         return None
-    looks_local = path_or_id.startswith(('.', '/', '~')) or path_or_id.count('/') != 1
-    path = Path(path_or_id).expanduser()
-    return path if path.is_dir() or looks_local else None
-
-
-def _as_repo(path_or_id: str, revision: Optional[str]) -> tuple[str, Optional[str]]:
-    name = path_or_id.partition(':')[2] if path_or_id.startswith(('hf-hub:', 'hf_hub:')) else path_or_id
-    repo, at, own = name.partition('@')
-    check_repo_id(repo)
-    if at and revision and own != revision:
-        raise UserError(f'{name}: two revisions, {own} and {revision}; give one')
-    return repo, own or revision
+    path = Path(path_or_id.removeprefix('local-dir:')).expanduser()
+    is_path = path_or_id.startswith(('.', '/', '~', 'local-dir:')) or path_or_id.count('/') != 1
+    return path if is_path or path.is_dir() else None
 
 
 def _check_folder(folder: Path) -> None:
@@ -146,7 +201,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _no_weights(where: str, names: list[str]) -> UserError:
-    pickles = sorted(name for name in names if name.endswith(PICKLES))
+    pickles = sorted(name for name in names if name.endswith(_PICKLES))
     if pickles:
         return UserError(
             f'{where}: has its weights as a pickle alone ({ascii(pickles[0])}), which runs code when it is read; ask '
@@ -157,68 +212,182 @@ def _no_weights(where: str, names: list[str]) -> UserError:
 def _download(repo: str, revision: Optional[str], cache_dir: Optional[str]) -> tuple[Path, str]:
     """Fetches the files of one commit into the client's cache; returns their folder and the commit."""
 
-    def fetch(name: str, at: Optional[str]) -> Path:
-        return Path(hf_hub_download(
-            repo, name, revision=at, cache_dir=cache_dir, library_name='timm_amf', library_version=__version__))
-
-    where = f'{repo}@{revision}' if revision else repo
-    with hub_errors(where, 'read'):
+    def fetch(name: str, at: Optional[str]) -> Optional[Path]:
         try:
-            config = fetch('config.json', revision)
+            return Path(hf_hub_download(
+                repo, name, revision=at, cache_dir=cache_dir, library_name='timm_amf', library_version=__version__))
         except LocalEntryNotFoundError:
             raise  # the Hub could not be asked
         except EntryNotFoundError:
-            raise UserError(f'{where}: has no config.json; it is no model that can be loaded') from None
-        # The cache keeps each commit in a folder of its name. What a branch holds may change between two requests.
-        commit = config.parent.name
-        try:
-            weights = fetch(WEIGHTS, commit)
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            raise _no_weights(where, HfApi().list_repo_files(repo, revision=commit)) from None
-        check_digest(weights, where)
-        try:
-            fetch('plan.yaml', commit)
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            pass  # a model that another program published
+            return None
+
+    config = fetch('config.json', revision)
+    if config is None:
+        raise UserError(f'{repo}: has no config.json; it is no model that can be loaded')
+    # The cache keeps each commit in a folder of its name. What a branch holds may change between two requests.
+    commit = config.parent.name
+    weights = fetch(WEIGHTS, commit)
+    if weights is None:
+        raise _no_weights(repo, HfApi().list_repo_files(repo, revision=commit))
+    _check_digest(weights, repo)
+    fetch('plan.yaml', commit)  # not there if another program published the model
     return config.parent, commit
 
 
+def _check_digest(path: Path, where: str) -> None:
+    """Compares a file of the client's cache with the SHA-256 that the Hub gave for it.
+
+    The client compares no more than the length of what came. In its cache the file of a commit is a link to `blobs/`,
+    where a large file has that hash for its name (and may be a link in turn, to a store by Xet's own hash). A file that
+    is not what its name says is removed, so that the next try downloads it again.
+    """
+    blob = path.parent / path.readlink() if path.is_symlink() else path
+    if not re.fullmatch(r'[0-9a-f]{64}', blob.name):
+        return  # a small file, which the Hub names by git's hash of it, or a cache without links
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != blob.name:
+        for link in (path.resolve(), blob, path):
+            link.unlink(missing_ok=True)
+        raise UserError(f'{where}: {path.name} is not what the Hub says it is (SHA-256 differs); try again')
+
+
+# -- what is in it ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _reading(path: Path, where: str) -> Iterator[None]:
+    """Whatever is wrong with a file of somebody else's, in one line that names it and is safe to print."""
+    try:
+        yield
+    except Exception as e:  # also what an architecture does with arguments that it was not made for
+        raise UserError(f'{where}: {path.name}: {_short(e)}; it is not loaded') from e
+
+
+def _short(error: BaseException) -> str:
+    """The text of an exception that may quote a repository: on one line, escaped, and cut."""
+    kind = '' if isinstance(error, (UserError, ValueError)) else f'{type(error).__name__}: '
+    return ascii(kind + ' '.join(str(error).split()))[1:-1][:240]
+
+
+def _read_text(path: Path, limit: int) -> str:
+    if path.stat().st_size > limit:
+        raise ValueError(f'is {path.stat().st_size} bytes long; such a file has at most {limit}')
+    return path.read_text(encoding='utf-8')
+
+
+def read_config(path: Path, where: str) -> dict[str, Any]:
+    """Reads a `config.json` and holds it against what timm and this package read from one.
+
+    Args:
+        path: The file.
+        where: Whose it is, for messages.
+
+    Raises:
+        UserError: If the architecture is unknown, or an argument is not plainly the description of a network.
+    """
+    with _reading(path, where):
+        config = json.loads(_read_text(path, _MAX_CONFIG), parse_constant=float)
+        name, cfg, args = config['architecture'], config['pretrained_cfg'], config.setdefault('model_args', {})
+        if not _WORD.fullmatch(name) or not timm.is_model(name):
+            raise ValueError(
+                f'architecture {name:.80} is unknown here; a newer timm or timm_amf may have it, or a module that is '
+                'to be imported first')
+        if not isinstance(args, dict) or len(json.dumps(args)) > _MAX_ARGS:
+            raise ValueError('model_args are not the arguments of a network')
+        _check_value(args, 'model_args', _WORD)
+        for key, value in cfg.items():
+            if key not in PretrainedCfg.__dataclass_fields__:
+                raise ValueError(f'pretrained_cfg.{key:.80} is unknown to this timm; a newer one may have it')
+            if key in _REFUSED and value:
+                raise ValueError(f'pretrained_cfg.{key} names other weights than those of the repository')
+            if key not in (*_REFUSED, *_FREE_TEXT, 'num_classes'):
+                _check_value(value, f'pretrained_cfg.{key}', _TEXT)
+        for section in (config, cfg):
+            _check_count(section.get('num_classes'))
+            for key in ('label_names', 'label_descriptions'):
+                names = section.get(key) or []
+                names = list(names.values()) if isinstance(names, dict) else names
+                texts = isinstance(names, list) and all(_TEXT.fullmatch(name) for name in names)
+                if not texts or len(names) > _MAX_CLASSES:
+                    raise ValueError(f'{key} must be short texts')
+        _check_own(config.get('timm_amf', {}))
+    return config
+
+
+def _check_value(value: Any, what: str, text: re.Pattern, depth: int = 0) -> None:
+    """Numbers and words of a bounded size, and lists and mappings of them."""
+    if depth > _MAX_DEPTH:
+        raise ValueError(f'{what:.80} is nested too deeply')
+    if isinstance(value, dict):
+        for key, item in value.items():
+            refused = key in _REFUSED or (key.startswith('pretrained') and not (key in _OF_PARTS and depth))
+            if refused or not _KEY.fullmatch(key):
+                raise ValueError(f'{what:.80}.{key:.80} is not read from a repository')
+            if key == 'num_classes':
+                _check_count(item)
+            else:
+                _check_value(item, f'{what}.{key}', text, depth + 1)
+    elif isinstance(value, list):
+        if len(value) > _MAX_LENGTH:
+            raise ValueError(f'{what:.80} has {len(value)} entries; such a list has at most {_MAX_LENGTH}')
+        for item in value:
+            _check_value(item, what, text, depth + 1)
+    elif isinstance(value, str):
+        if not text.fullmatch(value):
+            raise ValueError(f'{what:.80}: {value:.80} is no name of a layer or architecture')
+    elif value is not None and not abs(value) <= _MAX_NUMBER:  # NaN fails too
+        raise ValueError(f'{what:.80} is beyond {_MAX_NUMBER}')
+
+
+def _check_count(value: Any) -> None:
+    if value is not None and (type(value) is not int or not 0 <= value <= _MAX_CLASSES):
+        raise ValueError(f'num_classes must be a number up to {_MAX_CLASSES}')
+
+
+def _check_own(own: dict[str, Any]) -> None:
+    """The section `timm_amf` that `publish` writes: the types of what is read from it."""
+    kinds = dict(name=str, dataset=str, classes=int, train=int, val=int)
+    data, blocks = own.get('data', []), own.get('blocks')
+    if not (
+            isinstance(data, list)
+            and all(type(part[key]) is kind for part in data for key, kind in kinds.items())
+            and all(part['name'].isprintable() for part in data)
+            and (blocks in (None, 'tuned', 'frozen')
+                 or (isinstance(blocks, list) and all(type(b) in (int, str) for b in blocks)))
+            and type(own.get('epoch')) in (int, type(None))
+            and type(own.get('version')) in (str, type(None))):
+        raise ValueError('the section timm_amf is damaged')
+
+
 def _read_plan(path: Path, where: str) -> Optional[Plan]:
+    """The Plan; YAML may have neither tags, which make objects, nor aliases, which make a short text very long."""
     if not path.is_file():
         return None
-    content = read_yaml(path, where)
-    try:
-        return Plan.from_dict(content['plan'])
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f'{where}: plan.yaml holds no Plan') from None
-    except UserError as e:
-        raise UserError(f'{where}: plan.yaml: {e}') from None
+    with _reading(path, where):
+        text, depth = _read_text(path, _MAX_PLAN), 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > 20:
+                raise ValueError('has aliases or is nested too deeply')
+        return Plan.from_dict(yaml.safe_load(text)['plan'])
 
 
-def _own_section(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """What `publish` wrote under `timm_amf`, its types checked."""
-    own = config.get('timm_amf', {})
-    wrong = UserError(f'{where}: the section timm_amf of config.json is damaged')
-    if not isinstance(own, dict) or not isinstance(own.get('data', []), list):
-        raise wrong
-    kinds = {'name': str, 'dataset': str, 'classes': int, 'train': int, 'val': int}
-    for component in own.get('data', []):
-        if not isinstance(component, dict) or any(type(component.get(k)) is not kind for k, kind in kinds.items()):
-            raise wrong
-        if not component['name'].isprintable():
-            raise wrong
-    blocks = own.get('blocks')
-    plain = blocks in (None, 'tuned', 'frozen') or (
-        isinstance(blocks, list) and all(type(b) in (int, str) for b in blocks))
-    if not plain or type(own.get('epoch', 0)) not in (int, type(None)) or not isinstance(own.get('version', ''), str):
-        raise wrong
-    return own
-
-
-def _build(config: dict[str, Any], folder: Path, where: str, kwargs: dict[str, Any]) -> nn.Module:
-    with loading(where, {'file': str(folder / WEIGHTS)}):
-        return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+def _check_fits(config: dict[str, Any], weights: Path, where: str) -> None:
+    """Compares the tensors that a checked `config.json` asks for with those of the weights, before any is allocated."""
+    name, cfg = config['architecture'], config['pretrained_cfg']
+    args = {'num_classes': config.get('num_classes', cfg.get('num_classes', 1000)), **config['model_args']}
+    with _reading(weights.with_name('config.json'), where):
+        with torch.random.fork_rng(devices=[]), torch.device('meta'):
+            model = timm.create_model(name, pretrained_cfg={**cfg, 'architecture': name}, **args)
+    with _reading(weights, where), safe_open(weights, framework='pt') as file:  # checks the length of the file
+        has = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        needs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        unlike = sorted(n for n in needs.keys() | has.keys() if needs.get(n) != has.get(n))
+        if unlike:
+            n = unlike[0]
+            raise ValueError(
+                f'are not the weights of its config.json: {len(unlike)} tensors differ, {n:.80} first '
+                f'({has.get(n, "none")} in the file, {needs.get(n, "none")} in the model)')

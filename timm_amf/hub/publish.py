@@ -3,57 +3,133 @@
     timm-amf publish runs/amf --repo-id me/birds --license apache-2.0 --dry-run staged     (look at it first)
     timm-amf publish runs/amf --repo-id me/birds --license apache-2.0 --private
 
-Everything goes in one commit: what breaks off before leaves the repository as it was, and the next try sends what is
-missing. The token is that of the Hub's own client (`hf auth login`, or HF_TOKEN); it is neither printed nor written.
+A folder is written, loaded back and compared with the run's model, then sent in one commit:
+
+    model.safetensors   the best weights
+    config.json         as timm reads it: architecture, arguments, input, class names; under `timm_amf` the data
+    plan.yaml           how it was fine-tuned
+    args.yaml           the options of the run, without what is of the machine it ran on
+    summary.csv, policy.csv, metrics.json, figures/
+    README.md           the card
+
+The token is that of the Hub's own client (`hf auth login`, or HF_TOKEN); it is neither printed nor written.
 """
 import argparse
+import csv
+import json
+import re
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+import torch
+import yaml
+from huggingface_hub import HfApi, get_token
+from timm.data import resolve_data_config
+from timm.models import get_arch_name, get_model_args, save_for_hf
+from torch import nn
 
-from timm_amf.errors import UserError
-from timm_amf.hub.card import CardOptions, build_card
-from timm_amf.hub.client import check_repo_id, hub_errors, patiently
-from timm_amf.hub.stage import OpenRun, is_own_file, open_run, stage
-from timm_amf.verbs import VerbParser, run_verb
+from timm_amf.data import data_spec_from_args, splits_from_args
+from timm_amf.engine.intervals import wilson_interval
+from timm_amf.engine.run_folder import OpenRun, open_run
+from timm_amf.errors import CommandParser, UserError, run_command
+from timm_amf.hub.card import build_card
+from timm_amf.hub.load import WEIGHTS, check_repo_id, connection, load
+from timm_amf.models.method import method_of
 from timm_amf.version import __version__
 
-__all__ = ['Target', 'check_target', 'main', 'publish']
+__all__ = ['Publication', 'Result', 'check_flags', 'main', 'publish', 'publish_finished']
+
+# Files that an earlier publishing may have left, in the order in which they are listed.
+_FILES = (WEIGHTS, 'config.json', 'plan.yaml', 'args.yaml', 'summary.csv', 'policy.csv', 'metrics.json', 'README.md')
+_FIGURES = ('.png', '.svg', '.jpg')
+_DATA_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+# Options that are of the machine or the occasion, not of what was trained.
+_PRIVATE = (
+    'output', 'experiment', 'resume', 'overwrite', 'cache_dir', 'tracker', 'log_wandb', 'wandb_project', 'wandb_tags',
+    'wandb_resume_id', 'no_progress', 'publish', 'publish_license', 'publish_private', 'publish_revision',
+    'publish_message',
+)
+# Of a network's arguments, where its weights came from; its own are in the file now.
+_SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
+# A folder of this machine, at the start of a value or behind the '=' or ',' of a component.
+_FOLDER = re.compile(
+    r'(?P<before>^|[=,;\s]|\bhfds/)(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[^,;=\s]*[/\\])?(?P<name>[^,;=\s/\\]*)[/\\]?')
+_WHOLE_FOLDER = re.compile(r'(?:~[^/\\]*|\.{1,2}|[A-Za-z]:)?[/\\]')
+_TOKEN = re.compile(r'\bhf_[A-Za-z0-9]{20,}')
 
 
 @dataclass(frozen=True)
-class Target:
-    """Where a run is published.
+class Result:
+    """Accuracy, in percent, of a component of the data ('' for all images), with the limits of its 95 % interval.
 
-    Args:
-        repo_id: OWNER/NAME; made if it is not there.
-        private: Visible to its owner alone.
-        revision: Branch, made if it is not there; None is the main one.
-        message: Message of the commit; None says what was published.
-        keep_card: Leave the README that the repository has as it is.
+    `how` is how it was evaluated; `runs` is `mean of N runs` or `ensemble of N runs`, '' for the published run.
     """
-    repo_id: str
-    private: bool = False
-    revision: Optional[str] = None
-    message: Optional[str] = None
-    keep_card: bool = False
+    data: str
+    split: str
+    images: int
+    top1: float
+    low: float
+    high: float
+    top5: Optional[float]
+    how: str
+    runs: str = ''
 
-    def __post_init__(self):
-        check_repo_id(self.repo_id)
 
+@dataclass
+class Publication:
+    """A run as it is published.
 
-def check_target(target: Target) -> None:
-    """Refuses to begin where nobody is logged in; `Target` and `CardOptions` check the rest when they are built.
-
-    Raises:
-        UserError: If there is no token.
+    Attributes:
+        run: The run, with its data.
+        model: The model that is published: the run's, or what its fixed path leaves.
+        results: What it came to.
+        epoch: Epoch of the best weights, from 0; None where no epoch was evaluated.
     """
-    if not get_token():
-        raise UserError(f'{target.repo_id}: you are not logged in to the Hub; run `hf auth login`')
+    run: OpenRun
+    model: nn.Module
+    results: list[Result]
+    epoch: Optional[int]
+
+    @property
+    def spec(self):
+        return data_spec_from_args(self.run.args, self.run.args.recipe.get('data'))
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        return resolve_data_config(vars(self.run.args), model=self.run.model, verbose=False)
+
+    @property
+    def components(self) -> list[dict[str, Any]]:
+        """Name, dataset, and numbers of classes and images of each component of the data."""
+        train, val = self.run.data
+        rows = []
+        for i, component in enumerate(self.spec.components):
+            own = train.component_of == i
+            rows.append(dict(
+                name=component.name,
+                dataset=_without_folders(component.dataset),
+                # Of several components with the same labels each has all of them.
+                classes=len({int(t) for t in train.targets[own]}),
+                train=int(own.sum()),
+                val=int((val.component_of == i).sum()),
+            ))
+        return rows
+
+    @property
+    def blocks(self) -> Optional[list[int]]:
+        """The path of all images that the results are of; None where images choose, or there are no paths."""
+        return method_of(self.model).fixed_path(self.run.plan.global_k, self.run.args.eval_blocks)
+
+    @property
+    def figures(self) -> list[tuple[Path, str]]:
+        """The figures of the run's report, with the name that each has in the repository."""
+        report = self.run.folder / 'report'
+        found = sorted(p for p in report.rglob('*') if p.suffix in _FIGURES)
+        return [(path, 'figures/' + '-'.join(path.relative_to(report).parts)) for path in found]
 
 
 def publish(
@@ -69,116 +145,326 @@ def publish(
         compact: bool = False,
         results: Union[str, Path, None] = None,
         dry_run: Union[str, Path, None] = None,
-        **card,
+        license_name: Optional[str] = None,
+        license_link: Optional[str] = None,
+        base_models: Optional[Sequence[str]] = None,
+        datasets: Optional[Sequence[str]] = None,
 ) -> Optional[str]:
     """Publish a run.
 
     Args:
         run: Folder of the run; its data must be where they were, or at `data_dir`: they name the classes.
-        repo_id: OWNER/NAME.
-        license: Licence of the weights, as the Hub names it.
+        repo_id: OWNER/NAME; made if it is not there.
+        license: Licence of the weights, as the Hub names it (`apache-2.0`, `cc-by-nc-4.0`, `other`, ...).
         private: Visible to the owner alone.
-        revision: Branch; None is the main one.
-        message: Message of the commit.
+        revision: Branch, made if it is not there; None is the main one.
+        message: Message of the commit; None says what was published.
         keep_card: Leave the README that the repository has as it is.
         data_dir: Folder of the data, where it is not that of the run.
         compact: Of a SpotTune trained with a global k, publish the plain model that is left.
         results: A file of `timm-amf evaluate --results-file` for the card.
         dry_run: An empty folder to write what would be published to; nothing is sent.
-        **card: Further fields of `CardOptions`: `license_name`, `license_link`, `base_models`, `datasets`.
+        license_name: Name of a licence that is `other`.
+        license_link: Where it is.
+        base_models: Hub ids of the models that the run started from; None finds them in the run.
+        datasets: Hub ids or names of the data; None takes the names of the components.
 
     Returns:
         Address of the commit; None of a dry run.
 
     Raises:
-        UserError: If the run cannot be published, or the Hub does not take it; then the repository is as it was.
+        UserError: If the run cannot be published. Errors of the Hub are those of its client, and then the repository
+            is as it was.
     """
-    target = Target(repo_id, private, revision, message, keep_card)
-    options = CardOptions(license, **card)
-    if dry_run is None:
-        check_target(target)
-    else:
-        _check_empty(Path(dry_run))
-    opened = open_run(run, data_dir, compact, None if results is None else Path(results))
-    readme = build_card(opened, repo_id, options)
-    if dry_run is not None:
-        _write_whole(opened, readme, license, Path(dry_run))
-        return None
-    with tempfile.TemporaryDirectory(prefix='timm_amf_publish_') as folder:
-        files = stage(opened, Path(folder), readme, license)
-        _print_files(files, Path(folder))
-        address = _upload(target, files, Path(folder))
+    _check_target(repo_id, license, login=dry_run is None)
+    if license == 'other' and not (license_name and license_link):
+        raise UserError('--license other: say which with --license-name and --license-link')
+    target = None if dry_run is None else Path(dry_run)
+    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f'--dry-run {target}: is not empty; name a new folder')
+    opened = prepare(run, data_dir, compact, results)
+    card = build_card(opened, repo_id, license, license_name, license_link, base_models, datasets)
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    # A dry run is written beside its folder and renamed: it is there whole or not at all.
+    with tempfile.TemporaryDirectory(prefix='.timm_amf_publish_', dir=target and target.parent) as temporary:
+        folder = Path(temporary) / 'staged'
+        folder.mkdir()
+        _stage(opened, folder, card, license)
+        rank = {name: i for i, name in enumerate(_FILES)}
+        for path in sorted(filter(Path.is_file, folder.rglob('*')), key=lambda p: (rank.get(p.name, 99), p)):
+            print(f'{path.stat().st_size:>12,}  {path.relative_to(folder).as_posix()}')
+        if target is not None:
+            folder.replace(target)
+            print(f'nothing was sent; see {target}')
+            return None
+        with connection(repo_id):
+            address = _upload(folder, repo_id, private, revision, message, keep_card)
     print(f'published: {address}')
     return address
 
 
-def _check_empty(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f'--dry-run {folder}: is not empty; name a new folder')
+def _check_target(repo_id: str, license: str, login: bool = True) -> None:
+    """What can be checked before a run of days or a big file."""
+    check_repo_id(repo_id)
+    if not re.fullmatch(r'[a-z0-9][a-z0-9.+-]*', license or ''):
+        raise UserError(
+            f"--license: {license or 'is missing'}; name the licence of the weights as the Hub does, such as "
+            'apache-2.0, mit, cc-by-4.0, or other')
+    if login and not get_token():
+        raise UserError(f'{repo_id}: you are not logged in to the Hub; run `hf auth login`')
 
 
-def _write_whole(opened: OpenRun, readme: str, license: str, folder: Path) -> None:
-    """Stages beside the folder and renames: it is there whole or not at all."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f'.{folder.name}_', dir=folder.parent) as temporary:
-            staged = Path(temporary) / 'staged'
-            staged.mkdir()
-            files = [folder / p.relative_to(staged) for p in stage(opened, staged, readme, license)]
-            staged.replace(folder)
-    except OSError as e:
-        raise UserError(f'--dry-run {folder}: cannot be written ({e.strerror})') from None
-    _print_files(files, folder)
-    print(f'nothing was sent; see {folder}')
-
-
-def _print_files(files: Sequence[Path], folder: Path) -> None:
-    for path in files:
-        print(f'{path.stat().st_size:>12,}  {path.relative_to(folder).as_posix()}')
-
-
-def _upload(target: Target, files: Sequence[Path], folder: Path) -> str:
-    """Sends all files in one commit, and removes what an earlier one left that is no more."""
-    repo = target.repo_id
+def _upload(
+        folder: Path,
+        repo_id: str,
+        private: bool,
+        revision: Optional[str],
+        message: Optional[str],
+        keep_card: bool,
+) -> str:
+    """Sends all files in one commit, which also removes what an earlier one left that is no more."""
     api = HfApi(library_name='timm_amf', library_version=__version__)
-    with hub_errors(repo, 'write'):
-        patiently(lambda: api.create_repo(repo, private=target.private or None, exist_ok=True))
-        if target.private and not patiently(lambda: api.model_info(repo)).private:
-            raise UserError(f'{repo}: is there already and public; make it private in its settings, or leave --private')
-        if target.revision:
-            patiently(lambda: api.create_branch(repo, branch=target.revision, exist_ok=True))
-        there = patiently(lambda: api.list_repo_files(repo, revision=target.revision))
-        names = {path.relative_to(folder).as_posix(): path for path in files}
-        written = set(names)
-        if target.keep_card and 'README.md' in there:
-            del names['README.md']
-        # Transfers have the client's own patience, which takes its time; here they are not tried again.
-        sent = [_additions(names)]
-        api.preupload_lfs_files(repo, sent[0], revision=target.revision, free_memory=False)
-
-        def commit() -> CommitInfo:
-            # For each further try anew, so that it is asked what the repository has: a commit whose answer was lost is
-            # then found to be there.
-            additions = sent.pop() if sent else _additions(names)
-            stale = [
-                name for name in api.list_repo_files(repo, revision=target.revision)
-                if is_own_file(name) and name not in written]
-            return api.create_commit(
-                repo, [*additions, *map(CommitOperationDelete, stale)], revision=target.revision,
-                commit_message=target.message or f'timm_amf {__version__}: weights and card')
-
-        return patiently(commit).commit_url
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if private and not api.model_info(repo_id).private:
+        raise UserError(f'{repo_id}: is there already and public; make it private in its settings, or leave --private')
+    if revision:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    keep_card = keep_card and api.file_exists(repo_id, 'README.md', revision=revision)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        commit_message=message or f'timm_amf {__version__}: weights and card',
+        ignore_patterns=['README.md'] if keep_card else None,
+        delete_patterns=[
+            *(name for name in _FILES if not (keep_card and name == 'README.md')),
+            *(f'figures/*{ending}' for ending in _FIGURES)],
+    ).commit_url
 
 
-def _additions(files: Mapping[str, Path]) -> list[CommitOperationAdd]:
-    return [CommitOperationAdd(name, path) for name, path in files.items()]
+# -- what it is -------------------------------------------------------------------------------------------------------
 
 
-# ---- the verb
+def prepare(
+        run: Union[str, Path],
+        data_dir: Optional[str] = None,
+        compact: bool = False,
+        results: Union[str, Path, None] = None,
+) -> Publication:
+    """Opens a run to publish it; the arguments are those of `publish`."""
+    opened = open_run(run, data_dir=data_dir)
+    model = opened.model
+    if compact:
+        path = method_of(model).fixed_path(opened.plan.global_k)
+        if path is None or opened.plan.global_k is None:
+            raise UserError(f'{run}: --compact needs a SpotTune that was trained with --global-k; leave it out')
+        model = model.compact_model(path).eval()
+    epoch, own = _own_results(opened)
+    evaluated = [] if results is None else _evaluated(Path(results), opened.folder.resolve().name)
+    return Publication(opened, model, [*evaluated, *own], epoch)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = VerbParser(
+def _own_results(run: OpenRun) -> tuple[Optional[int], list[Result]]:
+    """The best epoch of `summary.csv`, by the metric of the run, and its accuracies."""
+    metric = f'eval_{run.args.eval_metric}'
+    every = _rows(run.folder / 'summary.csv')
+    rows = [row for row in every if row.get(metric)]
+    if not rows:
+        return None, []
+    sign = -1 if run.args.eval_metric == 'loss' else 1
+    best = max(rows, key=lambda row: sign * float(row[metric]))  # of equal ones the first, as the run
+    how = f'one crop, after epoch {int(best["epoch"]) + 1} of {len(every)}, the best on it'
+    val = run.data[1]
+    counts = {'': len(val)}
+    if len(val.components) > 1:
+        counts.update({name: int((val.component_of == i).sum()) for i, name in enumerate(val.components)})
+    results = []
+    for name, images in counts.items():
+        top1 = best.get(f'eval_top1_{name}' if name else 'eval_top1')
+        if top1 and images:
+            low, high = wilson_interval(float(top1) / 100 * images, images)
+            top5 = None if name else float(best['eval_top5'])
+            split = splits_from_args(run.args)[1]
+            results.append(Result(name, split, images, float(top1), 100 * low, 100 * high, top5, how))
+    return int(best['epoch']), results
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+def _evaluated(path: Path, run: str) -> list[Result]:
+    """The rows of a file of `timm-amf evaluate --results-file` that are of a run, and those of all runs together."""
+    if not path.is_file():
+        raise UserError(f'--results {path}: no such file; timm-amf evaluate RUN --results-file FILE writes one')
+    results = []
+    try:
+        for row in _rows(path):
+            together = row['run'] if row['run'].startswith(('mean of ', 'ensemble of ')) else ''
+            if together or Path(row['run']).name == run:
+                how = 'ten crops' if row['crops'] == '10' else 'one crop'
+                values = [float(row[key]) for key in ('top1', 'top1_low', 'top1_high', 'top5')]
+                results.append(Result(
+                    row['component'], row['split'] or 'val', int(row['images']), *values, how, together))
+    except (KeyError, ValueError, TypeError, AttributeError) as e:
+        raise UserError(
+            f'--results {path}: is not of timm-amf evaluate --results-file ({type(e).__name__}: {e})') from None
+    if not results:
+        raise UserError(f'--results {path}: has no row of {run}; evaluate the run that is published')
+    return results
+
+
+# -- the files --------------------------------------------------------------------------------------------------------
+
+
+def _stage(what: Publication, folder: Path, card: str, license: str) -> None:
+    """Writes what is published into an empty folder, and checks it."""
+    run = what.run
+    save_for_hf(what.model, str(folder), safe_serialization=True, **_config(what, license))
+    _dump(folder / 'plan.yaml', {'plan': run.plan.to_dict()})
+    _dump(folder / 'args.yaml', _public_args(run))
+    for name in ('summary.csv', 'policy.csv'):
+        if (run.folder / name).exists():
+            shutil.copyfile(run.folder / name, folder / name)
+    row = next((r for r in _rows(run.folder / 'summary.csv') if r['epoch'] == str(what.epoch)), {})
+    metrics = dict(
+        epoch=what.epoch,
+        eval_metric=run.args.eval_metric,
+        summary={k: float(v) for k, v in row.items() if v and k != 'epoch'},
+        confidence=0.95,
+        results=[vars(result) for result in what.results],
+    )
+    (folder / 'metrics.json').write_text(json.dumps(metrics, indent=2) + '\n', encoding='utf-8')
+    for source, name in what.figures:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, folder / name)
+    (folder / 'README.md').write_text(card, encoding='utf-8')
+    _check_secrets(folder)
+    _check_loads(what, folder)
+
+
+def _config(what: Publication, license: str) -> dict[str, Any]:
+    """What `save_for_hf` writes of the model into `config.json`."""
+    run, model = what.run, what.model
+    args = get_model_args(model)
+    if model is not run.model:
+        args = {**args, **run.model.compact_args()}
+    # A head with more outputs than the data have classes has names for the first ones alone.
+    train = run.data[0]
+    names = {'label_names': train.class_names} if model.num_classes == train.num_classes else {}
+    own = dict(
+        version=__version__,
+        trained=get_arch_name(run.model.pretrained_cfg['architecture']),
+        data=what.components,
+        splits=list(splits_from_args(run.args)),
+        epoch=what.epoch,
+        **({} if what.blocks is None else {'blocks': what.blocks}),
+    )
+    return dict(
+        # Tag and licence are not those of the weights that it started from.
+        model_config={**names, 'pretrained_cfg': {'tag': None, 'license': license}, 'timm_amf': own},
+        model_args={k: _without_sources(v) for k, v in args.items() if not k.startswith('pretrained_cfg')},
+        data_config={k: v for k, v in what.data_config.items() if k in _DATA_KEYS},
+    )
+
+
+def _without_sources(value: Any) -> Any:
+    """Arguments without the sources of weights, at any depth."""
+    if isinstance(value, Mapping):
+        return {k: _without_sources(v) for k, v in value.items() if k not in _SOURCES}
+    return [_without_sources(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes equal values out, for aliases are not read from a repository."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _dump(path: Path, content: Mapping) -> None:
+    text = yaml.dump(content, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding='utf-8')
+
+
+def _public_args(run: OpenRun) -> dict[str, Any]:
+    """The options of the run without folders, secrets and what is of the occasion; `--config` takes them."""
+    content = {k: _without_folders(v) for k, v in run.options.items() if k not in _PRIVATE}
+    content['plan'] = run.plan.to_dict()  # also where the run had it from a file
+    if 'explicit' in content:
+        content['explicit'] = [name for name in content['explicit'] if name not in (*_PRIVATE, 'plan')]
+    return content
+
+
+def _without_folders(value: Any) -> Any:
+    """Paths of this machine shortened to their last part, and what looks like a token taken out."""
+    if isinstance(value, Mapping):
+        return {k: _without_folders(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(v) for v in value]
+    if not isinstance(value, str):
+        return value
+    if _WHOLE_FOLDER.match(value):  # also with spaces and commas in it
+        value = re.split(r'[/\\]', value.rstrip('/\\'))[-1]
+    return _TOKEN.sub('***', _FOLDER.sub(lambda m: m['before'] + m['name'], value))
+
+
+def _check_secrets(folder: Path) -> None:
+    """Refuses files in which a token of the Hub is; the last check, after what is known was taken out."""
+    token = get_token()
+    for path in folder.rglob('*'):
+        if path.suffix in ('.md', '.json', '.yaml', '.csv', '.svg'):
+            text = path.read_text(encoding='utf-8')
+            if (token and token in text) or _TOKEN.search(text):
+                raise UserError(f'{path.name}: holds an access token of the Hub; take it out of the run and revoke it')
+
+
+@torch.no_grad()
+def _check_loads(what: Publication, folder: Path) -> None:
+    """Loads the folder as others will, and compares what both models compute."""
+    back = load(folder)
+    images = torch.randn(2, *what.data_config['input_size'], generator=torch.Generator().manual_seed(0))
+    with method_of(what.model).evaluation(what.run.plan.global_k, what.run.args.eval_blocks):
+        ours, theirs = what.model(images), back(images)
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True):
+        raise UserError(
+            f'{what.run.folder}: the model does not come back from its config.json (logits differ); an option that no '
+            f'argument of the model expresses, such as --bn-eps or --split-bn, cannot be published')
+
+
+# -- the train script and the verb ------------------------------------------------------------------------------------
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Checks `--publish` and what belongs to it before a run of days, not after."""
+    if not args.publish_license:
+        raise UserError('--publish: name the licence of the weights with --publish-license, such as apache-2.0')
+    _check_target(args.publish, args.publish_license)
+
+
+def publish_finished(args: argparse.Namespace, folder: Path) -> None:
+    """What `train_amf.py --publish` does when the run is complete."""
+    try:
+        publish(
+            folder, args.publish, args.publish_license, private=args.publish_private,
+            revision=args.publish_revision, message=args.publish_message)
+    except Exception as e:  # whatever it is, the run is whole
+        raise UserError(
+            f'{" ".join(str(e).split())} | the run itself is complete; publish it with: timm-amf publish {folder} '
+            f'--repo-id {args.publish} --license {args.publish_license}') from e
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `timm-amf publish`; returns the exit code."""
+    return run_command('timm-amf publish', lambda: _run(argv), 'interrupted; the repository is as it was')
+
+
+def _run(argv: Sequence[str]) -> None:
+    parser = CommandParser(
         prog='timm-amf publish',
         description='Publish a run on the Hugging Face Hub: weights, configuration, Plan, options, results and card.',
         epilog='Log in with `hf auth login` first.')
@@ -190,28 +476,14 @@ def _parser() -> argparse.ArgumentParser:
     add('--license-link', metavar='URL', help='where a licence that is other can be read')
     add('--private', action='store_true', help='visible to you alone')
     add('--revision', metavar='BRANCH', help='branch; made if it is not there (default: main)')
-    add('-m', '--commit-message', metavar='TEXT', help='message of the commit')
+    add('-m', '--commit-message', dest='message', metavar='TEXT', help='message of the commit')
     add('--keep-card', action='store_true', help='leave the README.md that the repository has as it is')
     add('--data-dir', metavar='DIR', help='folder of the data, which name the classes (default: where the run had it)')
     add('--compact', action='store_true', help='publish the plain model that SpotTune with --global-k leaves')
     add('--results', metavar='FILE', help='results of timm-amf evaluate --results-file for the card')
-    add('--base-model', action='append', metavar='HUB_ID', help='model that it started from (default: found in the '
-        'run); repeatable')
-    add('--dataset', action='append', metavar='NAME', help='Hub id or name of the data (default: of the components); '
-        'repeatable')
+    add('--base-model', dest='base_models', action='append', metavar='HUB_ID',
+        help='model that it started from (default: found in the run); repeatable')
+    add('--dataset', dest='datasets', action='append', metavar='NAME',
+        help='Hub id or name of the data (default: of the components); repeatable')
     add('--dry-run', metavar='DIR', help='write what would be published to a new folder, list it, and send nothing')
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run `timm-amf publish`; returns the exit code."""
-    return run_verb('timm-amf publish', lambda: _run(argv), 'interrupted; the repository is as it was')
-
-
-def _run(argv: Sequence[str]) -> None:
-    args = _parser().parse_args(argv)
-    publish(
-        args.run, args.repo_id, args.license, private=args.private, revision=args.revision,
-        message=args.commit_message, keep_card=args.keep_card, data_dir=args.data_dir, compact=args.compact,
-        results=args.results, dry_run=args.dry_run, license_name=args.license_name, license_link=args.license_link,
-        base_models=args.base_model, datasets=args.dataset)
+    publish(**vars(parser.parse_args(argv)))
