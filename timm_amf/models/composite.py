@@ -16,7 +16,7 @@ from .sources import as_names, check_source, loading
 from .tags import fine_tuned_cfgs
 
 __all__ = [
-    'PARTS_TAG', 'build_composite', 'composite_cfg', 'joint_input_cfg', 'register_variant', 'resize_networks',
+    'build_composite', 'composite_cfg', 'joint_input_cfg', 'register_variant', 'resize_networks',
     'variant_cfgs',
 ]
 
