@@ -21,7 +21,7 @@ from timm_amf.engine.run import find_resume, prepare_folder
 from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
 from timm_amf.errors import run_command, without_traceback_flag
 from timm_amf.models.method import RunSettings
-from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args
+from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args, resolve
 
 _logger = logging.getLogger('train')
 
@@ -44,17 +44,18 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
 
     lr = resolve_lr(args, args.batch_size * accelerator.num_processes * args.grad_accum_steps)
     plan = plan_from_args(args, model_roles(model), lr)
+    table = resolve(model, plan)
     if resume is None and not args.eval_only:
-        build.set_start(model, plan, args, train_set.num_classes)
-    optimizer = create_optimizer(model, plan)
+        build.set_start(model, table, args, train_set.num_classes)
+    optimizer = create_optimizer(model, table)
     mixup = build.build_mixup(args, model.num_classes)
     task = AdaptiveTask(
         model, RunSettings(plan, args.branch_loss, args.policy_balance), device=accelerator.device,
         criterion_kwargs=criterion_kwargs(args, soft_targets=mixup is not None))
-    trainer = Trainer(args, accelerator, task, plan, optimizer, train_loader, val_loader, folder, mixup)
+    trainer = Trainer(args, accelerator, task, table, optimizer, train_loader, val_loader, folder, mixup)
 
     accelerator.print(describe_groups(optimizer.param_groups))
-    accelerator.print(describe_depths(model, plan), end='')
+    accelerator.print(describe_depths(model, table), end='')
     if args.dry_run:
         return
     if args.eval_only:

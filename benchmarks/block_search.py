@@ -27,7 +27,7 @@ from timm_amf.search.lockstep import Lockstep
 from timm_amf.search.members import Member, lockstep_member
 from timm_amf.search.units import probe_units
 from timm_amf.tuning.freeze import freeze_norm
-from timm_amf.tuning.groups import running_norms
+from timm_amf.tuning.resolve import running_norms
 
 SIZES = {'resnet50': 96, 'mobilenetv2_100': 128}
 LIMITS = dict(full=1 / 2.4, chunks=1 / 2.2, cached=1 / 3, memory=5.5, chunk_memory=3.2)

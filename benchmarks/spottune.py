@@ -6,8 +6,7 @@
 eval: a SpotTune with random decisions against the plain network of the same weights, folded the same way and in
     channels_last. `routed` without the policy: at most 1.03 at batch 1, 1.15 at 8, 1.20 at 32; at most 1.03 where all
     images agree; at most 0.60 of computing both copies. The policy network: at most 0.22 of the plain network.
-    `folded by PyTorch` is the plain network with the norms folded by `torch.nn.utils.fusion`: on a CPU of one thread
-    PyTorch is slow for 1x1 convolutions in batches below 16, and our folded convolutions go around that.
+    `folded by PyTorch` is the plain network with the norms folded by `torch.nn.utils.fusion`.
 train: a step of a SpotTune, policy included, against a full fine-tuning step of the plain network. With the norms of
     the tuned path in evaluation mode (of the plain network too): at most 1.55, and 0.78 of computing both; with norms
     in training mode: at most 1.80; with the stem and the first 7 blocks frozen and unrouted: at most 1.08.

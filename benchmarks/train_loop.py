@@ -27,7 +27,7 @@ from timm_amf.engine.build import build_accelerator
 from timm_amf.engine.loop import Trainer
 from timm_amf.engine.options import parse_args
 from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
-from timm_amf.tuning import create_optimizer, model_roles, plan_from_args
+from timm_amf.tuning import create_optimizer, model_roles, plan_from_args, resolve
 
 RATIO_LIMIT, OVERHEAD_LIMIT = 1.02, 0.3
 CLASSES, COMPONENTS = 10, ['a', 'b']
@@ -135,10 +135,10 @@ def create_trainer(model: nn.Module, loader: PreloadedLoader, args, folder: str)
     argv = ['.', '--lr', '1e-4', '--smoothing', '0', '--output', folder, '--tracker', 'none']
     options = parse_args([*argv, '--mixed-precision', args.mixed_precision, *['--cpu'] * (args.device.type == 'cpu')])
     accelerator = build_accelerator(options)
-    plan = plan_from_args(options, model_roles(model), options.lr)
+    table = resolve(model, plan_from_args(options, model_roles(model), options.lr))
     task = AdaptiveTask(model, device=accelerator.device, criterion_kwargs=criterion_kwargs(options, False))
     return Trainer(
-        options, accelerator, task, plan, create_optimizer(model, plan), loader, loader, Path(folder))
+        options, accelerator, task, table, create_optimizer(model, table), loader, loader, Path(folder))
 
 
 def trainer_epoch(trainer: Trainer, steps: int) -> None:

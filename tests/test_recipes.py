@@ -7,7 +7,7 @@ from timm_amf.data import data_spec_from_args
 from timm_amf.engine.config_file import list_recipes
 from timm_amf.engine.options import parse_args, resolve_lr
 from timm_amf.tuning import GroupScheduler, create_optimizer, model_roles, plan_from_args
-from timm_amf.tuning.groups import settings
+from timm_amf.tuning.resolve import resolve
 
 
 @pytest.mark.parametrize('name', list_recipes())
@@ -20,7 +20,7 @@ def test_recipe(name, tmp_path):
     plan = plan_from_args(args, model_roles(model), resolve_lr(args, args.batch_size))
     scheduler = GroupScheduler(create_optimizer(model, plan), plan)
     assert scheduler.total_epochs == plan.epochs
-    training = {s.place.role for s in settings(model, plan).values() if s.trains}
+    training = {s.place.role for s in resolve(model, plan).parameters.values() if s.trains}
     assert {g['role'] for g in scheduler.optimizer.param_groups} == training
     # What does not train does so because the recipe or the model says it.
     defaults = getattr(model, 'role_defaults', {})

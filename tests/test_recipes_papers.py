@@ -6,8 +6,7 @@ import torch
 from timm_amf.engine.config_file import list_recipes
 from timm_amf.engine.options import parse_args
 from timm_amf.tuning import model_roles, plan_from_args
-from timm_amf.tuning.groups import settings
-from timm_amf.tuning.reinit import reinit_names
+from timm_amf.tuning.resolve import resolve
 
 # Table 6: LR of the low layers, of the high ones and of the classifier; layers that are low, pulled and new; alpha,
 # beta; mean and ensemble. None: the setting is not used, or the paper does not give it.
@@ -43,14 +42,14 @@ def read(name):
     with torch.device('meta'):
         model = timm.create_model(args.model, num_classes=10, **args.model_kwargs)
     plan = plan_from_args(args, model_roles(model), 1.)
-    return args, model, plan, settings(model, plan)
+    return args, model, plan, resolve(model, plan).parameters
 
 
 @pytest.mark.parametrize('name', TABLE_6)
 def test_table_6(name):
     low, high, head, low_layers, pulled, new, alpha, beta, mean, ensemble = TABLE_6[name]
     args, model, plan, found = read(f'inception_v4.{name}')
-    anew = {n.rsplit('.', 1)[0] for n in reinit_names(model, plan)}
+    anew = {n.rsplit('.', 1)[0] for n in resolve(model, plan).reinitialised}
     for parameter, setting in found.items():
         kernel = dict(model.named_parameters())[parameter].ndim > 1
         if parameter.startswith('last_linear'):

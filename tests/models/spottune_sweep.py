@@ -21,7 +21,7 @@ from architectures import ARCHITECTURES, MORE_ARCHITECTURES
 
 import timm_amf
 from timm_amf.errors import UserError
-from timm_amf.models.block_probe import probe_blocks
+from timm_amf.models.blocks import probe_part
 from timm_amf.models.parts import Part
 
 BATCH = 3
@@ -135,7 +135,9 @@ def smallest_size(name):
     problem = None
     for size in sorted({*(s for s in SIZES if s <= own), own}):
         try:
-            return size, probe_blocks(Part(name).sized((size, size)), (3, size, size))
+            probe = probe_part(Part(name).sized((size, size)), (3, size, size))
+            probe.require_blocks()
+            return size, probe
         except UserError as e:
             problem = e
             if 'fails on' not in str(e) and 'cannot be built' not in str(e):

@@ -86,7 +86,7 @@ def test_initialisation():
 
 def test_a_seed_gives_the_same_model_each_time():
     """Probing an architecture happens once and must not draw from the generator."""
-    timm_amf.models.parts._probes.clear()
+    timm_amf.models.blocks._probes.clear()
     models = []
     for _ in range(2):
         torch.manual_seed(3)

@@ -6,7 +6,7 @@ import torch
 from architectures import ARCHITECTURES, HEAVY
 from torch import nn
 
-from timm_amf.models import list_blocks
+from timm_amf.models import blocks, list_blocks
 from timm_amf.models.blocks import layer_ids
 
 MODULES = [pytest.param(m, marks=pytest.mark.slow if m in HEAVY else ()) for m in ARCHITECTURES]
@@ -112,3 +112,31 @@ def test_is_fast():
         list_blocks(model)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.05
+
+
+def test_an_architecture_is_built_once_on_meta(monkeypatch):
+    built, original = [], blocks.meta_part
+
+    def record(part, in_chans):
+        built.append(part.name)
+        return original(part, in_chans)
+
+    monkeypatch.setattr(blocks, '_probes', {})
+    monkeypatch.setattr(blocks, 'meta_part', record)
+    for _ in range(2):
+        model = timm.create_model('spottune', backbone='test_resnet', policy='test_vit', num_classes=7, img_size=160)
+        model.group_matcher()
+        timm.create_model('amf', backbones=('test_resnet',) * 2, policy='test_vit', num_classes=7)
+    # A branch is without classifier.
+    assert sorted(built) == ['test_resnet', 'test_resnet', 'test_vit']
+
+
+def test_units_of_a_network():
+    """The blocks and what lies between them, in order; of a frozen network, too, which is left as it is."""
+    model = timm.create_model('test_resnet').requires_grad_(False).train()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    units = blocks.probe_units(model, (3, 64, 64))
+    assert [u for u in units.order if u in list_blocks(model)] == list_blocks(model)
+    assert units.order[0].startswith('conv1') and not units.refused and 'fc' not in units.order
+    assert ('layer1.0.conv1', 'layer1.0.bn1') in units.pairs
+    assert model.training and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

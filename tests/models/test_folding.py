@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, Conv2dSame, StdConv2d, convert_splitbn_model
 from torch import nn
 
-from timm_amf.models import folding
 from timm_amf.models.folding import FoldedConv, find_pairs, foldable_pairs, folded_view
 
 
@@ -57,46 +56,6 @@ def test_equals_the_two_layers(layers, trainable):
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
     with torch.no_grad():
         torch.testing.assert_close(view(x), plain(x), rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize('trainable', [True, False])
-@pytest.mark.parametrize('batch,height', [(1, 16), (1, 8), (3, 8), (5, 7), (16, 4), (20, 5)])
-def test_images_cut_into_pieces(batch, height, trainable):
-    """A pointwise convolution of a small channels_last batch on one thread, in either direction."""
-    plain = nn.Sequential(nn.Conv2d(6, 5, 1, bias=False), trained(nn.BatchNorm2d(5))).double()
-    plain.requires_grad_(trainable).to(memory_format=torch.channels_last)
-    view = folded_view(plain, [('0', '1')])
-    x = torch.randn(batch, 6, height, 3, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-    pieces = folding._pieces(x, plain[0].weight.shape, (1, 1), (0, 0), 1)
-    assert pieces == {(1, 16): 16, (1, 8): 1, (3, 8): 8, (5, 7): 7, (16, 4): 1, (20, 5): 1}[batch, height]
-    parameters = list(plain.parameters()) if trainable else []
-    got, expected = run(view, x, parameters), run(plain, x, parameters)
-    for g, e in zip(got, expected, strict=True):
-        torch.testing.assert_close(g, e, rtol=1e-11, atol=1e-11)
-    assert got[0].is_contiguous(memory_format=torch.channels_last)
-    if pieces > 1:
-        torch.set_num_threads(2)
-        try:
-            assert folding._pieces(x, plain[0].weight.shape, (1, 1), (0, 0), 1) == 1
-        finally:
-            torch.set_num_threads(1)
-
-
-@pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize('stride', [1, 2, (1, 2)])
-@pytest.mark.parametrize('batch,size', [(1, 5), (3, 8), (4, 3), (2, 1), (16, 4)])
-def test_pointwise_convolutions_in_small_batches(batch, size, stride, bias):
-    """Without a norm, with any stride: the same values and gradients, also where a norm follows that trains."""
-    conv = nn.Conv2d(6, 5, 1, stride=stride, bias=bias)
-    plain = nn.Sequential(conv, nn.BatchNorm2d(5)).double().to(memory_format=torch.channels_last)
-    if batch * size == 2:
-        plain.eval()  # two values of one channel are too few for statistics
-    view = folded_view(plain, [], cut=True)
-    assert isinstance(view[0], folding.CutConv)
-    x = torch.randn(batch, 6, size, size, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-    parameters = list(plain.parameters())
-    for got, expected in zip(run(view, x, parameters), run(plain, x, parameters), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
 
 
 def test_follows_every_change_of_its_sources():

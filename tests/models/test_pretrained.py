@@ -251,3 +251,16 @@ def test_a_policy_trained_for_as_many_branches_keeps_its_classifier(weights):
     model = timm.create_model('amf', pretrained=True, backbones=('test_resnet',) * 2, policy='test_resnet',
                               backbone_kwargs=overlay, policy_kwargs=overlay)
     assert same(model.policy.net, timm.models.load_state_dict(path), but=())
+
+
+def test_parameters_that_are_not_in_the_file_are_named(weights, tmp_path, caplog):
+    """timm drops them without a word, as for a classifier of other classes; its own log level stays as it was."""
+    path = tmp_path / 'partial.safetensors'
+    state_dict = timm.models.load_state_dict(weights('test_resnet'))
+    save_file({k: v for k, v in state_dict.items() if k != 'layer2.0.bn1.weight'}, path)
+    level = logging.getLogger('timm.models._builder').level
+    with caplog.at_level(logging.WARNING, 'timm_amf'):
+        model = overlaid(path)
+    assert "1 parameters of 'test_resnet' are not in" in caplog.text and 'layer2.0.bn1.weight' in caplog.text
+    assert same(model.branches[0], state_dict, but=('fc.', 'layer2.0.bn1.'))
+    assert logging.getLogger('timm.models._builder').level == level

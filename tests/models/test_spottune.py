@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import timm_amf
 from timm_amf.errors import UserError
 from timm_amf.models import SpotTune, list_blocks
+from timm_amf.models.method import RunSettings
 from timm_amf.models.policy import gumbel_noise, straight_through
 
 # -- the policy -------------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def test_decisions():
     assert logits.shape == (4, 4, 2)
     likelier = (logits[..., 1] > logits[..., 0]).float()
     assert torch.equal(model.forward_shares(x), likelier)
-    z, shares = model.forward_parts(x)
+    z, shares = model.forward_train(x, RunSettings()).values()
     assert torch.equal(shares, likelier) and torch.equal(z, model(x))
     model.train()
     drawn = torch.stack([model.forward_shares(x) for _ in range(50)])
@@ -96,7 +97,7 @@ def test_sampling_in_evaluation():
     for seed in (1, 1, 2):
         model.set_sampling(seed)
         torch.manual_seed(len(runs))  # of no effect
-        runs.append(torch.stack([model.forward_parts(x)[1] for _ in range(20)]))
+        runs.append(torch.stack([model.forward_train(x, RunSettings())['shares'] for _ in range(20)]))
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
     assert runs[0].var(0).any()
     likelihood = model.forward_policy(x).softmax(-1)[..., 1]
@@ -115,7 +116,7 @@ def test_set_blocks():
 
     def taken(blocks):
         model.set_blocks(blocks)
-        shares = model.forward_parts(x)[1]
+        shares = model.forward_train(x, RunSettings())['shares']
         assert torch.equal(shares, shares[:1].expand_as(shares))
         return shares[0].tolist()
 
@@ -381,7 +382,7 @@ def test_script_and_fx(backbone):
     for batch in (1, 3, 8):
         x = images(batch)
         torch.testing.assert_close(scripted(x), model(x), rtol=1e-4, atol=1e-4)
-    shares = model.forward_parts(images(8))[1]
+    shares = model.forward_train(images(8), RunSettings())['shares']
     assert 0 < shares.mean() < 1  # of several minds, or nothing was shown
     node = get_graph_node_names(model)[1][-1]
     traced = create_feature_extractor(model, [node])
@@ -601,7 +602,7 @@ def test_a_policy_that_has_no_published_weights(weights, caplog):
         model = timm.create_model(
             'spottune', pretrained=True, backbone='test_resnet', policy='resnet8_decathlon', num_classes=3,
             backbone_kwargs=dict(pretrained_cfg_overlay=dict(file=backbone)))
-    assert 'resnet8_decathlon' in caplog.text and 'drawn anew' in caplog.text
+    assert 'resnet8_decathlon' in caplog.text and 'random weights' in caplog.text
     assert same(copy_of(model, 'tuned'), plain.state_dict())
     overlay = dict(file=weights('resnet8_decathlon')[0])
     model = timm.create_model(

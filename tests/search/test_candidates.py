@@ -19,7 +19,7 @@ from timm_amf.search.candidates import (
     weighted_layers,
     window_candidates,
 )
-from timm_amf.tuning.groups import settings
+from timm_amf.tuning.resolve import resolve
 from timm_amf.tuning.roles import model_roles, places
 
 SIZE = (3, 64, 64)
@@ -337,7 +337,7 @@ def test_an_unknown_cut(resnet):
 # --- Plans.
 
 def trained(model, plan):
-    return {n for n, s in settings(model, plan).items() if s.trains}
+    return {n for n, s in resolve(model, plan).parameters.items() if s.trains}
 
 
 def test_baselines(resnet):

@@ -9,16 +9,16 @@ import torch
 
 from timm_amf import Plan, UserError, list_blocks, param_groups
 from timm_amf.tuning import describe_depths
-from timm_amf.tuning.groups import checked_roles
+from timm_amf.tuning.resolve import resolve
 
 SCRIPT = '''
 import timm, torch, random, numpy
 from timm_amf import Plan
-from timm_amf.tuning.groups import checked_roles
+from timm_amf.tuning.resolve import resolve
 random.seed(); numpy.random.seed(None); torch.manual_seed(torch.seed() % 2**32)
 with torch.device('meta'):
     model = timm.create_model('resnet50')
-print(*sorted(checked_roles(model, Plan(roles=dict(backbone=dict(train='random', train_seed=3))))['backbone'].training))
+print(*sorted(resolve(model, Plan(roles=dict(backbone=dict(train='random', train_seed=3)))).roles['backbone'].training))
 '''
 
 
@@ -32,7 +32,7 @@ def random_plan(role='backbone', **settings):
 
 
 def drawn(model, **settings):
-    training = checked_roles(model, random_plan(**settings))['backbone'].training
+    training = resolve(model, random_plan(**settings)).roles['backbone'].training
     assert 'tail' in training and 'stem' not in training
     return [b for b in list_blocks(model) if b in training]
 
@@ -75,7 +75,7 @@ def test_the_log_says_which():
         'branch.1': dict(reinit_blocks=2, l2sp_alpha=0.01),
     })
     lines = describe_depths(model, plan).splitlines()
-    blocks = [b for b in list_blocks(model) if b in checked_roles(model, plan)['branch.0'].training]
+    blocks = [b for b in list_blocks(model) if b in resolve(model, plan).roles['branch.0'].training]
     assert len(blocks) == 2 and ', '.join(blocks) in lines[0] and 'seed 7' in lines[0]
     assert 'branches.1.layer4.0, branches.1.layer4.1' in lines[1]
     assert 'alpha 0.01' in lines[2] and '6 of 8' in lines[2]

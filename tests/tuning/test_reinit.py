@@ -8,7 +8,7 @@ from torch import nn
 
 from timm_amf import Plan, UserError, create_optimizer, list_blocks
 from timm_amf.tuning import reinit
-from timm_amf.tuning.reinit import reinit_names
+from timm_amf.tuning.resolve import resolve
 from timm_amf.tuning.roles import role_blocks
 
 SEED = 5
@@ -40,10 +40,10 @@ def meta(name, **kwargs):
 def test_the_papers_layers_of_inception_v4(k, blocks):
     """k = 0, 1, 2 are the 1, 2, 3 layers of the paper: the classifier, and features.21, features.20."""
     model = meta('inception_v4')
-    names = reinit_names(model, plan(k))
+    names = resolve(model, plan(k)).reinitialised
     expected = [n for n in model.state_dict() if n.split('.')[0] == 'features' and n.split('.')[1] in blocks]
     assert sorted(names) == sorted(expected)
-    assert reinit_names(model, plan(0)) == []
+    assert resolve(model, plan(0)).reinitialised == []
 
 
 # A norm and a conv_head after the last block; a downsampling layer between blocks; buffers that are no statistics.
@@ -62,7 +62,7 @@ ARCHITECTURES = [
 def test_what_is_among_the_last_blocks(name, k, prefixes):
     model = meta(name)
     everything = [n for n, _ in [*model.named_parameters(), *model.named_buffers()]]
-    names = set(reinit_names(model, plan(k)))
+    names = set(resolve(model, plan(k)).reinitialised)
     assert names == {n for n in everything if n.startswith(prefixes)}
 
 
@@ -117,7 +117,7 @@ def test_one_branch_of_a_composite():
 
 def test_the_stem_never_starts_anew():
     model = meta('resnet18')
-    names = reinit_names(model, plan(len(list_blocks(model))))
+    names = resolve(model, plan(len(list_blocks(model)))).reinitialised
     assert {n.split('.')[0] for n in names} == {'layer1', 'layer2', 'layer3', 'layer4'}
 
 

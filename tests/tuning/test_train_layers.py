@@ -6,7 +6,7 @@ from torch import nn
 
 from timm_amf import Plan, UserError, apply_freeze, create_optimizer, param_groups
 from timm_amf.tuning import describe_groups
-from timm_amf.tuning.groups import settings
+from timm_amf.tuning.resolve import resolve
 
 
 def build(name='test_resnet', **kwargs):
@@ -22,7 +22,7 @@ def amf():
 def trained(model, role, train, **others):
     """Names that train without the head, by the Plan and by `apply_freeze` alike."""
     plan = Plan(roles={role: dict(train=train, **others)})
-    by_plan = {n for n, s in settings(model, plan).items() if s.trains}
+    by_plan = {n for n, s in resolve(model, plan).parameters.items() if s.trains}
     apply_freeze(model, plan)
     assert by_plan == {n for n, p in model.named_parameters() if p.requires_grad}
     assert by_plan == {n for g in param_groups(model, plan) for n in g['param_names']}
@@ -82,10 +82,10 @@ def test_in_the_tuned_path_of_spottune():
     assert {n for n in trained(model, 'stem', ['conv1.3']) if n.startswith(('backbone.conv1', 'backbone.bn1'))} == {
         'backbone.conv1.3.weight'}
     with pytest.raises(UserError, match="tuned has several modules 'conv1'; name one of backbone.layer1.0.tuned.conv1"):
-        settings(model, Plan(roles=dict(tuned=dict(train=['conv1']))))
+        resolve(model, Plan(roles=dict(tuned=dict(train=['conv1']))))
     for above in ('backbone.layer2.0', 'backbone', 'backbone.layer2.0.frozen.conv1'):
         with pytest.raises(UserError, match='tuned has no block or layer'):
-            settings(model, Plan(roles=dict(tuned=dict(train=[above]))))
+            resolve(model, Plan(roles=dict(tuned=dict(train=[above]))))
 
 
 @pytest.mark.parametrize('item, near', [
@@ -98,7 +98,7 @@ def test_in_the_tuned_path_of_spottune():
 ])
 def test_what_is_neither_block_nor_layer(item, near):
     with pytest.raises(UserError, match=f"plan: backbone has no block or layer '{item}'") as e:
-        settings(build(), Plan(roles=dict(backbone=dict(train=[item]))))
+        resolve(build(), Plan(roles=dict(backbone=dict(train=[item]))))
     assert '\n' not in str(e.value)
     if near:
         assert f'did you mean {near!r}?' in str(e.value)
@@ -106,7 +106,7 @@ def test_what_is_neither_block_nor_layer(item, near):
 
 def test_near_matches_of_a_branch_are_relative_if_the_name_was(amf):
     with pytest.raises(UserError, match=r"branch\.0 has no block or layer .*; did you mean 'layer3\.0\.conv3'\?"):
-        settings(amf, Plan(roles={'branch.0': dict(train=['layer3.0.conv33'])}))
+        resolve(amf, Plan(roles={'branch.0': dict(train=['layer3.0.conv33'])}))
 
 
 def test_a_block_wins_over_a_longer_one_that_ends_alike():
@@ -117,7 +117,8 @@ def test_a_block_wins_over_a_longer_one_that_ends_alike():
     model.blocks.append(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     model.more.add_module('blocks', nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))))
     model.block_names = ['blocks.0', 'more.blocks.0']
-    names = {n for n, s in settings(model, Plan(roles=dict(backbone=dict(train=['blocks.0'])))).items() if s.trains}
+    table = resolve(model, Plan(roles=dict(backbone=dict(train=['blocks.0']))))
+    names = {n for n, s in table.parameters.items() if s.trains}
     assert names == {n for n, _ in model.named_parameters() if n.startswith('blocks.0.')}
 
 

@@ -30,7 +30,7 @@ from timm_amf.errors import UserError
 from timm_amf.models.parts import Part, part_cfg
 from timm_amf.models.sources import check_source
 from timm_amf.tuning import Plan, reinit
-from timm_amf.tuning.groups import settings
+from timm_amf.tuning.resolve import Resolved
 
 __all__ = [
     'build_accelerator', 'build_data', 'build_loaders', 'build_mixup', 'build_model', 'place_model', 'run_folder',
@@ -245,18 +245,18 @@ def _adjust_head(model: nn.Module, args: argparse.Namespace) -> None:
                 nn.init.constant_(layer.bias, args.head_init_bias)
 
 
-def set_start(model: nn.Module, plan: Plan, args: argparse.Namespace, num_classes: int) -> None:
+def set_start(model: nn.Module, table: Resolved, args: argparse.Namespace, num_classes: int) -> None:
     """Give a model that does not resume the start that its Plan asks for: re-initialise, or have a start to decay to.
 
     Raises:
         UserError: If the Plan does not fit the model, or what it asks for cannot be had.
     """
-    pulled = any(setting.l2sp_alpha for setting in settings(model, plan).values())
+    pulled = any(setting.l2sp_alpha for setting in table.parameters.values())
     if pulled and not (args.pretrained or args.initial_checkpoint):
         raise UserError(
             'plan: l2sp_alpha decays towards weights that are random here; add --pretrained or --initial-checkpoint')
     anew = argparse.Namespace(**{**vars(args), 'pretrained': False, 'initial_checkpoint': ''})
-    reinit(model, plan, args.seed, functools.partial(build_model, anew, num_classes))
+    reinit(model, table, args.seed, functools.partial(build_model, anew, num_classes))
 
 
 def place_model(model: nn.Module, args: argparse.Namespace, accelerator: Accelerator) -> nn.Module:

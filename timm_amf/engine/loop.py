@@ -27,7 +27,7 @@ from timm_amf.engine.task import AdaptiveTask
 from timm_amf.errors import Interrupted, UserError
 from timm_amf.models.method import check_takes, method_of
 from timm_amf.models.records import Record
-from timm_amf.tuning import GroupScheduler, Plan, apply_freeze
+from timm_amf.tuning import GroupScheduler, Resolved, apply_freeze
 
 __all__ = ['Signals', 'Trainer']
 
@@ -102,8 +102,8 @@ class Trainer:
         args: Options.
         accelerator: Accelerate's context.
         task: The task, its model on its device; wrapped for distributed training here.
-        plan: How the model is fine-tuned.
-        optimizer: Over the groups of `param_groups(model, plan)`.
+        table: How the model is fine-tuned.
+        optimizer: Over the groups of `param_groups(model, table)`.
         train_loader: Seeded loader of training batches.
         val_loader: Loader of evaluation batches.
         folder: The run's folder.
@@ -115,14 +115,15 @@ class Trainer:
             args: argparse.Namespace,
             accelerator: Accelerator,
             task: AdaptiveTask,
-            plan: Plan,
+            table: Resolved,
             optimizer: torch.optim.Optimizer,
             train_loader,
             val_loader,
             folder: Path,
             mixup: Optional[Mixup] = None,
     ):
-        self.args, self.accelerator, self.task, self.plan = args, accelerator, task, plan
+        self.args, self.accelerator, self.task, self.table = args, accelerator, task, table
+        self.plan = plan = table.plan
         self.train_loader, self.val_loader, self.mixup = train_loader, val_loader, mixup
         self.folder = Path(folder)
         self.components = train_loader.dataset.components
@@ -156,7 +157,7 @@ class Trainer:
         self.epoch, self.step, self.updates = 0, 0, 0
         self.resumed_meters: Optional[list] = None
         self.bare_optimizer = optimizer
-        apply_freeze(task.model, plan, 0)
+        apply_freeze(task.model, table, 0)
         if args.torchcompile:
             task.trainable_module.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         task.trainable_module = accelerator.prepare_model(task.trainable_module)
@@ -346,7 +347,7 @@ class Trainer:
 
     def _apply_plan(self) -> None:
         """Freeze and unfreeze for the epoch. A reducer knows only what trained when it was built: build it anew."""
-        changed = apply_freeze(self.task.model, self.plan, self.epoch)
+        changed = apply_freeze(self.task.model, self.table, self.epoch)
         method_of(self.task.model).start_epoch(self.epoch, self.task.settings)
         module = self.task.trainable_module
         if changed and isinstance(module, DistributedDataParallel):

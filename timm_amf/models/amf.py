@@ -27,20 +27,19 @@ from typing import Any, Optional, Union
 import torch
 import torch.nn.functional as F
 from timm.layers import Format, get_channel_dim, get_device_dtype, get_spatial_dim, nchw_to
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .blocks import layer_ids
-from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg
+from .blocks import layer_ids, probe_part
+from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg, register_variant, resize_networks
 from .method import Method, RunSettings
-from .parts import Part, as_pair, build_parts, probe_part
+from .parts import Part, as_pair, build_parts
 from .policy import PolicyNetwork
 from .records import PolicyRecord
 from .renorm import create_renorm
-from .routing import may_route, routed_fusion, routing_error
+from .routing import eager, kept_branches, routing_error, run_kept_branches
 from .tags import fine_tuned_cfgs
 
 __all__ = ['AMF', 'MultiTune']
@@ -62,10 +61,6 @@ def _backbone_parts(
         raise UserError(f'backbone_kwargs has {len(backbone_kwargs)} entries for {len(backbones)} backbones.')
     common = {k: v for k, v in common.items() if v is not None}
     return [Part(name, 0, {**common, **kw}) for name, kw in zip(backbones, backbone_kwargs, strict=True)]
-
-
-def _policy_part(policy: str, num_branches: int, policy_kwargs: Optional[dict[str, Any]]) -> Part:
-    return Part(policy, num_branches, {} if policy_kwargs is None else policy_kwargs)
 
 
 class AMF(Method, nn.Module):
@@ -121,9 +116,6 @@ class AMF(Method, nn.Module):
             std: Standard deviation that the input is normalised with; None is the first backbone's.
             pretrained_parts: Load the pretrained weights of each architecture into its networks.
             cache_dir: Where those are cached.
-
-        Raises:
-            UserError: If an architecture is unknown or gives no flat pooled features, or weights cannot be had.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -144,8 +136,8 @@ class AMF(Method, nn.Module):
         self._set_features(size, global_pool)
 
         if policy is not None:
-            parts = [*parts, _policy_part(policy, n, policy_kwargs).sized(as_pair(policy_input_size) or size)]
-        nets = build_parts(parts, pretrained_parts, cache_dir=cache_dir, in_chans=in_chans, **dd)
+            parts = [*parts, Part(policy, n, policy_kwargs).sized(as_pair(policy_input_size) or size)]
+        nets = build_parts(parts, [pretrained_parts] * len(parts), cache_dir=cache_dir, in_chans=in_chans, **dd)
         stats = mean or cfg['mean'], std or cfg['std']
         renorms = [
             create_renorm(*stats, net.pretrained_cfg['mean'], net.pretrained_cfg['std'], in_chans, **dd) for net in nets
@@ -270,17 +262,22 @@ class AMF(Method, nn.Module):
         return branch.forward_head(branch.forward_features(self.renorms[index](x)), pre_logits=True)
 
     def _checkpointed_branch(self, index: int, x: Tensor) -> Tensor:
-        if index in self._whole:
-            return checkpoint(self._run_branch, index, x)
-        return self._run_branch(index, x)
+        return checkpoint(self._run_branch, index, x) if index in self._whole else self._run_branch(index, x)
+
+    def _weights(self, x: Tensor) -> Optional[Tensor]:
+        if self.policy is not None:
+            return self.policy(x)
+        return None
 
     def _fuse(self, x: Tensor) -> Tensor:
         """The concatenation (B, head_hidden_size) of the weighted pooled features z_i = h_i * m_i."""
         pooled = self.forward_branches(x)
-        if self.policy is not None:
-            weights = self.policy(x)
-            pooled = [m * weights[:, i:i + 1] for i, m in enumerate(pooled)]
-        return torch.cat(pooled, dim=1)
+        return _weigh_and_concat(pooled, self._weights(x))
+
+    def _fuse_routed(self, x: Tensor, eps: float) -> Tensor:
+        weights = self.policy(x)
+        branches = [partial(self._run_branch, i) for i in range(len(self.branches))]
+        return _weigh_and_concat(run_kept_branches(x, kept_branches(weights, eps), branches, self.widths), weights)
 
     def forward_train(self, x: Tensor, settings: RunSettings) -> dict[str, Tensor]:
         """`output` (B, classes); with a policy `weights` (B, n); `branch_outputs` (n, B, classes) if a loss needs them.
@@ -290,9 +287,8 @@ class AMF(Method, nn.Module):
         if self.routing_eps is not None and not self.training:
             return dict(output=self(x))
         pooled = self.forward_branches(x)
-        weights = None if self.policy is None else self.policy(x)
-        fused = torch.cat(pooled, dim=1) if weights is None else _weigh(pooled, weights, 1)
-        parts = dict(output=self.fc(self.head_drop(fused)))
+        weights = self._weights(x)
+        parts = dict(output=self.fc(self.head_drop(_weigh_and_concat(pooled, weights))))
         if weights is not None:
             parts['weights'] = weights
         if settings.branch_loss:
@@ -340,19 +336,12 @@ class AMF(Method, nn.Module):
         """What `set_routing` changes for a batch, see `routing.routing_error`."""
         return routing_error(self, x)
 
-    def _fuse_routed(self, x: Tensor, eps: float) -> Tensor:
-        branches = [partial(self._run_branch, i) for i in range(len(self.branches))]
-        return routed_fusion(x, self.policy(x), eps, branches, self.widths)
-
     def forward_features(self, x: Tensor) -> Tensor:
         if self.has_maps:
             maps = []
             for renorm, branch in zip(self.renorms, self.branches):
                 maps.append(branch.forward_features(renorm(x)))
-            if self.policy is not None:
-                weights = self.policy(x)
-                maps = [m * weights[:, i].view(-1, 1, 1, 1) for i, m in enumerate(maps)]
-            return torch.cat(maps, dim=self.channel_dim)
+            return _weigh_and_concat(maps, self._weights(x), self.channel_dim, True)
         return self._fuse(x)[:, :, None, None]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -365,7 +354,7 @@ class AMF(Method, nn.Module):
         if not self.pools:
             return self.forward_head(self.forward_features(x))
         if not torch.jit.is_scripting():
-            if self.routing_eps is not None and may_route(self, x):
+            if self.routing_eps is not None and not self.training and eager(x):
                 return self.fc(self.head_drop(self._fuse_routed(x, self.routing_eps)))
         return self.fc(self.head_drop(self._fuse(x)))
 
@@ -377,9 +366,6 @@ class AMF(Method, nn.Module):
 
         Args:
             eps: Least weight in [0, 1]; the largest weight of an image always runs. None runs all branches.
-
-        Raises:
-            UserError: If `eps` is no weight, or the model has no policy to route by.
         """
         if eps is not None and self.policy is None:
             raise UserError('a MultiTune has fixed weights and no branch to leave out; routing needs an AMF.')
@@ -398,19 +384,7 @@ class AMF(Method, nn.Module):
     ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
         """Features at the levels of `feature_info`, the branches' maps side by side, weighted as everything else.
 
-        Args:
-            x: Images (B, C, H, W).
-            indices: Levels: the last n for an int, all for None.
-            norm: Apply each branch's last norm to its maps.
-            stop_early: Leave out what lies behind the last level.
-            output_fmt: Layout of the maps.
-            intermediates_only: Return the levels alone.
-
-        Returns:
-            (`forward_features`, levels), or the levels.
-
-        Raises:
-            UserError: If the architectures have no level of the same reduction.
+        The arguments are timm's; `norm` applies each branch's last norm to its maps.
         """
         self._require_levels()
         take, _ = feature_take_indices(len(self.feature_info), indices)
@@ -426,15 +400,15 @@ class AMF(Method, nn.Module):
             )
             levels.append(result if intermediates_only else result[1])
             finals.append(None if intermediates_only else result[0])
-        weights = self.forward_policy(x)
-        fused = [_weigh(_same_size(maps), weights, 1) for maps in zip(*levels, strict=True)]
+        weights = self._weights(x)
+        fused = [_weigh_and_concat(_same_size(maps), weights, 1, True) for maps in zip(*levels, strict=True)]
         fused = [nchw_to(f, Format(output_fmt)) for f in fused]
         if intermediates_only:
             return fused
         if self.has_maps:
-            return _weigh(finals, weights, self.channel_dim), fused
+            return _weigh_and_concat(finals, weights, self.channel_dim, True), fused
         pooled = [b.forward_head(f, pre_logits=True) for b, f in zip(self.branches, finals, strict=True)]
-        return _weigh(pooled, weights, 1)[:, :, None, None], fused
+        return _weigh_and_concat(pooled, weights)[:, :, None, None], fused
 
     def _require_levels(self) -> None:
         if not self.feature_info:
@@ -449,10 +423,7 @@ class AMF(Method, nn.Module):
     ) -> list[int]:
         """Removes from the branches what `forward_intermediates` does not need for these levels; the policy stays.
 
-        Args:
-            indices: Levels to keep.
-            prune_norm: Remove the branches' last norms too.
-            prune_head: Remove the classifier and the branches' heads: then only `forward_intermediates` runs.
+        With `prune_head` only `forward_intermediates` runs afterwards.
         """
         self._require_levels()
         take, _ = feature_take_indices(len(self.feature_info), indices)
@@ -473,20 +444,21 @@ class AMF(Method, nn.Module):
         nets = list(self.branches)
         if self.policy is not None and self.policy.input_size is None:
             nets.append(self.policy.net)
-        for net in nets:
-            if hasattr(net, 'set_input_size'):
-                net.set_input_size(img_size=size)
-        for part in self.backbone_parts:
-            if 'img_size' in part.kwargs:
-                part.kwargs['img_size'] = size
+        resize_networks(self, nets, self.backbone_parts, size)
         self._set_features(size, self.global_pool)
-        update_model_input_size(self, size)
 
 
-def _weigh(tensors: Sequence[Tensor], weights: Tensor, dim: int) -> Tensor:
-    """Each branch's (B, ...) tensor times its weights' column, concatenated."""
-    shape = (-1,) + (1,) * (tensors[0].ndim - 1)
-    return torch.cat([t * weights[:, i].view(shape) for i, t in enumerate(tensors)], dim=dim)
+def _weigh_and_concat(
+        tensors: list[Tensor],
+        weights: Optional[Tensor],
+        dim: int = 1,
+        maps: bool = False,
+) -> Tensor:
+    """Each branch's pooled features (B, C) or 4-D maps times its column of the weights (B, n), concatenated."""
+    if weights is not None:
+        shape = [-1, 1, 1, 1] if maps else [-1, 1]
+        tensors = [t * weights[:, i].view(shape) for i, t in enumerate(tensors)]
+    return torch.cat(tensors, dim=dim)
 
 
 def _same_size(maps: Sequence[Tensor]) -> list[Tensor]:
@@ -515,6 +487,8 @@ class _Features:
 
 def _joint_features(parts: Sequence[Part], input_size: tuple[int, int, int]) -> _Features:
     probes = [probe_part(p, input_size) for p in parts]
+    for probe in probes:
+        probe.require_width()
     alike = len({p.layout for p in parts}) == 1
     return _Features(
         [p.width for p in probes],
@@ -560,18 +534,27 @@ class MultiTune(AMF):
         super().__init__(backbones, policy=None, **kwargs)
 
 
-# Registered name -> (backbones, policy).
-_VARIANTS = {
-    'amf': (('resnet18', 'resnet18'), 'resnet10t'),
-    'amf_inception_v4x2': (('inception_v4',) * 2, 'resnet34'),
-    'amf_inception_v4x3': (('inception_v4',) * 3, 'resnet34'),
-    'amf_resnet18x2': (('resnet18',) * 2, 'resnet10t'),
-    'amf_resnet50x2': (('resnet50',) * 2, 'resnet18'),
-    'amf_mobilenetv2_100x2': (('mobilenetv2_100',) * 2, 'mobilenetv3_small_050'),
-    'amf_convnext_tinyx2': (('convnext_tiny',) * 2, 'resnet18'),
-    'amf_vit_small_patch16_224x2': (('vit_small_patch16_224',) * 2, 'resnet18'),
-    'multitune': (('resnet18', 'resnet18'), None),
-    'multitune_inception_v4x2': (('inception_v4',) * 2, None),
+# Registered name -> (backbones, policy, description).
+_VARIANTS: dict[str, tuple[tuple[str, ...], Optional[str], str]] = {
+    'amf': (
+        ('resnet18', 'resnet18'), 'resnet10t',
+        "AMF of any architectures: `backbones=('resnet18', 'resnet50'), policy='resnet10t'`."),
+    'amf_inception_v4x2': (
+        ('inception_v4',) * 2, 'resnet34',
+        "The paper's network: two Inception-v4 and a ResNet-34 policy (AMF, Section IV-A5)."),
+    'amf_inception_v4x3': (
+        ('inception_v4',) * 3, 'resnet34', 'Three Inception-v4 and a ResNet-34 policy (the n = 3 of AMF, Figure 2).'),
+    'amf_resnet18x2': (('resnet18',) * 2, 'resnet10t', 'Two ResNet-18 and a ResNet-10-T policy.'),
+    'amf_resnet50x2': (('resnet50',) * 2, 'resnet18', 'Two ResNet-50 and a ResNet-18 policy.'),
+    'amf_mobilenetv2_100x2': (
+        ('mobilenetv2_100',) * 2, 'mobilenetv3_small_050', 'Two MobileNetV2 and a MobileNetV3-Small 0.5 policy.'),
+    'amf_convnext_tinyx2': (('convnext_tiny',) * 2, 'resnet18', 'Two ConvNeXt-Tiny and a ResNet-18 policy.'),
+    'amf_vit_small_patch16_224x2': (
+        ('vit_small_patch16_224',) * 2, 'resnet18', 'Two ViT-Small/16 and a ResNet-18 policy.'),
+    'multitune': (
+        ('resnet18', 'resnet18'), None, "MultiTune of any architectures: `backbones=('resnet18', 'resnet50')`."),
+    'multitune_inception_v4x2': (
+        ('inception_v4',) * 2, None, "The paper's baseline: two Inception-v4, concatenated (AMF, Section IV-A6)."),
 }
 # Unpadded convolutions: below this, its last maps are less than half of what their reduction says.
 _MIN_INPUT_SIZES = {'inception_v4': (3, 160, 160)}
@@ -586,20 +569,20 @@ def _cfg(
     parts = _backbone_parts(backbones, backbone_kwargs)
     named = {f'branches.{i}': p for i, p in enumerate(parts)}
     if policy is not None:
-        named['policy.net'] = _policy_part(policy, len(parts), policy_kwargs)
+        named['policy.net'] = Part(policy, len(parts), policy_kwargs)
     smallest = next((_MIN_INPUT_SIZES[b] for b in backbones if b in _MIN_INPUT_SIZES), None)
     return composite_cfg(named, list(named)[:len(parts)], **{'min_input_size': smallest} if smallest else {})
 
 
 default_cfgs = generate_default_cfgs({
-    **dict(fine_tuned_cfgs(_VARIANTS, lambda variant, _: _cfg(*_VARIANTS[variant]))),
+    **dict(fine_tuned_cfgs(_VARIANTS, lambda variant, _: _cfg(*_VARIANTS[variant][:2]))),
     # Last, so that it is the default, also where the parts have no weights.
-    **{f'{name}.{PARTS_TAG}*': _cfg(*v) for name, v in _VARIANTS.items()},
+    **{f'{name}.{PARTS_TAG}*': _cfg(*v[:2]) for name, v in _VARIANTS.items()},
 })
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs) -> AMF:
-    backbones, policy = _VARIANTS[variant]
+    backbones, policy, _ = _VARIANTS[variant]
     kwargs.setdefault('backbones', backbones)
     if policy is not None:
         kwargs.setdefault('policy', policy)
@@ -612,73 +595,9 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> AMF:
     parts = [p.sized(size) for p in parts]
     features = _joint_features(parts, (kwargs.get('in_chans', cfg['input_size'][0]), *size))
     cfg['pool_size'] = features.map_size or (1, 1)
-    # All levels of a pyramid; the last three where there are many of few reductions, as timm has it for a ViT.
-    levels = tuple(range(len(features.levels))) if len(features.levels) <= 5 else 3
-    return build_composite(
-        AMF if policy is not None else MultiTune,
-        variant,
-        pretrained,
-        cfg,
-        feature_cfg=dict(feature_cls='getter', out_indices=levels),
-        **kwargs,
-    )
+    model_cls = AMF if policy is not None else MultiTune
+    return build_composite(model_cls, variant, pretrained, cfg, len(features.levels), **kwargs)
 
 
-@register_model
-def amf(pretrained: bool = False, **kwargs) -> AMF:
-    """AMF of any architectures: `backbones=('resnet18', 'resnet50'), policy='resnet10t'`."""
-    return _create('amf', pretrained, **kwargs)
-
-
-@register_model
-def multitune(pretrained: bool = False, **kwargs) -> MultiTune:
-    """MultiTune of any architectures: `backbones=('resnet18', 'resnet50')`."""
-    return _create('multitune', pretrained, **kwargs)
-
-
-@register_model
-def amf_inception_v4x2(pretrained: bool = False, **kwargs) -> AMF:
-    """The paper's network: two Inception-v4 and a ResNet-34 policy (AMF, Section IV-A5)."""
-    return _create('amf_inception_v4x2', pretrained, **kwargs)
-
-
-@register_model
-def amf_inception_v4x3(pretrained: bool = False, **kwargs) -> AMF:
-    """Three Inception-v4 and a ResNet-34 policy (the n = 3 of AMF, Figure 2)."""
-    return _create('amf_inception_v4x3', pretrained, **kwargs)
-
-
-@register_model
-def multitune_inception_v4x2(pretrained: bool = False, **kwargs) -> MultiTune:
-    """The paper's baseline: two Inception-v4, concatenated (AMF, Section IV-A6)."""
-    return _create('multitune_inception_v4x2', pretrained, **kwargs)
-
-
-@register_model
-def amf_resnet18x2(pretrained: bool = False, **kwargs) -> AMF:
-    """Two ResNet-18 and a ResNet-10-T policy."""
-    return _create('amf_resnet18x2', pretrained, **kwargs)
-
-
-@register_model
-def amf_resnet50x2(pretrained: bool = False, **kwargs) -> AMF:
-    """Two ResNet-50 and a ResNet-18 policy."""
-    return _create('amf_resnet50x2', pretrained, **kwargs)
-
-
-@register_model
-def amf_mobilenetv2_100x2(pretrained: bool = False, **kwargs) -> AMF:
-    """Two MobileNetV2 and a MobileNetV3-Small 0.5 policy."""
-    return _create('amf_mobilenetv2_100x2', pretrained, **kwargs)
-
-
-@register_model
-def amf_convnext_tinyx2(pretrained: bool = False, **kwargs) -> AMF:
-    """Two ConvNeXt-Tiny and a ResNet-18 policy."""
-    return _create('amf_convnext_tinyx2', pretrained, **kwargs)
-
-
-@register_model
-def amf_vit_small_patch16_224x2(pretrained: bool = False, **kwargs) -> AMF:
-    """Two ViT-Small/16 and a ResNet-18 policy."""
-    return _create('amf_vit_small_patch16_224x2', pretrained, **kwargs)
+for _name, (_, _, _description) in _VARIANTS.items():
+    register_variant(__name__, _name, _description, _create)

@@ -1,17 +1,22 @@
 """Building a model of several networks through `build_model_with_cfg`, with weights from its parts or of its own."""
 import logging
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Optional
 
-from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, register_model, resolve_pretrained_cfg
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from ..errors import UserError
 from .parts import Part, part_cfg
-from .sources import check_source, loading
+from .sources import as_names, check_source, loading
 
-__all__ = ['PARTS_TAG', 'build_composite', 'composite_cfg', 'joint_input_cfg']
+__all__ = [
+    'PARTS_TAG', 'build_composite', 'composite_cfg', 'joint_input_cfg', 'register_variant', 'resize_networks',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -24,6 +29,17 @@ _INPUT_KEYS = (
     'input_size', 'test_input_size', 'min_input_size', 'fixed_input_size', 'interpolation', 'crop_pct', 'test_crop_pct',
     'crop_mode', 'mean', 'std', 'license',
 )
+
+
+def register_variant(module: str, name: str, description: str, create: Callable[..., nn.Module]) -> None:
+    """Register `create(name, pretrained, **kwargs)` with timm, as an entry point in the module of its cfgs."""
+    def entry_point(pretrained: bool = False, **kwargs) -> nn.Module:
+        return create(name, pretrained, **kwargs)
+
+    entry_point.__name__ = entry_point.__qualname__ = name
+    entry_point.__module__ = module
+    entry_point.__doc__ = description
+    setattr(sys.modules[module], name, register_model(entry_point))
 
 
 def joint_input_cfg(backbones: Sequence[Part]) -> dict[str, Any]:
@@ -53,18 +69,37 @@ def composite_cfg(parts: dict[str, Part], backbones: Sequence[str], **overrides)
     """
     cfgs = {path: part_cfg(part) for path, part in parts.items()}
     cfg = joint_input_cfg([parts[path] for path in backbones])
-    first_conv = []
-    for path, c in cfgs.items():
-        names = c.get('first_conv') or ()
-        first_conv += [f'{path}.{n}' for n in ((names,) if isinstance(names, str) else names)]
     cfg.update(
         hf_hub_id=cfgs[backbones[0]].get('hf_hub_id'),
         num_classes=1000,
-        first_conv=tuple(first_conv) or None,
+        first_conv=tuple(f'{path}.{n}' for path, c in cfgs.items() for n in as_names(c.get('first_conv'))) or None,
         classifier='fc',
         tag=PARTS_TAG,
     )
     return {**cfg, **overrides}
+
+
+def resize_networks(
+        model: nn.Module,
+        networks: Iterable[nn.Module],
+        parts: Iterable[Part],
+        size: tuple[int, int],
+) -> None:
+    """Resize the networks of a composite whose input size is fixed, such as a ViT's position embedding.
+
+    Args:
+        model: The composite.
+        networks: Its networks that see images of its input size.
+        parts: What those are that are built again from their arguments.
+        size: (H, W) in pixels.
+    """
+    for net in networks:
+        if hasattr(net, 'set_input_size'):
+            net.set_input_size(img_size=size)
+    for part in parts:
+        if 'img_size' in part.kwargs:
+            part.kwargs['img_size'] = size
+    update_model_input_size(model, size)
 
 
 def _of_parts(cfg: dict[str, Any], parts_cfg: dict[str, Any], registered: Optional[str]) -> bool:
@@ -79,6 +114,7 @@ def build_composite(
         variant: str,
         pretrained: bool,
         parts_cfg: dict[str, Any],
+        num_levels: int,
         pretrained_cfg=None,
         pretrained_cfg_overlay: Optional[dict[str, Any]] = None,
         features_only: bool = False,
@@ -96,6 +132,7 @@ def build_composite(
         variant: Registered name.
         pretrained: Load weights.
         parts_cfg: From `composite_cfg`.
+        num_levels: Levels of its `feature_info`.
         pretrained_cfg: Tag or cfg, as `timm.create_model` passes it.
         pretrained_cfg_overlay: Entries that replace those of the cfg.
         features_only: As in timm.
@@ -119,39 +156,31 @@ def build_composite(
     own = pretrained and not of_parts
     if own:
         check_source(variant, cfg, cache_dir)
-    build = partial(
-        build_model_with_cfg,
-        model_cls,
-        variant,
-        own,
-        pretrained_cfg=cfg,
-        pretrained_filter_fn=partial(_check_checkpoint, features_only=features_only),
-        features_only=features_only,
-        cache_dir=cache_dir,
-        **kwargs,
-    )
-    if not own:
-        return build()
-    with loading(variant, cfg, _classifiers(cfg)):
-        return build()
-
-
-def _classifiers(cfg: dict[str, Any]) -> tuple[str, ...]:
-    names = cfg.get('classifier') or 'fc'
-    return (names,) if isinstance(names, str) else tuple(names)
+    with loading(variant, cfg) if own else nullcontext():
+        return build_model_with_cfg(
+            model_cls,
+            variant,
+            own,
+            pretrained_cfg=cfg,
+            pretrained_filter_fn=partial(_check_checkpoint, features_only=features_only),
+            # All levels of a pyramid; the last three where there are many of few reductions, as timm has it for a ViT.
+            feature_cfg=dict(feature_cls='getter', out_indices=tuple(range(num_levels)) if num_levels <= 5 else 3),
+            features_only=features_only,
+            cache_dir=cache_dir,
+            **kwargs,
+        )
 
 
 def _check_checkpoint(state_dict: dict[str, Tensor], model: nn.Module, features_only: bool) -> dict[str, Tensor]:
-    """Refuses a checkpoint of another model, and says aloud that a classifier does not fit.
+    """Refuse a checkpoint of another model, and warn of a classifier that does not fit.
 
     timm compares the number of classes with what the cfg claims; here the checkpoint itself says how many it has, so
     that a fine-tuned classifier is kept wherever it fits.
     """
     cfg = model.pretrained_cfg
     name = cfg.get('architecture', type(model).__name__)
-    classifiers = _classifiers(cfg)
-    classifier = classifiers[0]
-    weight = state_dict.get(f'{classifier}.weight')
+    classifiers = as_names(cfg.get('classifier')) or ('fc',)
+    weight = state_dict.get(f'{classifiers[0]}.weight')
     if weight is not None:
         cfg['num_classes'] = weight.shape[0]
     if model.num_classes and not features_only and (weight is None or weight.shape[0] != model.num_classes):
@@ -161,9 +190,7 @@ def _check_checkpoint(state_dict: dict[str, Tensor], model: nn.Module, features_
             'the classifier stays random and must be trained.'
         )
 
-    first_conv = cfg.get('first_conv') or ()
-    first_conv = (first_conv,) if isinstance(first_conv, str) else first_conv
-    free = {f'{n}.weight' for n in first_conv}  # timm adapts these to the input channels
+    adapted = {f'{n}.weight' for n in as_names(cfg.get('first_conv'))}  # by timm, to the input channels
     own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith(tuple(f'{c}.' for c in classifiers))}
     missing = [k for k in own if k not in state_dict]
     if len(missing) > len(own) // 2:
@@ -171,7 +198,7 @@ def _check_checkpoint(state_dict: dict[str, Tensor], model: nn.Module, features_
             f'this is no checkpoint of {name}: {len(missing)} of its {len(own)} tensors are missing. Weights of one '
             "network go into backbone_kwargs={'pretrained_cfg_overlay': {'file': ...}}."
         )
-    unlike = missing or [k for k, shape in own.items() if k not in free and state_dict[k].shape != shape]
+    unlike = missing or [k for k, shape in own.items() if k not in adapted and state_dict[k].shape != shape]
     if unlike:
         k = unlike[0]
         has = f'no {k}' if missing else f'{k} of shape {tuple(state_dict[k].shape)}, not {tuple(own[k])}'

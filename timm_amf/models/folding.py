@@ -46,8 +46,7 @@ class FoldedConv(nn.Module):
             weight, bias = self._folded(sources)
             if torch.is_grad_enabled() and x.requires_grad and not torch.is_autocast_enabled(x.device.type):
                 return _ScaledConv.apply(x, weight, None, bias, *geometry)
-            stride, padding, _, groups = geometry
-            return _conv(x, weight, bias, *geometry, _pieces(x, weight.shape, stride, padding, groups))
+            return F.conv2d(x, weight, bias, *geometry)
         scale, bias = _scale_and_bias(conv, norm)
         if torch.is_autocast_enabled(x.device.type):  # which casts what its own operations see
             return F.conv2d(x, _scaled(conv.weight, scale), bias, *geometry)
@@ -63,24 +62,6 @@ class FoldedConv(nn.Module):
                 scale, bias = _scale_and_bias(conv, norm)
                 self._key, self._kept = key, (_scaled(conv.weight, scale), bias)
         return self._kept
-
-
-class CutConv(nn.Module):
-    """A pointwise convolution that takes PyTorch's fast path in small batches too (see `_pieces`)."""
-
-    def __init__(self, conv: nn.Module):
-        super().__init__()
-        self._source = (conv,)  # in a tuple, as in `FoldedConv`
-
-    def forward(self, x: Tensor) -> Tensor:
-        (conv,) = self._source
-        stride = conv.stride
-        if stride != (1, 1) and _is_slow(x, conv.groups):
-            x = x[:, :, ::stride[0], ::stride[1]].contiguous(memory_format=torch.channels_last)  # all that it reads
-            stride = (1, 1)
-        pieces = _pieces(x, conv.weight.shape, stride, conv.padding, conv.groups)
-        y = F.conv2d(_cut(x, pieces), conv.weight, conv.bias, stride, conv.padding, conv.dilation, conv.groups)
-        return _uncut(y, pieces)
 
 
 def _scale_and_bias(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -102,23 +83,18 @@ class _ScaledConv(torch.autograd.Function):
         # The gradient of the input needs of the input its shape alone, which a tensor without memory has as well.
         ctx.save_for_backward(x if of_weight else x.new_empty(1).expand(x.shape), weight, scale)
         ctx.geometry = stride, padding, dilation, groups
-        ctx.pieces = _pieces(x, weight.shape, stride, padding, groups)
-        y = _conv(x, _scaled(weight, scale), bias, *ctx.geometry, ctx.pieces)
-        # Not the view that it may be: what follows may work on it in place.
-        return y.data
+        return F.conv2d(x, _scaled(weight, scale), bias, *ctx.geometry)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
         of_x, of_weight, of_scale, of_bias = ctx.needs_input_grad[:4]
-        if ctx.pieces > 1:
-            grad = _cut(grad.contiguous(memory_format=torch.channels_last), ctx.pieces)
         stride, padding, dilation, groups = ctx.geometry
         g_x, g_scaled, g_bias = torch.ops.aten.convolution_backward(
-            grad, _cut(x, ctx.pieces), _scaled(weight, scale), [len(weight)], stride, padding, dilation, False, [0, 0],
+            grad, x, _scaled(weight, scale), [len(weight)], stride, padding, dilation, False, [0, 0],
             groups, [of_x, of_weight or of_scale, of_bias])
         return (
-            _uncut(g_x, ctx.pieces) if of_x else None,
+            g_x if of_x else None,
             _scaled(g_scaled, scale) if of_weight else None,
             (g_scaled * weight).sum((1, 2, 3)) if of_scale else None,
             g_bias,
@@ -128,50 +104,6 @@ class _ScaledConv(torch.autograd.Function):
 
 def _scaled(weight: Tensor, scale: Optional[Tensor]) -> Tensor:
     return weight if scale is None else weight * scale.view(-1, 1, 1, 1)
-
-
-def _conv(x: Tensor, weight: Tensor, bias: Tensor, stride, padding, dilation, groups: int, pieces: int) -> Tensor:
-    return _uncut(F.conv2d(_cut(x, pieces), weight, bias, stride, padding, dilation, groups), pieces)
-
-
-def _pieces(x: Tensor, shape: torch.Size, stride, padding, groups: int) -> int:
-    """Into how many pieces to cut each image, so that PyTorch takes its fast path on a CPU of one thread; mostly 1.
-
-    There it hands a convolution of 1x1 to oneDNN, which takes half of the time, for batches of 16 and more only. In
-    channels_last such a convolution sees no images but a list of pixels, so rows can pass as images.
-    """
-    batch, height = x.shape[0], x.shape[2]
-    if not _is_slow(x, groups) or not (
-            tuple(shape[2:]) == (1, 1) == tuple(stride) and tuple(padding) == (0, 0)):
-        return 1
-    pieces = 1
-    while batch * pieces < 16 and height % (2 * pieces) == 0:
-        pieces *= 2
-    return next((n for n in (pieces, height) if batch * n >= 16), 1)
-
-
-def _is_slow(x: Tensor, groups: int) -> bool:
-    """Whether PyTorch would take its slow path for a pointwise convolution of a batch."""
-    return (
-        0 < x.shape[0] < 16 and x.device.type == 'cpu' and torch.get_num_threads() == 1 and groups == 1
-        and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last))
-
-
-def _cut(x: Tensor, pieces: int) -> Tensor:
-    """A channels_last batch with each image as so many images."""
-    if pieces == 1:
-        return x
-    batch, channels, height, width = x.shape
-    x = x.permute(0, 2, 3, 1).reshape(batch * pieces, height // pieces, width, channels)
-    return x.permute(0, 3, 1, 2)
-
-
-def _uncut(x: Tensor, pieces: int) -> Tensor:
-    if pieces == 1:
-        return x
-    batch, channels, height, width = x.shape
-    x = x.permute(0, 2, 3, 1).reshape(batch // pieces, height * pieces, width, channels)
-    return x.permute(0, 3, 1, 2)
 
 
 def norms_fixed(norms: Sequence[nn.Module]) -> bool:
@@ -201,19 +133,14 @@ def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def folded_view(module: nn.Module, pairs: Sequence[tuple[str, str]], cut: bool = False) -> nn.Module:
+def folded_view(module: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Module:
     """A module that computes as `module` does with its norms in evaluation mode, from the same parameters.
 
     Args:
         module: What to view; its children that need no change are shared.
         pairs: Names within it of convolutions and the norms behind them.
-        cut: Also let other pointwise convolutions take the fast path.
     """
     replaced: dict[str, nn.Module] = {}
-    if cut:
-        replaced = {
-            n: CutConv(m) for n, m in module.named_modules()
-            if n and _is_conv(m) and m.kernel_size == (1, 1) and m.padding == (0, 0)}
     for conv_name, norm_name in pairs:
         conv, norm = module.get_submodule(conv_name), module.get_submodule(norm_name)
         replaced[conv_name] = FoldedConv(conv, norm)
@@ -228,16 +155,14 @@ class Folds:
 
     Args:
         pairs: Names within the module of convolutions and the norms behind them.
-        cut: Also let other pointwise convolutions take the fast path in small batches.
     """
 
-    def __init__(self, pairs: Iterable[tuple[str, str]], cut: bool = False):
+    def __init__(self, pairs: Iterable[tuple[str, str]]):
         self.pairs = list(pairs)
-        self.cut = cut
         self._kept: Optional[tuple[nn.Module, list[nn.Module]]] = None
 
     def __getstate__(self):
-        return {'pairs': self.pairs, 'cut': self.cut, '_kept': None}  # a copied module has its own
+        return {'pairs': self.pairs, '_kept': None}  # a copied module has its own
 
     def forget(self) -> None:
         """For whoever changes the module other than in its parameters and buffers."""
@@ -247,7 +172,7 @@ class Folds:
         """The view; the module itself while one of its norms computes with the batch."""
         if self._kept is None or self._kept[0].training != module.training:
             pairs = foldable_pairs(module, self.pairs)
-            self._kept = folded_view(module, pairs, self.cut), [module.get_submodule(norm) for _, norm in pairs]
+            self._kept = folded_view(module, pairs), [module.get_submodule(norm) for _, norm in pairs]
         view, norms = self._kept
         return view if norms_fixed(norms) else module
 

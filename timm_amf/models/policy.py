@@ -59,7 +59,7 @@ class PolicyNetwork(nn.Module):
 
     @torch.jit.ignore
     def init_classifier(self) -> None:
-        """Draws the classifier anew as PyTorch draws a linear layer, without bias.
+        """Draw the classifier again, as PyTorch draws a linear layer, with a bias of zero.
 
         The weights then start near 1/n (AMF, Section IV-C4). Some architectures draw theirs so wide for a few classes
         that the softmax starts saturated, and a saturated policy does not learn.

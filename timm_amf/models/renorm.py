@@ -55,7 +55,7 @@ class Renormalize(nn.Module):
         return torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1)
 
     def _apply(self, fn, recurse: bool = True):
-        # Computed anew after every move: a trip through bf16 or `to_empty` must not leave its rounding behind.
+        # Computed again after every move: a trip through bf16 or `to_empty` must not leave its rounding behind.
         super()._apply(fn, recurse)
         self.scale = self._tensor(self._scale, self.scale.device, self.scale.dtype)
         self.shift = self._tensor(self._shift, self.shift.device, self.shift.dtype)

@@ -1,4 +1,4 @@
-"""A block that exists twice, frozen and tuned, and the ways of computing it for a batch that is of two minds.
+"""A block that exists twice, frozen and tuned, and the ways of computing a batch whose images choose differently.
 
 - `both`: every image through both copies, then a mask (SpotTune, equation 2). What tracing and compiling use, and what
   the other ways are tested against.
@@ -20,14 +20,9 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from .folding import Folds, norms_fixed
+from .routing import is_channels_last, take
 
-__all__ = ['Decision', 'PartOfBlock', 'Route', 'RoutedBlock', 'eager']
-
-
-def eager(x: Tensor) -> bool:
-    """Whether Python runs here for every batch: a trace or a graph would freeze what depends on the values."""
-    graph = torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy)
-    return not (graph or x.is_meta)
+__all__ = ['Decision', 'PartOfBlock', 'Route', 'RoutedBlock']
 
 
 @dataclass(frozen=True)
@@ -152,9 +147,9 @@ class RoutedBlock(nn.Module):
             return self._both(x, decision.shares[:, self.index], args, kwargs)
         split = decision.splits[self.index]
         frozen, tuned = self._copies()
-        if not (self.training and torch.is_grad_enabled()):
-            return _one_each(frozen, tuned, x, split, args, kwargs)
         share = decision.shares[:, self.index]
+        if not (self.training and torch.is_grad_enabled()):
+            return _exact_split(frozen, tuned, x, share.detach(), split, True, args, kwargs)
         out = _exact_split(frozen, tuned, x, share, split, self._norms_fixed(self.tuned), args, kwargs)
         return out if split.tuned is not None else _with_zero_grads(out, self.tuned)
 
@@ -178,56 +173,26 @@ class RoutedBlock(nn.Module):
         return frozen.of(self.frozen), tuned.of(self.tuned)
 
 
-def _channels_last(x: Tensor) -> bool:
-    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
 def _format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if _channels_last(x) else torch.contiguous_format
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
 def _rows(x: Tensor) -> Tensor:
     """A (B, -1) view, one row an image, in the order of the memory; a copy only where there is none."""
-    if _channels_last(x):
+    if is_channels_last(x):
         x = x.permute(0, 2, 3, 1)
     return x.reshape(len(x), -1)
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] in the memory format of x; in channels_last plain indexing is slower."""
-    if _channels_last(x):
-        return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
-    return x.index_select(0, index)
-
-
-def _put(parts: list[tuple[Tensor, Tensor]], batch: int, base: Optional[Tensor] = None) -> Tensor:
-    """The batch whose rows `index` are `part`, for each (index, part), and those of `base` else; without a graph."""
-    first = parts[0][1]
-    last = _channels_last(first)
+def _put(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The batch whose rows `index` are `part`, for each (index, part); without a graph."""
+    last = is_channels_last(parts[0][1])
     if last:
         parts = [(index, part.permute(0, 2, 3, 1)) for index, part in parts]
-    if base is None:
-        out = first.new_empty((batch, *parts[0][1].shape[1:]))
-    else:
-        out = (base.permute(0, 2, 3, 1) if last else base).clone()
+    out = parts[0][1].new_empty((sum(len(index) for index, _ in parts), *parts[0][1].shape[1:]))
     for index, part in parts:
         out.index_copy_(0, index, part)
     return out.permute(0, 3, 1, 2) if last else out
-
-
-def _one_each(frozen, tuned, x: Tensor, split: Split, args: tuple, kwargs: dict) -> Tensor:
-    """Each image through the copy that it chose."""
-    if split.tuned is None:
-        return frozen(x, *args, **kwargs)
-    if split.frozen is None:
-        return tuned(x, *args, **kwargs)
-    x_frozen, x_tuned = _halves(x, split)
-    y_frozen, y_tuned = frozen(x_frozen, *args, **kwargs), tuned(x_tuned, *args, **kwargs)
-    if y_frozen.dtype != y_tuned.dtype:
-        y_frozen = y_frozen.to(y_tuned.dtype)
-    if torch.is_grad_enabled() and (y_frozen.requires_grad or y_tuned.requires_grad):
-        return _Join.apply(None, y_frozen, y_tuned, None, None, split.frozen, split.tuned)
-    return _put([(split.frozen, y_frozen), (split.tuned, y_tuned)], len(x))
 
 
 def _exact_split(
@@ -248,35 +213,24 @@ def _exact_split(
         x: Images or features (B, ...).
         share: (B,), whose gradient trains the policy.
         split: Who chose what.
-        independent: The tuned copy computes image by image.
+        independent: The tuned copy computes image by image; else it runs on the whole batch.
         args: Further arguments of the block.
         kwargs: Further keyword arguments of the block.
     """
-    if not independent:
-        return _tuned_whole(frozen, tuned, x, share, split, args, kwargs)
     x_frozen, x_tuned = _halves(x, split)
     y_frozen = None if x_frozen is None else frozen(x_frozen, *args, **kwargs)
-    y_tuned = None if x_tuned is None else tuned(x_tuned, *args, **kwargs)
+    if independent:
+        y_tuned = None if x_tuned is None else tuned(x_tuned, *args, **kwargs)
+    else:
+        other_tuned, y_tuned = _halves(tuned(x, *args, **kwargs), split)
     if not share.requires_grad:
         return _join(None, y_frozen, y_tuned, None, None, split)
     with torch.no_grad():
         other_frozen = None if x_tuned is None else frozen(x_tuned, *args, **kwargs)
-        other_tuned = None if x_frozen is None else tuned(x_frozen, *args, **kwargs)
+        if independent:
+            other_tuned = None if x_frozen is None else tuned(x_frozen, *args, **kwargs)
+    other_tuned = None if other_tuned is None else other_tuned.detach()
     return _join(share, y_frozen, y_tuned, other_frozen, other_tuned, split)
-
-
-def _tuned_whole(frozen, tuned, x, share, split: Split, args: tuple, kwargs: dict) -> Tensor:
-    """The same where the tuned copy's output depends on the batch."""
-    y = tuned(x, *args, **kwargs)
-    if split.frozen is None and not share.requires_grad:
-        return y
-    x_frozen, x_tuned = _halves(x, split)
-    y_frozen = None if x_frozen is None else frozen(x_frozen, *args, **kwargs).to(y.dtype)
-    other = None
-    if share.requires_grad and x_tuned is not None:
-        with torch.no_grad():
-            other = frozen(x_tuned, *args, **kwargs).to(y.dtype)
-    return _Replace.apply(share if share.requires_grad else None, y, y_frozen, other, split.frozen, split.tuned)
 
 
 def _halves(x: Tensor, split: Split) -> tuple[Optional[Tensor], Optional[Tensor]]:
@@ -294,12 +248,12 @@ class _Halve(torch.autograd.Function):
     def forward(ctx, x, frozen, tuned):
         ctx.halves = frozen, tuned
         ctx.format = _format(x)
-        return _take(x, frozen).data, _take(x, tuned).data
+        return take(x, frozen).data, take(x, tuned).data
 
     @staticmethod
     def backward(ctx, g_frozen, g_tuned):
         parts = [(i, g.contiguous(memory_format=ctx.format)) for i, g in zip(ctx.halves, (g_frozen, g_tuned))]
-        return _put(parts, sum(len(i) for i in ctx.halves)), None, None
+        return _put(parts), None, None
 
 
 def _join(share, y_frozen, y_tuned, other_frozen, other_tuned, split: Split) -> Tensor:
@@ -330,7 +284,7 @@ class _Join(torch.autograd.Function):
             )
         if frozen is None or tuned is None:
             return (y_frozen if tuned is None else y_tuned).data
-        return _put([(frozen, y_frozen), (tuned, y_tuned)], len(y_frozen) + len(y_tuned)).data
+        return _put([(frozen, y_frozen), (tuned, y_tuned)]).data
 
     @staticmethod
     def backward(ctx, grad):
@@ -345,34 +299,6 @@ class _Join(torch.autograd.Function):
                 if g is not None:
                     g_share[index] = _dot(g, difference).to(g_share.dtype)
         return g_share, g_frozen, g_tuned, None, None, None, None
-
-
-class _Replace(torch.autograd.Function):
-    """The tuned outputs of a whole batch, with those of the images that chose otherwise replaced."""
-
-    @staticmethod
-    def forward(ctx, share, y, y_frozen, other_frozen, frozen, tuned):
-        ctx.halves = frozen, tuned
-        ctx.format = _format(y)
-        ctx.share_dtype = None if share is None else share.dtype
-        out = y_frozen if tuned is None else y if frozen is None else _put([(frozen, y_frozen)], len(y), y)
-        if share is not None:
-            others = [(i, part) for i, part in ((frozen, y_frozen), (tuned, other_frozen)) if part is not None]
-            ctx.save_for_backward(y - others[0][1] if len(others) == 1 else _put(others, len(y)).neg_().add_(y))
-        return out.data
-
-    @staticmethod
-    def backward(ctx, grad):
-        frozen, tuned = ctx.halves
-        grad = grad.contiguous(memory_format=ctx.format)
-        g_share = None
-        if ctx.share_dtype is not None and ctx.needs_input_grad[0]:
-            g_share = _dot(grad, *ctx.saved_tensors).to(ctx.share_dtype)
-        if frozen is None:
-            return g_share, grad, None, None, None, None
-        g_frozen = grad if tuned is None else _take(grad, frozen)
-        g_y = torch.zeros_like(grad) if tuned is None else grad.index_fill(0, frozen, 0.)
-        return g_share, g_y, g_frozen, None, None, None
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -9,13 +9,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ['kept_branches', 'may_route', 'routed_fusion', 'routing_error']
+__all__ = ['eager', 'is_channels_last', 'kept_branches', 'routing_error', 'run_kept_branches', 'take']
 
 
-def may_route(model: nn.Module, x: Tensor) -> bool:
-    """Only in eager evaluation: what is routed depends on the values, which a trace or graph would freeze."""
+def eager(x: Tensor) -> bool:
+    """Whether Python runs here for every batch: a trace or a graph would freeze what depends on the values."""
     graph = torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy)
-    return not (model.training or graph)
+    return not (graph or x.is_meta)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the memory format of images or maps is channels_last and no other."""
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] in the memory format of x; in channels_last plain indexing is slower."""
+    if is_channels_last(x):
+        return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return x.index_select(0, index)
 
 
 def kept_branches(weights: Tensor, eps: float) -> Tensor:
@@ -23,43 +35,32 @@ def kept_branches(weights: Tensor, eps: float) -> Tensor:
     return (weights >= eps) | (weights == weights.amax(dim=1, keepdim=True))
 
 
-def routed_fusion(
+def run_kept_branches(
         x: Tensor,
-        weights: Tensor,
-        eps: float,
+        kept: Tensor,
         branches: list[Callable[[Tensor], Tensor]],
         widths: list[int],
-) -> Tensor:
-    """The concatenation (B, sum(widths)) of weighted pooled features, zero where a branch was left out.
+) -> list[Tensor]:
+    """Pooled features (B, width) of each branch, zero for the images for which it is left out.
 
     Args:
         x: Images (B, C, H, W).
-        weights: (B, n).
-        eps: Least weight with which a branch runs.
+        kept: Which branch runs for which image, (B, n).
         branches: Images -> pooled features (B, width), one a branch.
         widths: Their widths.
     """
-    kept = kept_branches(weights, eps)
     counts = kept.sum(dim=0).tolist()  # the one point at which the host waits for the device
-    fused = []
+    pooled = []
     for i, (branch, width) in enumerate(zip(branches, widths, strict=True)):
-        weight = weights[:, i:i + 1]
         if counts[i] == len(x):
-            fused.append(branch(x) * weight)
+            pooled.append(branch(x))
         elif counts[i] == 0:
-            fused.append(weight.new_zeros(len(x), width))
+            pooled.append(x.new_zeros(len(x), width))
         else:
             index = kept[:, i].nonzero().squeeze(1)
-            z = branch(_take(x, index)) * weight[index]
-            fused.append(z.new_zeros(len(x), width).index_copy(0, index, z))
-    return torch.cat(fused, dim=1)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    taken = x[index]
-    if x.is_contiguous(memory_format=torch.channels_last):
-        taken = taken.contiguous(memory_format=torch.channels_last)
-    return taken
+            m = branch(take(x, index))
+            pooled.append(m.new_zeros(len(x), width).index_copy(0, index, m))
+    return pooled
 
 
 @torch.no_grad()

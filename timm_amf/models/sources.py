@@ -1,6 +1,6 @@
 """Where pretrained weights come from, and one line for the user when they cannot be had or do not fit."""
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -10,9 +10,9 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, Repositor
 from torch import nn
 
 from ..errors import UserError
-from .tags import unpublished, unpublished_name
+from .tags import unpublished
 
-__all__ = ['check_source', 'has_source', 'loading']
+__all__ = ['as_names', 'check_source', 'has_source', 'load_network', 'loading']
 
 _logger = logging.getLogger(__name__)
 
@@ -21,6 +21,11 @@ _HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
 # Seconds that the Hub gets to answer before a run without network fails.
 _HUB_TIMEOUT = 5.0
 _LOCAL_COPY = "name a local copy with pretrained_cfg_overlay={'file': ...} in its keyword arguments"
+
+
+def as_names(names: Union[str, Sequence[str], None]) -> tuple[str, ...]:
+    """An entry of a `pretrained_cfg` that is a module name, several of them, or nothing."""
+    return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def _describe(cfg: dict[str, Any]) -> str:
@@ -48,7 +53,7 @@ def has_source(cfg: dict[str, Any]) -> bool:
 
 
 def check_source(name: str, cfg: dict[str, Any], cache_dir: Optional[Union[str, Path]] = None) -> None:
-    """Checks that weights can be had, before anything is built or downloaded.
+    """Check that weights can be had, before anything is built or downloaded.
 
     `hf_hub_download` retries for most of a minute where there is no network, and then names neither model nor file.
 
@@ -56,10 +61,9 @@ def check_source(name: str, cfg: dict[str, Any], cache_dir: Optional[Union[str, 
         name: Whose weights, for the message.
         cfg: Its `pretrained_cfg`.
         cache_dir: As in `timm.create_model`.
-
-    Raises:
-        UserError: If they cannot be had.
     """
+    if not has_source(cfg):
+        raise UserError(f"timm has no pretrained weights for '{name}': {_LOCAL_COPY}, or pass pretrained=False.")
     if cfg.get('state_dict'):
         return
     if cfg.get('file'):
@@ -67,59 +71,38 @@ def check_source(name: str, cfg: dict[str, Any], cache_dir: Optional[Union[str, 
             raise UserError(f"the weights file of '{name}' does not exist: {cfg['file']}")
     elif cfg.get('hf_hub_id'):
         _check_hub(name, cfg, cache_dir)
-    elif not cfg.get('url'):
-        raise UserError(f"timm has no pretrained weights for '{name}': {_LOCAL_COPY}, or pass pretrained=False.")
 
 
 def _check_hub(name: str, cfg: dict[str, Any], cache_dir: Optional[Union[str, Path]]) -> None:
     repo, _, revision = cfg['hf_hub_id'].partition('@')
-    files = (cfg['hf_hub_filename'],) if cfg.get('hf_hub_filename') else _HUB_FILES
+    files = as_names(cfg.get('hf_hub_filename')) or _HUB_FILES
     if any(isinstance(try_to_load_from_cache(repo, f, cache_dir, revision or None), str) for f in files):
         return
-    tag = unpublished_name(cfg)
     try:
         get_hf_file_metadata(hf_hub_url(repo, files[0], revision=revision or None), timeout=_HUB_TIMEOUT)
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as e:
-        if tag and type(e) is RepositoryNotFoundError:
-            raise UserError(unpublished(tag, f'the Hub has no public {repo}')) from e
-        raise UserError(
+        missing = type(e) is RepositoryNotFoundError and unpublished(cfg, f'the Hub has no public {repo}')
+        raise UserError(missing or (
             f"the pretrained weights of '{name}' are not at {_describe(cfg)} ({type(e).__name__}): check the name, "
             'or log in with `hf auth login` if it is private.'
-        ) from e
+        )) from e
     except EntryNotFoundError as e:
         if cfg.get('hf_hub_filename'):
             raise UserError(f"{_describe(cfg)} has no {files[0]} for '{name}'; ask its owner for it.") from e
         # the repository answers; timm tries its other file names
     except Exception as e:  # the Hub's client raises its HTTP library's own types, which differ between versions
-        if tag:
-            raise UserError(unpublished(tag, f'as far as this version knows; {type(e).__name__} for {repo}')) from e
-        raise _unreachable(name, cfg, e) from e
+        missing = unpublished(cfg, f'as far as this version knows; {type(e).__name__} for {repo}')
+        raise UserError(missing) if missing else _unreachable(name, cfg, e) from e
 
 
 @contextmanager
-def loading(name: str, cfg: dict[str, Any], classifiers: tuple[str, ...] = ()) -> Iterator[None]:
-    """Around a load by timm: its errors become one line, and weights that were not in the file do not pass unseen.
-
-    timm loads without `strict` whenever the number of classes differs and logs what it missed at INFO, so that the
-    weights of another architecture would leave a network random.
+def loading(name: str, cfg: dict[str, Any]) -> Iterator[None]:
+    """Make one line, which names the network, of the errors of a load by timm.
 
     Args:
         name: What is loaded, for the message.
         cfg: Its `pretrained_cfg`.
-        classifiers: Module names that may stay random.
-
-    Raises:
-        UserError: If the weights cannot be read, or are not those of the network.
     """
-    original = nn.Module.load_state_dict
-    missed = []
-
-    def watched(module, state_dict, *args, **kwargs):
-        result = original(module, state_dict, *args, **kwargs)
-        missed.append((module, result.missing_keys))
-        return result
-
-    nn.Module.load_state_dict = watched
     try:
         yield
     except (UserError, TypeError):  # an unknown keyword is a TypeError in timm, here too
@@ -129,15 +112,45 @@ def loading(name: str, cfg: dict[str, Any], classifiers: tuple[str, ...] = ()) -
     except Exception as e:  # safetensors, pickle and shape errors: all mean that this file is not the one
         reason = ' '.join(str(e).split())[:200] or type(e).__name__
         raise UserError(f"cannot load the weights of '{name}' from {_describe(cfg)}: {reason}") from e
-    finally:
-        nn.Module.load_state_dict = original
-    for module, keys in missed:
-        _report_missing(name, cfg, module, [k for k in keys if k.rpartition('.')[0] not in classifiers])
 
 
-def _report_missing(name: str, cfg: dict[str, Any], module: nn.Module, missing: list[str]) -> None:
-    parameters = {n for n, _ in module.named_parameters()}
-    missing = [k for k in missing if k in parameters]
+class _MissingKeys(logging.Filter):
+    """Collects what timm logs at INFO of parameters that a checkpoint did not have; what is shown stays as it was."""
+    logger = logging.getLogger('timm.models._builder')
+
+    def __enter__(self) -> list[str]:
+        self.keys: list[str] = []
+        self.level, self.shown = self.logger.level, self.logger.getEffectiveLevel()
+        self.logger.addFilter(self)
+        self.logger.setLevel(min(self.shown, logging.INFO))
+        return self.keys
+
+    def __exit__(self, *_) -> None:
+        self.logger.setLevel(self.level)
+        self.logger.removeFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if message.startswith('Missing keys ('):
+            self.keys += message.partition('(')[2].partition(')')[0].split(', ')
+        return record.levelno >= self.shown
+
+
+def load_network(name: str, cfg: dict[str, Any], create) -> nn.Module:
+    """Build a network with its pretrained weights, and say which parameters stay random.
+
+    timm loads without `strict` whenever the number of classes differs, so that the weights of another architecture
+    would leave the network random and no more than a line at INFO would tell.
+
+    Args:
+        name: What is loaded, for the message.
+        cfg: Its `pretrained_cfg`; the classifier may stay random.
+        create: Builds the network by timm.
+    """
+    with loading(name, cfg), _MissingKeys() as keys:
+        net = create()
+    parameters = {n for n, _ in net.named_parameters()}
+    missing = [k for k in keys if k in parameters and k.rpartition('.')[0] not in as_names(cfg.get('classifier'))]
     if len(missing) > 0.5 * len(parameters):
         raise UserError(
             f"{_describe(cfg)} does not hold the weights of '{name}': {len(missing)} of its {len(parameters)} "
@@ -145,3 +158,4 @@ def _report_missing(name: str, cfg: dict[str, Any], module: nn.Module, missing: 
         )
     if missing:
         _logger.warning(f"{len(missing)} parameters of '{name}' are not in {_describe(cfg)} and stay random: {missing}")
+    return net

@@ -25,24 +25,23 @@ from typing import Any, Optional, Union
 
 import torch
 from timm.layers import get_device_dtype
-from timm.models import generate_default_cfgs, register_model
-from timm.models._input import update_model_input_size
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
 from . import decathlon, policy_resnet  # noqa: F401  registered before they are named below
-from .block_probe import probe_blocks, probe_pairs
-from .blocks import classifiers, layer_ids
-from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg
+from .blocks import classifier_names, classifiers, layer_ids, probe_part
+from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg, register_variant, resize_networks
 from .folding import Folds
 from .global_k import global_k_loss, update_shares
 from .method import Method, RunSettings
-from .parts import Part, as_pair, build_parts, create_part, meta_part, part_cfg
+from .parts import Part, as_pair, build_parts, create_part, part_cfg
 from .policy import PolicyNetwork, gumbel_noise, straight_through
 from .records import RoutingRecord
 from .renorm import create_renorm
-from .routed_block import Decision, PartOfBlock, Route, RoutedBlock, eager
+from .routed_block import Decision, PartOfBlock, Route, RoutedBlock
+from .routing import eager
 from .sources import has_source
 from .tags import fine_tuned_cfgs, tag_arguments
 
@@ -107,10 +106,6 @@ class SpotTune(Method, nn.Module):
             std: Standard deviation that the input is normalised with; None is the backbone's.
             pretrained_parts: Load the pretrained weights of each architecture into its network.
             cache_dir: Where those are cached.
-
-        Raises:
-            UserError: If an architecture is unknown or cannot be routed, an option is out of range, or weights cannot
-                be had.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -118,12 +113,12 @@ class SpotTune(Method, nn.Module):
             raise UserError(f"frozen_bn is 'frozen' or 'official', not {frozen_bn!r}.")
         if routing not in ROUTINGS:
             raise UserError(f'routing is one of {", ".join(ROUTINGS)}, not {routing!r}.')
-        part = _backbone_part(
-            backbone, backbone_kwargs, num_classes, drop_path_rate=drop_path_rate, drop_rate=drop_rate or None)
+        part = _backbone_part(backbone, backbone_kwargs, num_classes, drop_rate, drop_path_rate)
         cfg = joint_input_cfg([part])
         size = as_pair(img_size) or tuple(cfg['input_size'][-2:])
         part = part.sized(size)
-        probe = probe_blocks(part, (in_chans, *size))
+        probe = probe_part(part, (in_chans, *size))
+        probe.require_blocks()
         self.backbone_part = part = _pooling(part, global_pool, probe.tokens)
         self.tokens = probe.tokens
         self.unpooled = global_pool == ''
@@ -142,12 +137,12 @@ class SpotTune(Method, nn.Module):
         self.grad_checkpointing = False
         self._route = Route()
         self._names = tuple(probe.blocks[first_block:])
-        self._tail = _tail_modules(part, probe.blocks, in_chans)
+        self._tail = probe.tail
 
-        policy_part = _policy_part(policy, len(self._names), policy_kwargs).sized(as_pair(policy_input_size) or size)
+        policy_part = Part(policy, 2 * len(self._names), policy_kwargs).sized(as_pair(policy_input_size) or size)
         policy_source = has_source(part_cfg(policy_part))
         if pretrained_parts and not policy_source:
-            _logger.info(f"timm has no pretrained weights for the policy '{policy}': it is drawn anew.")
+            _logger.info(f"timm has no pretrained weights for the policy '{policy}': it starts from random weights.")
         nets = build_parts(
             [part, policy_part],
             [pretrained_parts, pretrained_parts and policy_source],
@@ -167,7 +162,8 @@ class SpotTune(Method, nn.Module):
         self.backbone = nets[0]
         self._folds = Folds(self._split_blocks(probe.pairs))
         seen = as_pair(policy_input_size) or size
-        self._policy_folds = Folds((f'net.{c}', f'net.{n}') for c, n in probe_pairs(policy_part, (in_chans, *seen)))
+        policy_pairs = probe_part(policy_part, (in_chans, *seen)).pairs
+        self._policy_folds = Folds((f'net.{c}', f'net.{n}') for c, n in policy_pairs)
         # The share of images that took each tuned copy lately; what `compact` goes by.
         self.register_buffer('tuned_share', torch.full((len(self._names),), 0.5, **dd))
         self._adopt()
@@ -182,7 +178,7 @@ class SpotTune(Method, nn.Module):
                 if conv.startswith(f'{name}.') and norm.startswith(f'{name}.')
             )
             routed = RoutedBlock(block, copy.deepcopy(block), index, self._route, within, self.frozen_bn)
-            _replace(self.backbone, name, routed.train(block.training))
+            self.backbone.set_submodule(name, routed.train(block.training))
         prefixes = tuple(f'{name}.' for name in self._names)
         return [(c, n) for c, n in pairs if not c.startswith(prefixes) and not n.startswith(prefixes)]
 
@@ -191,7 +187,8 @@ class SpotTune(Method, nn.Module):
         self.num_classes = self.backbone.num_classes
         self.num_features = self.backbone.num_features
         self.head_hidden_size = getattr(self.backbone, 'head_hidden_size', self.num_features)
-        self.feature_info = _prefixed(getattr(self.backbone, 'feature_info', None) or [])
+        levels = getattr(self.backbone, 'feature_info', None) or []
+        self.feature_info = [dict(f, module=f'backbone.{f["module"]}') for f in levels]
         if hasattr(self.backbone, 'output_fmt'):
             self.output_fmt = self.backbone.output_fmt
 
@@ -232,24 +229,12 @@ class SpotTune(Method, nn.Module):
                 f'{name}.frozen.{norm}' for name in present
                 for norm, m in self.get_submodule(name).frozen.named_modules() if isinstance(m, _BatchNorm)
             ]
-        tail = [f'backbone.{n}' for n in self._tail if any(True for _ in self._parameters_of(n))]
+        modules = dict(self.backbone.named_modules())  # some may have been pruned
+        tail = [f'backbone.{n}' for n in self._tail if n in modules and any(True for _ in modules[n].parameters())]
         roles = dict(
             stem=['backbone'], frozen=[f'{name}.frozen' for name in present], tuned=tuned, tail=tail, policy='policy',
-            head=self._head_names())
+            head=[f'backbone.{n}' for n in classifier_names(self.backbone)])
         return {role: paths for role, paths in roles.items() if paths}
-
-    def _parameters_of(self, name: str) -> Iterable[nn.Parameter]:
-        try:
-            return self.backbone.get_submodule(name).parameters()
-        except AttributeError:  # pruned
-            return ()
-
-    def _head_names(self) -> list[str]:
-        heads = classifiers(self.backbone)
-        return [
-            f'backbone.{n}' for n, m in self.backbone.named_modules()
-            if n and any(m is h for h in heads) and any(True for _ in m.parameters())
-        ]
 
     @property
     def role_defaults(self) -> dict[str, dict[str, Any]]:
@@ -263,7 +248,7 @@ class SpotTune(Method, nn.Module):
 
     def _layers(self, coarse: bool = False) -> tuple[dict[str, int], int]:
         """The layer of each parameter; both copies of a block are of its layer, the policy is aligned at the top."""
-        plain = meta_part(self.backbone_part, self.in_chans)
+        plain = probe_part(self.backbone_part, (self.in_chans, *self.img_size)).net
         ids, top = layer_ids(plain, coarse)
         policy_ids, policy_top = layer_ids(self.policy.net, coarse)
         depth = max(top, policy_top)
@@ -322,9 +307,6 @@ class SpotTune(Method, nn.Module):
         Args:
             blocks: The blocks whose tuned copy is taken, by index or name (`block_names`); `tuned` for all of them
                 ("running fine-tuned blocks", Section 4.2.1), `frozen` for none; None for the policy.
-
-        Raises:
-            UserError: If there is no such block.
         """
         self.fixed_blocks = None if blocks is None else self._block_indices(blocks)
 
@@ -410,9 +392,6 @@ class SpotTune(Method, nn.Module):
             intermediates_only: bool = False,
     ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
         """The backbone's intermediate features, each image on its path; arguments as the backbone's.
-
-        Raises:
-            UserError: If they lie within routed blocks.
         """
         self._decide(x)
         try:
@@ -484,17 +463,12 @@ class SpotTune(Method, nn.Module):
         """
         size = as_pair(img_size)
         nets = [self.backbone] + ([self.policy.net] if self.policy.input_size is None else [])
-        for net in nets:
-            if hasattr(net, 'set_input_size'):
-                net.set_input_size(img_size=size)
-        if 'img_size' in self.backbone_part.kwargs:
-            self.backbone_part.kwargs['img_size'] = size
+        resize_networks(self, nets, [self.backbone_part], size)
         self.img_size = size
         # The folded views are copies that know the old size.
         self._unfold()
         for block in self.routed_blocks:
             block.unfold()
-        update_model_input_size(self, size)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` takes in place of this model: its dense form, traced.
@@ -619,22 +593,15 @@ class SpotTune(Method, nn.Module):
         Returns:
             A new model in this one's mode, its `pretrained_cfg` saying which normalisation it expects.
         """
-        if blocks is None or isinstance(blocks, int):
-            tuned = self.chosen_blocks(blocks)
-        else:
-            tuned = self._block_indices(blocks)
+        by_use = blocks is None or isinstance(blocks, int)
+        tuned = self.chosen_blocks(blocks) if by_use else self._block_indices(blocks)
         dd = get_device_dtype(self)
         plain = create_part(self.backbone_part, in_chans=self.in_chans, **dd)
-        kept = {f'{name}.{"tuned" if i in tuned else "frozen"}.': f'{name}.' for i, name in enumerate(self._names)}
-        dropped = tuple(f'{name}.' for name in self._names)
-        state = {}
-        for name, tensor in self.backbone.state_dict().items():
-            prefix = next((p for p in kept if name.startswith(p)), None)
-            if prefix is not None:
-                state[kept[prefix] + name[len(prefix):]] = tensor.clone()
-            elif not name.startswith(dropped):
-                state[name] = tensor.clone()
-        plain.load_state_dict(state)
+        dropped = tuple(f'{name}.{"frozen" if i in tuned else "tuned"}.' for i, name in enumerate(self._names))
+        plain.load_state_dict({
+            self._plain_name(name): tensor for name, tensor in self.backbone.state_dict().items()
+            if not name.startswith(dropped)
+        })
         plain.pretrained_cfg['num_classes'] = self.num_classes
         return plain.train(self.training)
 
@@ -650,33 +617,15 @@ class _Traced(nn.Module):
         return self.traced(x)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition('.')
-    setattr(model.get_submodule(parent), child, module)  # of a container too, whose entries may have names
-
-
-def _prefixed(info) -> list[dict[str, Any]]:
-    return [dict(f, module=f'backbone.{f["module"]}') for f in info]
-
-
-def _tail_modules(part: Part, blocks: list[str], in_chans: int) -> tuple[str, ...]:
-    """Modules with weights that the backbone registers after its last block, its classifier apart."""
-    plain = meta_part(part, in_chans)
-    last = blocks[-1]
-    top = [n for n, m in plain.named_children() if any(True for _ in m.parameters())]
-    after = top[top.index(last.split('.')[0]) + 1:] if last.split('.')[0] in top else []
-    heads = classifiers(plain)
-    return tuple(n for n in after if not any(plain.get_submodule(n) is h for h in heads))
-
-
 def _backbone_part(
         backbone: str,
         kwargs: Optional[dict[str, Any]] = None,
         num_classes: int = 0,
-        **common,
+        drop_rate: float = 0.,
+        drop_path_rate: Optional[float] = None,
 ) -> Part:
-    common = {k: v for k, v in common.items() if v is not None}
-    return Part(backbone, num_classes, {**common, **(kwargs or {})})
+    common = dict(drop_path_rate=drop_path_rate, drop_rate=drop_rate or None)
+    return Part(backbone, num_classes, {**{k: v for k, v in common.items() if v is not None}, **(kwargs or {})})
 
 
 def _pooling(part: Part, global_pool: Optional[str], tokens: bool) -> Part:
@@ -686,20 +635,31 @@ def _pooling(part: Part, global_pool: Optional[str], tokens: bool) -> Part:
     return Part(part.name, part.num_classes, {**part.kwargs, 'global_pool': global_pool})
 
 
-def _policy_part(policy: str, num_blocks: int, kwargs: Optional[dict[str, Any]]) -> Part:
-    return Part(policy, 2 * num_blocks, {} if kwargs is None else kwargs)
-
-
-# Registered name -> arguments.
-_VARIANTS: dict[str, dict[str, Any]] = {
-    'spottune': dict(backbone='resnet18', policy='resnet10t'),
-    'spottune_resnet26': dict(backbone='resnet26_decathlon', policy='resnet8_decathlon'),
-    'spottune_resnet18': dict(backbone='resnet18', policy='policy_resnet10'),
-    'spottune_resnet50': dict(backbone='resnet50', policy='policy_resnet10'),
-    'spottune_resnet101': dict(backbone='resnet101', policy='policy_resnet10'),
-    'spottune_mobilenetv2_100': dict(backbone='mobilenetv2_100', policy='mobilenetv3_small_050'),
-    'spottune_convnext_tiny': dict(backbone='convnext_tiny', policy='policy_resnet10'),
-    'spottune_vit_small_patch16_224': dict(backbone='vit_small_patch16_224', policy='policy_resnet10'),
+# Registered name -> (arguments, description).
+_VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
+    'spottune': (
+        dict(backbone='resnet18', policy='resnet10t'),
+        "SpotTune of any architecture: `backbone='resnet50', policy='resnet10t'`."),
+    'spottune_resnet26': (
+        dict(backbone='resnet26_decathlon', policy='resnet8_decathlon'),
+        'The ResNet-26 of the Visual Decathlon, 12 blocks, and a policy of three (SpotTune, Section 4.1). '
+        'There the first macro block is frozen and unrouted: `first_block=4`.'),
+    'spottune_resnet18': (
+        dict(backbone='resnet18', policy='policy_resnet10'), 'ResNet-18, 8 blocks, and a policy of four blocks.'),
+    'spottune_resnet50': (
+        dict(backbone='resnet50', policy='policy_resnet10'),
+        "The paper's network: ResNet-50, 16 blocks, and a policy of four blocks (SpotTune, Section 4.1)."),
+    'spottune_resnet101': (
+        dict(backbone='resnet101', policy='policy_resnet10'), 'ResNet-101, 33 blocks, and a policy of four blocks.'),
+    'spottune_mobilenetv2_100': (
+        dict(backbone='mobilenetv2_100', policy='mobilenetv3_small_050'),
+        'MobileNetV2, 17 blocks, and a MobileNetV3-Small 0.5 policy.'),
+    'spottune_convnext_tiny': (
+        dict(backbone='convnext_tiny', policy='policy_resnet10'),
+        'ConvNeXt-Tiny, 18 blocks, and a policy of four blocks.'),
+    'spottune_vit_small_patch16_224': (
+        dict(backbone='vit_small_patch16_224', policy='policy_resnet10'),
+        'ViT-Small/16, 12 blocks, and a policy of four blocks.'),
 }
 
 
@@ -711,7 +671,7 @@ def _cfg(
         **_,
 ) -> dict[str, Any]:
     part = _backbone_part(backbone, backbone_kwargs)
-    named = {'backbone': part, 'policy.net': _policy_part(policy, 1, policy_kwargs)}
+    named = {'backbone': part, 'policy.net': Part(policy, 2, policy_kwargs)}
     classifier = part_cfg(part).get('classifier') or ()
     classifiers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     names = tuple(f'backbone.{c}' for c in classifiers)
@@ -724,81 +684,26 @@ def _cfg(
 
 
 default_cfgs = generate_default_cfgs({
-    **dict(fine_tuned_cfgs(_VARIANTS, lambda variant, args: _cfg(**{**_VARIANTS[variant], **args}))),
+    **dict(fine_tuned_cfgs(_VARIANTS, lambda variant, args: _cfg(**{**_VARIANTS[variant][0], **args}))),
     # Last, so that it is the default, also where the parts have no weights.
-    **{f'{name}.{PARTS_TAG}*': _cfg(**v) for name, v in _VARIANTS.items()},
+    **{f'{name}.{PARTS_TAG}*': _cfg(**v) for name, (v, _) in _VARIANTS.items()},
 })
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs) -> SpotTune:
     of_tag = tag_arguments(variant, kwargs.get('pretrained_cfg'))
-    kwargs = {**_VARIANTS[variant], **of_tag, **kwargs}
+    kwargs = {**_VARIANTS[variant][0], **of_tag, **kwargs}
     cfg = _cfg(**kwargs)
     size = as_pair(kwargs.get('img_size')) or cfg['input_size'][-2:]
     in_chans = kwargs.get('in_chans', cfg['input_size'][0])
-    part = _backbone_part(kwargs['backbone'], kwargs.get('backbone_kwargs')).sized(size)
-    plain = meta_part(part, in_chans)
-    levels = len(getattr(plain, 'feature_info', None) or ()) if hasattr(plain, 'forward_intermediates') else 0
-    # All levels of a pyramid; the last three where there are many of few reductions, as timm has it for a ViT.
-    model = build_composite(
-        SpotTune,
-        variant,
-        pretrained,
-        cfg,
-        feature_cfg=dict(feature_cls='getter', out_indices=tuple(range(levels)) if levels <= 5 else 3),
-        **kwargs,
-    )
+    given = {k: kwargs[k] for k in ('drop_rate', 'drop_path_rate') if k in kwargs}
+    part = _backbone_part(kwargs['backbone'], kwargs.get('backbone_kwargs'), kwargs.get('num_classes', 1), **given)
+    levels = len(probe_part(part.sized(size), (in_chans, *size)).levels)
+    model = build_composite(SpotTune, variant, pretrained, cfg, levels, **kwargs)
     # timm adds what it was given, so that a checkpoint says how to build the model again.
     model._model_args = of_tag
     return model
 
 
-@register_model
-def spottune(pretrained: bool = False, **kwargs) -> SpotTune:
-    """SpotTune of any architecture: `backbone='resnet50', policy='resnet10t'`."""
-    return _create('spottune', pretrained, **kwargs)
-
-
-@register_model
-def spottune_resnet26(pretrained: bool = False, **kwargs) -> SpotTune:
-    """The ResNet-26 of the Visual Decathlon, 12 blocks, and a policy of three (SpotTune, Section 4.1).
-
-    There the first macro block is frozen and unrouted: `first_block=4`.
-    """
-    return _create('spottune_resnet26', pretrained, **kwargs)
-
-
-@register_model
-def spottune_resnet18(pretrained: bool = False, **kwargs) -> SpotTune:
-    """ResNet-18, 8 blocks, and a policy of four blocks."""
-    return _create('spottune_resnet18', pretrained, **kwargs)
-
-
-@register_model
-def spottune_resnet50(pretrained: bool = False, **kwargs) -> SpotTune:
-    """The paper's network: ResNet-50, 16 blocks, and a policy of four blocks (SpotTune, Section 4.1)."""
-    return _create('spottune_resnet50', pretrained, **kwargs)
-
-
-@register_model
-def spottune_resnet101(pretrained: bool = False, **kwargs) -> SpotTune:
-    """ResNet-101, 33 blocks, and a policy of four blocks."""
-    return _create('spottune_resnet101', pretrained, **kwargs)
-
-
-@register_model
-def spottune_mobilenetv2_100(pretrained: bool = False, **kwargs) -> SpotTune:
-    """MobileNetV2, 17 blocks, and a MobileNetV3-Small 0.5 policy."""
-    return _create('spottune_mobilenetv2_100', pretrained, **kwargs)
-
-
-@register_model
-def spottune_convnext_tiny(pretrained: bool = False, **kwargs) -> SpotTune:
-    """ConvNeXt-Tiny, 18 blocks, and a policy of four blocks."""
-    return _create('spottune_convnext_tiny', pretrained, **kwargs)
-
-
-@register_model
-def spottune_vit_small_patch16_224(pretrained: bool = False, **kwargs) -> SpotTune:
-    """ViT-Small/16, 12 blocks, and a policy of four blocks."""
-    return _create('spottune_vit_small_patch16_224', pretrained, **kwargs)
+for _name, (_, _description) in _VARIANTS.items():
+    register_variant(__name__, _name, _description, _create)

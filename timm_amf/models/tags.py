@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from timm.models import PretrainedCfg
 
-__all__ = ['FINE_TUNED', 'OWNER', 'FineTuned', 'fine_tuned_cfgs', 'tag_arguments', 'unpublished', 'unpublished_name']
+__all__ = ['FINE_TUNED', 'OWNER', 'FineTuned', 'fine_tuned_cfgs', 'tag_arguments', 'unpublished']
 
 # Of all repositories that tags name.
 OWNER = 'timm-amf'
@@ -101,29 +101,22 @@ def tag_arguments(variant: str, pretrained_cfg: Any) -> dict[str, Any]:
     return dict(tuned.model_args) if tuned else {}
 
 
-def unpublished_name(cfg: Mapping[str, Any]) -> Optional[str]:
-    """The name with tag whose own repository a `pretrained_cfg` means, if this version does not know it as published.
+def unpublished(cfg: Mapping[str, Any], why: str) -> Optional[str]:
+    """What to tell somebody who wants weights that this version does not know as published.
 
     Args:
-        cfg: The `pretrained_cfg`.
+        cfg: The `pretrained_cfg` that was asked for.
+        why: What was found.
 
     Returns:
-        The name; None where the repository should be there, or the cfg means another source.
+        One line; None where the repository should be there, or the cfg means another source.
     """
     name = f'{cfg.get("architecture")}.{cfg.get("tag")}'
     tuned = FINE_TUNED.get(name)
-    return name if tuned and not tuned.published and cfg.get('hf_hub_id') == f'{OWNER}/{name}' else None
-
-
-def unpublished(name: str, why: str) -> str:
-    """One line for somebody who wants weights that are not there.
-
-    Args:
-        name: Name with tag.
-        why: What was found, in words.
-    """
+    if tuned is None or tuned.published or cfg.get('hf_hub_id') != f'{OWNER}/{name}':
+        return None
     return (
         f"'{name}' is not published yet ({why}): train it with `timm-amf train --config {name} --data-dir DIR`, "
-        f'publish it with `timm-amf publish RUN --repo-id OWNER/NAME --license {FINE_TUNED[name].license}`, and load '
+        f'publish it with `timm-amf publish RUN --repo-id OWNER/NAME --license {tuned.license}`, and load '
         f"'hf-hub:OWNER/NAME'."
     )

@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from timm_amf.errors import UserError
-from timm_amf.models.block_probe import in_eval
-from timm_amf.models.blocks import is_within
+from timm_amf.models.blocks import in_eval, is_within
 from timm_amf.tuning.plan import Plan
 from timm_amf.tuning.roles import Place, model_roles, places, role_blocks
 

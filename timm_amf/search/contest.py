@@ -34,7 +34,7 @@ from timm_amf.search.results import CandidateResult
 from timm_amf.search.taps import TapCache
 from timm_amf.search.units import Probe, probe_units
 from timm_amf.tuning import GroupScheduler, Plan
-from timm_amf.tuning.groups import optimizer_of, param_groups
+from timm_amf.tuning.optim import optimizer_of, param_groups
 from timm_amf.tuning.roles import role_defaults
 
 __all__ = ['Contest', 'Stage']

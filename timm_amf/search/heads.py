@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from timm_amf.engine.build import seed_step
-from timm_amf.models.block_probe import in_eval
+from timm_amf.models.blocks import in_eval
 
 __all__ = ['mlp_head']
 

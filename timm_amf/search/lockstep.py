@@ -256,4 +256,4 @@ def _own_folds(probe: Probe, member: Member, path: str) -> tuple[Folds, Folds]:
     pairs = pairs_below(probe.pairs, path)
     # Norms that train have their batch's statistics in training.
     fixed = [p for p in pairs if not is_within(f'{path}.{p[1]}', member.candidate.modules)]
-    return Folds(pairs, cut=True), Folds(fixed, cut=True)
+    return Folds(pairs), Folds(fixed)

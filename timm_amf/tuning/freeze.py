@@ -1,16 +1,16 @@
 """Freezing that stays frozen: weights and batch-norm statistics, and the way back."""
 import functools
+from typing import Union
 
 from torch import nn
 
-from timm_amf.tuning.groups import checked_roles, running_norms, settings
 from timm_amf.tuning.plan import Plan
-from timm_amf.tuning.roles import places
+from timm_amf.tuning.resolve import Resolved, resolve, running_norms
 
 __all__ = ['apply_freeze', 'freeze_norm', 'unfreeze_norm']
 
 
-def apply_freeze(model: nn.Module, plan: Plan, epoch: int = 0) -> bool:
+def apply_freeze(model: nn.Module, plan: Union[Plan, Resolved], epoch: int = 0) -> bool:
     """Freeze what the Plan says does not train at an epoch, and unfreeze what does.
 
     A frozen parameter has `requires_grad=False`. A norm with running statistics that stands in a frozen place is kept
@@ -30,25 +30,17 @@ def apply_freeze(model: nn.Module, plan: Plan, epoch: int = 0) -> bool:
     Raises:
         UserError: If the Plan does not fit the model.
     """
-    states = settings(model, plan)
-    trains = {name: s.trains and epoch >= s.start_epoch for name, s in states.items()}
-    training_blocks = {(s.place.role, s.place.block) for name, s in states.items() if trains[name]}
-    roles, norms = checked_roles(model, plan), running_norms(model)
-    where = places(model, norms)
-    for name, norm in norms.items():
-        own = [f'{name}.{n}' for n, _ in norm.named_parameters(recurse=False)]
-        # A norm without affine parameters goes with the block around it, or with a layer of it that holds the norm.
-        place = where[name]
-        role = roles[place.role]
-        around = (place.role, place.block) in training_blocks and role.trained(name, place) and not role.plan.freeze_bn
-        moves = any(trains[n] for n in own) if own else around
-        unfreeze_norm(norm) if moves else freeze_norm(norm)
+    table, norms = resolve(model, plan), running_norms(model)
+    for name, start in table.norms.items():
+        unfreeze_norm(norms[name]) if start is not None and epoch >= start else freeze_norm(norms[name])
     changed = False
     for name, param in model.named_parameters():
-        if param.requires_grad != trains[name]:
-            param.requires_grad_(trains[name])
+        setting = table.parameters[name]
+        trains = setting.trains and epoch >= setting.start_epoch
+        if param.requires_grad != trains:
+            param.requires_grad_(trains)
             changed = True
-            if not trains[name]:
+            if not trains:
                 param.grad = None
     return changed
 

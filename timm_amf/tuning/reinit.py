@@ -6,51 +6,22 @@ by position (the last norm of a residual branch at zero, layer scales, a depth-d
 constructor and nowhere else.
 """
 from collections.abc import Callable
-from typing import Optional
+from typing import Optional, Union
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from timm_amf.errors import UserError
-from timm_amf.tuning.groups import checked_roles
 from timm_amf.tuning.plan import Plan
-from timm_amf.tuning.roles import model_roles, places
+from timm_amf.tuning.resolve import Resolved, resolve
 
-__all__ = ['reinit', 'reinit_names']
-
-
-def reinit_names(model: nn.Module, plan: Plan) -> list[str]:
-    """Names of the parameters and buffers that the Plan re-initialises (`reinit_blocks`).
-
-    Of each role the last blocks, what lies between and after them (a last norm, a `conv_head`), and not the classifier,
-    which is a role of its own and new anyway.
-
-    Raises:
-        UserError: If the Plan does not fit the model.
-    """
-    roles = {name: role for name, role in checked_roles(model, plan).items() if role.plan.reinit_blocks}
-    if not roles:
-        return []
-    names = [n for n, _ in model.named_parameters()]
-    # A buffer stands where the module stands that owns it; what is in no role (a normalisation of the input) stays.
-    paths = [path for of_role in model_roles(model).values() for path in of_role]
-    owners = {n: n.rpartition('.')[0] for n, _ in model.named_buffers()}
-    owners = {
-        n: owner for n, owner in owners.items()
-        if owner and any(not p or owner == p or owner.startswith(f'{p}.') for p in paths)}
-    where = places(model, [*names, *dict.fromkeys(owners.values())])
-
-    def anew(name: str) -> bool:
-        place = where[name]
-        return place.role in roles and roles[place.role].reinitialised(place)
-
-    return [n for n in names if anew(n)] + [n for n, owner in owners.items() if anew(owner)]
+__all__ = ['reinit']
 
 
 def reinit(
         model: nn.Module,
-        plan: Plan,
+        plan: Union[Plan, Resolved],
         seed: int = 0,
         fresh: Optional[Callable[[], nn.Module]] = None,
 ) -> list[str]:
@@ -72,7 +43,7 @@ def reinit(
     Raises:
         UserError: If the Plan does not fit the model, or the model cannot be built anew.
     """
-    names = reinit_names(model, plan)
+    names = resolve(model, plan).reinitialised
     if not names:
         return names
     with torch.random.fork_rng(devices=[]):

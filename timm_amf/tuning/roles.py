@@ -5,7 +5,7 @@ from typing import Any, Union
 
 from torch import nn
 
-from timm_amf.models.blocks import list_blocks
+from timm_amf.models.blocks import classifier_names, list_blocks
 
 __all__ = ['Place', 'model_roles', 'places', 'role_blocks', 'role_defaults']
 
@@ -35,21 +35,8 @@ def model_roles(model: nn.Module) -> dict[str, list[str]]:
     roles = getattr(model, 'tuning_roles', None)
     if roles is not None:
         return {role: [paths] if isinstance(paths, str) else list(paths) for role, paths in roles.items()}
-    head = _classifier_names(model)
+    head = classifier_names(model)
     return {'backbone': [''], 'head': head} if head else {'backbone': ['']}
-
-
-def _classifier_names(model: nn.Module) -> list[str]:
-    """Module paths of the classifier: by the model's own `get_classifier`, else by its `pretrained_cfg`."""
-    modules = dict(model.named_modules())
-    found = model.get_classifier() if hasattr(model, 'get_classifier') else None
-    found = list(found) if isinstance(found, (tuple, list)) else [found]
-    names = [n for n, m in modules.items() if n and any(m is f for f in found)]
-    if not names:
-        cfg = getattr(model, 'pretrained_cfg', None) or {}
-        named = cfg.get('classifier') or ()
-        names = [n for n in ([named] if isinstance(named, str) else named) if n in modules]
-    return [n for n in names if any(True for _ in modules[n].parameters())]
 
 
 def role_defaults(model: nn.Module) -> dict[str, dict[str, Any]]:

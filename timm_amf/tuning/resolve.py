@@ -1,28 +1,25 @@
-"""Plan x model -> the parameter groups of an optimiser."""
+"""Plan x model -> one table that says of every parameter what happens to it.
+
+Optimiser groups, freezing, re-initialisation, L2-SP and the printed summary read this table.
+"""
 import dataclasses
 import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
-import torch
 from timm.optim._param_groups import _matches_pattern
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from timm_amf.errors import UserError
 from timm_amf.models.blocks import is_within
-from timm_amf.text import columns
-from timm_amf.tuning.l2sp import L2SP
 from timm_amf.tuning.plan import Plan, RolePlan
 from timm_amf.tuning.roles import Place, model_roles, places, role_blocks, role_defaults
 
-__all__ = [
-    'RoleSettings', 'Setting', 'checked_roles', 'create_optimizer', 'describe_depths', 'describe_groups',
-    'optimizer_of', 'param_groups', 'running_norms', 'settings',
-]
+__all__ = ['Resolved', 'RoleSettings', 'Setting', 'resolve', 'running_norms']
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,7 @@ class Setting:
         lr: Its learning rate at the peak of its schedule.
         weight_decay: Its weight decay towards zero; 0 where `l2sp_alpha` acts.
         l2sp_alpha: Its weight decay towards the starting point, or 0.
+        schedule: Fields of `Schedule` in which its role differs from the Plan.
     """
     place: Place
     trains: bool
@@ -43,25 +41,7 @@ class Setting:
     lr: float
     weight_decay: float
     l2sp_alpha: float
-
-
-def settings(model: nn.Module, plan: Plan) -> dict[str, Setting]:
-    """What the Plan says of each parameter of the model, by name.
-
-    Raises:
-        UserError: If the Plan names a role or a block that the model has not, or more blocks than it has.
-    """
-    roles = checked_roles(model, plan)
-    exempt = getattr(model, 'no_weight_decay', lambda: ())()
-    of_norms = {f'{n}.{p}' for n, m in running_norms(model).items() for p, _ in m.named_parameters(recurse=False)}
-    where = places(model)
-    result = {}
-    for name, param in model.named_parameters():
-        role = roles[where[name].role]
-        setting = _setting(name, param, where[name], role, plan, exempt)
-        fixed = role.plan.freeze_bn and name in of_norms
-        result[name] = dataclasses.replace(setting, trains=False) if fixed else setting
-    return result
+    schedule: dict[str, Any]
 
 
 def running_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -104,7 +84,80 @@ class RoleSettings:
         return self.plan.l2sp_blocks in (None, 'all') or place.depth < self.plan.l2sp_blocks
 
 
-def checked_roles(model: nn.Module, plan: Plan) -> dict[str, RoleSettings]:
+@dataclass(frozen=True)
+class Resolved:
+    """A Plan, resolved for a model.
+
+    Attributes:
+        plan: The Plan.
+        roles: The Plan's word on each role.
+        parameters: What happens to each parameter, in the order of the model.
+        norms: For each norm with running statistics the epoch from which these move, None for never.
+        reinitialised: Names of the parameters and buffers that start anew (`reinit_blocks`): of each role the last
+            blocks and what lies between and after them. The classifier is a role of its own, and new in any case.
+    """
+    plan: Plan
+    roles: dict[str, RoleSettings]
+    parameters: dict[str, Setting]
+    norms: dict[str, Optional[int]]
+    reinitialised: list[str]
+
+
+def resolve(model: nn.Module, plan: Union[Plan, Resolved]) -> Resolved:
+    """Joins a Plan with a model; what is resolved already comes back as it is.
+
+    Raises:
+        UserError: If the Plan names a role or a block that the model has not, or more blocks than it has.
+    """
+    if isinstance(plan, Resolved):
+        return plan
+    roles, norms = _roles(model, plan), running_norms(model)
+    parameters, buffers = dict(model.named_parameters()), _owners_of_buffers(model)
+    where = places(model, [*parameters, *norms, *dict.fromkeys(buffers.values())])
+    exempt = getattr(model, 'no_weight_decay', lambda: ())()
+    of_norms = {f'{n}.{p}' for n, m in norms.items() for p, _ in m.named_parameters(recurse=False)}
+    settings = {}
+    for name, param in parameters.items():
+        role = roles[where[name].role]
+        setting = _setting(name, param, where[name], role, plan, exempt)
+        fixed = role.plan.freeze_bn and name in of_norms
+        settings[name] = dataclasses.replace(setting, trains=False) if fixed else setting
+    return Resolved(
+        plan,
+        roles,
+        settings,
+        {name: _moves_from(name, norm, where[name], roles, settings) for name, norm in norms.items()},
+        [n for n, owner in {**{n: n for n in parameters}, **buffers}.items()
+         if roles[where[owner].role].reinitialised(where[owner])],
+    )
+
+
+def _owners_of_buffers(model: nn.Module) -> dict[str, str]:
+    """Buffer -> the module that owns it, which says where it stands; what is in no role (input statistics) left out."""
+    paths = [path for of_role in model_roles(model).values() for path in of_role]
+    owners = {n: n.rpartition('.')[0] for n, _ in model.named_buffers()}
+    return {n: owner for n, owner in owners.items() if owner and is_within(owner, paths)}
+
+
+def _moves_from(
+        name: str,
+        norm: nn.Module,
+        place: Place,
+        roles: dict[str, RoleSettings],
+        settings: dict[str, Setting],
+) -> Optional[int]:
+    """The epoch from which the statistics of a norm move: with its own parameters where it has some.
+
+    A norm without affine parameters goes with the block around it, or with a layer of it that holds the norm.
+    """
+    own = [settings[f'{name}.{n}'] for n, _ in norm.named_parameters(recurse=False)]
+    role = roles[place.role]
+    if not own and role.trained(name, place) and not role.plan.freeze_bn:
+        own = [s for s in settings.values() if (s.place.role, s.place.block) == (place.role, place.block)]
+    return min((s.start_epoch for s in own if s.trains), default=None)
+
+
+def _roles(model: nn.Module, plan: Plan) -> dict[str, RoleSettings]:
     """The Plan's word on each role of the model.
 
     Raises:
@@ -229,109 +282,5 @@ def _setting(name: str, param: nn.Parameter, place: Place, role: RoleSettings, p
         lr=settings.lr * scale,
         weight_decay=settings.weight_decay if decays and not role.pulled(place) else 0.,
         l2sp_alpha=settings.l2sp_alpha if role.pulled(place) and (decays or settings.l2sp_1d) else 0.,
+        schedule=settings.schedule,
     )
-
-
-def param_groups(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
-    """The parameter groups of a Plan for `timm.optim.create_optimizer_v2` or any torch optimiser.
-
-    One group for each distinct (role, LR, decay), in the order of the model. Besides `params`, `lr` and `weight_decay`,
-    a group carries `l2sp_alpha` (for `L2SP`, which `create_optimizer` attaches), `role`, `start_epoch`, `schedule` (the
-    role's differences from the Plan's) and `param_names`. Parameters that start to train at a later epoch are in the
-    groups from the beginning, so that unfreezing needs no new optimiser: without a gradient an optimiser passes them
-    over. Parameters that never train are in none.
-
-    Args:
-        model: Any timm model, or a composite with `tuning_roles`. Its `requires_grad` flags play no part.
-        plan: How to fine-tune it.
-
-    Returns:
-        Parameter groups, none of them empty.
-
-    Raises:
-        UserError: If the Plan does not fit the model, or leaves nothing to train.
-    """
-    params = dict(model.named_parameters())
-    groups: dict[tuple, dict[str, Any]] = {}
-    for name, setting in settings(model, plan).items():
-        if not setting.trains:
-            continue
-        key = (setting.place.role, setting.lr, setting.weight_decay, setting.l2sp_alpha)
-        group = groups.setdefault(key, dict(
-            params=[],
-            lr=setting.lr,
-            weight_decay=setting.weight_decay,
-            l2sp_alpha=setting.l2sp_alpha,
-            role=setting.place.role,
-            start_epoch=setting.start_epoch,
-            schedule=plan.role(setting.place.role, role_defaults(model)).schedule,
-            param_names=[],
-        ))
-        group['params'].append(params[name])
-        group['param_names'].append(name)
-    if not groups:
-        raise UserError('plan: nothing trains; set train to "all" or to a list of blocks for at least one role')
-    return list(groups.values())
-
-
-def create_optimizer(model: nn.Module, plan: Plan, **kwargs) -> torch.optim.Optimizer:
-    """The Plan's optimiser over the Plan's parameter groups, made by timm's factory.
-
-    Where the Plan asks for L2-SP, the weights that the model has now are the starting point, and the `L2SP` that pulls
-    towards it is `optimizer.l2sp` (None otherwise).
-
-    Raises:
-        UserError: If the Plan does not fit the model, or the optimiser refuses its arguments.
-    """
-    return optimizer_of(param_groups(model, plan), plan, **kwargs)
-
-
-def optimizer_of(groups: list[dict[str, Any]], plan: Plan, **kwargs) -> torch.optim.Optimizer:
-    """As `create_optimizer`, over groups that `param_groups` made, or such as it makes."""
-    from timm.optim import create_optimizer_v2
-
-    kwargs = {**plan.opt_kwargs, **kwargs}
-    if plan.opt_eps is not None:
-        kwargs['eps'] = plan.opt_eps
-    if plan.opt_betas is not None:
-        kwargs['betas'] = tuple(plan.opt_betas)
-    try:
-        optimizer = create_optimizer_v2(
-            groups, opt=plan.opt, lr=plan.lr, weight_decay=plan.weight_decay, momentum=plan.momentum, **kwargs)
-    except (TypeError, ValueError, AssertionError) as e:
-        raise UserError(f'optimiser {plan.opt!r} cannot be made: {" ".join(str(e).split())}') from None
-    optimizer.l2sp = L2SP(optimizer) if any(group['l2sp_alpha'] for group in groups) else None
-    return optimizer
-
-
-def describe_groups(groups: list[dict[str, Any]]) -> str:
-    """A table of parameter groups, a line each: role, LR, weight decay, L2-SP, first epoch, tensors, parameters."""
-    rows = [('role', 'lr', 'weight_decay', 'l2sp_alpha', 'from epoch', 'tensors', 'parameters')]
-    for group in groups:
-        rows.append((
-            group['role'], f'{group.get("initial_lr", group["lr"]):g}', f'{group["weight_decay"]:g}',
-            f'{group["l2sp_alpha"]:g}', str(group['start_epoch']), str(len(group['params'])),
-            f'{sum(p.numel() for p in group["params"]):,}',
-        ))
-    return columns(rows)
-
-
-def describe_depths(model: nn.Module, plan: Plan) -> str:
-    """What the Plan does to single blocks, lines on those drawn at random, re-initialised, pulled to their start.
-
-    Empty where it treats all blocks of a role alike.
-    """
-    lines = []
-    for name, role in checked_roles(model, plan).items():
-        if role.plan.train == 'random':
-            drawn = [block for block in role.blocks if block in role.training]
-            lines.append(
-                f'{name}: {len(drawn)} of {len(role.blocks)} blocks train, drawn with seed {role.plan.train_seed}: '
-                f'{", ".join(drawn)}')
-        if role.plan.reinit_blocks:
-            lines.append(f'{name}: re-initialised: {", ".join(role.blocks[role.transferred:])}, and what follows')
-        if role.plan.l2sp_alpha:
-            count = role.plan.l2sp_blocks if isinstance(role.plan.l2sp_blocks, int) else role.transferred
-            lines.append(
-                f'{name}: L2-SP with alpha {role.plan.l2sp_alpha:g} on the first {count} of {len(role.blocks)} blocks')
-    return ''.join(f'{line}\n' for line in lines)
