@@ -5,9 +5,8 @@
 
 A training step of every block of the network and of the classifier alone, on the same batch. One after the other: each
 in the plain network, all else frozen (`requires_grad=False`, norms in evaluation mode), as a search is usually
-written. In lockstep: all in one frozen network, at once or in chunks. The last block, also from its cached inputs.
-Limits: 1 / 2.4 of the time in full lockstep, 1 / 2.2 in chunks of 6, 1 / 3 for the cached last block; 5.5 and 3.2 times
-what a full fine-tuning step keeps for its backward pass.
+written. In lockstep: all in one frozen network, at once or in chunks. Limits: 1 / 2.4 of the time in full lockstep,
+1 / 2.2 in chunks of 6; 5.5 and 3.2 times what a full fine-tuning step keeps for its backward pass.
 """
 import copy
 import sys
@@ -21,16 +20,14 @@ from _timing import Row, create_parser, interleave, parse, per_round, report
 from torch import nn
 
 from timm_amf.engine.memory import keep_freed_memory, saved_bytes
-from timm_amf.models.blocks import classifiers
+from timm_amf.models.blocks import classifiers, probe_units
 from timm_amf.search.candidates import Candidate, block_candidates, candidate_parameters
-from timm_amf.search.lockstep import Lockstep
-from timm_amf.search.members import Member, lockstep_member
-from timm_amf.search.units import probe_units
+from timm_amf.search.lockstep import Lockstep, Member, lockstep_member
 from timm_amf.tuning.freeze import freeze_norm
 from timm_amf.tuning.resolve import running_norms
 
 SIZES = {'resnet50': 96, 'mobilenetv2_100': 128}
-LIMITS = dict(full=1 / 2.4, chunks=1 / 2.2, cached=1 / 3, memory=5.5, chunk_memory=3.2)
+LIMITS = dict(full=1 / 2.4, chunks=1 / 2.2, memory=5.5, chunk_memory=3.2)
 CHUNK = 6
 
 
@@ -69,14 +66,12 @@ def measure(args, name: str) -> bool:
     backwards = candidates[::-1]
     chunks = [lockstep(backwards[i:i + CHUNK]) for i in range(0, len(backwards), CHUNK)]
     last = lockstep(candidates[-2:-1])
-    taps = last[0].taps(x)
     sides = {
         'alone': lambda: [run() for run in alone],
         'lockstep': full_step,
         'chunks': lambda: [run() for _, run in chunks],
         'last alone': alone[-2],
         'last lockstep': last[1],
-        'last cached': stepper(lambda: last[0](x, taps), last[0].members, y),
         'control': lambda: [run() for run in alone],
     }
     times = interleave(sides, args, warmup=1)
@@ -92,7 +87,6 @@ def measure(args, name: str) -> bool:
         Row('lockstep / one after the other', ratio('lockstep', 'alone'), LIMITS['full'], '1/2.4'),
         Row(f'chunks of {CHUNK} / one after the other', ratio('chunks', 'alone'), LIMITS['chunks'], '1/2.2'),
         Row('last block: lockstep / alone', ratio('last lockstep', 'last alone')),
-        Row('last block: cached / alone', ratio('last cached', 'last alone'), LIMITS['cached'], '1/3'),
         Row('kept for backward: lockstep / full fine-tuning', [saved_bytes(lambda: full(x)) / step], LIMITS['memory']),
         Row(f'kept for backward: largest chunk of {CHUNK}', [
             max(saved_bytes(lambda net=net: net(x)) for net, _ in chunks) / step], LIMITS['chunk_memory']),

@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 
 import timm_amf
 from timm_amf import cli
+from timm_amf.engine.options import parse_args
 from timm_amf.errors import UserError
 from timm_amf.search import advise as module
-from timm_amf.search.measure import Measures
-from timm_amf.search.rules import decide
+from timm_amf.search.proposal import decide
+from timm_amf.search.transferability import Measures
 
 
 @pytest.fixture
@@ -159,15 +160,15 @@ def test_python(images, weights, tmp_path):
     assert isinstance(advice.plan, timm_amf.Plan) and advice.advice['colours'].startswith('suited')
     advice.to_yaml(tmp_path / 'a.yaml')
     assert timm_amf.Plan.from_yaml(tmp_path / 'a.yaml') == advice.plan
-    with pytest.raises(UserError, match='^advise: batch_sise: unknown key, did you mean batch_size'):
+    with pytest.raises(UserError, match='batch_sise'):
         timm_amf.advise('test_resnet', images / 'colours', batch_sise=3)
 
 
 def test_random_init(images, flags, monkeypatch):
     """A short training says nothing against the features; a long one decides."""
     def run(*extra):
-        advice = module._run([str(images / 'colours'), *flags, *extra])
-        return advice.components[0].measures
+        own, rest = module._own_parser().parse_known_args([str(images / 'colours'), *flags, *extra])
+        return module._advise(own, [parse_args(rest)]).components[0].measures
 
     short = run('--random-init', '1')
     assert 'random_minus_fixed' not in short.values and 'more --random-init' in short.missing['random_minus_fixed']

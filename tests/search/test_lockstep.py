@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 
-from timm_amf.models.blocks import classifiers, list_blocks
+from timm_amf.models.blocks import classifiers, list_blocks, probe_units
 from timm_amf.search.candidates import (
     Candidate,
     block_candidates,
@@ -16,9 +16,14 @@ from timm_amf.search.candidates import (
     weighted_layers,
     window_candidates,
 )
-from timm_amf.search.lockstep import Lockstep, plain_logits
-from timm_amf.search.members import HEAD, LockstepUnfit, lockstep_member, plain_member
-from timm_amf.search.units import probe_units
+from timm_amf.search.lockstep import (
+    HEAD,
+    Lockstep,
+    LockstepUnfit,
+    lockstep_member,
+    plain_logits,
+    plain_member,
+)
 
 SIZE = (3, 32, 32)
 CLASSIFIER = Candidate('classifier', 'classifier', 0, ())

@@ -1,8 +1,7 @@
 """Table 7 from the paper's own numbers."""
 import pytest
 
-from timm_amf.search.proposal import body_settings
-from timm_amf.search.rules import PAPER, PAPER_BLOCKS, RULES, decide, sureness
+from timm_amf.search.proposal import PAPER, PAPER_BLOCKS, RULES, body_settings, decide, sureness
 
 
 @pytest.mark.parametrize('name', PAPER)

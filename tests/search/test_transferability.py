@@ -90,11 +90,6 @@ class TestHScore:
         shrunk = 0.8 * total + 0.2 * np.trace(total) / 6 * np.eye(6)
         assert tr.h_score(x, y, 0.2) == pytest.approx(np.trace(np.linalg.inv(shrunk) @ between) * 0.8)
 
-    @pytest.mark.parametrize('shrinkage', ['oas', 1.5, -0.1])
-    def test_unknown_shrinkage(self, shrinkage):
-        with pytest.raises(UserError, match='shrinkage is'):
-            tr.h_score(*clusters(), shrinkage)
-
 
 class TestLogME:
     @pytest.mark.parametrize('number, width', [(50, 6), (20, 30)])
@@ -143,11 +138,6 @@ class TestSourceProbabilities:
     def test_source_that_knows_the_target(self):
         y = np.arange(12) % 3
         assert tr.nce(np.eye(3)[y], y) == pytest.approx(0, abs=1e-12)
-
-    def test_no_distribution(self):
-        theta, y = distributions()
-        with pytest.raises(UserError, match='add up to 1'):
-            tr.leep(2 * theta, y)
 
 
 class TestTransRate:

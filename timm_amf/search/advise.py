@@ -8,6 +8,10 @@
 It takes the flags of train_amf.py, so the advice is for the run that these name.
 """
 import argparse
+import contextlib
+import copy
+import functools
+import io
 import logging
 import os
 import sys
@@ -15,31 +19,46 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 import numpy as np
-import yaml
+from accelerate import Accelerator
 
 from timm_amf.data import DataSpec, Mixture, create_dataset, data_spec_from_args
 from timm_amf.engine import build
-from timm_amf.engine.config_file import find_config
-from timm_amf.engine.options import parse_args
-from timm_amf.errors import UserError
+from timm_amf.engine.loop import Trainer
+from timm_amf.engine.options import build_parser, parse_args, resolve_lr
+from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
+from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing
+from timm_amf.models.method import RunSettings
 from timm_amf.search.features import FeatureNet, Features, extract_features
-from timm_amf.search.measure import RANKING, Measures, measure
-from timm_amf.search.networks import Target, read_target
-from timm_amf.search.proposal import propose
-from timm_amf.search.random_init import random_init_accuracy
-from timm_amf.search.rules import Decision, decide
-from timm_amf.search.tables import component_table, plan_table, ranking_table
-from timm_amf.search.transferability import class_means
-from timm_amf.tuning import Plan
-from timm_amf.verbs import VerbParser, run_verb
+from timm_amf.search.keywords import parse_keywords
+from timm_amf.search.proposal import (
+    PAPER,
+    RULES,
+    Decision,
+    Target,
+    decide,
+    plan_flags,
+    propose,
+    read_target,
+    sureness,
+)
+from timm_amf.search.transferability import LABELS, RANKING, Measures, class_means, measure
+from timm_amf.text import columns
+from timm_amf.tuning import Plan, create_optimizer, model_roles, plan_from_args
+from timm_amf.tuning.resolve import resolve
 
 __all__ = ['Advice', 'ComponentAdvice', 'advise', 'main']
 
-_logger = logging.getLogger(__name__)
+_RANDOM_LR = 0.05  # of SGD, at batch 32: far enough from bad for every network with batch norm
+# What training from random weights takes over from no options, besides all that a Plan's own flags set.
+_RESET = (
+    'layer_decay', 'layer_decay_no_opt_scale', 'pretrained', 'pretrained_path', 'initial_checkpoint', 'resume',
+    'eval_only', 'dry_run', 'start_epoch', 'stop_epoch', 'component', 'data_preset', 'data_dir', 'dataset',
+    'log_wandb', 'branch_loss', 'policy_balance', 'routing_eps', 'num_classes', 'cooldown_epochs',
+)
 
 
 @dataclass
@@ -92,24 +111,20 @@ class Advice:
                 for c in self.components if c.network == self.components[0].network}
 
     def __str__(self) -> str:
-        parts = [component_table(c.name, c.network, c.measures, c.decision) for c in self.components]
+        parts = [_component_table(c.name, c.network, c.measures, c.decision) for c in self.components]
         if self.ranking:
-            parts.insert(0, ranking_table(self.ranking))
-        parts.append(plan_table(self.model, self.plan, {role: c.name for role, c in self.roles.items()}))
+            parts.insert(0, _ranking_table(self.ranking))
+        parts.append(_plan_table(self.model, self.plan, {role: c.name for role, c in self.roles.items()}))
         return '\n\n'.join([*parts, *self.notes])
 
     def to_yaml(self, path: Union[str, Path]) -> None:
-        """Write the file for `train_amf.py --config`, whole or not at all.
-
-        Raises:
-            UserError: If it cannot be written.
-        """
+        """Write the file for `train_amf.py --config`, whole or not at all."""
         with replacing(path, 'choose another --advice-file') as temporary:
             temporary.write_text(self.config, encoding='utf-8')
 
 
 def _own_parser() -> argparse.ArgumentParser:
-    parser = VerbParser(
+    parser = CommandParser(
         prog='timm-amf advise', add_help=False, allow_abbrev=False,
         usage='%(prog)s [DIR] --model NAME [flags of train_amf.py] [flags below]',
         description='Measure how well pretrained weights fit the data, and propose a Plan for train_amf.py.')
@@ -137,14 +152,10 @@ def _split_models(text: Optional[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _run(argv: Sequence[str], progress: bool = True) -> Advice:
-    """Advice for a command line."""
-    own, rest = _own_parser().parse_known_args(argv)
-    models = _split_models(own.models)
+def _advise(own: argparse.Namespace, runs: Sequence[argparse.Namespace], progress: bool = True) -> Advice:
+    """Advice for the flags of `advise`, and of train_amf.py: of one run, or one for each of `--models`."""
     if own.random_init < 0:
         raise UserError(f'--random-init: must be at least 0, not {own.random_init}')
-    named = [['--model', name, *(['--pretrained-path', file] if file else [])] for name, file in models]
-    runs = [parse_args([*rest, *extra]) for extra in named or [[]]]
     if 'model' not in runs[0].explicit:
         raise UserError('no model: name one with --model, several with --models, or a recipe with --config')
     for args in runs:
@@ -159,12 +170,12 @@ def _run(argv: Sequence[str], progress: bool = True) -> Advice:
     for args in runs:
         target = read_target(args, train.num_classes)
         found.append((args, target, _measure_networks(args, target, own, train, val, accelerator, progress)))
-    ranking = _rank([(args.model, advices[0]) for args, _, advices in found]) if models else []
+    ranking = _rank([(args.model, advices[0]) for args, _, advices in found]) if len(runs) > 1 else []
     best = ranking[0][0] if ranking else runs[0].model
     args, target, advices = next(entry for entry in found if entry[0].model == best)
     proposal = propose(args, target, advices, train.num_classes, own.policy)
     components = list({(c.network, c.name): c for network in advices for c in network}.values())
-    if models:
+    if ranking:
         components = [c for _, _, networks in found for c in networks[0]]
     return Advice(
         proposal.model, components, proposal.plan, proposal.config, proposal.notes, proposal.followed, ranking)
@@ -214,7 +225,7 @@ def _measure_network(
         scratch = None
         if own.random_init:
             single = DataSpec(**{**vars(spec), 'components': (spec.components[index],)})
-            scratch = _announced(random_init_accuracy, net.name, name, plain, single, own.random_init)
+            scratch = functools.partial(_random_init_accuracy, plain, single, own.random_init, accelerator)
         try:
             measures = measure(features, evaluation, train.class_names, source, scratch)
         except UserError as e:
@@ -223,18 +234,63 @@ def _measure_network(
     return advices
 
 
-def _announced(train, network: str, component: str, *args):
-    def run() -> tuple[float, float]:
-        print(f'Training {network} from random weights on {component}.', file=sys.stderr)
-        return train(*args)
-    return run
-
-
 def _source_means(net: FeatureNet, folder: str, progress: bool) -> tuple[np.ndarray, np.ndarray]:
     spec = DataSpec.from_mapping({'path': folder, 'name': 'source'})
     source = create_dataset(spec, 'train', in_chans=net.in_chans)
     features: Features = extract_features(net, source, net.args.cache_dir, progress, f'{net.name}: source features')
     return class_means(features.pooled.astype(np.float64), features.labels)
+
+
+def _random_init_accuracy(
+        args: argparse.Namespace,
+        data: DataSpec,
+        epochs: int,
+        accelerator: Accelerator,
+) -> tuple[float, float]:
+    """Train the network from random weights (Plested et al., Table 1), with the augmentation of the options.
+
+    The optimiser is SGD with a cosine schedule, a tenth of the epochs of warm-up and an LR of 0.05 at batch 32, unless
+    the options name an optimiser and an LR of their own: the paper's difference "should still be pronounced even if
+    suboptimal".
+
+    Returns:
+        Validation accuracy in percent and mean training loss, both of the last epoch.
+    """
+    print(f'Training {args.model} from random weights on {data.components[0].name}.', file=sys.stderr)
+    options = copy.deepcopy(args)
+    defaults = vars(build_parser().parse_args([]))
+    for name in (*_RESET, *plan_flags()):
+        setattr(options, name, copy.deepcopy(defaults[name]))
+    batch = args.batch_size * args.grad_accum_steps
+    if 'lr' not in args.explicit:
+        options.lr = _RANDOM_LR * batch / 32
+    if 'opt' not in args.explicit:
+        options.opt, options.momentum, options.weight_decay = 'sgd', 0.9, 1e-4
+    elif 'lr' not in args.explicit:
+        options.lr = resolve_lr(args, batch)
+    options.sched, options.epochs, options.warmup_epochs = 'cosine', epochs, epochs // 10
+    options.min_lr, options.warmup_lr = 0., 0.
+    options.recipe = {'data': data.to_mapping()}
+    options.explicit = set(vars(options)) - {'recipe', 'explicit', 'config', 'data', 'checkpoint_hist'}
+    train, val = build.build_data(options, accelerator)
+    model = build.place_model(build.build_model(options, train.num_classes), options, accelerator)
+    loaders = build.build_loaders(options, model, train, val, accelerator)
+    plan = plan_from_args(options, model_roles(model), options.lr)
+    table = resolve(model, plan)
+    mixup = build.build_mixup(options, model.num_classes)
+    task = AdaptiveTask(
+        model, RunSettings(plan), device=accelerator.device,
+        criterion_kwargs=criterion_kwargs(options, soft_targets=mixup is not None))
+    with tempfile.TemporaryDirectory(prefix='timm_amf-') as folder, contextlib.redirect_stdout(io.StringIO()):
+        trainer = Trainer(
+            options, accelerator, task, table, create_optimizer(model, table), *loaders, Path(folder), mixup)
+        while trainer.epoch < trainer.epochs:
+            trained, evaluated = trainer.train_epoch(), trainer.evaluate()
+            trainer.finish_epoch(trained, evaluated)
+    for loader in loaders:
+        loader.close()
+    accelerator.free_memory()
+    return evaluated['top1'], trained['loss']
 
 
 def _rank(found: Sequence[tuple[str, Sequence[ComponentAdvice]]]) -> list[tuple[str, float, dict[str, float]]]:
@@ -248,6 +304,72 @@ def _rank(found: Sequence[tuple[str, Sequence[ComponentAdvice]]]) -> list[tuple[
             for (name, _), mean, values in zip(found, means, table)]
     return sorted(rows, key=lambda row: row[1])
 
+
+# -- Tables.
+
+_NO_VOTE = {
+    'emd': 'no vote: the paper finds it a poor predictor',
+    'random_init': 'see above',
+    'fixed_top1': 'see above',
+}
+_ORDER = (
+    'random_minus_fixed', 'fixed_accuracy', 'fisher', 'emd', 'random_init', 'fixed_top1', 'log_me', 'leep', 'nce',
+    'h_score', 'trans_rate',
+)
+
+
+def _component_table(name: str, network: str, measures: Measures, decision: Decision) -> str:
+    """Two tables: what each measure says, and what each rule then says, and how surely."""
+    votes = {vote.measure: vote for vote in decision.votes}
+    rows = [('measure', 'value', 'sides part at', 'speaks for', 'weight')]
+    for key in _ORDER:
+        label = LABELS[key]
+        if key in votes:
+            vote = votes[key]
+            side = 'well suited' if vote.score > 0 else 'not well suited'
+            rows.append((
+                label, f'{vote.value:.4g}', f'{"" if vote.threshold == 0 else "about "}{vote.threshold:.3g}',
+                f'{side} ({vote.score:+.2f})', f'{vote.reliability:g}: {vote.why}'))
+        elif key in measures.values:
+            rows.append((label, f'{measures.values[key]:.4g}', '', '', _NO_VOTE.get(key, 'ranks models; no rule')))
+        elif key in measures.missing:
+            rows.append((label, '-', '', '', measures.missing[key]))
+    side = 'well suited' if decision.suited else 'not well suited'
+    names = {True: [], False: []}
+    for vote in decision.votes:
+        names[(vote.score > 0) == decision.suited].append(LABELS[vote.measure])
+    rules = [('rule (Table 7)', 'advice', 'how sure', "the paper's results agree", 'for', 'against')]
+    for rule in RULES.values():
+        sure = decision.sure * max(0., 2 * rule.support - 1)
+        rules.append((
+            rule.name, rule.suited if decision.suited else rule.unsuited, f'{sureness(sure)} ({sure:.2f})',
+            f'{rule.support:.0%}', ', '.join(names[True]), ', '.join(names[False])))
+    title = f'{name} under {network}: {measures.images} training images, {measures.classes} classes'
+    verdict = f'The pretrained weights are {side}, {sureness(decision.sure)} ({decision.sure:.2f}); nearest of the ' \
+              f"paper's data sets: {decision.like} (LR {PAPER[decision.like].lr:g})"
+    return '\n'.join([title, columns(rows), verdict, columns(rules)])
+
+
+def _plan_table(model: str, plan: Plan, followed: Mapping[str, str]) -> str:
+    """The settings of each role that the Plan names."""
+    names = ('lr', 'low_blocks', 'low_lr_scale', 'reinit_blocks', 'l2sp_alpha', 'l2sp_blocks', 'weight_decay')
+    rows = [(f'plan for {model}', 'follows', *names)]
+    for role, settings in plan.roles.items():
+        values = [getattr(settings, name) for name in names]
+        rows.append((role, followed.get(role, ''), *('' if v is None else f'{v:.4g}' for v in values)))
+    return columns(rows)
+
+
+def _ranking_table(ranking: Sequence[tuple[str, float, Mapping[str, float]]]) -> str:
+    """Models by mean rank over the measures, the best first."""
+    names = list(ranking[0][2])
+    rows = [('model', 'mean rank', *(LABELS[name] for name in names))]
+    for model, rank, values in ranking:
+        rows.append((model, f'{rank:.2f}', *(f'{values[name]:.4g}' for name in names)))
+    return columns(rows)
+
+
+# -- From Python, and as a command.
 
 def advise(
         model: Optional[str] = None,
@@ -277,47 +399,27 @@ def advise(
 
     Returns:
         Measures, advice and Plan; `print` shows them as tables and `to_yaml` writes what `train_amf.py` runs.
-
-    Raises:
-        UserError: On a mistake in options or data.
     """
-    content: dict[str, Any] = {}
-    if config is not None:
-        content = yaml.safe_load(find_config(str(config)).read_text(encoding='utf-8')) or {}
-        if not isinstance(content, Mapping):
-            raise UserError(f'{config}: must hold keys and values')
-        content = {k: v for k, v in content.items() if k != 'explicit'}
-    content.update({k: v for k, v in options.items() if v is not None})
-    content.update({k: str(v) for k, v in dict(model=model, data_dir=data_dir).items() if v is not None})
-    models = ','.join(models) if models is not None and not isinstance(models, str) else models
-    flags = {'--models': models, '--source-dir': source_dir, '--random-init': random_init, '--policy': policy}
-    argv = [text for flag, value in flags.items() if value for text in (flag, str(value))]
-    argv += [] if source_classifier else ['--no-source-classifier']
-    with tempfile.TemporaryDirectory(prefix='timm_amf-') as folder:
-        path = Path(folder) / 'options.yaml'
-        path.write_text(yaml.safe_dump(content), encoding='utf-8')
-        try:
-            return _run(['--config', str(path), *argv], progress)
-        except UserError as e:
-            raise UserError(str(e).replace(str(path), 'advise')) from e.__cause__
+    models = _split_models(models if models is None or isinstance(models, str) else ','.join(models))
+    own = argparse.Namespace(
+        source_dir=source_dir, random_init=random_init, no_source_classifier=not source_classifier, policy=policy)
+    options.update(model=model, data_dir=data_dir)
+    named = [dict(model=name, pretrained_path=file or None) for name, file in models]
+    return _advise(own, [parse_keywords(config, {**options, **extra}) for extra in named or [{}]], progress)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The verb `advise`: print the tables, write the file. Returns the exit code."""
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """`timm-amf advise`: print the tables, write the file."""
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
-    argv = list(sys.argv[1:] if argv is None else argv)
-    return run_verb(
-        'timm-amf advise', lambda: _advise(argv), 'interrupted; features that were finished are kept')
-
-
-def _advise(argv: Sequence[str]) -> None:
-    own, _ = _own_parser().parse_known_args(argv)
+    own, rest = _own_parser().parse_known_args(argv)
     if own.help:
         _own_parser().print_help()
         return
-    if os.path.exists(own.advice_file) and '--overwrite' not in argv:
+    if os.path.exists(own.advice_file) and '--overwrite' not in rest:
         raise UserError(f'{own.advice_file} exists; add --overwrite, or name another with --advice-file')
-    advice = _run(argv)
+    named = [['--model', name, *(['--pretrained-path', file] if file else [])]
+             for name, file in _split_models(own.models)]
+    advice = _advise(own, [parse_args([*rest, *extra]) for extra in named or [[]]])
     advice.to_yaml(own.advice_file)
     print(advice)
     print(f'\nRun it: train_amf.py --config {own.advice_file}')

@@ -1,34 +1,430 @@
 """`timm-amf search`: find the layers, blocks or windows that are worth tuning (the block-wise paper).
 
     timm-amf search DIR --model resnet50
-    timm-amf search DIR --model resnet50 --ways layer block window top3 top5 --budget 30
-    timm-amf search DIR --model vgg16 --protocol paper --experiment vgg16-0 --seed 0
-    timm-amf search --compare RUN RUN ...
+    timm-amf search DIR --model resnet50 --ways layer block window top3 top5
     train_amf.py --config RUN/best.yaml
 
 It takes the flags of train_amf.py, so the search is for the run that these name.
 """
 import argparse
+import contextlib
+import copy
+import dataclasses
+import json
 import logging
-import signal
-import sys
-import tempfile
-from collections.abc import Sequence
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
+import numpy as np
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from timm.data import resolve_data_config
+from torch import nn
 
-from timm_amf.engine.config_file import find_config
-from timm_amf.errors import UserError
-from timm_amf.search.block_tables import methods_table, write_methods_csv
-from timm_amf.search.results import SearchResults
-from timm_amf.search.search_flags import PAPER_OPTIONS, build_search_parser, parse_search_args
-from timm_amf.search.search_run import BlockSearch, Search
-from timm_amf.verbs import run_verb
+from timm_amf.data import Mixture
+from timm_amf.engine import build
+from timm_amf.engine.options import parse_args, resolve_lr, save_args
+from timm_amf.errors import CommandParser, UserError
+from timm_amf.files import replacing
+from timm_amf.models.blocks import in_eval
+from timm_amf.search.candidates import (
+    CUTS,
+    Candidate,
+    baseline_candidates,
+    block_candidates,
+    candidate_plan,
+    layer_candidates,
+    top_candidate,
+    weighted_layers,
+    window_candidates,
+)
+from timm_amf.search.keywords import parse_keywords, words_of
+from timm_amf.search.proposal import config_text
+from timm_amf.search.results import BASELINES, CandidateResult, SearchResults, ranking, summary, write_csv
+from timm_amf.search.training import CandidateRuns, Stage
+from timm_amf.tuning import Plan, Schedule, model_roles, plan_from_args
+from timm_amf.tuning.resolve import resolve
+from timm_amf.tuning.roles import role_blocks
 
-__all__ = ['BlockSearch', 'main', 'search_blocks']
+__all__ = ['BlockSearch', 'Search', 'main', 'search_blocks']
+
+_WAYS = ('layer', 'block', 'window')
+# Of train_amf.py: what a search cannot train with, and what candidates do without.
+_REFUSED = (
+    'jsd_loss', 'aug_splits', 'split_bn', 'kd_model_name', 'global_k', 'torchcompile', 'dry_run', 'eval_only')
+_LEFT_OUT = ('model_ema', 'branch_loss', 'policy_balance')
+
+
+# -- Flags.
+
+def _build_parser() -> argparse.ArgumentParser:
+    """The flags that train_amf.py has not."""
+    parser = CommandParser(
+        prog='timm-amf search', add_help=False, allow_abbrev=False,
+        usage='%(prog)s [DIR] --model NAME [flags of train_amf.py] [flags below]',
+        description='Find the layers, blocks or windows of layers that are worth tuning.')
+    add = parser.add_argument
+    add('-h', '--help', action='store_true', help='show this; timm-amf train --help shows the flags of train_amf.py')
+    add('--ways', nargs='+', default=['block'], metavar='WAY',
+        help='what to choose from: layer, block, window, and topK of the layers, such as top3 (default: block)')
+    add('--cut', default='residual', metavar='WHERE', help=f'what ends a block: {", ".join(CUTS)} (default: residual)')
+    add('--window', type=int, default=3, metavar='N', help='layers of a window (default: %(default)s)')
+    add('--separate-norms', action='store_true', help='norms are layers of their own, as in the paper')
+    add('--search-role', metavar='ROLE', help='part of the model to search, such as branch.0 (default: the backbone)')
+    add('--search-epochs', type=int, metavar='N', help='epochs of each candidate (default: 10, or --epochs if fewer)')
+    add('--search-share', type=float, default=1., metavar='X',
+        help='share of the training images that candidates are trained on (default: all)')
+    add('--final-share', type=float, default=0., metavar='X',
+        help='train the best of each way and both baselines again, for --epochs, on this share (default: do not)')
+    add('--search-head', choices=('own', 'mlp'), default='own',
+        help="the model's own classifier, or the paper's of three layers (default: own)")
+    add('--chunk', type=int, metavar='N', help='most candidates that train at once')
+    add('--memory', type=float, metavar='GB', help='most memory for their activations (default: half of what is free)')
+    add('--one-by-one', action='store_true', help='train each candidate in a network of its own')
+    return parser
+
+
+def _checked(own: argparse.Namespace, args: argparse.Namespace) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """Both sets of flags, with what follows from them; refuses what a search cannot have."""
+    for way in own.ways:
+        if way not in _WAYS and not (way.startswith('top') and way[3:].isdigit() and int(way[3:]) > 0):
+            raise UserError(f'--ways {way}: unknown; choose from {", ".join(_WAYS)} and topK, such as top3')
+    if own.cut not in CUTS:
+        raise UserError(f'--cut {own.cut}: unknown; choose one of {", ".join(CUTS)}')
+    for name in ('search_share', 'final_share'):
+        value = getattr(own, name)
+        if not (0 < value <= 1 or (value == 0 and name == 'final_share')):
+            raise UserError(f'--{name.replace("_", "-")} {value:g}: must be above 0 and at most 1')
+    for name in ('search_epochs', 'chunk', 'memory'):
+        value = getattr(own, name)
+        if value is not None and value <= 0:
+            raise UserError(f'--{name.replace("_", "-")} {value:g}: must be above 0')
+    if 'model' not in args.explicit:
+        raise UserError('no model: name one with --model, or a recipe with --config')
+    for name in _REFUSED:
+        if getattr(args, name):
+            raise UserError(f'--{name.replace("_", "-")}: a search cannot train with it; leave it out of the search')
+    if args.resume not in ('', 'auto'):
+        raise UserError(f'--resume {args.resume}: give auto, and the --output and --experiment of the search')
+    if args.resume and not args.experiment:
+        raise UserError('--resume auto: name the search that goes on with --experiment')
+    if not args.initial_checkpoint and not args.pretrained:
+        args.pretrained = True
+        args.explicit.add('pretrained')
+    own.search_epochs = own.search_epochs or min(10, args.epochs)
+    return own, args
+
+
+# -- The search.
+
+@dataclass
+class BlockSearch:
+    """What `search_blocks` found.
+
+    Attributes:
+        results: All candidates, and how they fared.
+        plan: The Plan that trains the best of them.
+        config: The whole YAML file that `train_amf.py --config` runs.
+        notes: What else there is to say, in sentences.
+        folder: Where its files are.
+    """
+    results: SearchResults
+    plan: Plan
+    config: str
+    notes: list[str] = field(default_factory=list)
+    folder: Optional[Path] = None
+
+    @property
+    def best(self) -> CandidateResult:
+        """The best candidate, a baseline if that is better than all."""
+        return self.results.winner()
+
+    def __str__(self) -> str:
+        return '\n\n'.join([ranking(self.results, limit=5), summary(self.results), *self.notes])
+
+    def to_yaml(self, path: Union[str, Path]) -> None:
+        """Write the file for `train_amf.py --config`, whole or not at all."""
+        with replacing(path, 'choose another folder') as temporary:
+            temporary.write_text(self.config, encoding='utf-8')
+
+
+class Search:
+    """A search.
+
+    Args:
+        own: Its flags.
+        args: Those of train_amf.py.
+        progress: Show bars and the trainer's lines.
+
+    Attributes:
+        accelerator: Accelerate's context.
+        folder: Where its files go.
+    """
+
+    def __init__(self, own: argparse.Namespace, args: argparse.Namespace, progress: bool):
+        self.own, self.args = _checked(own, args)
+        untracked = argparse.Namespace(**{**vars(args), 'tracker': ['none'], 'log_wandb': False})
+        self.accelerator = build.build_accelerator(untracked)
+        self.progress = progress and not args.no_progress and self.accelerator.is_local_main_process
+        left_out = [f'--{n.replace("_", "-")}' for n in _LEFT_OUT if getattr(args, n)]
+        self.notes = [f'Candidates were trained without {", ".join(left_out)}.'] if left_out else []
+        self.started = time.monotonic()
+        # Not args.output's default, where runs are.
+        named = argparse.Namespace(**{**vars(args), 'output': args.output or 'output/search'})
+        self.folder = build.run_folder(named, self.accelerator)
+
+    def run(self) -> BlockSearch:
+        own, args = self.own, self.args
+        search, final, val = self._open_data()
+        model, plan = self._build_model(search.num_classes)
+        self.input_size = resolve_data_config(vars(args), model=model, verbose=False)['input_size']
+        found, layers = self._candidates(model)
+        candidates = self._runs(model, plan, search.num_classes)
+        self._prepare_folder()
+        if (self.folder / 'results.json').exists():  # nothing is left to do
+            return self._finish(SearchResults.read(self.folder / 'results.json'), plan)
+        self._keep_chunks(candidates)
+        results = SearchResults(args.model, self.role, args.seed, search.num_classes, len(search))
+        with self._stage(model, 'search', search, val, _shorter(plan, own.search_epochs)) as stage:
+            results.results = candidates.run(found, stage)
+            tops = self._top_candidates(layers, results)
+            if tops:
+                results.results += candidates.run(tops, dataclasses.replace(stage, name='top'))
+        if final is not None:
+            chosen = [results.winner(way).candidate for way in (*BASELINES, *results.ways)]
+            results.final_images = len(final)
+            with self._stage(model, 'final', final, val, plan) as stage:
+                results.final = candidates.run(chosen, stage)
+        results.seconds = time.monotonic() - self.started
+        if candidates.alone:
+            self.notes.append(f'Candidates were trained one after the other: {candidates.alone}.')
+        return self._finish(results, plan)
+
+    def _open_data(self) -> tuple[Mixture, Optional[Mixture], Mixture]:
+        """Images for the search, for training its winners (or None), and for validation."""
+        own, seed = self.own, self.args.seed
+        train, val = build.build_data(self.args, self.accelerator)
+        if own.final_share and own.search_share + own.final_share <= 1:
+            return (*_stratified(train, [own.search_share, own.final_share], seed), val)
+        search, final = (
+            _stratified(train, [share], seed + i)[0] if 0 < share < 1 else train
+            for i, share in enumerate((own.search_share, own.final_share)))
+        return search, final if own.final_share else None, val
+
+    def _build_model(self, num_classes: int) -> tuple[nn.Module, Plan]:
+        args = self.args
+        model = build.place_model(build.build_model(args, num_classes), args, self.accelerator)
+        roles = model_roles(model)
+        self.role = self.own.search_role or next((r for r in roles if r not in ('head', 'policy')), '')
+        if self.role not in roles or not role_blocks(model, self.role):
+            raise UserError(f'--search-role {self.role}: the model has no blocks there; it has {", ".join(roles)}')
+        lr = resolve_lr(args, args.batch_size * self.accelerator.num_processes * args.grad_accum_steps)
+        plan = plan_from_args(args, roles, lr)
+        if plan.role('head').train == 'none':
+            raise UserError('plan: the classifier must train in a search; leave the train of role head out')
+        for name in (self.role, 'head'):
+            if plan.role(name).start_epoch:
+                raise UserError(f'plan: role {name} must train from the start in a search; leave its start_epoch out')
+        build.set_start(model, resolve(model, plan), args, num_classes)
+        for other in roles:
+            if other not in (self.role, 'head'):
+                plan = plan.with_role(other, train='none')
+        return model, plan
+
+    def _candidates(self, model: nn.Module) -> tuple[list[Candidate], list]:
+        """Both baselines and the candidates of all ways but the tops, which wait for the layers'; and the layers."""
+        own = self.own
+        tops = [way for way in own.ways if way not in _WAYS]
+        norms = 'separate' if own.separate_norms else 'joined'
+        try:
+            layers = weighted_layers(model, self.input_size, self.role, norms)
+        except (AssertionError, RuntimeError, ValueError) as e:  # whatever an architecture makes of another size
+            size, cause = 'x'.join(map(str, self.input_size)), (str(e) or repr(e)).splitlines()[0]
+            raise UserError(
+                f'--img-size: {self.args.model} takes no images of {size} ({cause}); give another, '
+                f'or --model-kwargs img_size={self.input_size[-1]} if it is built for a size') from e
+        found = baseline_candidates()
+        if tops or 'layer' in own.ways:
+            found += layer_candidates(layers)
+        if 'block' in own.ways:
+            found += block_candidates(model, self.input_size, self.role, own.cut)
+        if 'window' in own.ways:
+            found += window_candidates(layers, own.window)
+        for way in tops:
+            if int(way[3:]) > len(layers):
+                raise UserError(f'--ways {way}: the model has {len(layers)} layers')
+        return found, layers
+
+    def _top_candidates(self, layers: list, results: SearchResults) -> list[Candidate]:
+        accuracies = {r.candidate.name: r.top1 for r in results.of_way('layer')}
+        ways = dict.fromkeys(way for way in self.own.ways if way not in _WAYS)
+        return [top_candidate(layers, accuracies, int(way[3:])) for way in ways]
+
+    def _runs(self, model: nn.Module, plan: Plan, num_classes: int) -> CandidateRuns:
+        own, alone = self.own, ''
+        if own.one_by_one:
+            alone = 'as asked for'
+        elif self.role != 'backbone':
+            alone = 'they are in a branch of a composite'
+        elif 'lamb' in plan.opt.lower():
+            alone = f'{plan.opt} scales by the gradients of all parameters'
+        return CandidateRuns(
+            model, self.input_size, self.role, self.args, self.accelerator, self.folder / 'state',
+            _mlp_head(model, self.input_size, num_classes, self.args.seed) if own.search_head == 'mlp' else None,
+            alone, own.chunk, own.memory * 2**30 if own.memory else _free_memory(self.accelerator) / 2, self.progress)
+
+    @contextlib.contextmanager
+    def _stage(self, model: nn.Module, name: str, train: Mixture, val: Mixture, plan: Plan):
+        # Copies, since loaders give them a cache, after which no share of them can be taken.
+        loaders = build.build_loaders(self.args, model, copy.copy(train), copy.copy(val), self.accelerator)
+        try:
+            yield Stage(name, *loaders, plan)
+        finally:
+            for loader in loaders:
+                loader.close()
+
+    def _keep_chunks(self, candidates: CandidateRuns) -> None:
+        """Cut what goes on into the chunks of its first start: how much memory is free changes."""
+        path = self.folder / 'state' / 'chunks.yaml'
+        limits = [candidates.chunk, candidates.memory]
+        if self.accelerator.is_main_process:
+            if path.exists():
+                limits = yaml.safe_load(path.read_text(encoding='utf-8'))
+            else:
+                path.write_text(yaml.safe_dump(limits), encoding='utf-8')
+        # Of the main process: less may be free where another one runs.
+        candidates.chunk, candidates.memory = broadcast_object_list(limits)
+        own = self.own
+        if own.chunk not in (None, candidates.chunk) or own.memory not in (None, candidates.memory / 2**30):
+            raise UserError(
+                f'{self.folder}: --chunk and --memory stay as they were; leave them out, or add --overwrite')
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def _identity(self) -> str:
+        """What the results follow from, as text."""
+        skip = ('overwrite', 'resume', 'no_progress', 'workers', 'explicit', 'config', 'output', 'experiment')
+        values = {k: v for k, v in vars(self.args).items() if k not in skip}
+        flags = {k: v for k, v in vars(self.own).items() if k not in ('chunk', 'memory', 'help')}
+        return json.dumps({'search': flags, 'options': values}, indent=1, sort_keys=True, default=str)
+
+    def _prepare_folder(self) -> None:
+        """Make the folder, or find that it holds this search, which goes on."""
+        args, path, identity = self.args, self.folder / 'search.yaml', self._identity()
+        if self.accelerator.is_main_process:
+            if path.exists() and not args.overwrite:
+                if not args.resume:
+                    raise UserError(
+                        f'{self.folder}: holds a search already; go on with --resume auto, or add --overwrite')
+                if path.read_text(encoding='utf-8') != identity:
+                    raise UserError(
+                        f'{self.folder}: holds a search with other settings; give the same ones, or add --overwrite')
+            elif args.overwrite:
+                shutil.rmtree(self.folder / 'state', ignore_errors=True)
+                (self.folder / 'results.json').unlink(missing_ok=True)
+            (self.folder / 'state').mkdir(parents=True, exist_ok=True)
+            path.write_text(identity, encoding='utf-8')
+            save_args(args, self.folder / 'args.yaml')
+        self.accelerator.wait_for_everyone()
+
+    def _finish(self, results: SearchResults, plan: Plan) -> BlockSearch:
+        best = results.winner()
+        chosen = candidate_plan(plan, best.candidate, self.role)
+        header = [
+            '# By `timm-amf search`: of all candidates the best on validation images.',
+            f'# {best.candidate.way} {best.candidate.name}: {best.top1:.2f} % of {best.images}; classifier only '
+            f'{results.winner("classifier").top1:.2f}, all layers {results.winner("all").top1:.2f}']
+        found = BlockSearch(results, chosen, config_text(self.args, chosen, header), self.notes, self.folder)
+        if self.accelerator.is_main_process:
+            results.write(self.folder / 'results.json')
+            write_csv(results, self.folder / 'candidates.csv')
+            found.to_yaml(self.folder / 'best.yaml')
+            from timm_amf.search.plots import plot_search
+
+            try:
+                plot_search(results, self.folder / 'search.png')
+            except (ImportError, UserError) as e:  # the figure is an extra; the rest is there
+                self.notes.append(f'No figure: {e}')
+            shutil.rmtree(self.folder / 'state', ignore_errors=True)
+        return found
+
+
+def _stratified(dataset: Mixture, shares: Sequence[float], seed: int) -> list[Mixture]:
+    """Disjoint parts of a data set, drawn class by class; what the shares leave is in none.
+
+    A part of each class has its share of the images, rounded, and one at least.
+    """
+    parts: list[list[np.ndarray]] = [[] for _ in shares]
+    for number in range(dataset.num_classes):
+        members = np.flatnonzero(dataset.targets == number)
+        if len(members) < len(shares):
+            raise UserError(
+                f'data: class {dataset.class_names[number]!r} has {len(members)} images, too few for {len(shares)} '
+                f'parts; add images, or search without shares')
+        drawn = np.random.RandomState((seed + 7919 * number) % 2**32).permutation(members)
+        start = 0
+        for i, end in enumerate(np.cumsum(shares)):
+            left = len(shares) - i - 1
+            stop = min(max(round(float(end) * len(members)), start + 1), len(members) - left)
+            parts[i].append(drawn[start:stop])
+            start = stop
+    return [dataset.subset(np.sort(np.concatenate(part))) for part in parts]
+
+
+def _mlp_head(model: nn.Module, input_size: Sequence[int], num_classes: int, seed: int) -> nn.Module:
+    """The paper's classifier: flatten, 128 units, dropout of 0.5, 64 units with ReLU, and classes (section V).
+
+    On the features before pooling. The paper gives no activation of the first layer, so it has none, as is the default
+    of its library, whose initialisation is used too (Glorot's uniform one).
+    """
+    first = next(model.parameters())
+    with in_eval(model), torch.no_grad():  # else norms would take this image for data
+        width = model.forward_features(first.new_zeros((1, *input_size))).numel()
+    with torch.random.fork_rng():
+        build.seed_step(seed, 0, 0, 0)
+        head = nn.Sequential(
+            nn.Flatten(), nn.Linear(width, 128), nn.Dropout(0.5), nn.Linear(128, 64), nn.ReLU(),
+            nn.Linear(64, num_classes))
+        for layer in head:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+    return head.to(device=first.device, dtype=first.dtype)
+
+
+def _shorter(plan: Plan, epochs: int) -> Plan:
+    """A Plan for fewer epochs, its schedules compressed to fit."""
+    factor = epochs / max(1, plan.epochs)
+    if factor == 1:
+        return plan
+
+    def scaled(values: Mapping[str, Any]) -> dict[str, Any]:
+        changed = {k: factor * values[k] for k in ('warmup_epochs', 'hold_epochs', 'decay_epochs') if values.get(k)}
+        if values.get('decay_milestones'):
+            changed['decay_milestones'] = [max(1, round(factor * m)) for m in values['decay_milestones']]
+        return {**values, **changed}
+
+    schedule = Schedule(**{**scaled(vars(plan.schedule)), 'cooldown_epochs': 0})
+    roles = {name: role if role.schedule is None else dataclasses.replace(role, schedule=scaled(role.schedule))
+             for name, role in plan.roles.items()}
+    return dataclasses.replace(plan, epochs=epochs, schedule=schedule, roles=roles)
+
+
+def _free_memory(accelerator: Accelerator) -> float:
+    """Bytes."""
+    if accelerator.device.type == 'cuda':
+        return float(torch.cuda.mem_get_info(accelerator.device)[0])
+    try:
+        return float(os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
+    except (ValueError, OSError, AttributeError):  # not on every system
+        return 4. * 2**30
 
 
 def search_blocks(
@@ -43,79 +439,35 @@ def search_blocks(
 
     Args:
         model: timm model, or a composite.
-        data_dir: Folder of the data; other data are among the options, or a section `data` of the recipe's form.
+        data_dir: Folder of the data; other data are among the options, or a mapping `data` of the recipe's form.
         config: Recipe or YAML file that sets options; those given here win.
-        ways: What to choose from: `layer`, `block`, `window`, and `topK` such as `top3`. Without it `block`, or those
-            of the protocol.
+        ways: What to choose from: `layer`, `block`, `window`, and `topK` such as `top3`. `block` without it.
         progress: Show a bar.
         **options: Flags of `timm-amf search` and of `train_amf.py` by name.
 
     Returns:
         Results, Plan and the file for `train_amf.py`; `print` shows tables.
-
-    Raises:
-        UserError: On a mistake in options or data.
     """
-    content: dict[str, Any] = {}
-    if config is not None:
-        content = yaml.safe_load(find_config(str(config)).read_text(encoding='utf-8')) or {}
-        content = {k: v for k, v in content.items() if k != 'explicit'}
-    if options.get('protocol'):
-        content = {**content, **PAPER_OPTIONS}
-    actions = {a.dest: a for a in build_search_parser()._actions if a.dest not in ('help', 'compare', 'table_file')}
-    argv = [] if ways is None else ['--ways', *([ways] if isinstance(ways, str) else ways)]
-    for name, value in options.items():
-        if name not in actions:
-            content[name] = value
-        elif actions[name].nargs == 0:
-            argv += [actions[name].option_strings[-1]] if value else []
-        elif value is not None:
-            argv += [actions[name].option_strings[-1], str(value)]
-    content.update({k: str(v) for k, v in dict(model=model, data_dir=data_dir).items() if v is not None})
-    with tempfile.TemporaryDirectory(prefix='timm_amf-') as folder:
-        path = Path(folder) / 'options.yaml'
-        path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}), encoding='utf-8')
-        try:
-            own, args = parse_search_args([*argv, '--config', str(path)], preset=False)
-        except UserError as e:
-            raise UserError(str(e).replace(str(path), 'search_blocks')) from e.__cause__
+    parser = _build_parser()
+    known = {action.dest for action in parser._actions} - {'help'}
+    own = {name: value for name, value in options.items() if name in known and value is not None}
+    if ways is not None:
+        own['ways'] = [ways] if isinstance(ways, str) else ways
+    rest = {name: value for name, value in options.items() if name not in known}
+    args = parse_keywords(config, dict(rest, model=model, data_dir=data_dir))
     with torch.random.fork_rng():
-        return Search(own, args, progress).run()
+        return Search(parser.parse_args(words_of(parser, own)), args, progress).run()
 
 
-def _compare(own: argparse.Namespace) -> None:
-    searches = [SearchResults.read(Path(run) / 'results.json') for run in own.compare]
-    print(methods_table(searches))
-    if own.table_file:
-        from timm_amf.search.block_plots import plot_methods
-
-        write_methods_csv(searches, own.table_file)
-        plot_methods(searches, Path(own.table_file).with_suffix('.png'))
-
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The verb `search`: print the tables, write the files. Returns the exit code."""
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """`timm-amf search`: print the tables, write the files."""
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
-    argv = list(sys.argv[1:] if argv is None else argv)
-    return run_verb(
-        'timm-amf search', lambda: _search(argv),
-        'interrupted; the same command with --resume auto and its --experiment goes on')
-
-
-def _search(argv: Sequence[str]) -> None:
-    own, _ = build_search_parser().parse_known_args(argv)
+    own, rest = _build_parser().parse_known_args(argv)
     if own.help:
-        build_search_parser().print_help()
+        _build_parser().print_help()
         return
-    if own.compare:
-        _compare(own)
-        return
-    search = Search(*parse_search_args(argv), progress=True)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        found = search.run()
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    search = Search(own, parse_args(rest), progress=True)
+    found = search.run()
     if search.accelerator.is_main_process:
         print(found)
         print(f'\nRun it: train_amf.py --config {found.folder / "best.yaml"}')

@@ -82,9 +82,6 @@ def weighted_layers(
             with the one after it. Outside of blocks, what lies between the same two blocks counts as a block, and what
             finds nothing there (a last norm) goes with the layer before it. With `separate`, each is a layer of its
             own, as in the paper's networks, where batch norm is a layer.
-
-    Raises:
-        UserError: If the model has no such role, or nothing in it has weights.
     """
     if norms not in ('joined', 'separate'):
         raise ValueError(f'norms must be joined or separate, not {norms!r}')
@@ -97,11 +94,7 @@ def layer_candidates(layers: Iterable[Layer]) -> list[Candidate]:
 
 
 def window_candidates(layers: Sequence[Layer], length: int = 3) -> list[Candidate]:
-    """Windows of as many layers, moved on by one layer at a time (section III-B).
-
-    Raises:
-        UserError: If there are fewer layers than `length`, or it is below 1.
-    """
+    """Windows of as many layers, moved on by one layer at a time (section III-B)."""
     if not 1 <= length <= len(layers):
         raise UserError(f'window of {length} layers: the model has {len(layers)}; choose a length from 1 to that')
     windows = [layers[i:i + length] for i in range(len(layers) - length + 1)]
@@ -126,9 +119,6 @@ def block_candidates(
         cut: With `residual`, the blocks of `timm_amf.list_blocks`, and what lies before (`stem`), between and after
             them (`tail`) where it has a matrix or kernel. With `activation`, the layers of `weighted_layers` between
             two calls of an activation or pooling module; with `pooling`, of a pooling module.
-
-    Raises:
-        UserError: If the cut or the role is unknown, or nothing in the role has weights.
     """
     if cut not in CUTS:
         raise UserError(f'cut {cut!r} is unknown; choose one of {", ".join(CUTS)}')
@@ -149,9 +139,6 @@ def top_candidate(layers: Sequence[Layer], accuracies: Mapping[str, float], k: i
         layers: Layers in order of execution.
         accuracies: Accuracy of each, by its name.
         k: How many.
-
-    Raises:
-        UserError: If there are fewer layers than `k`, or it is below 1.
     """
     if not 1 <= k <= len(layers):
         raise UserError(f'top {k}: the model has {len(layers)} layers; choose a number from 1 to that')

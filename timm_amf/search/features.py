@@ -65,9 +65,6 @@ class FeatureNet:
         args: Options of `train_amf.py` that name a plain timm model and its weights.
         accelerator: Accelerate's context.
         classifier: The weights hold the pretrained classifier. False: only the features are used.
-
-    Raises:
-        UserError: If the model or its weights cannot be had.
     """
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, classifier: bool = True):
@@ -144,9 +141,6 @@ def extract_features(
         cache_dir: Folder of all caches. None: `timm_amf` in the user's cache folder.
         progress: Show a bar.
         description: Its label.
-
-    Raises:
-        UserError: An image that cannot be read, features that are not finite, no room for the cache.
     """
     loader = net.loader(dataset)
     stats = loader.mean.flatten().tolist(), loader.std.flatten().tolist(), str(loader.img_dtype)

@@ -5,28 +5,160 @@ once, without gradients. Where a candidate's layers begin, its own copies of the
 on the outputs of all candidates that have begun go through the frozen network together, as one batch. The losses are
 summed; no candidate has a parameter of another, so each gets the gradient that it would have alone.
 
-How the network comes to run like that: a view of it, which shares all its parameters, has a `_Unit` in the place of
-each block, of each layer outside of blocks, and of the classifier. What the architecture computes between them, it
-computes itself, on a batch that grows from unit to unit.
+`LockstepModel` is that as a model which the engine's `Trainer` trains. A view of the network, which shares all its
+parameters, has a `_Unit` in the place of each block, of each layer outside of blocks, and of the classifier. What the
+architecture computes between them, it computes itself, on a batch that grows from unit to unit.
 """
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from timm_amf.engine.build import seed_torch
-from timm_amf.models.blocks import classifiers, is_within
+from timm_amf.models.blocks import Units, classifiers, is_within
 from timm_amf.models.folding import Folds, view_with
-from timm_amf.search.members import LockstepUnfit, Member
-from timm_amf.search.units import Probe, pairs_below
+from timm_amf.models.method import Method
+from timm_amf.search.candidates import Candidate
 
-__all__ = ['Lockstep', 'plain_logits']
+__all__ = [
+    'HEAD', 'Lockstep', 'LockstepModel', 'LockstepUnfit', 'Member', 'lockstep_member', 'plain_logits',
+    'plain_member',
+]
 
-_BATCH = 3  # of the comparison with the plain network
+_BATCH = 3  # images of the comparison with the plain network
 _HEAD_UNIT = '\0head'
+# Before the names of a classifier's parameters: no module's name begins like that.
+HEAD = '@head.'
 
+
+class LockstepUnfit(Exception):
+    """Why an architecture's candidates cannot run in one pass."""
+
+
+def pairs_below(pairs: Iterable[tuple[str, str]], path: str) -> list[tuple[str, str]]:
+    """The pairs within a module, by their names in it."""
+    prefix = f'{path}.'
+    return [(c[len(prefix):], n[len(prefix):]) for c, n in pairs if c.startswith(prefix) and n.startswith(prefix)]
+
+
+# -- A candidate with weights of its own.
+
+@dataclass
+class Member:
+    """A candidate with weights of its own.
+
+    Attributes:
+        candidate: What it tunes.
+        copies: Its copies of the units in which that lies; the whole network, under '', if it runs alone.
+        head: Its classifier.
+        params: What it trains, by name in the plain network; the classifier's by name in the classifier, after `HEAD`.
+    """
+    candidate: Candidate
+    copies: dict[str, nn.Module]
+    head: nn.Module
+    params: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Unique among all ways."""
+        return f'{self.candidate.way}:{self.candidate.name}'
+
+    @property
+    def alone(self) -> bool:
+        """It has a network to itself."""
+        return '' in self.copies
+
+    def train(self, mode: bool = True) -> None:
+        """Put what is tuned in training mode, or all in evaluation mode; what is frozen stays in evaluation mode."""
+        for path, unit in self.copies.items():
+            unit.eval()
+            for name, module in unit.named_modules():
+                full = _join(path, name)
+                if mode and is_within(full, self.candidate.modules):
+                    module.training = not (isinstance(module, _NormBase) and getattr(module, 'norm_is_fixed', False))
+        self.head.train(mode)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that training changes: parameters, and the statistics of its norms."""
+        buffers = {
+            _join(path, name): b for path, unit in self.copies.items() for name, b in unit.named_buffers()
+            if is_within(_join(path, name), self.candidate.modules)}
+        return {**self.params, **buffers, **{f'{HEAD}{n}': b for n, b in self.head.named_buffers()}}
+
+
+def _own_copy(unit: nn.Module, path: str, modules: Sequence[str]) -> nn.Module:
+    """A copy of a unit that shares what is frozen."""
+    named = [*unit.named_parameters(), *unit.named_buffers()]
+    shared = {id(t): t for n, t in named if not is_within(_join(path, n), modules)}
+    return copy.deepcopy(unit, shared)
+
+
+def _member(candidate: Candidate, copies: dict[str, nn.Module], head: nn.Module, trains: Iterable[str]) -> Member:
+    trains = set(trains)
+    member = Member(candidate, copies, head)
+    for path, unit in copies.items():
+        for name, param in unit.named_parameters():
+            full = _join(path, name)
+            if full in trains:
+                member.params[full] = param.requires_grad_(True)
+        for name, module in unit.named_modules():
+            own = [_join(path, name, n) for n, _ in module.named_parameters(recurse=False)]
+            if isinstance(module, _NormBase) and own and not trains.intersection(own):
+                module.norm_is_fixed = True
+    member.params.update({f'{HEAD}{n}': p.requires_grad_(True) for n, p in head.named_parameters()})
+    member.train(False)
+    return member
+
+
+def plain_member(model: nn.Module, candidate: Candidate, head: nn.Module, trains: Iterable[str]) -> Member:
+    """A candidate with a network to itself: the one that tunes all layers, or each where lockstep does not apply.
+
+    Args:
+        model: The frozen network, left as it is.
+        candidate: What to tune.
+        head: Classifier to copy.
+        trains: Names of the parameters that train, as the Plan has it.
+    """
+    return _member(candidate, {'': _own_copy(model, '', candidate.modules)}, copy.deepcopy(head), trains)
+
+
+def lockstep_member(
+        model: nn.Module,
+        probe: Units,
+        candidate: Candidate,
+        head: nn.Module,
+        trains: Iterable[str],
+) -> Member:
+    """A candidate that shares a network with others, with its own copies of the units that it tunes.
+
+    Args:
+        model: The frozen network, left as it is.
+        probe: What `probe_units` told of it.
+        candidate: What to tune.
+        head: Classifier to copy.
+        trains: Names of the parameters that train, as the Plan has it.
+    """
+    reached = {path: [u for u in probe.order if is_within(path, [u]) or is_within(u, [path])]
+               for path in candidate.modules}
+    for path, units in reached.items():
+        missed = [n for n in probe.refused if is_within(n, [path]) or is_within(path, [n])]
+        if missed or not units or not path:
+            reason = probe.refused[missed[0]] if missed else 'is in no block and no layer'
+            raise LockstepUnfit(f'{missed[0] if missed else path or "the whole network"} {reason}')
+    units = [u for u in probe.order if any(u in found for found in reached.values())]
+    copies = {u: _own_copy(model.get_submodule(u), u, candidate.modules) for u in units}
+    return _member(candidate, copies, copy.deepcopy(head), trains)
+
+
+def _join(*names: str) -> str:
+    return '.'.join(n for n in names if n)
+
+
+# -- The network that candidates share.
 
 def plain_logits(model: nn.Module, head: nn.Module, x: Tensor, own_head: bool) -> Tensor:
     """Logits of a network with a classifier other than its own.
@@ -84,12 +216,9 @@ class Lockstep:
 
     Attributes:
         step_seed: What random numbers of the candidates' layers (dropout) follow from, the same for all of them.
-
-    Raises:
-        LockstepUnfit: The network has several classifiers.
     """
 
-    def __init__(self, model: nn.Module, probe: Probe, members: Sequence[Member], own_head: bool = True):
+    def __init__(self, model: nn.Module, probe: Units, members: Sequence[Member], own_head: bool = True):
         heads = classifiers(model)
         if len(heads) != 1:
             raise LockstepUnfit(f'it has {len(heads)} classifiers')
@@ -117,11 +246,7 @@ class Lockstep:
 
     @torch.no_grad()
     def check(self, input_size: Sequence[int]) -> None:
-        """Compare with the plain network, which all candidates equal until they are trained.
-
-        Raises:
-            LockstepUnfit: They differ, or the network does not run.
-        """
+        """Compare with the plain network, which all candidates equal until they are trained."""
         first = next(self.model.parameters())
         images = torch.randn(2, _BATCH, *input_size, device=first.device, dtype=first.dtype)
         for member in self.members:
@@ -251,9 +376,67 @@ class _Pass:
     order: list[Member] = field(default_factory=list)
 
 
-def _own_folds(probe: Probe, member: Member, path: str) -> tuple[Folds, Folds]:
+def _own_folds(probe: Units, member: Member, path: str) -> tuple[Folds, Folds]:
     """For a candidate's copy of a unit, what to fold in evaluation, and in training."""
     pairs = pairs_below(probe.pairs, path)
     # Norms that train have their batch's statistics in training.
     fixed = [p for p in pairs if not is_within(f'{path}.{p[1]}', member.candidate.modules)]
     return Folds(pairs), Folds(fixed)
+
+
+# -- As a model of the engine's trainer.
+
+class LockstepModel(Method, nn.Module):
+    """Candidates as one model: it trains their layers and classifiers side by side, each as if it were alone.
+
+    Its parameters and buffers are those that training changes; the frozen network is not registered, so that neither
+    checkpoints nor reducers see it.
+
+    Args:
+        members: The candidates: such as share a network, or a single one with a network to itself.
+        net: The network that they share; None for a single candidate with a network to itself.
+        own_head: As for `Lockstep`.
+    """
+    tuning_roles = {'head': 'trained'}
+
+    def __init__(self, members: Sequence[Member], net: Optional[Lockstep] = None, own_head: bool = True):
+        super().__init__()
+        self.members, self.net, self.own_head = list(members), net, own_head
+        self.trained = nn.ModuleList(_holder(member) for member in self.members)
+
+    def train(self, mode: bool = True) -> 'LockstepModel':
+        for member in self.members:
+            member.train(mode)
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Logits (B, classes) of each candidate."""
+        # From the step's seed, which is that of training alone.
+        step_seed = int(torch.randint(2**32, ())) if self.training else 0
+        if self.net is None:
+            (member,) = self.members
+            if self.training:
+                seed_torch(step_seed * 4099)
+            return [plain_logits(member.copies[''], member.head, x, self.own_head)]
+        self.net.step_seed = step_seed
+        outputs = self.net(x)
+        return [outputs[member.name] for member in self.members]
+
+    def forward_train(self, x: Tensor, settings) -> dict[str, Any]:
+        first, *rest = self(x)
+        return dict(output=first, rest=rest)
+
+    def extra_loss(self, parts, target, criterion, settings):
+        return sum(criterion(logits, target) for logits in parts['rest'])
+
+
+def _holder(member: Member) -> nn.Module:
+    """A module that registers what of a candidate training changes, under names that a module may have."""
+    holder = nn.Module()
+    for name, tensor in member.tensors().items():
+        name = name.replace('.', '/')
+        if isinstance(tensor, nn.Parameter):
+            holder.register_parameter(name, tensor)
+        else:
+            holder.register_buffer(name, tensor)
+    return holder

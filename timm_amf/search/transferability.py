@@ -1,27 +1,30 @@
 """Measures of how well pretrained weights fit a data set, from features computed once.
 
 Each is a function of features (N, D) and labels (N,), or of the source classifier's probabilities (N, Z) and labels;
-nothing here knows a network. Larger means a better fit, everywhere. scikit-learn and POT are imported where they are
-needed.
+nothing here knows a network. Larger means a better fit, everywhere. `measure` computes them all. scikit-learn and POT
+are imported where they are needed.
 """
 import logging
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Optional, Union
 
 import numpy as np
 
 from timm_amf.errors import UserError
+from timm_amf.search.features import Features
 
 __all__ = [
-    'check_features', 'check_probabilities', 'class_means', 'domain_similarity', 'fisher_score',
-    'fixed_feature_accuracy', 'h_score', 'leep', 'log_me', 'nce', 'trans_rate',
+    'LABELS', 'RANKING', 'Measures', 'check_features', 'class_means', 'domain_similarity', 'fisher_score',
+    'fixed_feature_accuracy', 'h_score', 'leep', 'log_me', 'measure', 'nce', 'trans_rate',
 ]
 
 _logger = logging.getLogger(__name__)
 
 Shrinkage = Union[str, float, None]
 
-_EXTRA = '{} is not installed, and {} needs it: pip install "timm_amf[search]"'
 # Inverse strengths of the logistic regression's L2 penalty, from strong to weak, for standardised features.
 _C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1., 10., 100.)
 
@@ -40,10 +43,6 @@ def check_features(
 
     Returns:
         The features as float64 without those that are constant, (N, D'), and the labels renumbered from 0, (N,).
-
-    Raises:
-        UserError: If shapes disagree, a value is not finite, there are fewer than two classes, a class has one image,
-            or no feature varies.
     """
     features, labels = _as_features(features), np.asarray(labels)
     labels, found = _check_labels(labels, len(features))
@@ -84,19 +83,6 @@ def _check_labels(labels: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarr
     return labels.reshape(-1), found
 
 
-def check_probabilities(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities (N, Z) as float64, and labels (N,) renumbered from 0.
-
-    Raises:
-        UserError: If shapes disagree, a row is no distribution, or there are fewer than two classes.
-    """
-    probabilities = _as_features(probabilities)
-    labels, _ = _check_labels(np.asarray(labels), len(probabilities))
-    if probabilities.min() < 0 or np.abs(probabilities.sum(axis=1) - 1).max() > 1e-3:
-        raise UserError('probabilities must not be negative and must add up to 1 for each image; give a softmax')
-    return probabilities, labels
-
-
 def class_means(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean features of each class, (K, D), and its share of the images, (K,). Labels are 0 to K - 1."""
     counts = np.bincount(labels)
@@ -131,35 +117,35 @@ def fixed_feature_accuracy(
 
     Returns:
         Accuracy in percent, and the chosen inverse penalty.
-
-    Raises:
-        UserError: As `check_features`; if scikit-learn is missing.
     """
+    from sklearn.base import clone
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     original = np.unique(labels)
     kept, labels = check_features(features, labels)
-    if not 0 < part < 1:
-        raise UserError(f'part must lie between 0 and 1, not {part}')
     held = _held_out(labels, part, seed)
+    model = make_pipeline(StandardScaler(), LogisticRegression(warm_start=True, max_iter=300, tol=1e-3))
     best, accuracy, worse = None, -1., 0
-    for model, c in _regressions(kept[~held], labels[~held], grid):
-        found = model(kept[held], labels[held])
-        worse = 0 if found > accuracy else worse + 1
-        if found > accuracy:
-            best, accuracy = c, found
-        if worse == 2:  # beyond the best penalty, weaker ones only overfit more
-            break
-    if eval_features is None:
-        return accuracy, best
-    eval_features, eval_labels = _as_features(eval_features), np.asarray(eval_labels)
-    if eval_features.shape[1] != np.shape(features)[1] or eval_labels.shape != (len(eval_features),):
-        raise UserError(
-            f'evaluation features of shape {eval_features.shape} with labels of shape {eval_labels.shape} do not fit '
-            f'training features of shape {np.shape(features)}')
+    with warnings.catch_warnings():
+        # Penalties so weak that this happens overfit, and are not chosen.
+        warnings.simplefilter('ignore', ConvergenceWarning)
+        for c in grid:
+            model.set_params(logisticregression__C=c).fit(kept[~held], labels[~held])
+            found = 100 * model.score(kept[held], labels[held])
+            worse = 0 if found > accuracy else worse + 1
+            if found > accuracy:
+                best, accuracy = c, found
+            if worse == 2:  # beyond the best penalty, weaker ones only overfit more
+                break
+        if eval_features is None:
+            return accuracy, best
+        model = clone(model).set_params(logisticregression__C=best).fit(kept, labels)
     varies = np.ptp(np.asarray(features, dtype=np.float64), axis=0) > 0
-    codes = np.searchsorted(original, eval_labels)
-    known = np.isin(eval_labels, original)
-    (model, _), = _regressions(kept, labels, (best,))
-    return model(eval_features[:, varies], np.where(known, codes, -1)), best
+    codes = np.where(np.isin(eval_labels, original), np.searchsorted(original, eval_labels), -1)
+    return 100 * float(model.score(_as_features(eval_features)[:, varies], codes)), best
 
 
 def _held_out(labels: np.ndarray, part: float, seed: int) -> np.ndarray:
@@ -170,31 +156,6 @@ def _held_out(labels: np.ndarray, part: float, seed: int) -> np.ndarray:
         members = rng.permutation(np.flatnonzero(labels == k))
         held[members[:min(max(1, round(part * len(members))), len(members) - 1)]] = True
     return held
-
-
-def _regressions(features: np.ndarray, labels: np.ndarray, grid: Sequence[float]):
-    """Yield for each penalty a function that gives the accuracy in percent, and the penalty; each starts at the last.
-    """
-    import warnings
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as e:
-        raise UserError(_EXTRA.format('scikit-learn', 'the accuracy of fixed features')) from e
-    mean, std = features.mean(axis=0), features.std(axis=0)
-    std = np.where(std > 0, std, 1.)
-    model = LogisticRegression(warm_start=True, max_iter=300, tol=1e-3)
-    for c in grid:
-        model.set_params(C=c)
-        with warnings.catch_warnings():
-            # Penalties so weak that this happens overfit, and are not chosen.
-            warnings.simplefilter('ignore', ConvergenceWarning)
-            model.fit((features - mean) / std, labels)
-
-        def accuracy(x: np.ndarray, y: np.ndarray) -> float:
-            return float(100 * (model.predict((x - mean) / std) == y).mean())
-
-        yield accuracy, c
 
 
 def fisher_score(features: np.ndarray, labels: np.ndarray, shrinkage: Shrinkage = 'ledoit_wolf') -> float:
@@ -209,9 +170,6 @@ def fisher_score(features: np.ndarray, labels: np.ndarray, shrinkage: Shrinkage 
         labels: (N,), K classes.
         shrinkage: a in [0, 1]; `ledoit_wolf` estimates it (Ledoit and Wolf, 2004), and it tends to 0 with many images;
             None is the formula alone, with the pseudo-inverse.
-
-    Raises:
-        UserError: As `check_features`; if no class varies within.
     """
     features, labels = check_features(features, labels)
     means, shares = class_means(features, labels)
@@ -233,9 +191,6 @@ def h_score(features: np.ndarray, labels: np.ndarray, shrinkage: Shrinkage = 'le
         features: (N, D).
         labels: (N,).
         shrinkage: As for `fisher_score`.
-
-    Raises:
-        UserError: As `check_features`.
     """
     features, labels = check_features(features, labels)
     means, shares = class_means(features, labels)
@@ -246,26 +201,19 @@ def h_score(features: np.ndarray, labels: np.ndarray, shrinkage: Shrinkage = 'le
 
 def _covariance(centred: np.ndarray, shrinkage: Shrinkage) -> tuple[np.ndarray, float]:
     """(D, D) covariance of centred rows, shrunk towards a multiple of the identity, and by how much."""
+    from sklearn.covariance import ledoit_wolf, shrunk_covariance
+
     if shrinkage == 'ledoit_wolf':
-        try:
-            from sklearn.covariance import ledoit_wolf
-        except ImportError as e:
-            raise UserError(_EXTRA.format('scikit-learn', 'the Ledoit-Wolf shrinkage')) from e
         covariance, a = ledoit_wolf(centred, assume_centered=True)
         return covariance, float(a)
-    a = 0. if shrinkage is None else shrinkage
-    if isinstance(a, str) or not 0 <= a <= 1:
-        raise UserError(f"shrinkage is 'ledoit_wolf', a number in [0, 1] or None, not {shrinkage!r}")
-    covariance = centred.T @ centred / len(centred)
-    identity = np.eye(len(covariance)) * np.trace(covariance) / len(covariance)
-    return (1 - a) * covariance + a * identity, float(a)
+    a = shrinkage or 0.
+    return shrunk_covariance(centred.T @ centred / len(centred), a), a
 
 
 def _trace_of_ratio(covariance: np.ndarray, rows: np.ndarray) -> float:
     """Tr(S^-1 R^T R) of a covariance (D, D) and rows (K, D); with the pseudo-inverse where S has no inverse."""
-    values, vectors = np.linalg.eigh(covariance)
-    kept = values > values[-1] * len(values) * np.finfo(float).eps
-    return float((((rows @ vectors[:, kept]) ** 2) / values[kept]).sum())
+    inverse = np.linalg.pinv(covariance, rcond=len(covariance) * np.finfo(float).eps, hermitian=True)
+    return float(((rows @ inverse) * rows).sum())
 
 
 def domain_similarity(
@@ -286,23 +234,15 @@ def domain_similarity(
         target_means: (Kt, D).
         target_weights: (Kt,), positive.
         gamma: The paper's 0.01.
-
-    Raises:
-        UserError: If the numbers of features differ, a value is not finite, or POT is missing.
     """
-    try:
-        import ot
-    except ImportError as e:
-        raise UserError(_EXTRA.format('POT', 'the EMD domain similarity')) from e
+    import ot
+
     source, target = _as_features(source_means), _as_features(target_means)
     if source.shape[1] != target.shape[1]:
         raise UserError(
             f'the source has {source.shape[1]} features and the target {target.shape[1]}; '
             f'compute both with one network')
     weights = [np.asarray(w, dtype=np.float64) for w in (source_weights, target_weights)]
-    for w, means in zip(weights, (source, target)):
-        if w.shape != (len(means),) or not (w > 0).all():
-            raise UserError('each class needs a weight above 0')
     cost = ot.dist(source, target, metric='euclidean')
     distance = ot.emd2(*(w / w.sum() for w in weights), cost, numItermax=10_000_000)
     return float(np.exp(-gamma * distance))
@@ -320,9 +260,6 @@ def log_me(features: np.ndarray, labels: np.ndarray, max_steps: int = 100) -> fl
         features: (N, D).
         labels: (N,).
         max_steps: Limit of the iteration.
-
-    Raises:
-        UserError: As `check_features`.
     """
     features, labels = check_features(features, labels)
     u, s, _ = np.linalg.svd(features, full_matrices=False)
@@ -361,11 +298,8 @@ def leep(probabilities: np.ndarray, labels: np.ndarray) -> float:
     Args:
         probabilities: Of the source classes, (N, Z).
         labels: (N,).
-
-    Raises:
-        UserError: As `check_probabilities`.
     """
-    probabilities, labels = check_probabilities(probabilities, labels)
+    labels = np.unique(labels, return_inverse=True)[1]
     joint = class_means(probabilities, labels)[0] * (np.bincount(labels) / len(labels))[:, None]
     conditional = joint / np.maximum(joint.sum(axis=0), np.finfo(float).tiny)
     expected = (conditional[labels] * probabilities).sum(axis=1)
@@ -380,11 +314,8 @@ def nce(probabilities: np.ndarray, labels: np.ndarray) -> float:
     Args:
         probabilities: Of the source classes, (N, Z).
         labels: (N,).
-
-    Raises:
-        UserError: As `check_probabilities`.
     """
-    probabilities, labels = check_probabilities(probabilities, labels)
+    labels = np.unique(labels, return_inverse=True)[1]
     joint = np.zeros((labels.max() + 1, probabilities.shape[1]))
     np.add.at(joint, (labels, probabilities.argmax(axis=1)), 1 / len(labels))
     marginal = np.broadcast_to(joint.sum(axis=0), joint.shape)
@@ -403,9 +334,6 @@ def trans_rate(features: np.ndarray, labels: np.ndarray, eps: float = 1e-4, scal
         eps: Distortion.
         scaled: Divide the features by the root of the sum of their squares first, as the authors do, so that eps means
             the same for every network.
-
-    Raises:
-        UserError: As `check_features`.
     """
     features, labels = check_features(features, labels)
     if scaled:
@@ -419,3 +347,95 @@ def trans_rate(features: np.ndarray, labels: np.ndarray, eps: float = 1e-4, scal
 def _coding_rate(rows: np.ndarray, eps: float) -> float:
     gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows  # of equal determinant
     return float(0.5 * np.linalg.slogdet(np.eye(len(gram)) + gram / (len(rows) * eps))[1])
+
+
+# -- All of them.
+
+# Name -> what it is called in tables.
+LABELS = {
+    'random_minus_fixed': 'random init minus fixed',
+    'random_init': 'random init accuracy',
+    'fixed_accuracy': 'fixed features above chance',
+    'fixed_top1': 'fixed features accuracy',
+    'fisher': 'normalised Fisher score',
+    'emd': 'EMD domain similarity',
+    'log_me': 'LogME',
+    'leep': 'LEEP',
+    'nce': 'NCE',
+    'h_score': 'H-score (shrunk)',
+    'trans_rate': 'TransRate',
+}
+# Those that compare networks on one data set; EMD and the Fisher score depend on the scale or width of the features.
+RANKING = ('fixed_top1', 'log_me', 'leep', 'nce', 'h_score', 'trans_rate')
+
+# A network from random weights whose training loss is above this share of chance's has not been trained to its end.
+_UNTRAINED = 0.5
+
+
+@dataclass
+class Measures:
+    """What was measured.
+
+    Attributes:
+        values: By the names of `LABELS`; accuracies in percent.
+        missing: For each measure that is left out, why.
+        images: Training images.
+        classes: Classes.
+    """
+    values: dict[str, float]
+    missing: dict[str, str] = field(default_factory=dict)
+    images: int = 0
+    classes: int = 0
+
+
+def measure(
+        train: Features,
+        val: Features,
+        class_names: Optional[Sequence[str]] = None,
+        source: Optional[tuple[np.ndarray, np.ndarray]] = None,
+        random_init: Optional[Callable[[], tuple[float, float]]] = None,
+) -> Measures:
+    """Compute every measure that can be.
+
+    Args:
+        train: Features of the training images: all measures are of these.
+        val: Features of the validation images: the accuracy of fixed features is of these.
+        class_names: Name of each label.
+        source: Mean features (Ks, D) of the classes of the source data, and their weights (Ks,).
+        random_init: Trains the network from random weights and gives its accuracy in percent and last training loss.
+    """
+    features, labels = check_features(train.pooled, train.labels, class_names)
+    result = Measures({}, {}, len(labels), int(labels.max()) + 1)
+    values, missing = result.values, result.missing
+    values['fixed_top1'], penalty = fixed_feature_accuracy(train.pooled, train.labels, val.pooled, val.labels)
+    _logger.info(f'Logistic regression on fixed features: C = {penalty:g}.')
+    chance = 100 / result.classes
+    values['fixed_accuracy'] = 100 * (values['fixed_top1'] - chance) / (100 - chance)
+    values['fisher'] = fisher_score(features, labels)
+    values['log_me'] = log_me(features, labels)
+    values['h_score'] = h_score(features, labels)
+    values['trans_rate'] = trans_rate(features, labels)
+    probabilities = train.probabilities()
+    if probabilities is not None:
+        values['leep'] = leep(probabilities, labels)
+        values['nce'] = nce(probabilities, labels)
+    else:
+        missing['leep'] = missing['nce'] = 'the weights have no classifier of the source classes'
+    if source is not None:
+        means, weights = class_means(train.pooled.astype(np.float64), labels)
+        values['emd'] = domain_similarity(*source, means, weights)
+    else:
+        missing['emd'] = 'needs images of the source data: --source-dir DIR'
+    if random_init is not None:
+        values['random_init'], loss = random_init()
+        difference = values['random_init'] - values['fixed_top1']
+        limit = _UNTRAINED * math.log(result.classes)
+        if difference < 0 and not loss <= limit:  # more epochs could change its sign
+            missing['random_minus_fixed'] = (
+                f'not trained long enough: {difference:.1f} at a training loss of {loss:.2f}, above {limit:.2f}; more '
+                f'--random-init EPOCHS')
+        else:
+            values['random_minus_fixed'] = difference
+    else:
+        missing['random_minus_fixed'] = 'needs training from scratch: --random-init EPOCHS'
+    return result

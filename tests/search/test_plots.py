@@ -8,20 +8,19 @@ import pytest
 from PIL import Image
 
 from timm_amf.errors import UserError
-from timm_amf.search.block_plots import methods_figure, plot_methods, plot_search, search_figure
 from timm_amf.search.candidates import Candidate
+from timm_amf.search.plots import plot_search, search_figure
 from timm_amf.search.results import CandidateResult, SearchResults
 
 pytest.importorskip('matplotlib')
-from matplotlib.colors import to_hex  # noqa: E402  after it is known to be there
 
 
-def result(way, position, top1, name=None, stopped=False) -> CandidateResult:
+def result(way, position, top1, name=None) -> CandidateResult:
     candidate = Candidate(name or way, way, position, ('m',))
-    return CandidateResult(candidate, top1, 1., 1000, 1000, 5 if stopped else 50, stopped)
+    return CandidateResult(candidate, top1, 1., 1000, 1000, 50)
 
 
-def search(layers=27, blocks=13, windows=25, tops=(3, 5), model='net', seed=0, stopped=False) -> SearchResults:
+def search(layers=27, blocks=13, windows=25, tops=(3, 5), model='net', seed=0) -> SearchResults:
     """Accuracies that rise towards the middle, with noise."""
     rng = np.random.default_rng(seed)
     found = [result('classifier', 0, 78.1), result('all', 0, 86.3)]
@@ -31,7 +30,7 @@ def search(layers=27, blocks=13, windows=25, tops=(3, 5), model='net', seed=0, s
         for i in range(number):
             top1 = 76 + 10 * (1 - abs(2 * i / max(number - 1, 1) - 1)) + rng.uniform(-2, 2)
             named = name.format(i // 4, i % 4, i % 4 + 1)
-            found.append(result(way, i, round(top1, 1), named, stopped and i % 5 == 0))
+            found.append(result(way, i, round(top1, 1), named))
     found += [result(f'top{k}', 0, 84. + k / 2) for k in tops]
     # As a search finds them: from the output to the input.
     return SearchResults(model, 'backbone', seed, 5, 367, found[:2] + found[:1:-1])
@@ -51,18 +50,15 @@ def legend_labels(figure) -> list[str]:
 
 
 def test_points_and_bars():
-    results = search(stopped=True)
+    results = search()
     figure = search_figure(results)
     assert [axes.get_title('left').split(':')[0] for axes in figure.axes] == ['Layers', 'Blocks', 'Windows']
     for way, axes in zip(('layer', 'block', 'window'), figure.axes):
         found, best, drawn = results.of_way(way), results.winner(way), by_label(axes)
         for label, chosen in (
-                ('candidate', [r for r in found if not r.stopped and r is not best]),
-                ('stopped early', [r for r in found if r.stopped]), ('best of the way', [best])):
+                ('candidate', [r for r in found if r is not best]), ('best of the way', [best])):
             x, y = drawn[label].get_data()
             assert list(zip(x, y)) == [(r.candidate.position, r.top1) for r in chosen], label
-        assert to_hex(drawn['stopped early'].get_markerfacecolor()) == '#ffffff'
-        assert to_hex(drawn['candidate'].get_markerfacecolor()) != '#ffffff'
         assert f'{best.candidate.name}, {best.top1:.1f} %' in axes.get_title('left')
         # Bars are Wilson's intervals, of 95 %: centre and half width by the textbook's formula.
         bars = [segment for c in axes.collections for segment in getattr(c, 'get_segments', list)()]
@@ -104,14 +100,6 @@ def test_ways_with_one_candidate_have_no_panel():
         search_figure(search(1, 0, 0))
 
 
-def test_all_stopped():
-    results = search(0, 2, 0, ())
-    results.results = [result('block', i, 50. + i, f'b{i}', stopped=True) for i in range(3)]
-    drawn = by_label(search_figure(results).axes[0])
-    assert list(drawn['best of the way'].get_xdata()) == [2]
-    assert to_hex(drawn['best of the way'].get_markerfacecolor()) == '#ffffff'
-
-
 @pytest.mark.parametrize('sizes', [(27, 13, 25), (53, 17, 51), (60, 60, 60), (300, 20, 298)])
 def test_names_are_readable(sizes):
     results = search(*sizes)
@@ -132,7 +120,7 @@ def test_names_are_readable(sizes):
 
 @pytest.mark.parametrize('sizes', [(27, 13, 25), (5, 0, 3), (60, 60, 60)])
 def test_nothing_is_covered_or_cut(sizes):
-    figure = search_figure(search(*sizes, stopped=True))
+    figure = search_figure(search(*sizes))
     _check_layout(figure)
 
 
@@ -144,21 +132,6 @@ def test_long_titles_are_wrapped():
     figure = search_figure(results)
     _check_layout(figure)
     assert 'projection, 52.0 %' in figure.axes[0].get_title('left').replace('\n', ' ')
-
-
-@pytest.mark.parametrize('networks, ways', [(1, 3), (2, 3), (6, 3), (6, 0), (14, 3)])
-def test_nothing_of_the_methods_is_covered_or_cut(networks, ways):
-    searches = [
-        search(5, ways, ways, (), f'mobilenetv{i}_small_100', seed=s) for i in range(networks) for s in range(2)]
-    searches[0].final_images, searches[0].train_images = 2569, 400
-    figure = methods_figure(searches)
-    _check_layout(figure)
-    labels = figure.axes[0].get_xticklabels()
-    if labels[0].get_rotation() == 0:
-        spans = sorted((box.x0, box.x1) for box in boxes(figure, labels))
-        assert all(a[1] < b[0] for a, b in zip(spans, spans[1:]))
-    else:
-        assert networks == 14
 
 
 def _check_layout(figure):
@@ -198,29 +171,25 @@ def test_png(tmp_path):
 
 
 def test_svg(tmp_path):
-    for plot, given in ((plot_search, search()), (plot_methods, [search()])):
-        plot(given, tmp_path / 'plot.svg')
-        assert ElementTree.parse(tmp_path / 'plot.svg').getroot().tag.endswith('svg')
-        assert b'dc:date' not in (tmp_path / 'plot.svg').read_bytes()
+    plot_search(search(), tmp_path / 'plot.svg')
+    assert ElementTree.parse(tmp_path / 'plot.svg').getroot().tag.endswith('svg')
+    assert b'dc:date' not in (tmp_path / 'plot.svg').read_bytes()
 
 
 def test_mistakes(tmp_path, monkeypatch):
-    for plot, given in ((plot_search, search()), (plot_methods, [search()])):
-        with pytest.raises(UserError, match='.png or .svg'):
-            plot(given, tmp_path / 'plot.jpg')
-        (tmp_path / 'file').write_text('')
-        with pytest.raises(UserError, match='cannot be written'):
-            plot(given, tmp_path / 'file' / 'plot.png')
-    with pytest.raises(UserError, match='no searches'):
-        plot_methods([], tmp_path / 'plot.png')
+    with pytest.raises(UserError, match='.png or .svg'):
+        plot_search(search(), tmp_path / 'plot.jpg')
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match='cannot be written'):
+        plot_search(search(), tmp_path / 'file' / 'plot.png')
     monkeypatch.setitem(sys.modules, 'matplotlib.backends.backend_agg', None)
-    with pytest.raises(UserError, match=r'matplotlib is not installed.*timm_amf\[report\]'):
+    with pytest.raises(ImportError):
         plot_search(search(), tmp_path / 'plot.png')
 
 
 def test_matplotlib_is_imported_when_used_and_pyplot_never():
     code = (
-        'import sys; from timm_amf.search.block_plots import search_figure; print("matplotlib" in sys.modules);'
+        'import sys; from timm_amf.search.plots import search_figure; print("matplotlib" in sys.modules);'
         'from timm_amf.search.results import *; from timm_amf.search.candidates import Candidate;'
         'r = [CandidateResult(Candidate(n, "block", i, (n,)), 50., 1., 10, 1, 1) for i, n in enumerate("ab")];'
         'search_figure(SearchResults("n", "backbone", 0, 2, 10, r)).canvas.draw();'
@@ -229,34 +198,3 @@ def test_matplotlib_is_imported_when_used_and_pyplot_never():
     assert out.split() == ['False', 'True', 'False']
 
 
-def test_methods():
-    searches = [search(5, 3, 4, model=m, seed=s) for m in ('one', 'two') for s in range(3)] + [search(0, 3, 0, ())]
-    axes, = methods_figure(searches).axes
-    drawn = by_label(axes)
-    assert [label.get_text() for label in axes.get_xticklabels()] == ['one\n3 seeds', 'two\n3 seeds', 'net', 'mean']
-    assert list(drawn) == [
-        'classifier (Baseline I)', 'all (Baseline II)', 'layer (LW)', 'block (BW)', 'top3 (BWT3)', 'top5 (BWT5)',
-        'window (BWSW)']
-    best = [s.winner('block').top1 for s in searches]
-    x, y = drawn['block (BW)'].get_data()
-    assert list(y) == pytest.approx([np.mean(best[:3]), np.mean(best[3:6]), best[6]])
-    assert np.round(x).tolist() == [0, 1, 2] and np.ptp(np.asarray(x) - [0, 1, 2]) < 1e-9
-    # The third network lacks windows; the mean of the networks is a point of its own at the end.
-    assert len(drawn['window (BWSW)'].get_xdata()) == 2
-    means = [line.get_ydata()[0] for line in axes.lines if len(line.get_xdata()) == 1 and line.get_xdata()[0] > 2.5]
-    assert means[3] == pytest.approx(np.mean(y))
-    bars = [s for c in axes.collections for s in c.get_segments()]
-    halves = {round(float(s[1][1] - s[0][1]) / 2, 6) for s in bars}
-    assert round(float(np.std(best[:3], ddof=1)), 6) in halves
-    # One seed has no bar.
-    assert all(segment[0][0] < 1.5 for segment in bars)
-    markers = [line.get_marker() for line in drawn.values()]
-    assert len(set(markers)) == 7 and len({line.get_color() for line in drawn.values()}) == 7
-
-
-def test_methods_of_other_ways():
-    given = search(5, 0, 0, (2, 4, 7))
-    figure = methods_figure([given])
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ['net']
-    assert legend_labels(figure)[3:] == ['top2', 'top4', 'top7']
-    assert len({line.get_marker() for line in by_label(figure.axes[0]).values()}) == 6

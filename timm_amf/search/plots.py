@@ -1,4 +1,4 @@
-"""What a block-wise search found, as plots: accuracy by position (the paper's Figs. 4 to 6), and Table I as points.
+"""What a block-wise search found, as plots: accuracy by position (the paper's Figs. 4 to 6).
 
 Everything is drawn with matplotlib's objects, without pyplot: no window system is needed, and the figures of a notebook
 stay as they are.
@@ -10,31 +10,18 @@ from typing import TYPE_CHECKING, Union
 
 from timm_amf.errors import UserError
 from timm_amf.files import replacing
-from timm_amf.search.block_tables import (
-    PAPER_NAMES,
-    Methods,
-    compare_methods,
-    labelled,
-    methods_title,
-    title,
-)
-from timm_amf.search.results import BASELINES, CandidateResult, SearchResults
+from timm_amf.search.results import BASELINES, CandidateResult, SearchResults, labelled, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ['methods_figure', 'plot_methods', 'plot_search', 'search_figure']
+__all__ = ['plot_search', 'search_figure']
 
 # Okabe and Ito, "Color universal design" (2008): told apart with any colour vision. Their yellow is too faint on white.
 _BLACK, _ORANGE, _SKY, _GREEN, _BLUE, _RED, _PURPLE = (
     '#000000', '#E69F00', '#56B4E9', '#009E73', '#0072B2', '#D55E00', '#CC79A7')
-# Of each way a colour and a marker, so that the colour is never needed.
-_STYLES = {
-    'classifier': (_ORANGE, 'v'), 'all': (_GREEN, '^'), 'layer': (_BLUE, 'o'), 'block': (_RED, 's'),
-    'top3': (_SKY, 'D'), 'top5': (_PURPLE, 'P'), 'window': (_BLACK, 'X'),
-}
-_MORE_MARKERS = '<>hd8*p'
+_BASELINE_COLOURS = {'classifier': _ORANGE, 'all': _GREEN}
 _BASELINE_LINES = {'classifier': (0, (6, 2)), 'all': 'solid'}
 _TOP_COLOURS, _TOP_LINES = (_PURPLE, _SKY, _BLACK, _RED), ((0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1)), 'solid')
 _PANELS = {'layer': 'Layers', 'block': 'Blocks', 'window': 'Windows'}
@@ -55,42 +42,21 @@ def plot_search(results: SearchResults, path: Union[str, Path], level: float = 0
         path: A name with `.png` or `.svg`. Its folder is made where it is missing; the file is whole or not there.
         level: Confidence of Wilson's intervals, between 0 and 1.
 
-    Raises:
-        UserError: If matplotlib is missing, the name has another suffix, there is nothing to draw, or it cannot be
-            written.
     """
     _check_suffix(path)
     _save(search_figure(results, level), path)
 
 
-def plot_methods(searches: Sequence[SearchResults], path: Union[str, Path]) -> None:
-    """Draw the paper's Table I: accuracy of each way for each network, and the mean of all networks.
-
-    Args:
-        searches: As `compare_methods` takes them.
-        path: As in `plot_search`.
-
-    Raises:
-        UserError: As `plot_search` and `compare_methods` do.
-    """
-    _check_suffix(path)
-    _save(methods_figure(searches), path)
-
-
-# --- One search.
-
 def search_figure(results: SearchResults, level: float = 0.95) -> 'Figure':
     """The figure of `plot_search`.
 
-    The input is on the left, the output on the right. Bars and bands are intervals of each accuracy; what was stopped
-    is hollow. Where top layers were trained together, they are lines in the panel of the layers.
+    The input is on the left, the output on the right. Bars and bands are intervals of each accuracy. Where top layers
+    were trained together, they are lines in the panel of the layers.
 
     Args:
         results: Of a search, finished or not.
         level: Confidence of Wilson's intervals, between 0 and 1.
 
-    Raises:
-        UserError: If matplotlib is missing, or no way has more than one candidate.
     """
     ways = [way for way in dict.fromkeys([*_PANELS, *results.ways]) if len(results.of_way(way)) > 1]
     if not ways:
@@ -124,7 +90,7 @@ def _draw_baselines(axes: 'Axes', results: SearchResults, level: float) -> None:
     for result in results.results:
         way = result.candidate.way
         if way in BASELINES:
-            colour = _STYLES[way][0]
+            colour = _BASELINE_COLOURS[way]
             axes.axhspan(*result.interval(level), color=colour, alpha=0.13, linewidth=0, zorder=0)
             axes.axhline(
                 result.top1, color=colour, linestyle=_BASELINE_LINES[way], linewidth=1.6, zorder=1, label=labelled(way))
@@ -144,15 +110,12 @@ def _draw_candidates(axes: 'Axes', found: Sequence[CandidateResult], winner: Can
     axes.vlines(
         [r.candidate.position for r in found], [low for low, _ in limits], [high for _, high in limits], color=_BLUE,
         linewidth=1, alpha=0.6, zorder=2)
-    for stopped, name in ((False, 'candidate'), (True, 'stopped early')):
-        chosen = [r for r in found if r.stopped == stopped and r is not winner]
-        if chosen:
-            axes.plot(
-                [r.candidate.position for r in chosen], [r.top1 for r in chosen], marker='o', color=_BLUE,
-                markerfacecolor='white' if stopped else _BLUE, zorder=3, label=name, **_POINT)
+    others = [r for r in found if r is not winner]
     axes.plot(
-        [winner.candidate.position], [winner.top1], markerfacecolor='white' if winner.stopped else _RED, zorder=4,
-        label='best of the way', **_STAR)
+        [r.candidate.position for r in others], [r.top1 for r in others], marker='o', color=_BLUE, zorder=3,
+        label='candidate', **_POINT)
+    axes.plot(
+        [winner.candidate.position], [winner.top1], zorder=4, label='best of the way', **_STAR)
 
 
 def _name_positions(
@@ -195,66 +158,10 @@ def _finish_panel(axes: 'Axes', way: str, winner: CandidateResult) -> None:
     _plain(axes)
 
 
-# --- Several searches.
-
-def methods_figure(searches: Sequence[SearchResults]) -> 'Figure':
-    """The figure of `plot_methods`. Bars are standard deviations over the seeds of a network, where it has several.
-
-    Args:
-        searches: As `compare_methods` takes them.
-
-    Raises:
-        UserError: If matplotlib is missing, and as `compare_methods` does.
-    """
-    methods = compare_methods(searches)
-    ways = [way for way in methods.ways if way in methods.mean]
-    groups = len(methods.networks) + (len(methods.networks) > 1)
-    needed = max(0.085 * max(len(n.name) for n in methods.networks), 0.28 * len(ways))
-    width = min(max(1.5 + needed * groups, 7.), 18.)
-    figure = _figure(width, 4.8)
-    axes = figure.subplots()
-    more = iter(_MORE_MARKERS * (1 + len(ways) // len(_MORE_MARKERS)))
-    for i, way in enumerate(ways):
-        colour, marker = _STYLES[way] if way in _STYLES else (_BLACK, next(more))
-        _draw_way(axes, methods, way, 0.8 * ((i + 0.5) / len(ways) - 0.5), colour, marker)
-    names = [f'{n.name}\n{n.seeds} seeds' if n.seeds > 1 else n.name for n in methods.networks]
-    axes.set_xticks(range(groups), names + ['mean'] * (groups - len(names)), fontsize=9)
-    if 1.5 + needed * groups > width:
-        axes.tick_params(axis='x', labelrotation=25)
-    axes.set_xlim(-0.5, groups - 0.5)
-    for boundary in range(1, groups):
-        axes.axvline(boundary - 0.5, color='#bbbbbb', linewidth=1.2 if boundary == len(names) else 0.6)
-    axes.set_ylabel('top-1 accuracy (%)')
-    _plain(axes)
-    deviations = any(c.std is not None for n in methods.networks for c in n.cells.values())
-    note = '\nbars: ± standard deviation over the seeds' if deviations else ''
-    figure.suptitle(f'{_wrapped(methods_title(methods), figure)}{note}', fontsize=10)
-    _add_legend(figure, [axes])
-    return figure
-
-
-def _draw_way(axes: 'Axes', methods: Methods, way: str, shift: float, colour: str, marker: str) -> None:
-    """A way's accuracy for each network that has it, and their mean."""
-    cells = [(i + shift, n.cells[way]) for i, n in enumerate(methods.networks) if way in n.cells]
-    name = f'{way} ({PAPER_NAMES[way]})' if way in PAPER_NAMES else way
-    axes.plot(
-        [x for x, _ in cells], [100 * c.mean for _, c in cells], color=colour, marker=marker, markersize=7,
-        linestyle='none', label=name)
-    for x, cell in cells:
-        if cell.std is not None:
-            axes.errorbar([x], [100 * cell.mean], [100 * cell.std], color=colour, capsize=3, elinewidth=1.2)
-    if len(methods.networks) > 1:
-        axes.plot([len(methods.networks) + shift], [100 * methods.mean[way]], color=colour, marker=marker, markersize=9)
-
-
-# --- Helpers.
-
 def _figure(width: float, height: float) -> 'Figure':
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise UserError('matplotlib is not installed, and plots need it: pip install "timm_amf[report]"') from e
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout='constrained')
     FigureCanvasAgg(figure)
     return figure
