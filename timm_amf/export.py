@@ -28,7 +28,7 @@ from timm.models import get_model_args
 from torch import Tensor, nn
 
 from timm_amf.engine.run_folder import WEIGHTS, open_run
-from timm_amf.errors import CommandParser, UserError, run_command
+from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing
 from timm_amf.hub.load import load
 from timm_amf.models.method import method_of
@@ -402,12 +402,8 @@ def _quiet() -> Iterator[None]:
 # -- the verb ---------------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run `timm-amf export`; returns the exit code."""
-    return run_command('timm-amf export', lambda: _run(argv))
-
-
-def _run(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
+    """`timm-amf export`: write a file and check it."""
     parser = CommandParser(
         prog='timm-amf export',
         description='Write the model of a run, or of a published folder, to one file that others can run; run the file '
