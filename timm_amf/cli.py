@@ -24,6 +24,12 @@ _COMMANDS = {
     'export': ('timm_amf.export', "write a run's model to an ONNX, TorchScript or safetensors file, checked"),
     'publish': ('timm_amf.hub.publish', 'publish a run on the Hugging Face Hub'),
 }
+# What there is to say after Ctrl-C.
+_INTERRUPTED = {
+    'advise': 'interrupted; features that were finished are kept',
+    'search': 'interrupted; the same command goes on where it stopped',
+    'publish': 'interrupted; the repository is as it was',
+}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -64,7 +70,7 @@ def _run(command: str, argv: Sequence[str]) -> int:
             return importlib.import_module('train_amf').train(words)
         return importlib.import_module(_COMMANDS[name][0]).main(words)
 
-    return run_command(f'timm-amf {command}', work, show_traceback=show_traceback)
+    return run_command(f'timm-amf {command}', work, _INTERRUPTED.get(command, 'interrupted'), show_traceback)
 
 
 if __name__ == '__main__':

@@ -28,7 +28,7 @@ from timm.models import get_model_args
 from torch import Tensor, nn
 
 from timm_amf.engine.run_folder import WEIGHTS, open_run
-from timm_amf.errors import CommandParser, UserError, run_command
+from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing
 from timm_amf.hub.load import load
 from timm_amf.models.method import method_of
@@ -48,8 +48,12 @@ _ORIGINS = ('file', 'url', 'hf_hub_id', 'hf_hub_filename', 'source', 'state_dict
 
 @dataclass(frozen=True)
 class Source:
-    """A model to export, in evaluation mode, in float32, on the CPU; what goes with the file (`describe`); and lines
-    that the user should read.
+    """A model to export.
+
+    Attributes:
+        model: In evaluation mode, in float32, on the CPU.
+        config: What goes with the file, from `describe`.
+        notes: Lines that the user should read.
     """
     model: nn.Module
     config: dict[str, Any]
@@ -398,25 +402,8 @@ def _quiet() -> Iterator[None]:
 # -- the verb ---------------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run `timm-amf export`; returns the exit code."""
-    return run_command('timm-amf export', lambda: _run(argv))
-
-
-def _run(argv: Sequence[str]) -> None:
-    args = _parser().parse_args(argv)
-    if args.batch < 1:
-        raise UserError(f'--batch: must be at least 1, not {args.batch}')
-    output = Path(args.output or Path(args.run) / f'exported{FORMATS[args.format].suffix}')
-    _check_request(output, args.format, args.opset, args.overwrite)
-    source = open_source(args.run, args.weights, args.img_size, args.blocks, args.data_dir, args.class_names)
-    exported = export_model(source, args.format, output, sorted({1, 2, args.batch}), args.opset, args.overwrite)
-    for note in source.notes:
-        print(f'note: {note}')
-    print(exported)
-
-
-def _parser() -> CommandParser:
+def main(argv: Sequence[str]) -> None:
+    """`timm-amf export`: write a file and check it."""
     parser = CommandParser(
         prog='timm-amf export',
         description='Write the model of a run, or of a published folder, to one file that others can run; run the file '
@@ -436,4 +423,13 @@ def _parser() -> CommandParser:
     add('--class-names', metavar='FILE', help='text file with one class name a line')
     add('--batch', type=int, default=5, metavar='N', help='largest batch of the check (default: %(default)s)')
     add('--opset', type=int, metavar='N', help="ONNX operator set (default: the exporter's)")
-    return parser
+    args = parser.parse_args(argv)
+    if args.batch < 1:
+        raise UserError(f'--batch: must be at least 1, not {args.batch}')
+    output = Path(args.output or Path(args.run) / f'exported{FORMATS[args.format].suffix}')
+    _check_request(output, args.format, args.opset, args.overwrite)
+    source = open_source(args.run, args.weights, args.img_size, args.blocks, args.data_dir, args.class_names)
+    exported = export_model(source, args.format, output, sorted({1, 2, args.batch}), args.opset, args.overwrite)
+    for note in source.notes:
+        print(f'note: {note}')
+    print(exported)

@@ -211,19 +211,22 @@ def test_the_code_of_the_card_runs_when_copied(client, hub, runs, other_process)
         'stripes/class0', 'stripes/class1', 'class2', 'blobs/class0', 'blobs/class1'}
 
 
+LAYERS = [f'layer{i}.{j}.conv{k}' for i in (1, 2, 3, 4) for j in (0, 1) for k in (1, 2)]
+
+
 def test_the_plan_role_by_role():
     plan = Plan.from_dict(dict(
         lr=0.01, epochs=30, weight_decay=1e-4, schedule=dict(sched='step', decay_rate=0.94, decay_epochs=20),
         roles={
             'branch.0': dict(lr=0.0008, low_blocks=8, low_lr_scale=0.4),
-            'branch.1': dict(reinit_blocks=2, freeze_bn=True, train=[f'layer1.{i}' for i in range(14)]),
+            'branch.1': dict(reinit_blocks=2, freeze_bn=True, train=LAYERS[:14]),
             'policy': dict(lr=3e-5, start_epoch=2, schedule=dict(sched='constant')),
             'head': dict(train='none'),
         }))
     common, first, second, policy, head = _plan_lines(plan, timm.create_model('amf_resnet18x2'))
     assert 'epochs 30, opt sgd' in common and 'sched step' in common and 'decay_rate 0.94' in common
     assert first == '`branch.0`: lr 0.0008, weight_decay 0.0001, low_blocks 8, low_lr_scale 0.4'
-    assert second.startswith('`branch.1`: lr 0.01, weight_decay 0.0001, train `layer1.0`, ')
+    assert second.startswith('`branch.1`: lr 0.01, weight_decay 0.0001, train `layer1.0.conv1`, ')
     assert second.endswith(' and 2 more, reinit_blocks 2, freeze_bn')
     assert policy == '`policy`: lr 3e-05, weight_decay 0.0001, start_epoch 2, schedule (sched constant)'
     assert head == '`head`: frozen'

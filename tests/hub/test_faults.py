@@ -9,6 +9,7 @@ from safetensors.torch import load, load_file, save_file
 
 import timm_amf
 from timm_amf import UserError
+from timm_amf.cli import main
 from timm_amf.hub.load import check_repo_id
 
 REPO = 'org/birds'
@@ -65,6 +66,14 @@ def test_the_old_revision_stays_whole_and_the_next_try_succeeds(client, hub, run
 
 def _fault(kind):
     return dict(drop=True) if kind == 'drop' else dict(status=kind, body=b'{}')
+
+
+@pytest.mark.parametrize('stage,kind', [('create', 'drop'), ('put', 'drop'), ('put', 500), ('commit', 403)])
+def test_the_command_says_it_in_one_line(client, hub, runs, capsys, stage, kind):
+    hub.fault('PUT' if stage == 'put' else 'POST', STAGES[stage], **_fault(kind))
+    assert main(['publish', str(runs('plain')), '--repo-id', REPO, '--license', 'mit']) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert 'timm-amf publish: error: ' in error and REPO in error and TOKEN not in error
 
 
 def test_a_repository_that_may_not_be_made(client, hub, runs):

@@ -17,7 +17,7 @@ from torch import nn
 
 from timm_amf.engine.config_file import list_recipes, nearest
 from timm_amf.engine.recipe_schema import Recipe, describe_expected, read_recipe
-from timm_amf.errors import CommandParser, UserError, run_command
+from timm_amf.errors import CommandParser, UserError
 from timm_amf.models.method import method_of
 from timm_amf.models.tags import FINE_TUNED, OWNER
 from timm_amf.text import columns
@@ -132,12 +132,8 @@ def _list(pattern: str, check: bool) -> str:
     return '\n\n'.join(blocks)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run `timm-amf models`; returns the exit code."""
-    return run_command('timm-amf models', lambda: _run(argv))
-
-
-def _run(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
+    """`timm-amf models`: print the lists."""
     parser = CommandParser(
         prog='timm-amf models', description='List the models, their tags, the recipes, and what is published.')
     parser.add_argument('filter', nargs='?', default='*', help='wildcard on the name, such as amf_*')

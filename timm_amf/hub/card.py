@@ -10,8 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm_amf.engine.recipe_schema import describe_expected
 from timm_amf.models.method import Method, method_of
 from timm_amf.models.tags import OWNER
-from timm_amf.tuning import Plan, model_roles
-from timm_amf.tuning.roles import role_defaults
+from timm_amf.tuning import Plan
+from timm_amf.tuning.resolve import resolve
 
 if TYPE_CHECKING:
     from timm_amf.hub.publish import Publication, Result
@@ -166,9 +166,9 @@ def _plan_lines(plan: Plan, model: Any) -> list[str]:
     shape = {'sched', 'decay_epochs', 'decay_rate'} if plan.schedule.sched == 'step' else {'sched'}
     common['schedule'] = _differing(plan.to_dict()['schedule'], Plan().to_dict()['schedule'], shape)
     lines = [_settings({k: v for k, v in common.items() if k not in ('roles', 'lr', 'weight_decay')})]
-    defaults, neutral = role_defaults(model), dataclasses.asdict(Plan().role(''))
-    for name in model_roles(model):
-        role = plan.role(name, defaults)
+    neutral = dataclasses.asdict(Plan().role(''))
+    for name, resolved in resolve(model, plan).roles.items():
+        role = resolved.plan
         kept = {'lr', 'weight_decay', *(['low_lr_scale'] if role.low_blocks else [])}
         values = _differing(dataclasses.asdict(role), neutral, kept)
         lines.append(f'`{name}`: ' + ('frozen' if role.train in ('none', []) else _settings(values)))

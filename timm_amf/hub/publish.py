@@ -35,7 +35,7 @@ from torch import nn
 from timm_amf.data import data_spec_from_args, splits_from_args
 from timm_amf.engine.intervals import wilson_interval
 from timm_amf.engine.run_folder import OpenRun, open_run
-from timm_amf.errors import CommandParser, UserError, run_command
+from timm_amf.errors import CommandParser, UserError
 from timm_amf.hub.card import build_card
 from timm_amf.hub.load import WEIGHTS, check_repo_id, connection, load
 from timm_amf.models.method import method_of
@@ -458,12 +458,8 @@ def publish_finished(args: argparse.Namespace, folder: Path) -> None:
             f'--repo-id {args.publish} --license {args.publish_license}') from e
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run `timm-amf publish`; returns the exit code."""
-    return run_command('timm-amf publish', lambda: _run(argv), 'interrupted; the repository is as it was')
-
-
-def _run(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
+    """`timm-amf publish`: publish a run, or with --dry-run write what would be published."""
     parser = CommandParser(
         prog='timm-amf publish',
         description='Publish a run on the Hugging Face Hub: weights, configuration, Plan, options, results and card.',

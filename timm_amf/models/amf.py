@@ -27,20 +27,26 @@ from typing import Any, Optional, Union
 import torch
 import torch.nn.functional as F
 from timm.layers import Format, get_channel_dim, get_device_dtype, get_spatial_dim, nchw_to
-from timm.models import checkpoint, generate_default_cfgs
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..errors import UserError
 from .blocks import layer_ids, probe_part
-from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg, register_variant, resize_networks
+from .composite import (
+    build_composite,
+    composite_cfg,
+    joint_input_cfg,
+    register_variant,
+    resize_networks,
+    variant_cfgs,
+)
 from .method import Method, RunSettings
 from .parts import Part, as_pair, build_parts
 from .policy import PolicyNetwork
 from .records import PolicyRecord
 from .renorm import create_renorm
 from .routing import eager, kept_branches, routing_error, run_kept_branches
-from .tags import fine_tuned_cfgs
 
 __all__ = ['AMF', 'MultiTune']
 
@@ -153,7 +159,7 @@ class AMF(Method, nn.Module):
         self.fc = self._create_fc(**dd)
 
     def _set_features(self, size: tuple[int, int], global_pool: Optional[str]) -> None:
-        """Learns the features' widths and layout from the architectures."""
+        """Read the features' widths and layout from the architectures."""
         features = _joint_features(self.backbone_parts, (self.in_chans, *size))
         self.img_size = size
         self.global_pool = global_pool
@@ -421,7 +427,7 @@ class AMF(Method, nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> list[int]:
-        """Removes from the branches what `forward_intermediates` does not need for these levels; the policy stays.
+        """Remove from the branches what `forward_intermediates` does not need for these levels; the policy stays.
 
         With `prune_head` only `forward_intermediates` runs afterwards.
         """
@@ -435,7 +441,7 @@ class AMF(Method, nn.Module):
         return take
 
     def set_input_size(self, img_size: Union[int, tuple[int, int]]) -> None:
-        """Resizes the networks whose input size is fixed, such as a ViT's position embedding.
+        """Resize the networks whose input size is fixed, such as a ViT's position embedding.
 
         Args:
             img_size: New size in pixels, (H, W) or a side.
@@ -574,11 +580,7 @@ def _cfg(
     return composite_cfg(named, list(named)[:len(parts)], **{'min_input_size': smallest} if smallest else {})
 
 
-default_cfgs = generate_default_cfgs({
-    **dict(fine_tuned_cfgs(_VARIANTS, lambda variant, _: _cfg(*_VARIANTS[variant][:2]))),
-    # Last, so that it is the default, also where the parts have no weights.
-    **{f'{name}.{PARTS_TAG}*': _cfg(*v[:2]) for name, v in _VARIANTS.items()},
-})
+default_cfgs = variant_cfgs(_VARIANTS, lambda variant, _: _cfg(*_VARIANTS[variant][:2]))
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs) -> AMF:

@@ -74,7 +74,7 @@ def layer_ids(model: nn.Module, coarse: bool = False) -> tuple[dict[str, int], i
     blocks = list_blocks(model)
     ids, reached = {}, 0
     for name in names:
-        inside = next((i for i, b in enumerate(blocks) if name == b or name.startswith(f'{b}.')), None)
+        inside = next((i for i, block in enumerate(blocks) if is_within(name, [block])), None)
         reached = reached if inside is None else inside + 1
         ids[name] = reached
     return ids, len(blocks) + 1

@@ -1,21 +1,23 @@
 """Building a model of several networks through `build_model_with_cfg`, with weights from its parts or of its own."""
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Optional
 
-from timm.models import build_model_with_cfg, register_model, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from ..errors import UserError
 from .parts import Part, part_cfg
 from .sources import as_names, check_source, loading
+from .tags import fine_tuned_cfgs
 
 __all__ = [
-    'PARTS_TAG', 'build_composite', 'composite_cfg', 'joint_input_cfg', 'register_variant', 'resize_networks',
+    'build_composite', 'composite_cfg', 'joint_input_cfg', 'register_variant', 'resize_networks',
+    'variant_cfgs',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -40,6 +42,18 @@ def register_variant(module: str, name: str, description: str, create: Callable[
     entry_point.__module__ = module
     entry_point.__doc__ = description
     setattr(sys.modules[module], name, register_model(entry_point))
+
+
+def variant_cfgs(variants: Iterable[str], cfg_of: Callable[[str, Mapping], dict[str, Any]]) -> dict[str, Any]:
+    """The `default_cfgs` of some composites: the weights of their parts, and their fine-tuned tags.
+
+    Args:
+        variants: Registered names.
+        cfg_of: From a registered name and the arguments of a tag to the `pretrained_cfg` of that composite.
+    """
+    tuned = dict(fine_tuned_cfgs(variants, cfg_of))
+    # Last, so that it is the default, also where the parts have no weights.
+    return generate_default_cfgs({**tuned, **{f'{name}.{PARTS_TAG}*': cfg_of(name, {}) for name in variants}})
 
 
 def joint_input_cfg(backbones: Sequence[Part]) -> dict[str, Any]:

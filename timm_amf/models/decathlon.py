@@ -7,6 +7,7 @@ for images of 64 pixels. `resnet8_decathlon`, one block a stage, is SpotTune's p
 It is not timm's `resnet26`, which has four stages of two bottleneck blocks, a stem of stride 4, and shortcuts with
 weights.
 """
+import re
 from collections.abc import Sequence
 from typing import Any, Optional, Union
 
@@ -126,7 +127,7 @@ class DecathlonResNet(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Draws the convolutions from N(0, 2 / (9 * outputs)); the classifier is PyTorch's."""
+        """Draw the convolutions from N(0, 2 / (9 * outputs)); the classifier is PyTorch's."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
@@ -166,16 +167,7 @@ class DecathlonResNet(nn.Module):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
-        """Features and the levels on the way to them: the stem's map, then that of each stage.
-
-        Args:
-            x: Images (B, C, H, W).
-            indices: The levels by index, the last n if a number, all if None.
-            norm: Apply the final norm and its ReLU to the last level.
-            stop_early: Stop after the last level that is asked for.
-            output_fmt: Only NCHW.
-            intermediates_only: Return the levels alone.
-        """
+        """Features and the levels on the way to them: the stem's map, then that of each stage. Arguments as in timm."""
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         intermediates = []
         num_stages = len(self.stages)
@@ -209,7 +201,7 @@ class DecathlonResNet(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> list[int]:
-        """Removes what the levels of the given indices do not need, and returns those indices."""
+        """Remove what the levels of the given indices do not need, and return those indices."""
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         prune_end = max_index < len(self.stages)
         if prune_norm or prune_end:
@@ -243,14 +235,18 @@ class DecathlonResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-# Module of the residual adapters' networks -> module here, as prefixes of parameter names.
+# Modules of the residual adapters' networks, as patterns, and their names here.
 _ADAPTER_MODULES = {
-    'pre_layers_conv.conv.': 'conv1.',
-    'pre_layers_conv.bns.0.': 'bn1.',
-    'end_bns.0.0.': 'norm.',
-    'linears.0.': 'fc.',
+    r'pre_layers_conv\.conv': 'conv1',
+    r'pre_layers_conv\.bns\.0': 'bn1',
+    r'end_bns\.0\.0': 'norm',
+    r'linears\.0': 'fc',
 }
-_ADAPTER_BLOCK = {'conv1.conv.': 'conv1.', 'conv1.bns.0.': 'bn1.', 'conv2.1.conv.': 'conv2.', 'conv2.1.bns.0.': 'bn2.'}
+for _stage in range(3):
+    for _theirs, _ours in (('conv1', '1'), (r'conv2\.1', '2')):
+        _block = rf'layer{_stage + 1}\.(\d+)\.{_theirs}\.'
+        _ADAPTER_MODULES[_block + 'conv'] = rf'stages.{_stage}.\1.conv{_ours}'
+        _ADAPTER_MODULES[_block + r'bns\.0'] = rf'stages.{_stage}.\1.bn{_ours}'
 
 
 def convert_adapter_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -270,32 +266,16 @@ def convert_adapter_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         return state_dict
     converted = {}
     for name, tensor in state_dict.items():
-        if _is_of_other_task(name):
+        if re.search(r'(^end_bns|^linears|\.bns)\.(?!0\.)', name):  # another task's
             continue
-        converted[_our_name(name)] = tensor
+        module, _, leaf = name.rpartition('.')
+        matches = ((re.fullmatch(pattern, module), ours) for pattern, ours in _ADAPTER_MODULES.items())
+        found = next((match.expand(ours) for match, ours in matches if match), None)
+        if found is None:
+            raise ValueError(
+                f'{name} has no place in a ResNet-26 without adapters; take the network that was trained without them')
+        converted[f'{found}.{leaf}'] = tensor
     return converted
-
-
-def _is_of_other_task(name: str) -> bool:
-    for lists in ('end_bns.', 'linears.', '.bns.'):
-        _, found, rest = name.partition(lists)
-        if found and not rest.startswith('0.'):
-            return True
-    return False
-
-
-def _our_name(name: str) -> str:
-    for theirs, ours in _ADAPTER_MODULES.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    stage, _, rest = name.partition('.')
-    block, _, rest = rest.partition('.')
-    for theirs, ours in _ADAPTER_BLOCK.items():
-        leaf = rest.removeprefix(theirs)
-        if stage.startswith('layer') and leaf != rest and '.' not in leaf:
-            return f'stages.{int(stage.removeprefix("layer")) - 1}.{block}.{ours}{leaf}'
-    raise ValueError(
-        f'{name} has no place in a ResNet-26 without adapters; take the network that was trained without them')
 
 
 def _checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:

@@ -130,7 +130,7 @@ class RoutedBlock(nn.Module):
         return super()._apply(fn, recurse)
 
     def unfold(self) -> None:
-        """Forgets the folded views; for whoever changes a copy other than in its parameters and buffers."""
+        """Forget the folded views; for whoever changes a copy other than in its parameters and buffers."""
         for folds in self._folds:
             folds.forget()
 

@@ -25,14 +25,20 @@ from typing import Any, Optional, Union
 
 import torch
 from timm.layers import get_device_dtype
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
 from . import decathlon, policy_resnet  # noqa: F401  registered before they are named below
 from .blocks import classifier_names, classifiers, layer_ids, probe_part
-from .composite import PARTS_TAG, build_composite, composite_cfg, joint_input_cfg, register_variant, resize_networks
+from .composite import (
+    build_composite,
+    composite_cfg,
+    joint_input_cfg,
+    register_variant,
+    resize_networks,
+    variant_cfgs,
+)
 from .folding import Folds
 from .global_k import global_k_loss, update_shares
 from .method import Method, RunSettings
@@ -42,8 +48,8 @@ from .records import RoutingRecord
 from .renorm import create_renorm
 from .routed_block import Decision, PartOfBlock, Route, RoutedBlock
 from .routing import eager
-from .sources import has_source
-from .tags import fine_tuned_cfgs, tag_arguments
+from .sources import as_names, has_source
+from .tags import tag_arguments
 
 __all__ = ['SpotTune']
 
@@ -169,7 +175,7 @@ class SpotTune(Method, nn.Module):
         self._adopt()
 
     def _split_blocks(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Puts a `RoutedBlock` in the place of each block; returns the pairs of convolution and norm outside them."""
+        """Put a `RoutedBlock` in the place of each block; return the pairs of convolution and norm outside them."""
         pairs = list(pairs)
         for index, name in enumerate(self._names):
             block = self.backbone.get_submodule(name)
@@ -302,7 +308,7 @@ class SpotTune(Method, nn.Module):
         return (logits[..., 1] > logits[..., 0]).to(logits.dtype)
 
     def set_blocks(self, blocks: Optional[Union[str, Sequence[Union[int, str]]]] = None) -> None:
-        """Fixes the path of all images, or gives it back to the policy.
+        """Fix the path of all images, or give it back to the policy.
 
         Args:
             blocks: The blocks whose tuned copy is taken, by index or name (`block_names`); `tuned` for all of them
@@ -415,7 +421,7 @@ class SpotTune(Method, nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> list[int]:
-        """Removes from the backbone what `forward_intermediates` does not need for these levels; the policy stays."""
+        """Remove from the backbone what `forward_intermediates` does not need for these levels; the policy stays."""
         self._unfold()
         take = self.backbone.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
         self.num_classes = 0 if prune_head else self.num_classes
@@ -456,7 +462,7 @@ class SpotTune(Method, nn.Module):
         self._adopt()
 
     def set_input_size(self, img_size: Union[int, tuple[int, int]]) -> None:
-        """Resizes the networks whose input size is fixed, such as a ViT's position embedding.
+        """Resize the networks whose input size is fixed, such as a ViT's position embedding.
 
         Args:
             img_size: New size in pixels, (H, W) or a side.
@@ -672,9 +678,7 @@ def _cfg(
 ) -> dict[str, Any]:
     part = _backbone_part(backbone, backbone_kwargs)
     named = {'backbone': part, 'policy.net': Part(policy, 2, policy_kwargs)}
-    classifier = part_cfg(part).get('classifier') or ()
-    classifiers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    names = tuple(f'backbone.{c}' for c in classifiers)
+    names = tuple(f'backbone.{c}' for c in as_names(part_cfg(part).get('classifier')))
     return composite_cfg(
         named,
         ['backbone'],
@@ -683,11 +687,7 @@ def _cfg(
     )
 
 
-default_cfgs = generate_default_cfgs({
-    **dict(fine_tuned_cfgs(_VARIANTS, lambda variant, args: _cfg(**{**_VARIANTS[variant][0], **args}))),
-    # Last, so that it is the default, also where the parts have no weights.
-    **{f'{name}.{PARTS_TAG}*': _cfg(**v) for name, (v, _) in _VARIANTS.items()},
-})
+default_cfgs = variant_cfgs(_VARIANTS, lambda variant, args: _cfg(**{**_VARIANTS[variant][0], **args}))
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs) -> SpotTune:
