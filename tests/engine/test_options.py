@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from timm_amf.engine import config_file
-from timm_amf.engine.options import build_parser, explicit_flags, parse_args, resolve_lr, resolve_trackers, save_args
+from timm_amf.engine.options import build_parser, parse_args, resolve_lr, resolve_trackers, save_args
 from timm_amf.engine.timm_flags import REFUSED, REFUSED_VALUES, REPLACED
 from timm_amf.errors import UserError
 

@@ -18,11 +18,12 @@ __all__ = ['random_init_accuracy']
 _logger = logging.getLogger(__name__)
 
 _LR = 0.05  # of SGD, at batch 32: far enough from bad for every network with batch norm
+_OPTIMIZER = {'opt', 'momentum', 'weight_decay', 'opt_eps', 'opt_betas', 'opt_kwargs'}
 # What belongs to another run, or to the weights; besides all that a Plan's own flags set.
 _RESET = (
-    'layer_decay', 'layer_decay_no_opt_scale', 'pretrained', 'pretrained_path', 'initial_checkpoint', 'resume',
+    'pretrained', 'pretrained_path', 'initial_checkpoint', 'resume',
     'eval_only', 'dry_run', 'start_epoch', 'stop_epoch', 'component', 'data_preset', 'data_dir', 'dataset',
-    'log_wandb', 'branch_loss', 'policy_balance', 'routing_eps', 'num_classes', 'cooldown_epochs',
+    'log_wandb', 'branch_loss', 'policy_balance', 'routing_eps', 'num_classes',
 )
 
 
@@ -48,7 +49,7 @@ def random_init_accuracy(args: argparse.Namespace, data: DataSpec, epochs: int) 
 
     options = copy.deepcopy(args)
     defaults = vars(build_parser().parse_args([]))
-    for name in (*_RESET, *plan_flags()):
+    for name in (*_RESET, *plan_flags() - _OPTIMIZER):
         setattr(options, name, copy.deepcopy(defaults[name]))
     if 'lr' not in args.explicit:
         options.lr = _LR * args.batch_size * args.grad_accum_steps / 32
@@ -62,7 +63,6 @@ def random_init_accuracy(args: argparse.Namespace, data: DataSpec, epochs: int) 
     options.recipe = {'data': data.to_mapping()}
     with tempfile.TemporaryDirectory(prefix='timm_amf-') as folder:
         options.output, options.experiment = folder, 'random'
-        options.explicit = {name for name in vars(options) if name not in ('recipe', 'explicit', 'config', 'data')}
         config = Path(folder) / 'args.yaml'
         save_args(options, config)
         with contextlib.redirect_stdout(io.StringIO()):

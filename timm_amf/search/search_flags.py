@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from timm_amf.engine.options import parse_args
 from timm_amf.errors import UserError
 from timm_amf.search.candidates import CUTS
+from timm_amf.tuning.plan_args import common_plan
 from timm_amf.verbs import VerbParser
 
 __all__ = ['LEFT_OUT', 'PAPER_OPTIONS', 'PAPER_SHARES', 'WAYS', 'build_search_parser', 'parse_search_args']
@@ -132,7 +133,8 @@ def parse_search_args(argv: Sequence[str], preset: bool = True) -> tuple[argpars
     if not args.initial_checkpoint and not args.pretrained:
         args.pretrained = True
         args.explicit.add('pretrained')
-    default = args.epochs if own.protocol else min(10, args.epochs)
+    epochs = common_plan(args).epochs
+    default = epochs if own.protocol else min(10, epochs)
     own.search_epochs = own.search_epochs or default
     own.search_head = own.search_head or 'own'
     return own, args

@@ -42,6 +42,7 @@ from timm_amf.search.results import CandidateResult, SearchResults
 from timm_amf.search.search_flags import LEFT_OUT, PAPER_SHARES, WAYS
 from timm_amf.search.shares import Fit, fit_budget, stratified
 from timm_amf.tuning import Plan, Schedule, model_roles, plan_from_args
+from timm_amf.tuning.plan_args import common_plan
 from timm_amf.tuning.roles import role_blocks
 
 __all__ = ['BlockSearch', 'Search']
@@ -267,7 +268,7 @@ class Search:
             costs = broadcast_object_list(list(contest.costs(candidates, stage, _STEPS)))
             _close(stage)
             least = 2 / max(1, train.class_counts().min())
-            fit = fit_budget(own.budget * 60, len(train), len(val), *costs, args.epochs, min(1., least))
+            fit = fit_budget(own.budget * 60, len(train), len(val), *costs, common_plan(args).epochs, min(1., least))
             if self.accelerator.is_main_process:
                 path.write_text(yaml.safe_dump(dataclasses.asdict(fit)), encoding='utf-8')
         contest.args = argparse.Namespace(**{**vars(args), 'val_interval': fit.epochs})
