@@ -1,5 +1,7 @@
 """The Plan as data: round trips, precedence, validation."""
 import argparse
+import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
@@ -75,10 +77,10 @@ def test_a_mistake_is_one_line_that_names_it(data, words):
 
 
 def test_missing_or_damaged_file(tmp_path):
-    with pytest.raises(UserError, match='nowhere.yaml'):
+    with pytest.raises(FileNotFoundError, match='nowhere.yaml'):
         Plan.from_yaml(tmp_path / 'nowhere.yaml')
     (tmp_path / 'bad.yaml').write_text('plan: [')
-    with pytest.raises(UserError, match='not valid YAML'):
+    with pytest.raises(yaml.YAMLError, match='bad.yaml'):
         Plan.from_yaml(tmp_path / 'bad.yaml')
     (tmp_path / 'list.yaml').write_text('- 1')
     with pytest.raises(UserError, match='no mapping'):

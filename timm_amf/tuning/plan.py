@@ -293,13 +293,18 @@ class Plan:
 
         A `plan.yaml` of a run has every common field, so that it means the same when defaults change.
         """
-        data = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+        data = _read_yaml(path)
         if not isinstance(data, Mapping):
             raise UserError(f'{path}: holds no mapping of settings')
         try:
             return cls.from_dict(data.get('plan', data))
         except UserError as e:
             raise UserError(f'{path}: {e}') from None
+
+
+def _read_yaml(path):
+    with open(path, encoding='utf-8') as file:  # an open file, so that YAML's errors name it
+        return yaml.safe_load(file)
 
 
 def _build(cls, value, where: str):

@@ -79,7 +79,7 @@ def field_table(cls) -> str:
     lines = ['| field | default | | flag |', '|---|---|---|---|']
     for field in dataclasses.fields(cls):
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        default = '' if default is None or isinstance(default, Schedule) else yaml.safe_dump(default).split('\n')[0]
+        default = '' if default is None or isinstance(default, Schedule) else yaml.safe_dump(default, default_flow_style=True).split('\n')[0]
         flags = field.metadata.get('flag', f'--{field.name}').replace('_', '-').split()
         flags += [f'--policy-{field.name}'.replace('_', '-')] if field.metadata.get('policy') else []
         text = field.metadata['help'].replace('|', '\\|')
