@@ -244,6 +244,8 @@ def save_args(args: argparse.Namespace, path: Union[str, Path]) -> None:
     """
     left_out = {'recipe', 'explicit', 'config', 'data', *derived_flags(args)}
     flags = {key: value for key, value in vars(args).items() if key not in left_out and value is not None}
+    if 'model' not in args.explicit:
+        flags.pop('model', None)
     # Where there is a section `plan`, the flag of the same name is empty: `parse_args` sees to it.
     content = {**flags, **args.recipe}
     text = yaml.safe_dump(_for_yaml(content), default_flow_style=False)

@@ -49,8 +49,8 @@ def check_values(args: argparse.Namespace) -> None:
         if value is not None and (len(value) not in lengths or list(value) != sorted(value)):
             _fail(dest, f'must be {" or ".join(map(str, lengths))} values in increasing order, not {_text(value)}')
     _check_image(args)
-    _check_schedule(args)
     _check_paths(args)
+    _check_schedule(args)
     _check_data(args)
     _check_loss(args)
     if args.eval_only and not (args.pretrained or args.pretrained_path or args.initial_checkpoint or args.resume):
@@ -101,6 +101,8 @@ def _check_schedule(args: argparse.Namespace) -> None:
 
     if args.lr is not None and not args.lr > 0:
         _fail('lr', f'must be above 0, not {args.lr:g}; leave it out to use --lr-base, or freeze roles in the plan')
+    if args.lr is not None and args.min_lr is not None and args.min_lr > args.lr:
+        _fail('min_lr', f'{args.min_lr:g} is above --lr {args.lr:g}; lower it')
     plan = common_plan(args)
     if args.start_epoch is not None and args.start_epoch > plan.epochs:
         _fail('start_epoch', f'{args.start_epoch} is beyond the {plan.epochs} epochs of the run')
