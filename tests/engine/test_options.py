@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from timm_amf.engine import config_file
-from timm_amf.engine.options import build_parser, explicit_flags, parse_args, resolve_lr, resolve_trackers, save_args
+from timm_amf.engine.options import build_parser, parse_args, resolve_lr, resolve_trackers, save_args
 from timm_amf.engine.timm_flags import REFUSED, REFUSED_VALUES, REPLACED
 from timm_amf.errors import UserError
+from timm_amf.tuning import Plan, Schedule, plan_args, plan_from_args
 
 # The parser of timm's train.py as it was read in August 2026: names | default | type and number of values.
 TIMM_PARSER = """
@@ -245,6 +246,16 @@ def other_value(action):
     return ([word], [value]) if action.nargs == '+' else ([word], value)
 
 
+def effective_defaults(parser):
+    """Defaults of the flags; of those that leave a Plan's value, those of the Plan, and of a rule, those of its help."""
+    values = vars(parser.parse_args([]))
+    for cls in (Plan, Schedule):
+        for field, _, dest in plan_args._flags(cls):
+            values[dest] = getattr(cls(), field.name)
+    return values | dict(
+        lr_base=0.1, lr_base_size=256, lr_base_scale='', warmup_lr=1e-5, min_lr=0., model='resnet50', checkpoint_hist=10)
+
+
 # timm's flags
 
 def test_timm_parser_is_complete():
@@ -254,8 +265,8 @@ def test_timm_parser_is_complete():
 @pytest.mark.parametrize('names, default, kind', flag_rows(TIMM_PARSER) + flag_rows(LATER_FLAGS))
 def test_timm_flag(parser, names, default, kind):
     dest = names[-1 if names[0].startswith('-') and not names[0].startswith('--') else 0].lstrip('-').replace('-', '_')
-    got = getattr(parser.parse_args([]), dest)
-    assert got == default and type(got) is type(default)
+    got = effective_defaults(parser)[dest]
+    assert got == default and type(got) in (type(default), float)
 
     values = {
         'switch': ([], True), 'mapping': (['a=1', 'b=x'], {'a': 1, 'b': 'x'}),
@@ -417,7 +428,7 @@ def test_command_line_overrides_the_recipe(recipe, folder):
     assert (args.model, args.batch_size, args.lr, args.amp) == ('resnet18', 8, 1e-3, True)
     assert args.weight_decay == 0 and type(args.weight_decay) is float
     assert args.opt_kwargs == {'nesterov': False}
-    assert explicit_flags(args) == {
+    assert args.explicit == {
         'model', 'batch_size', 'lr', 'weight_decay', 'amp', 'mean', 'opt_kwargs', 'opt', 'data_dir'}
     assert parse_args([folder, '-c', path]).batch_size == 32
 
@@ -440,15 +451,25 @@ def test_command_line_overrides_the_other_flag_of_a_pair(recipe, folder, tmp_pat
     assert args.mixed_precision == 'fp16' and 'mixed_precision' not in args.explicit
 
 
-def test_flag_set_to_its_default_is_explicit(recipe, folder):
-    assert parse_args([folder, '--epochs', '300']).explicit == {'data_dir', 'epochs'}
-    assert parse_args([folder, '-c', recipe('epochs: 300')]).explicit == {'data_dir', 'epochs'}
-    assert parse_args([folder]).explicit == {'data_dir'}
+def test_old_run_means_what_it_meant(recipe, folder):
+    """An args.yaml with `explicit` lists every flag; a Plan without a schedule was the step decay of then."""
+    args = parse_args([folder, '-c', recipe("""
+        epochs: 300
+        decay_rate: 0.1
+        tta: 0
+        batch_size: 8
+        explicit: [batch_size]
+        plan: {epochs: 4}
+    """)])
+    plan = plan_from_args(args, ['backbone', 'head'], resolve_lr(args, 8))
+    assert args.batch_size == 8 and args.epochs is None
+    assert (plan.lr, plan.epochs) == (0.01, 4)
+    assert (plan.schedule.sched, plan.schedule.decay_rate, plan.schedule.warmup_epochs) == ('step', 0.94, 0)
 
 
 def test_defaults_are_not_shared(folder):
-    parse_args([folder]).decay_milestones.append(1)
-    assert parse_args([folder]).decay_milestones == [90, 180, 270]
+    parse_args([folder]).tracker.append('none')
+    assert parse_args([folder]).tracker == ['auto']
 
 
 def test_sections_of_a_recipe(recipe, folder):
@@ -469,7 +490,7 @@ def test_sections_of_a_recipe(recipe, folder):
     ('epochs: [3]', r'epochs: must be int, not \[3\]'),
     ('lr: fast', 'lr: must be float'),
     ('epohcs: 3', 'epohcs: unknown key, did you mean epochs?'),
-    ('epochs:', 'epochs: has no value'),
+    ('seed:', 'seed: has no value'),
     ('experiment: 007', 'experiment: must be str, not 7 .put it in quotes'),
     ('amp: 1', 'amp: must be true or false, not 1'),
     ('check_images: maybe', 'check_images: must be true or false'),
@@ -576,16 +597,16 @@ def test_saved_options_hold_no_secrets(tmp_path, folder, recipe):
     ('--eval-metric f1', "argument --eval-metric: invalid choice: 'f1'"),
     ('--model-kwargs x', "argument --model-kwargs: 'x' is not of the form key=value"),
     ('--data-dir elsewhere', 'two folders of data'),
-    ('--epochs -1', '--epochs: must be at least 0, not -1'),
+    ('--epochs -1', 'plan: epochs must be at least 0, not -1'),
     ('-b 0', '--batch-size: must be at least 1, not 0'),
     ('-j -1', '--workers: must be at least 0, not -1'),
     ('--lr -0.1', '--lr: must be above 0, not -0.1'),
     ('--lr 0', '--lr: must be above 0'),
     ('--lr nan', '--lr: must be above 0, not nan'),
-    ('--weight-decay nan', '--weight-decay: must be at least 0, not nan'),
+    ('--weight-decay nan', 'plan: weight_decay must be float, not nan'),
     ('--lr 0.1 --min-lr 0.2', '--min-lr: 0.2 is above --lr 0.1'),
-    ('--decay-milestones 3 2', '--decay-milestones: must increase, not 3 2'),
-    ('--start-epoch 301', '--start-epoch: 301 is beyond --epochs 300'),
+    ('--decay-milestones 3 2', 'plan.schedule: decay_milestones must increase, not [3, 2]'),
+    ('--start-epoch 301', '--start-epoch: 301 is beyond the 300 epochs of the run'),
     ('--reprob 1.5', '--reprob: must be between 0 and 1, not 1.5'),
     ('--scale 0.5', '--scale: must be 2 values in increasing order, not 0.5'),
     ('--ratio 2 1', '--ratio: must be 2 values in increasing order, not 2 1'),

@@ -33,7 +33,7 @@ def classes(component):
 @pytest.mark.parametrize('name', FINE_TUNED)
 def test_a_tag_is_what_its_recipe_says(name):
     variant, _, tag = name.partition('.')
-    values, sections, _ = read_config(recipe_path(name), build_parser())
+    values, sections = read_config(recipe_path(name), build_parser())
     tuned, cfg = FINE_TUNED[name], timm.get_pretrained_cfg(name)
     assert values['model'] == variant and values.get('model_kwargs', {}) == tuned.model_args
     assert sections['card']['repo_id'] == cfg.hf_hub_id == f'{OWNER}/{name}'
@@ -56,7 +56,7 @@ def test_a_tag_is_what_its_recipe_says(name):
 def test_each_recipe_of_ours_with_a_hub_id_has_a_tag():
     ours = set()
     for name in list_recipes():
-        values, sections, _ = read_config(recipe_path(name), build_parser())
+        values, sections = read_config(recipe_path(name), build_parser())
         arch = values['model'].partition('.')[0]
         if 'repo_id' in sections.get('card', {}) and arch in timm.list_models(module=['amf', 'spottune', 'decathlon']):
             ours.add(name)

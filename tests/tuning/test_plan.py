@@ -1,11 +1,13 @@
 """The Plan as data: round trips, precedence, validation."""
 import argparse
+import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
 
 from timm_amf import Plan, RolePlan, Schedule, UserError
-from timm_amf.tuning.plan_args import add_plan_args, plan_from_args
+from timm_amf.tuning.plan_args import add_plan_args, field_table, plan_from_args
 
 ROLES = ['branch.0', 'branch.1', 'policy', 'head']
 
@@ -75,10 +77,10 @@ def test_a_mistake_is_one_line_that_names_it(data, words):
 
 
 def test_missing_or_damaged_file(tmp_path):
-    with pytest.raises(UserError, match='nowhere.yaml'):
+    with pytest.raises(FileNotFoundError, match='nowhere.yaml'):
         Plan.from_yaml(tmp_path / 'nowhere.yaml')
     (tmp_path / 'bad.yaml').write_text('plan: [')
-    with pytest.raises(UserError, match='not valid YAML'):
+    with pytest.raises(yaml.YAMLError, match='bad.yaml'):
         Plan.from_yaml(tmp_path / 'bad.yaml')
     (tmp_path / 'list.yaml').write_text('- 1')
     with pytest.raises(UserError, match='no mapping'):
@@ -93,29 +95,30 @@ def test_yaml_1_1_floats_are_read_as_numbers(tmp_path):
 
 # -- from the command line --------------------------------------------------------------------------------------------
 
-TIMM_DEFAULTS = dict(
-    epochs=300, opt='sgd', momentum=0.9, weight_decay=2e-5, layer_decay=None, layer_decay_min_scale=0,
-    layer_decay_no_opt_scale=None, opt_eps=None, opt_betas=None, opt_kwargs={}, sched_on_updates=False, sched='cosine',
-    warmup_epochs=5, warmup_prefix=False, decay_epochs=90, decay_milestones=[90, 180, 270], decay_rate=0.1,
-    cooldown_epochs=0, patience_epochs=10, lr_cycle_mul=1., lr_cycle_decay=0.5, lr_cycle_limit=1, lr_k_decay=1.,
-    lr_decay_fn=None, lr_stable_timescale=None, lr_noise=None, lr_noise_pct=0.67, lr_noise_std=1., seed=42,
-    warmup_lr=1e-5, min_lr=0., lr=None,
-)
-
-
-def parse(*argv, recipe=None, **timm_flags) -> argparse.Namespace:
+def parse(*argv, recipe=None, **flags) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_plan_args(parser)
-    args = parser.parse_args(argv)
-    vars(args).update(TIMM_DEFAULTS | timm_flags)
-    args.explicit, args.recipe = set(timm_flags), recipe or {}
-    return args
+    others = dict.fromkeys(('lr', 'lr_base', 'lr_base_size', 'lr_base_scale', 'warmup_lr', 'min_lr'))
+    return argparse.Namespace(**{**vars(parser.parse_args(argv)), **others, 'seed': 42, 'recipe': recipe or {}, **flags})
+
+
+def test_a_field_is_declared_once():
+    """Its flag, its type, its limits and its row of docs/plan.md follow from the declaration."""
+    parser = argparse.ArgumentParser()
+    add_plan_args(parser)
+    text = (Path(__file__).parents[2] / 'docs' / 'plan.md').read_text()
+    for cls in (Plan, Schedule, RolePlan):
+        for field in dataclasses.fields(cls):
+            assert field.metadata['help'], field.name
+            for flag in field.metadata.get('flag', f'--{field.name}').replace('_', '-').split():
+                assert parser._option_string_actions[flag].default is None
+        assert field_table(cls) in text, f'docs/plan.md is not up to date: {field_table(cls)}'
 
 
 def test_timms_flags_alone_make_timms_plan():
     plan = plan_from_args(parse(lr=0.1), ROLES, 0.1)
     assert plan.lr == 0.1 and plan.epochs == 300 and plan.schedule.sched == 'cosine'
-    assert plan.schedule.warmup_epochs == 5 and plan.schedule.warmup_scale == pytest.approx(1e-4)
+    assert plan.schedule.warmup_epochs == 5 and plan.role_schedule('head').warmup_scale == pytest.approx(1e-4)
     assert plan.roles == {}
 
 
@@ -178,7 +181,8 @@ def test_mistakes_on_the_command_line(argv, words):
     assert all(word in str(error.value) for word in words)
 
 
-def test_a_warm_up_that_would_go_down_is_refused_only_if_asked_for():
+def test_a_warm_up_that_would_go_down_is_refused():
     with pytest.raises(UserError, match='--warmup-lr'):
         plan_from_args(parse(warmup_lr=1e-2), ROLES, 1e-3)
-    assert plan_from_args(parse(), ROLES, 1e-6).schedule.warmup_scale == 1  # timm's default of 1e-5 with a tiny LR
+    plan = plan_from_args(parse(), ROLES, 1e-6)  # timm's default of 1e-5 with a tiny LR
+    assert plan.role_schedule('head').warmup_scale == 1

@@ -27,7 +27,7 @@ def course(scheduler, epochs, metrics=None):
 
 
 def test_step_decay_of_the_paper_in_closed_form():
-    plan = Plan(epochs=100, schedule=Schedule(sched='step', decay_rate=0.94, decay_epochs=20))
+    plan = Plan(epochs=100, schedule=Schedule(sched='step', warmup_epochs=0, decay_rate=0.94, decay_epochs=20))
     scheduler = GroupScheduler(optimizer_for(('branch.0', 3e-5), ('branch.1', 0.03)), plan)
     for epoch, lrs in enumerate(course(scheduler, 100)):
         assert lrs == pytest.approx([lr * 0.94 ** (epoch // 20) for lr in (3e-5, 0.03)], rel=1e-12)
@@ -82,9 +82,9 @@ def test_the_policys_own_schedule():
     """Frozen for 3 epochs, 2 of warm-up, 4 held, then step decay; the others decay from the start."""
     plan = Plan(
         epochs=20,
-        schedule=Schedule(sched='step', decay_rate=0.5, decay_epochs=5),
+        schedule=Schedule(sched='step', warmup_epochs=0, decay_rate=0.5, decay_epochs=5),
         roles=dict(policy=dict(
-            start_epoch=3, schedule=dict(warmup_epochs=2, hold_epochs=4, decay_rate=0.1, decay_epochs=2))),
+            start_epoch=3, schedule=dict(warmup_epochs=2, warmup_scale=0, hold_epochs=4, decay_rate=0.1, decay_epochs=2))),
     )
     lrs = course(GroupScheduler(optimizer_for(('branch.0', 1.), ('policy', 2.), start=dict(policy=3)), plan), 20)
     assert [row[0] for row in lrs] == pytest.approx([0.5 ** (t // 5) for t in range(20)])
@@ -107,7 +107,7 @@ def test_groups_of_one_role_keep_their_ratio():
 
 
 def test_plateau_decays_on_its_metric_and_its_state_is_restored():
-    plan = Plan(epochs=40, schedule=Schedule(sched='plateau', patience_epochs=2, decay_rate=0.1))
+    plan = Plan(epochs=40, schedule=Schedule(sched='plateau', warmup_epochs=0, patience_epochs=2, decay_rate=0.1))
     metrics = [10, 20, 30, 30, 30, 30, 30, 30, 31, 30, 30, 30, 30, 30, 30, 30]
     whole = course(GroupScheduler(optimizer_for(('head', 0.5)), plan), 16, metrics)
     assert len({row[0] for row in whole}) >= 3

@@ -9,16 +9,18 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 import yaml
 
 from timm_amf.errors import UserError
 
-__all__ = ['SECTIONS', 'KeyValues', 'find_config', 'list_recipes', 'load_yaml', 'nearest', 'read_config', 'save_args']
+__all__ = [
+    'SECTIONS', 'KeyValues', 'derived_flags', 'find_config', 'list_recipes', 'load_yaml', 'nearest', 'read_config', 'save_args',
+]
 
-# Options that others can set (--device cpu sets cpu, --amp sets mixed_precision), and that are then not the user's own.
-DERIVED = ('cpu', 'drop_path', 'loss', 'mixed_precision')
+# What a Plan's section meant without these keys in runs whose args.yaml has a key `explicit`.
+_OLD_SCHEDULE = dict(sched='step', warmup_epochs=0, warmup_scale=0., decay_epochs=20, decay_rate=0.94)
 SECTIONS = ('plan', 'data', 'expected', 'card')
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -98,7 +100,7 @@ def find_config(name: str) -> Path:
 def read_config(
         path: Union[str, Path],
         parser: argparse.ArgumentParser,
-) -> tuple[dict[str, Any], dict[str, dict], Optional[set[str]]]:
+) -> tuple[dict[str, Any], dict[str, dict]]:
     """Reads and checks a file of options.
 
     Args:
@@ -106,8 +108,7 @@ def read_config(
         parser: Parser whose flags the keys are; it gives their types, choices and numbers of values.
 
     Returns:
-        The values of the flags by dest, the sections by name, and the dests that were explicit in the run that wrote
-        the file (None if the file does not say, as a recipe does not).
+        The values of the flags by dest, and the sections by name.
 
     Raises:
         UserError: If the file cannot be read, or a key or value is wrong, or a recipe of the package does not fit
@@ -115,15 +116,16 @@ def read_config(
     """
     content = load_yaml(path)
     actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
-    values, sections, explicit = {}, {}, None
+    values, sections = {}, {}
+    explicit = content.get('explicit')
+    if explicit is not None and not (isinstance(explicit, list) and set(explicit) <= set(actions)):
+        raise UserError(f'{path}: explicit: must be a list of keys, as args.yaml has it; in a recipe leave it out')
     for name, value in content.items():
         where = f'{path}: {name}'
         dest = str(name).replace('-', '_')
-        if dest == 'explicit':
-            if not isinstance(value, list) or not all(item in actions for item in value):
-                raise UserError(f'{where}: must be a list of keys, as args.yaml has it; in a recipe leave it out')
-            explicit = set(value)
-        elif dest in SECTIONS and not (dest in actions and isinstance(value, str)):  # plan: FILE, data: DIR are flags
+        if dest == 'explicit' or explicit is not None and dest not in (*explicit, *SECTIONS):
+            continue  # an older args.yaml lists all flags, and in `explicit` those that counted
+        if dest in SECTIONS and not (dest in actions and isinstance(value, str)):  # plan: FILE, data: DIR are flags
             if not isinstance(value, Mapping):
                 raise UserError(f'{where}: must be a section (a mapping), not {value!r}')
             sections[dest] = dict(value)
@@ -132,11 +134,14 @@ def read_config(
             raise UserError(f'{where}: unknown key{hint or "; the keys are the flags of train_amf.py --help"}')
         else:
             values[dest] = _convert(actions[dest], value, where)
+    if explicit is not None and 'plan' in sections:
+        schedule = {**_OLD_SCHEDULE, **(sections['plan'].get('schedule') or {})}
+        sections['plan'] = {'lr': 0.01, **sections['plan'], 'schedule': schedule}
     if Path(path).resolve().parent in _RECIPE_DIRS:
         from timm_amf.engine.recipe_schema import check_recipe  # it reads files with what is here
 
         check_recipe(path, values, sections)
-    return values, sections, explicit
+    return values, sections
 
 
 def load_yaml(path: Union[str, Path]) -> Mapping:
@@ -219,6 +224,15 @@ def _convert_item(action: argparse.Action, value: Any, where: str) -> Any:
     return converted
 
 
+def derived_flags(args: argparse.Namespace) -> list[str]:
+    """The flags whose values follow from others that are given: `--amp` sets `mixed_precision`, for example."""
+    values = vars(args)  # not always all flags
+    sources = dict(
+        cpu=values.get('device') == 'cpu', drop_path=values.get('drop_connect') is not None,
+        loss=values.get('bce_loss'), mixed_precision=values.get('amp'))
+    return [name for name, given in sources.items() if given]
+
+
 def save_args(args: argparse.Namespace, path: Union[str, Path]) -> None:
     """Writes the options of a run to a YAML file that `--config` reads back to an equal namespace.
 
@@ -228,10 +242,12 @@ def save_args(args: argparse.Namespace, path: Union[str, Path]) -> None:
         args: Result of `parse_args`.
         path: File to write.
     """
-    left_out = {'recipe', 'explicit', 'config', 'data', *DERIVED} - set(args.explicit)
-    flags = {key: value for key, value in vars(args).items() if key not in left_out}
+    left_out = {'recipe', 'explicit', 'config', 'data', *derived_flags(args)}
+    flags = {key: value for key, value in vars(args).items() if key not in left_out and value is not None}
+    if 'model' not in args.explicit:
+        flags.pop('model', None)
     # Where there is a section `plan`, the flag of the same name is empty: `parse_args` sees to it.
-    content = {**flags, **args.recipe, 'explicit': sorted(args.explicit)}
+    content = {**flags, **args.recipe}
     text = yaml.safe_dump(_for_yaml(content), default_flow_style=False)
     Path(path).write_text(text, encoding='utf-8')
 

@@ -130,7 +130,7 @@ class Trainer:
         self.decreasing = args.eval_metric == 'loss'
         self.checkpoints = Checkpointer(
             folder,
-            keep=args.checkpoint_hist if 'checkpoint_hist' in args.explicit else 0,
+            keep=args.checkpoint_hist or 0,
             keep_epochs=args.save_epochs or (),
             decreasing=self.decreasing,
         )

@@ -13,24 +13,23 @@ __all__ = ['check_names', 'check_values']
 _BOUNDS = {
     **dict.fromkeys((
         'batch_size', 'validation_batch_size', 'grad_accum_steps', 'num_classes', 'img_size', 'in_chans', 'input_size',
-        'lr_base_size', 'lr_cycle_limit', 'train_num_samples', 'val_num_samples', 'recount', 'log_interval',
+        'lr_base_size', 'train_num_samples', 'val_num_samples', 'recount', 'log_interval',
         'val_interval', 'checkpoint_hist', 'train_batches_per_epoch',
     ), (1, None)),
     **dict.fromkeys((
-        'epochs', 'start_epoch', 'stop_epoch', 'warmup_epochs', 'cooldown_epochs', 'patience_epochs', 'epoch_repeats',
-        'mixup_off_epoch', 'lr_base', 'warmup_lr', 'min_lr', 'decay_rate', 'weight_decay', 'layer_decay', 'clip_grad',
-        'opt_eps', 'save_epochs', 'mixup', 'cutmix', 'bn_eps', 'seed', 'workers', 'recovery_interval', 'tta',
+        'start_epoch', 'stop_epoch', 'epoch_repeats', 'mixup_off_epoch', 'lr_base', 'warmup_lr', 'min_lr', 'clip_grad',
+        'save_epochs', 'mixup', 'cutmix', 'bn_eps', 'seed', 'workers', 'recovery_interval', 'tta',
         'branch_loss', 'policy_balance', 'aug_repeats', 'aug_splits',
     ), (0, None)),
     **dict.fromkeys((
-        'momentum', 'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob',
+        'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob',
         'smoothing', 'mixup_prob', 'mixup_switch_prob', 'drop', 'drop_path', 'drop_block', 'bn_momentum',
         'model_ema_decay', 'routing_eps',
     ), (0, 1)),
 }
 
 # dest -> how many values it takes, where argparse cannot say.
-_PAIRS = {'scale': (2,), 'ratio': (2,), 'cutmix_minmax': (2,), 'lr_noise': (1, 2)}
+_PAIRS = {'scale': (2,), 'ratio': (2,), 'cutmix_minmax': (2,)}
 
 
 def check_values(args: argparse.Namespace) -> None:
@@ -50,8 +49,8 @@ def check_values(args: argparse.Namespace) -> None:
         if value is not None and (len(value) not in lengths or list(value) != sorted(value)):
             _fail(dest, f'must be {" or ".join(map(str, lengths))} values in increasing order, not {_text(value)}')
     _check_image(args)
-    _check_schedule(args)
     _check_paths(args)
+    _check_schedule(args)
     _check_data(args)
     _check_loss(args)
     if args.eval_only and not (args.pretrained or args.pretrained_path or args.initial_checkpoint or args.resume):
@@ -98,16 +97,15 @@ def _check_loss(args: argparse.Namespace) -> None:
 
 
 def _check_schedule(args: argparse.Namespace) -> None:
+    from timm_amf.tuning.plan_args import common_plan
+
     if args.lr is not None and not args.lr > 0:
         _fail('lr', f'must be above 0, not {args.lr:g}; leave it out to use --lr-base, or freeze roles in the plan')
-    if args.lr is not None and args.min_lr > args.lr:
+    if args.lr is not None and args.min_lr is not None and args.min_lr > args.lr:
         _fail('min_lr', f'{args.min_lr:g} is above --lr {args.lr:g}; lower it')
-    if args.decay_epochs <= 0:
-        _fail('decay_epochs', f'must be above 0, not {args.decay_epochs:g}')
-    if list(args.decay_milestones) != sorted(set(args.decay_milestones)):
-        _fail('decay_milestones', f'must increase, not {_text(args.decay_milestones)}')
-    if args.start_epoch is not None and args.start_epoch > args.epochs:
-        _fail('start_epoch', f'{args.start_epoch} is beyond --epochs {args.epochs}')
+    plan = common_plan(args)
+    if args.start_epoch is not None and args.start_epoch > plan.epochs:
+        _fail('start_epoch', f'{args.start_epoch} is beyond the {plan.epochs} epochs of the run')
 
 
 def _check_paths(args: argparse.Namespace) -> None:
@@ -138,13 +136,15 @@ def check_names(args: argparse.Namespace) -> None:
     Raises:
         UserError: For the first mistake, with the nearest name.
     """
+    from timm_amf.tuning.plan_args import common_plan
+
     for module in args.device_modules or ():
         try:
             importlib.import_module(module)
         except ImportError as error:
             _fail('device_modules', f'{module} cannot be imported ({error}); is its folder on PYTHONPATH?')
     _check_model(args.model)
-    _check_optimizer(args.opt)
+    _check_optimizer(common_plan(args).opt)
     if args.aa:
         _check_auto_augment(args.aa)
 

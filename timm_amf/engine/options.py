@@ -14,12 +14,12 @@ import os
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, NoReturn, Optional
 
-from timm_amf.engine.config_file import KeyValues, find_config, nearest, read_config, save_args
+from timm_amf.engine.config_file import KeyValues, derived_flags, find_config, nearest, read_config, save_args
 from timm_amf.engine.option_checks import check_names, check_values
 from timm_amf.engine.timm_flags import REFUSED, REFUSED_VALUES, REPLACED, TIMM_FLAGS
 from timm_amf.errors import UserError
 
-__all__ = ['build_parser', 'parse_args', 'explicit_flags', 'resolve_lr', 'resolve_trackers', 'save_args']
+__all__ = ['build_parser', 'parse_args', 'resolve_lr', 'resolve_trackers', 'save_args']
 
 _logger = logging.getLogger(__name__)
 
@@ -126,30 +126,34 @@ def parse_args(
         data: Section `data` of a recipe, instead of that of the file.
 
     Returns:
-        A namespace with every flag by name and besides: `explicit`, the set of names that the user set, and `recipe`,
-        the sections (`plan`, `data`, `expected`, `card`) of the YAML file. A folder of data is in `data_dir`, whichever
-        way it was given.
+        A namespace with every flag by name, those of a Plan None unless they were given, and besides: `recipe`, the
+        sections (`plan`, `data`, `expected`, `card`) of the YAML file, and `explicit`, the names of the flags that are
+        not at their defaults, which is what a written recipe needs. A folder of data is in `data_dir`, whichever way it
+        was given.
 
     Raises:
         UserError: On any mistake, in one line.
     """
+    before = _Parser(add_help=False, allow_abbrev=False)
+    before.add_argument('-c', '--config', default='')
+    config, rest = before.parse_known_args(argv)
     parser = build_parser()
-    defaults = vars(parser.parse_args([]))
-    _, unknown = parser.parse_known_args(argv)
+    defaults = copy.deepcopy({action.dest: action.default for action in parser._actions})
+    values, recipe = read_config(find_config(config.config), parser) if config.config else ({}, {})
+    components = values.pop('component', None)  # argparse would append to them
+    parser.set_defaults(**values)
+    args, unknown = parser.parse_known_args(rest)
     if unknown:
         _reject(unknown, parser)
-    bare = build_parser()
-    for action in bare._actions:
-        action.default = argparse.SUPPRESS  # so that the namespace has only what the command line says
-    given = bare.parse_args(argv)
-
-    values, recipe, explicit = {}, {}, None
-    if getattr(given, 'config', ''):
-        values, recipe, explicit = read_config(find_config(given.config), parser)
-    explicit = (set(values) if explicit is None else explicit) | set(vars(given)) - {'config'}
-    args = argparse.Namespace(**{**copy.deepcopy(defaults), **values, **vars(given)})
-    args.recipe, args.explicit = recipe if data is None else {**recipe, 'data': dict(data)}, explicit
-    _settle(args, vars(given), defaults)
+    args.component = args.component or components
+    args = copy.deepcopy(args)  # lists and mappings of the defaults are not shared
+    args.config = config.config
+    args.recipe = recipe if data is None else {**recipe, 'data': dict(data)}
+    from_file = {**defaults, **values}
+    _settle(args, {name for name in from_file if getattr(args, name, None) != from_file[name]}, defaults)
+    args.explicit = {name for name in defaults if getattr(args, name, None) != defaults[name]} - {'help', 'config'}
+    args.explicit -= {name for name in derived_flags(args) if name not in values}
+    args.model = args.model or 'resnet50'
     _check_applicable(args, defaults)
     check_values(args)
     resolve_trackers(args)
@@ -172,11 +176,9 @@ def _settle(args: argparse.Namespace, given: Container[str], defaults: Mapping) 
         for one, other in (pair, pair[::-1]):
             if one in given and other not in given:  # the command line wins over the file here, too
                 setattr(args, other, defaults[other])
-                args.explicit.discard(other)
     if args.data and args.data_dir and args.data != args.data_dir:
         raise UserError(f'two folders of data, {args.data} and --data-dir {args.data_dir}: give one')
     if args.data:
-        args.explicit = (args.explicit - {'data'}) | {'data_dir'}
         args.data_dir = args.data
     args.data = None
     if args.plan:
@@ -216,11 +218,6 @@ def _flag(dest: str) -> str:
     return '--local_rank' if dest == 'local_rank' else '--' + dest.replace('_', '-')
 
 
-def explicit_flags(args: argparse.Namespace) -> set[str]:
-    """Returns the names of the options that the user set, on the command line or in `--config`."""
-    return args.explicit
-
-
 def resolve_lr(args: argparse.Namespace, global_batch_size: int) -> float:
     """Returns the learning rate by the rule of timm's train script.
 
@@ -228,15 +225,17 @@ def resolve_lr(args: argparse.Namespace, global_batch_size: int) -> float:
     with `lr_base_scale` sqrt, which is the default for optimisers whose name holds `ada` or `lamb`.
 
     Args:
-        args: Options with `lr`, `lr_base`, `lr_base_size`, `lr_base_scale` and `opt`.
+        args: Options with `lr`, `lr_base`, `lr_base_size`, `lr_base_scale`, `opt` and `recipe`.
         global_batch_size: Images a step of the optimiser: batch size times processes times accumulated batches.
     """
     if args.lr is not None:
         return args.lr
-    adaptive = any(part in args.opt.lower() for part in ('ada', 'lamb'))
+    opt = args.opt or args.recipe.get('plan', {}).get('opt', 'sgd')
+    adaptive = any(part in opt.lower() for part in ('ada', 'lamb'))
     scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
-    ratio = global_batch_size / args.lr_base_size
-    return args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
+    ratio = global_batch_size / (args.lr_base_size or 256)
+    base = 0.1 if args.lr_base is None else args.lr_base
+    return base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
 
 
 def resolve_trackers(args: argparse.Namespace) -> list[str]:

@@ -7,7 +7,6 @@ __all__ = ['TIMM_FLAGS', 'REPLACED', 'REFUSED', 'REFUSED_VALUES']
 
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _LOSS_SCALES = ('none', 'sqrt', 'linear')
-_SCHEDULERS = ('cosine', 'tanh', 'step', 'constant', 'multistep', 'plateau', 'poly', 'wsd', 'rsqrt', 'none')
 
 TIMM_FLAGS = {
     'Dataset parameters': (
@@ -26,7 +25,7 @@ TIMM_FLAGS = {
         ('--dataset-trust-remote-code', bool, False, 'let hfds/ datasets run code of their own repository'),
     ),
     'Model parameters': (
-        ('--model', str, 'resnet50', 'architecture, any of timm and of timm_amf'),
+        ('--model', str, None, 'architecture, any of timm and of timm_amf (default: resnet50)'),
         ('--pretrained', bool, False, 'start from pretrained weights'),
         ('--pretrained-path', str, None, 'file to take the pretrained weights from, adapted', {'metavar': 'FILE'}),
         ('--pretrained-cfg-overlay', dict, {}, 'entries of the pretrained configuration to override'),
@@ -70,51 +69,22 @@ TIMM_FLAGS = {
         ('--device-modules', str, None, 'modules to import first, such as one that registers models of your own',
          {'nargs': '+', 'metavar': 'MODULE'}),
     ),
-    'Optimizer parameters': (
-        ('--opt', str, 'sgd', 'optimiser, any of timm.optim.list_optimizers()'),
-        ('--opt-eps', float, None, 'epsilon of the optimiser'),
-        ('--opt-betas', float, None, 'betas of the optimiser', {'nargs': '+'}),
-        ('--momentum', float, 0.9, 'momentum of the optimiser'),
-        ('--weight-decay', float, 2e-5, 'weight decay'),
+    'Gradient parameters': (
         ('--clip-grad', float, None, 'limit on the gradient, not clipped without'),
         ('--clip-mode', str, 'norm', 'what --clip-grad limits', {'choices': ('norm', 'value', 'agc')}),
-        ('--layer-decay', float, None, 'factor on the LR from each layer to the one below'),
-        ('--layer-decay-min-scale', float, 0, 'least factor that --layer-decay may reach'),
-        ('--layer-decay-no-opt-scale', float, None, 'factor below which a layer is not trained at all'),
-        ('--opt-kwargs', dict, {}, "arguments for the optimiser's constructor"),
     ),
     'Learning rate schedule parameters': (
-        ('--sched', str, 'cosine', 'shape of the schedule', {'choices': _SCHEDULERS}),
-        ('--sched-on-updates', bool, False, 'step the schedule at every update instead of every epoch'),
         ('--lr', float, None, 'learning rate; without it, --lr-base scaled with the global batch size'),
-        ('--lr-base', float, 0.1, 'learning rate at a global batch of --lr-base-size'),
-        ('--lr-base-size', int, 256, 'global batch size that --lr-base is for'),
-        ('--lr-base-scale', str, '', 'growth of the LR with the batch; empty: sqrt for Adam and kin, else linear',
+        ('--lr-base', float, None, 'learning rate at a global batch of --lr-base-size (default: 0.1)'),
+        ('--lr-base-size', int, None, 'global batch size that --lr-base is for (default: 256)'),
+        ('--lr-base-scale', str, None, 'growth of the LR with the batch (default: sqrt for Adam and kin, else linear)',
          {'choices': ('', 'linear', 'sqrt')}),
-        ('--lr-noise', float, None, 'start, or start and end, of LR noise as shares of the epochs', {'nargs': '+'}),
-        ('--lr-noise-pct', float, 0.67, 'largest LR noise, as a share'),
-        ('--lr-noise-std', float, 1.0, 'standard deviation of the LR noise'),
-        ('--lr-cycle-mul', float, 1.0, 'factor from the length of a cycle to that of the next'),
-        ('--lr-cycle-decay', float, 0.5, 'factor from the LR of a cycle to that of the next'),
-        ('--lr-cycle-limit', int, 1, 'number of cycles'),
-        ('--lr-k-decay', float, 1.0, 'k of the k-decay of cosine and poly'),
-        ('--lr-decay-fn', str, None, 'shape of the decay phase of wsd and rsqrt',
-         {'choices': ('linear', '1-sqrt', 'cosine', 'power', 'exp')}),
-        ('--lr-stable-timescale', float, None, 'time scale of rsqrt in epochs'),
-        ('--warmup-lr', float, 1e-5, 'LR at the start of the warm-up'),
-        ('--min-lr', float, 0, 'LR that the decay does not go below'),
-        ('--epochs', int, 300, 'number of epochs'),
+        ('--warmup-lr', float, None, 'LR at the start of the warm-up (default: 1e-5)'),
+        ('--min-lr', float, None, 'LR that the decay does not go below (default: 0)'),
         ('--epoch-repeats', float, 0., 'passes over the dataset that make one epoch'),
         ('--start-epoch', int, None, 'number of the first epoch, instead of that of the checkpoint'),
         ('--stop-epoch', int, None, 'leave after this many epochs without changing the schedule'),
         ('--save-epochs', int, None, 'epochs whose checkpoints are always kept', {'nargs': '+', 'metavar': 'N'}),
-        ('--decay-milestones', int, [90, 180, 270], 'epochs at which multistep decays', {'nargs': '+', 'metavar': 'N'}),
-        ('--decay-epochs', float, 90, 'epochs between the decays of step; length of the decay of wsd and rsqrt'),
-        ('--warmup-epochs', int, 5, 'epochs of warm-up'),
-        ('--warmup-prefix', bool, False, 'count the epochs of the schedule from the end of the warm-up'),
-        ('--cooldown-epochs', int, 0, 'epochs at the least LR, after the schedule'),
-        ('--patience-epochs', int, 10, 'epochs without improvement before plateau decays'),
-        ('--decay-rate --dr', float, 0.1, 'factor of each decay'),
     ),
     'Augmentation and regularization parameters': (
         ('--no-aug', bool, False, 'no augmentation at all'),
@@ -176,7 +146,7 @@ TIMM_FLAGS = {
         ('--log-interval', int, 50, 'batches between lines of the log'),
         ('--val-interval', int, 1, 'epochs between evaluations'),
         ('--recovery-interval', int, 0, 'batches between checkpoints within an epoch, none at 0'),
-        ('--checkpoint-hist', int, 10, 'checkpoints to keep'),
+        ('--checkpoint-hist', int, None, 'checkpoints to keep (default: the best and the last)'),
         ('-j --workers', int, 4, 'processes that load data'),
         ('--save-images', bool, False, 'save the images of a batch at each line of the log'),
         ('--pin-mem', bool, False, 'load into pinned memory'),

@@ -55,10 +55,11 @@ __all__ = ['Advice', 'ComponentAdvice', 'advise', 'main']
 _RANDOM_LR = 0.05  # of SGD, at batch 32: far enough from bad for every network with batch norm
 # What training from random weights takes over from no options, besides all that a Plan's own flags set.
 _RESET = (
-    'layer_decay', 'layer_decay_no_opt_scale', 'pretrained', 'pretrained_path', 'initial_checkpoint', 'resume',
+    'pretrained', 'pretrained_path', 'initial_checkpoint', 'resume',
     'eval_only', 'dry_run', 'start_epoch', 'stop_epoch', 'component', 'data_preset', 'data_dir', 'dataset',
-    'log_wandb', 'branch_loss', 'policy_balance', 'routing_eps', 'num_classes', 'cooldown_epochs',
+    'log_wandb', 'branch_loss', 'policy_balance', 'routing_eps', 'num_classes',
 )
+_OPTIMIZER = {'opt', 'momentum', 'weight_decay', 'opt_eps', 'opt_betas', 'opt_kwargs'}
 
 
 @dataclass
@@ -259,7 +260,7 @@ def _random_init_accuracy(
     print(f'Training {args.model} from random weights on {data.components[0].name}.', file=sys.stderr)
     options = copy.deepcopy(args)
     defaults = vars(build_parser().parse_args([]))
-    for name in (*_RESET, *plan_flags()):
+    for name in (*_RESET, *plan_flags() - _OPTIMIZER):
         setattr(options, name, copy.deepcopy(defaults[name]))
     batch = args.batch_size * args.grad_accum_steps
     if 'lr' not in args.explicit:
@@ -271,7 +272,7 @@ def _random_init_accuracy(
     options.sched, options.epochs, options.warmup_epochs = 'cosine', epochs, epochs // 10
     options.min_lr, options.warmup_lr = 0., 0.
     options.recipe = {'data': data.to_mapping()}
-    options.explicit = set(vars(options)) - {'recipe', 'explicit', 'config', 'data', 'checkpoint_hist'}
+    options.checkpoint_hist = None
     train, val = build.build_data(options, accelerator)
     model = build.place_model(build.build_model(options, train.num_classes), options, accelerator)
     loaders = build.build_loaders(options, model, train, val, accelerator)

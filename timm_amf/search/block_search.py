@@ -50,6 +50,7 @@ from timm_amf.search.proposal import config_text
 from timm_amf.search.results import BASELINES, CandidateResult, SearchResults, ranking, summary, write_csv
 from timm_amf.search.training import CandidateRuns, Stage
 from timm_amf.tuning import Plan, Schedule, model_roles, plan_from_args
+from timm_amf.tuning.plan_args import common_plan
 from timm_amf.tuning.resolve import resolve
 from timm_amf.tuning.roles import role_blocks
 
@@ -118,7 +119,7 @@ def _checked(own: argparse.Namespace, args: argparse.Namespace) -> tuple[argpars
     if not args.initial_checkpoint and not args.pretrained:
         args.pretrained = True
         args.explicit.add('pretrained')
-    own.search_epochs = own.search_epochs or min(10, args.epochs)
+    own.search_epochs = own.search_epochs or min(10, common_plan(args).epochs)
     return own, args
 
 

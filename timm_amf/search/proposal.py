@@ -511,7 +511,6 @@ def config_text(args: argparse.Namespace, plan: Plan, header: Sequence[str]) -> 
         path = Path(folder) / 'args.yaml'
         save_args(options, path)
         content = yaml.safe_load(path.read_text(encoding='utf-8'))
-    del content['explicit']  # as in a recipe: what the file sets is what counts as set
     first, last = ('model', 'data_dir', 'pretrained'), ('data', 'plan')
     keys = [*(k for k in first if k in content), *(k for k in content if k not in (*first, *last))]
     content = {key: content[key] for key in [*keys, *(k for k in last if k in content)]}

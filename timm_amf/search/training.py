@@ -317,7 +317,7 @@ class CandidateRuns:
             criterion_kwargs=criterion_kwargs(args, soft_targets=mixup is not None))
         own_args = argparse.Namespace(**{
             **vars(args), 'model_ema': False, 'start_epoch': None, 'stop_epoch': None, 'save_epochs': (),
-            'no_progress': not self.progress or args.no_progress, 'explicit': args.explicit - {'checkpoint_hist'}})
+            'no_progress': not self.progress or args.no_progress, 'checkpoint_hist': None})
         trainer = CandidateTrainer(
             own_args, self.accelerator, task, resolve(model, common), optimizer, stage.train_loader, stage.val_loader,
             folder, mixup)

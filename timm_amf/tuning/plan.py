@@ -21,73 +21,73 @@ from timm_amf.errors import UserError
 __all__ = ['Plan', 'RolePlan', 'Schedule', 'SCHEDULES']
 
 SCHEDULES = ('constant', 'cosine', 'multistep', 'plateau', 'poly', 'rsqrt', 'step', 'tanh', 'wsd')
+_TIMM_WARMUP_LR = 1e-5  # default of timm's --warmup-lr
+
+
+def setting(default, help: str, **metadata):
+    """A field of a Plan, declared once: flags, reading, checking and the table of docs/plan.md follow from it.
+
+    Args:
+        default: Default; a list, a dict or a class is made for each instance.
+        help: What it sets.
+        metadata: `low`, `high` and `above` limit its value; `choices` lists its values; `flag` is its flag where that
+            has another name than the field, with other spellings after it, or '' where it has none; `policy` says that
+            the policy has a flag of its own for it; `nargs` is the number of values of its flag.
+    """
+    metadata.update(help=help)
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class Schedule:
     """The course of a learning rate over the epochs, as fractions of each group's own LR.
 
-    Because everything is relative, one schedule is right for a group at 3e-5 and for one at 0.03. Shapes and names are
-    those of `timm.scheduler.create_scheduler_v2`, which computes them. The defaults are those of the AMF paper (section
-    IV-B3 "Other hyper-parameters": decay epochs 20 to 25, decay rate 0.9 to 0.96).
-
-    Attributes:
-        sched: Shape, one of `SCHEDULES`.
-        warmup_epochs: Epochs of linear warm-up from `warmup_scale` to 1.
-        warmup_scale: Fraction of the group's LR at which the warm-up starts, in [0, 1].
-        warmup_prefix: The decay starts after the warm-up instead of counting from epoch 0.
-        hold_epochs: Epochs at the full LR between the warm-up and the decay.
-        min_scale: Fraction of the group's LR below which the decay does not go, in [0, 1]
-            (cosine, tanh, poly, plateau, wsd, rsqrt).
-        decay_epochs: Interval of `step`; length of the decay phase of `wsd` and `rsqrt`.
-        decay_milestones: Epochs at which `multistep` decays.
-        decay_rate: Factor of each decay (step, multistep, plateau); power of `poly`.
-        cooldown_epochs: Epochs at the minimum after the end (cosine, tanh, poly).
-        patience_epochs: Epochs without improvement before `plateau` decays.
-        cycle_mul: Length of each cycle relative to the one before (cosine, tanh, poly).
-        cycle_decay: Peak of each cycle relative to the one before.
-        cycle_limit: Number of cycles.
-        k_decay: k-decay exponent (cosine, poly).
-        decay_fn: Shape of the decay phase (wsd, rsqrt).
-        stable_timescale: Time scale of `rsqrt`, in epochs.
-        noise: Start, or start and end, of multiplicative LR noise, as fractions of the epochs.
-        noise_pct: Largest noise, as a fraction.
-        noise_std: Standard deviation of the noise.
-        noise_seed: Seed of the noise.
+    Because everything is relative, one schedule is right for a group at 3e-5 and for one at 0.03. Shapes, names and
+    defaults are those of timm's train script; `timm.scheduler.create_scheduler_v2` computes them. Each field says what
+    it is in its declaration.
     """
-    sched: str = 'step'
-    warmup_epochs: float = 0
-    warmup_scale: float = 0.
-    warmup_prefix: bool = False
-    hold_epochs: float = 0
-    min_scale: float = 0.
-    decay_epochs: Optional[float] = 20
-    decay_milestones: list[int] = field(default_factory=lambda: [90, 180, 270])
-    decay_rate: float = 0.94
-    cooldown_epochs: int = 0
-    patience_epochs: int = 10
-    cycle_mul: float = 1.
-    cycle_decay: float = 0.5
-    cycle_limit: int = 1
-    k_decay: float = 1.
-    decay_fn: Optional[str] = None
-    stable_timescale: Optional[float] = None
-    noise: Optional[list[float]] = None
-    noise_pct: float = 0.67
-    noise_std: float = 1.
-    noise_seed: int = 42
+    sched: str = setting('cosine', 'shape of the schedule', choices=SCHEDULES, policy=True)
+    warmup_epochs: float = setting(5, 'epochs of linear warm-up', low=0, policy=True)
+    warmup_scale: Optional[float] = setting(
+        None, "fraction of the LR at which the warm-up starts; null is timm's 1e-5, of the Plan's LR",
+        low=0, high=1, flag='')
+    warmup_prefix: bool = setting(False, 'count the epochs of the schedule from the end of the warm-up')
+    hold_epochs: float = setting(
+        0, 'epochs at the full LR between the warm-up and the decay', low=0, flag='', policy=True)
+    min_scale: float = setting(0., 'fraction of the LR that the decay does not go below', low=0, high=1, flag='')
+    decay_epochs: Optional[float] = setting(
+        90, 'epochs between the decays of step; length of the decay of wsd and rsqrt', above=0, policy=True)
+    decay_milestones: list[int] = setting([90, 180, 270], 'epochs at which multistep decays')
+    decay_rate: float = setting(
+        0.1, 'factor of each decay; power of poly', low=0, flag='--decay-rate --dr', policy=True)
+    cooldown_epochs: int = setting(0, 'epochs at the least LR, after the schedule', low=0)
+    patience_epochs: int = setting(10, 'epochs without improvement before plateau decays', low=0)
+    cycle_mul: float = setting(
+        1., 'factor from the length of a cycle to that of the next', low=0, flag='--lr-cycle-mul')
+    cycle_decay: float = setting(0.5, 'factor from the LR of a cycle to that of the next', flag='--lr-cycle-decay')
+    cycle_limit: int = setting(1, 'number of cycles', low=1, flag='--lr-cycle-limit')
+    k_decay: float = setting(1., 'k of the k-decay of cosine and poly', flag='--lr-k-decay')
+    decay_fn: Optional[str] = setting(
+        None, 'shape of the decay phase of wsd and rsqrt', flag='--lr-decay-fn',
+        choices=('linear', '1-sqrt', 'cosine', 'power', 'exp'))
+    stable_timescale: Optional[float] = setting(
+        None, 'time scale of rsqrt in epochs', above=0, flag='--lr-stable-timescale')
+    noise: Optional[list[float]] = setting(
+        None, 'start, or start and end, of LR noise as fractions of the epochs', flag='--lr-noise')
+    noise_pct: float = setting(0.67, 'largest LR noise, as a fraction', low=0, flag='--lr-noise-pct')
+    noise_std: float = setting(1., 'standard deviation of the LR noise', flag='--lr-noise-std')
+    noise_seed: int = setting(42, 'seed of the LR noise; of a run it is --seed, unless it is set here', flag='')
 
     def __post_init__(self):
-        _check_types(self, 'schedule')
-        if self.sched not in SCHEDULES:
-            raise UserError(f'schedule: sched {self.sched!r} is unknown; choose one of {", ".join(SCHEDULES)}')
-        _check_range('schedule', self, 0, 1, 'warmup_scale', 'min_scale')
-        _check_range(
-            'schedule', self, 0, None,
-            'warmup_epochs', 'hold_epochs', 'cooldown_epochs', 'patience_epochs', 'decay_rate', 'noise_pct',
-        )
-        if self.decay_epochs is not None and self.decay_epochs <= 0:
-            raise UserError(f'schedule: decay_epochs must be above 0, not {self.decay_epochs}')
+        _check_fields(self, 'schedule')
+        if self.decay_milestones != sorted(set(self.decay_milestones)):
+            raise UserError(f'schedule: decay_milestones must increase, not {self.decay_milestones}')
+        if self.noise is not None and (len(self.noise) not in (1, 2) or self.noise != sorted(self.noise)):
+            raise UserError(f'schedule: noise must be 1 or 2 values in increasing order, not {self.noise}')
 
     def replace(self, **changes) -> 'Schedule':
         """A copy with some fields changed, validated again."""
@@ -97,69 +97,45 @@ class Schedule:
 
 @dataclass
 class RolePlan:
-    """How one role is fine-tuned. A field that is None takes the Plan's common value.
-
-    Attributes:
-        lr: Learning rate of the role's upper blocks.
-        weight_decay: Weight decay of the role (none on biases, norms and what the model excludes).
-        low_blocks: Number of blocks, counted from the input and including the stem before them, that train at
-            `low_lr_scale` times the LR (AMF paper, section IV-B1: the first 8 at 0.4; non-binary paper, section 4.4).
-        low_lr_scale: Factor of the LR of the low blocks.
-        layer_decay: Factor of the LR for each step of depth towards the input, as timm's `--layer-decay`.
-        train: `all`, `none`, or a list of blocks: names or indices (negative ones count from the end) of
-            `timm_amf.list_blocks`, and `stem` or `tail` for what lies before the first and after the last block; and of
-            layers: modules by name, or single parameters, of which all trains and nothing else of their block.
-            What is not listed is frozen, batch-norm statistics included. `random` draws the blocks ("stochastic
-            fine-tuning", SpotTune paper, section 4.1): the stem is frozen, what lies after the last block trains.
-        train_share: Share of the blocks that `random` draws, above 0 to 1; rounded to the nearest number, at least one.
-        train_seed: What the draw of `random` follows from, besides the number of blocks.
-        reinit_blocks: Number of blocks, counted from the output, that start anew with the architecture's own
-            initialisation, and with them what lies after the last block (non-binary paper, section 4.3: 0, 1, 2 are
-            its 1, 2, 3 layers, of which the classifier is the first).
-        l2sp_alpha: Weight decay towards the starting point instead of zero (L2-SP): the penalty is
-            alpha / 2 * ||w - w_0||^2, its gradient alpha * (w - w_0). 0 is none, and then weight decay acts.
-        l2sp_blocks: Number of transferred blocks, counted from the input and including the stem before them, on which
-            `l2sp_alpha` acts instead of `weight_decay`; `all` (the default) takes all that is transferred, also what
-            lies after the last block. The rest, and what is re-initialised, has `weight_decay` (non-binary paper,
-            Table 5, where it is called beta).
-        l2sp_1d: Also pull what weight decay spares: biases, norms, and what the model exempts from it.
-        start_epoch: Epoch at which the role starts to train; frozen until then, and its schedule counts from there.
-        freeze_bn: Keep the statistics and the affine parameters of the batch norms fixed though the role trains.
-        schedule: Fields of `Schedule` that differ from the Plan's.
-    """
-    lr: Optional[float] = None
-    weight_decay: Optional[float] = None
-    low_blocks: Optional[int] = None
-    low_lr_scale: Optional[float] = None
-    layer_decay: Optional[float] = None
-    train: Optional[Union[str, list[Union[int, str]]]] = None
-    train_share: Optional[float] = None
-    train_seed: Optional[int] = None
-    reinit_blocks: Optional[int] = None
-    l2sp_alpha: Optional[float] = None
-    l2sp_blocks: Optional[Union[int, str]] = None
-    l2sp_1d: Optional[bool] = None
-    start_epoch: Optional[int] = None
-    freeze_bn: Optional[bool] = None
-    schedule: Optional[dict[str, Any]] = None
+    """How one role is fine-tuned. A field that is None takes the Plan's common value, else the default in its text."""
+    lr: Optional[float] = setting(None, "learning rate (default: the Plan's)", low=0, flag='')
+    weight_decay: Optional[float] = setting(
+        None, "weight decay; none on biases, norms and what the model excludes (default: the Plan's)", low=0, flag='')
+    low_blocks: Optional[int] = setting(
+        None, 'the first N blocks, counted from the input and including the stem, train slower (default: 0)', low=0)
+    low_lr_scale: Optional[float] = setting(None, 'factor of the LR of the low blocks (default: 0.4)', low=0)
+    layer_decay: Optional[float] = setting(
+        None, "factor of the LR for each step of depth, as timm's (default: the Plan's)", low=0, high=1, flag='')
+    train: Optional[Union[str, list[Union[int, str]]]] = setting(
+        None, 'all, none, random, or a list of blocks (names, indices, stem, tail) and layers (names of modules or '
+        'parameters); the rest is frozen, batch-norm statistics included (default: all)', flag='')
+    train_share: Optional[float] = setting(
+        None, 'share of the blocks that train: random draws, rounded, at least one; the stem is frozen, what lies '
+        'after the last block trains (default: 0.5)', above=0, high=1)
+    train_seed: Optional[int] = setting(None, 'what the draw of train: random follows from (default: 0)', low=0)
+    reinit_blocks: Optional[int] = setting(
+        None, 'the last N blocks, and what lies after them, start with new weights (default: 0)', low=0)
+    l2sp_alpha: Optional[float] = setting(
+        None, 'weight decay towards the starting point instead of zero (L2-SP): the gradient is alpha * (w - w_0); '
+        '0 is none', low=0)
+    l2sp_blocks: Optional[Union[int, str]] = setting(
+        None, 'L2-SP on the first N transferred blocks only, weight decay on the rest (default: all)', low=0)
+    l2sp_1d: Optional[bool] = setting(
+        None, 'pull what weight decay spares, too: biases and norms (default: false)', flag='')
+    start_epoch: Optional[int] = setting(
+        None, 'epoch at which the role starts to train; frozen until then, and its schedule counts from there '
+        '(default: 0)', low=0, flag='', policy=True)
+    freeze_bn: Optional[bool] = setting(
+        None, 'batch norms stay fixed though the role trains (default: false)', flag='')
+    schedule: Optional[dict[str, Any]] = setting(None, "what differs from the Plan's schedule", flag='')
 
     def __post_init__(self):
-        _check_types(self, 'role')
-        _check_range(
-            'role', self, 0, None,
-            'lr', 'weight_decay', 'low_blocks', 'low_lr_scale', 'start_epoch', 'train_seed', 'reinit_blocks',
-            'l2sp_alpha',
-        )
-        _check_range('role', self, 0, 1, 'layer_decay', 'train_share')
-        if self.train_share == 0:
-            raise UserError('role: train_share must be above 0; to train nothing, set train to "none"')
+        _check_fields(self, 'role')
         if isinstance(self.train, str) and self.train not in ('all', 'none', 'random'):
             raise UserError(
                 f'role: train must be "all", "none", "random" or a list of blocks or layers, not {self.train!r}')
         if isinstance(self.l2sp_blocks, str) and self.l2sp_blocks != 'all':
             raise UserError(f'role: l2sp_blocks must be a number of blocks or "all", not {self.l2sp_blocks!r}')
-        if isinstance(self.l2sp_blocks, int):
-            _check_range('role', self, 0, None, 'l2sp_blocks')
         if self.schedule is not None:
             _check_names(self.schedule, Schedule, 'role.schedule')
             Schedule(**self.schedule)
@@ -190,68 +166,43 @@ class Plan:
     Keys of `roles` are the roles of the model (`branch.0`, `branch.1`, `policy`, `head`; `backbone` and `head` for a
     plain timm model), or a kind (`branch`) that stands for all roles `branch.*`; the exact name wins field by field.
 
-    Attributes:
-        lr: Learning rate of every role that has none of its own.
-        epochs: Number of epochs of the schedules (warm-up prefix and cool-down come on top, as in timm).
-        opt: Optimiser, any name of `timm.optim.list_optimizers`.
-        momentum: Momentum, for optimisers that have one.
-        weight_decay: Weight decay of every role that has none of its own.
-        weight_decay_exclude_1d: No weight decay on biases and norms (timm's rule).
-        layer_decay: Factor of the LR for each step of depth, for every role that has none of its own.
-        layer_decay_min_scale: Lower limit of the layer-decay factor.
-        layer_decay_no_opt_scale: Blocks whose layer-decay factor is below this are frozen.
-        opt_eps: Epsilon of the optimiser (None: its default).
-        opt_betas: Betas of the optimiser (None: its default).
-        opt_kwargs: Further arguments of the optimiser.
-        schedule: The schedule of every role that has none of its own.
-        sched_on_updates: Step the schedules on every update instead of every epoch.
-        temperature: Temperature of a SpotTune's Gumbel-softmax, above 0 (None: the model's own; 5 in the paper).
-        temperature_end: Temperature of the last epoch, reached by equal factors from epoch to epoch (None: constant).
-        global_k: Number of blocks that a SpotTune may tune for all images alike (SpotTune, section 3.3; None: any).
-        global_k_weights: lambda_1 and lambda_2 of its losses (equation 7), which the paper does not give.
-        global_k_window: Images over which the share of each block is counted.
-        roles: Settings by role.
-
     Raises:
         UserError: If a field is unknown, of the wrong type or out of range.
     """
-    lr: float = 0.01
-    epochs: int = 300
-    opt: str = 'sgd'
-    momentum: float = 0.9
-    weight_decay: float = 2e-5
-    weight_decay_exclude_1d: bool = True
-    layer_decay: Optional[float] = None
-    layer_decay_min_scale: float = 0.
-    layer_decay_no_opt_scale: Optional[float] = None
-    opt_eps: Optional[float] = None
-    opt_betas: Optional[list[float]] = None
-    opt_kwargs: dict[str, Any] = field(default_factory=dict)
-    schedule: Schedule = field(default_factory=Schedule)
-    sched_on_updates: bool = False
-    temperature: Optional[float] = None
-    temperature_end: Optional[float] = None
-    global_k: Optional[int] = None
-    global_k_weights: list[float] = field(default_factory=lambda: [0.1, 0.1])
-    global_k_window: int = 1000
-    roles: dict[str, RolePlan] = field(default_factory=dict)
+    lr: float = setting(0.01, 'learning rate; in a run that names none, --lr-base scaled with the batch', low=0, flag='')
+    epochs: int = setting(300, 'number of epochs of the schedule', low=0)
+    opt: str = setting('sgd', 'optimiser, any of timm.optim.list_optimizers()')
+    momentum: float = setting(0.9, 'momentum of the optimiser', low=0, high=1)
+    weight_decay: float = setting(2e-5, 'weight decay', low=0)
+    weight_decay_exclude_1d: bool = setting(True, 'no weight decay on biases and norms', flag='')
+    layer_decay: Optional[float] = setting(None, 'factor on the LR from each layer to the one below', low=0, high=1)
+    layer_decay_min_scale: float = setting(0., 'least factor that layer_decay may reach', low=0, high=1)
+    layer_decay_no_opt_scale: Optional[float] = setting(None, 'factor below which a layer is not trained at all')
+    opt_eps: Optional[float] = setting(None, "epsilon of the optimiser (default: the optimiser's)", low=0)
+    opt_betas: Optional[list[float]] = setting(None, "betas of the optimiser (default: the optimiser's)")
+    opt_kwargs: dict[str, Any] = setting({}, "arguments for the optimiser's constructor")
+    schedule: Schedule = setting(Schedule, 'the schedule of every role that has none of its own', flag='')
+    sched_on_updates: bool = setting(False, 'step the schedule at every update instead of every epoch')
+    temperature: Optional[float] = setting(
+        None, "temperature of a SpotTune's policy (default: the model's, 5)", above=0)
+    temperature_end: Optional[float] = setting(
+        None, 'temperature of the last epoch, reached by equal factors (default: as the first)', above=0)
+    global_k: Optional[int] = setting(
+        None, 'a SpotTune learns this many blocks to tune for all images alike (default: any)', low=0)
+    global_k_weights: list[float] = setting([0.1, 0.1], 'lambda 1 and 2 of its losses', low=0, nargs=2)
+    global_k_window: int = setting(1000, 'images over which its shares are counted', above=0)
+    roles: dict[str, RolePlan] = setting({}, 'settings by role', flag='')
 
     def __post_init__(self):
         self.schedule = _build(Schedule, self.schedule, 'plan.schedule')
         if not isinstance(self.roles, Mapping):
             raise UserError(f'plan.roles must be a mapping of role to settings, not {self.roles!r}')
         self.roles = {str(k): _build(RolePlan, v, f'plan.roles.{k}') for k, v in self.roles.items()}
-        _check_types(self, 'plan')
-        _check_range('plan', self, 0, None, 'lr', 'epochs', 'momentum', 'weight_decay', 'global_k')
-        for name in ('temperature', 'temperature_end', 'global_k_window'):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f'plan: {name} must be above 0, not {value}')
-        if len(self.global_k_weights) != 2 or min(self.global_k_weights) < 0:
+        _check_fields(self, 'plan')
+        if len(self.global_k_weights) != 2:
             raise UserError(f'plan: global_k_weights must be two values of 0 or more, not {self.global_k_weights}')
         if self.temperature_end is not None and self.temperature is None:
             raise UserError('plan: temperature_end needs a temperature to start from; set temperature')
-        _check_range('plan', self, 0, 1, 'layer_decay', 'layer_decay_min_scale')
 
     def role(self, name: str, defaults: Optional[Mapping[str, Mapping[str, Any]]] = None) -> RolePlan:
         """The settings of one role with every field filled in.
@@ -273,7 +224,14 @@ class Plan:
 
     def role_schedule(self, name: str, defaults: Optional[Mapping[str, Mapping[str, Any]]] = None) -> Schedule:
         """The schedule of one role; `defaults` as in `role`."""
-        return self.schedule.replace(**self.role(name, defaults).schedule)
+        return self.complete_schedule(self.role(name, defaults).schedule)
+
+    def complete_schedule(self, changes: Optional[Mapping[str, Any]] = None) -> Schedule:
+        """The Plan's schedule with some fields changed and timm's absolute start of the warm-up as a fraction."""
+        schedule = self.schedule.replace(**(changes or {}))
+        if schedule.warmup_scale is None:
+            schedule.warmup_scale = min(1., _TIMM_WARMUP_LR / self.lr) if self.lr else 0.
+        return schedule
 
     def temperature_at(self, epoch: int) -> Optional[float]:
         """The temperature of an epoch, from 0; None leaves the model its own."""
@@ -333,21 +291,20 @@ class Plan:
     def from_yaml(cls, path: Union[str, Path]) -> 'Plan':
         """Read a Plan from a file that holds it alone, or under the key `plan` of a recipe.
 
-        Raises:
-            UserError: If the file is missing, is no YAML mapping or holds no valid Plan.
+        A `plan.yaml` of a run has every common field, so that it means the same when defaults change.
         """
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-        except OSError as e:
-            raise UserError(f'{path}: cannot be read ({e.strerror}); give the path of a plan.yaml') from None
-        except yaml.YAMLError as e:
-            raise UserError(f'{path}: is not valid YAML ({" ".join(str(e).split())})') from None
+        data = _read_yaml(path)
         if not isinstance(data, Mapping):
             raise UserError(f'{path}: holds no mapping of settings')
         try:
             return cls.from_dict(data.get('plan', data))
         except UserError as e:
             raise UserError(f'{path}: {e}') from None
+
+
+def _read_yaml(path):
+    with open(path, encoding='utf-8') as file:  # an open file, so that YAML's errors name it
+        return yaml.safe_load(file)
 
 
 def _build(cls, value, where: str):
@@ -373,16 +330,34 @@ def _check_names(mapping, cls, where: str) -> None:
             raise UserError(f'{where} has no setting {key!r}{hint}')
 
 
-def _check_types(instance, where: str) -> None:
-    """Check the fields against their annotations; YAML gives `1e-4` as a string and `1` for a float."""
+def _check_fields(instance, where: str) -> None:
+    """Check the fields against their declarations; YAML gives `1e-4` as a string and `1` for a float."""
     hints = typing.get_type_hints(type(instance))
     for f in dataclasses.fields(instance):
         value = getattr(instance, f.name)
         try:
-            setattr(instance, f.name, _coerce(value, hints[f.name]))
+            value = _coerce(value, hints[f.name])
         except (TypeError, ValueError):
             expected = f.type.__name__ if isinstance(f.type, type) else str(f.type).replace('typing.', '')
             raise UserError(f'{where}: {f.name} must be {expected}, not {value!r}') from None
+        setattr(instance, f.name, value)
+        for item in value if isinstance(value, list) else [value]:
+            problem = _problem(item, **f.metadata)
+            if problem:
+                raise UserError(f'{where}: {f.name} {problem}')
+
+
+def _problem(value, low=None, high=None, above=None, choices=None, **_) -> str:
+    if choices and value is not None and value not in choices:
+        return f'{value!r} is unknown; choose one of {", ".join(choices)}'
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return ''
+    if above is not None and not value > above:
+        return f'must be above {above}, not {value}'
+    if (low is not None and value < low) or (high is not None and value > high):
+        return f'must be at least {low}, not {value}' if high is None else (
+            f'must be from {above if low is None else low} to {high}, not {value}')
+    return ''
 
 
 def _coerce(value, hint):
@@ -416,11 +391,3 @@ def _coerce(value, hint):
     if not isinstance(value, hint):
         raise TypeError
     return value
-
-
-def _check_range(where: str, instance, low: float, high: Optional[float], *names: str) -> None:
-    for name in names:
-        value = getattr(instance, name)
-        if value is not None and (value < low or (high is not None and value > high)):
-            limits = f'at least {low}' if high is None else f'from {low} to {high}'
-            raise UserError(f'{where}: {name} must be {limits}, not {value}')

@@ -1,143 +1,149 @@
-"""The Plan on the command line: its flags, and timm's flags read as a Plan."""
+"""The Plan on the command line: its flags follow from its fields."""
 import argparse
-from collections.abc import Iterable
-from typing import Any
+import dataclasses
+import typing
+from collections.abc import Iterable, Iterator
+from typing import Any, Optional, Union
 
 import yaml
 
+from timm_amf.engine.config_file import KeyValues, load_yaml
 from timm_amf.errors import UserError
-from timm_amf.tuning.plan import Plan
+from timm_amf.tuning.plan import Plan, RolePlan, Schedule
 
-__all__ = ['add_plan_args', 'plan_from_args']
+__all__ = ['add_plan_args', 'common_plan', 'field_table', 'plan_from_args']
 
-# timm's flags that are fields of the Plan, and of its Schedule.
-_PLAN_FLAGS = {
-    name: name for name in (
-        'epochs', 'opt', 'momentum', 'weight_decay', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale',
-        'opt_eps', 'opt_betas', 'opt_kwargs', 'sched_on_updates', 'temperature', 'temperature_end', 'global_k',
-        'global_k_weights', 'global_k_window',
-    )
-}
-_SCHEDULE_FLAGS = {
-    'sched': 'sched', 'warmup_epochs': 'warmup_epochs', 'warmup_prefix': 'warmup_prefix',
-    'decay_epochs': 'decay_epochs', 'decay_milestones': 'decay_milestones', 'decay_rate': 'decay_rate',
-    'cooldown_epochs': 'cooldown_epochs', 'patience_epochs': 'patience_epochs', 'lr_cycle_mul': 'cycle_mul',
-    'lr_cycle_decay': 'cycle_decay', 'lr_cycle_limit': 'cycle_limit', 'lr_k_decay': 'k_decay',
-    'lr_decay_fn': 'decay_fn', 'lr_stable_timescale': 'stable_timescale', 'lr_noise': 'noise',
-    'lr_noise_pct': 'noise_pct', 'lr_noise_std': 'noise_std', 'seed': 'noise_seed',
-}
-_POLICY_SCHEDULE_FLAGS = {
-    'policy_sched': 'sched', 'policy_hold_epochs': 'hold_epochs', 'policy_warmup_epochs': 'warmup_epochs',
-    'policy_decay_epochs': 'decay_epochs', 'policy_decay_rate': 'decay_rate',
-}
-# Of the roles that have blocks, all alike.
-_DEPTH_FLAGS = (
-    'low_blocks', 'low_lr_scale', 'reinit_blocks', 'l2sp_alpha', 'l2sp_blocks', 'train_share', 'train_seed',
-)
 # Roles that the flags of depth pass over: they have no blocks of their own, or none that train.
 _WITHOUT_BLOCKS = ('frozen', 'head', 'policy', 'stem', 'tail')
-_LR_FLAGS = ('lr', 'lr_base', 'lr_base_size', 'lr_base_scale')
+
+
+def _flags(cls, prefix: str = '') -> Iterator[tuple[dataclasses.Field, list[str], str]]:
+    """(field, names of its flag, its key in the namespace) of the fields that have a flag.
+
+    With a prefix, of those that the policy has a flag of its own for.
+    """
+    for field in dataclasses.fields(cls):
+        names = (field.metadata.get('flag', f'--{field.name}')).replace('_', '-').split()
+        if prefix and field.metadata.get('policy'):
+            names = [f'--{prefix}{field.name}'.replace('_', '-')]
+        elif prefix or not names:
+            continue
+        yield field, names, names[0][2:].replace('-', '_')
+
+
+def _flag_keywords(cls, field: dataclasses.Field) -> dict[str, Any]:
+    """Keywords of `add_argument` that follow from a field. Its default is None: what is not given changes nothing."""
+    hint = typing.get_type_hints(cls)[field.name]
+    if typing.get_origin(hint) is Union:
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        hint = kinds[0] if len(kinds) == 1 else _number_or_word
+    if hint is bool:
+        return dict(action='store_true', default=None)
+    if typing.get_origin(hint) is dict:
+        return dict(action=KeyValues, nargs='*', metavar='KEY=VALUE')
+    keywords = {}
+    if typing.get_origin(hint) is list:
+        hint = typing.get_args(hint)[0]
+        keywords['nargs'] = field.metadata.get('nargs', '+')
+    choices = field.metadata.get('choices')
+    if choices:
+        return dict(keywords, choices=(*choices, 'none') if field.name == 'sched' else choices)
+    return dict(keywords, type=hint, metavar={int: 'N', float: 'X', str: 'NAME'}.get(hint, 'N'))
 
 
 def add_plan_args(parser: argparse.ArgumentParser) -> None:
-    """Add the group `Plan parameters`: what differs by role. Everything common has timm's own flags."""
-    description = "How each role of the model is fine-tuned; what is common has timm's own flags."
-    add = parser.add_argument_group('Plan parameters', description).add_argument
+    """Add the group `Plan parameters`: the flags of the fields of Plan, Schedule and RolePlan."""
+    add = parser.add_argument_group('Plan parameters', 'How the model, and each of its roles, is fine-tuned.').add_argument
     add('--plan', default='', metavar='FILE', help='read a Plan (plan.yaml of a run, or a recipe); flags override it')
+    for cls, prefix, whose in (
+            (Plan, '', ''), (Schedule, '', ''), (RolePlan, '', 'backbone or each branch: '),
+            (RolePlan, 'policy_', 'policy: '), (Schedule, 'policy_', 'policy: ')):
+        for field, names, _ in _flags(cls, prefix):
+            text = whose + field.metadata['help']
+            default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+            if not (prefix or 'default' in text or default in (None, {}, False)):
+                text += f' (default: {" ".join(map(str, default)) if isinstance(default, list) else default})'
+            add(*names, help=text.replace('%', '%%'), **_flag_keywords(cls, field))
     add('--branch-lr', type=float, nargs='+', metavar='LR', help='LR of each branch, in order')
     add('--policy-lr', type=float, metavar='LR', help='LR of the policy network')
     add('--head-lr', type=float, metavar='LR', help='LR of the classifier')
     add('--backbone-lr', type=float, metavar='LR', help='LR of a plain model apart from its classifier')
-    add('--low-blocks', type=int, metavar='N', help='the first N blocks of the backbone or of each branch train slower')
-    add('--low-lr-scale', type=float, metavar='F', help='factor of the LR of the low blocks (default: 0.4)')
-    add('--reinit-blocks', type=int, metavar='N',
-        help='the last N blocks of the backbone or of each branch start anew, as the classifier does')
-    add('--l2sp-alpha', type=float, metavar='A',
-        help='weight decay of the backbone or of each branch towards its start instead of zero (L2-SP)')
-    add('--l2sp-blocks', type=_number_or_all, metavar='N',
-        help='L2-SP on the first N blocks only, weight decay on the rest (default: all)')
-    add('--train-share', type=float, metavar='F',
-        help='only this share of the blocks of the backbone or of each branch trains, drawn at random')
-    add('--train-seed', type=int, metavar='N', help='what the draw of --train-share follows from (default: 0)')
     add('--freeze', nargs='+', default=[], metavar='ROLE', help='roles that do not train')
     add('--freeze-bn', nargs='+', default=[], metavar='ROLE', help='roles whose batch norms stay fixed')
-    add('--policy-start-epoch', type=int, metavar='N', help='the policy network is frozen before this epoch')
-    add('--policy-sched', metavar='NAME', help='schedule of the policy network (default: as --sched)')
-    add('--policy-warmup-epochs', type=float, metavar='N', help='warm-up of the policy network')
-    add('--policy-hold-epochs', type=float, metavar='N', help='epochs at the full policy LR before it decays')
-    add('--policy-decay-epochs', type=float, metavar='N', help='epoch interval of the policy LR\'s decay')
-    add('--policy-decay-rate', type=float, metavar='F', help='decay rate of the policy LR')
-    add('--temperature', type=float, metavar='T', help="temperature of a SpotTune's policy (default: the model's, 5)")
-    add('--temperature-end', type=float, metavar='T', help='temperature of the last epoch (default: as the first)')
-    add('--global-k', type=int, metavar='K', help='a SpotTune learns K blocks to tune for all images alike')
-    add('--global-k-weights', type=float, nargs=2, metavar='L', help='lambda 1 and 2 of its losses (default: 0.1 0.1)')
-    add('--global-k-window', type=int, metavar='N', help='images over which its shares are counted (default: 1000)')
     add('--role', nargs='+', default=[], metavar='ROLE.FIELD=VALUE', dest='role_settings',
         help='any setting of any role, e.g. branch.0.lr=0.0008 policy.schedule.sched=cosine backbone.train=[-1,-2]')
 
 
-def _number_or_all(text: str):
-    return text if text == 'all' else int(text)
+def field_table(cls) -> str:
+    """The table of a class in docs/plan.md."""
+    lines = ['| field | default | | flag |', '|---|---|---|---|']
+    for field in dataclasses.fields(cls):
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        default = '' if default is None or isinstance(default, Schedule) else yaml.safe_dump(default, default_flow_style=True).split('\n')[0]
+        flags = field.metadata.get('flag', f'--{field.name}').replace('_', '-').split()
+        flags += [f'--policy-{field.name}'.replace('_', '-')] if field.metadata.get('policy') else []
+        text = field.metadata['help'].replace('|', '\\|')
+        lines.append(f'| `{field.name}` | {default} | {text} | {", ".join(f"`{flag}`" for flag in flags)} |')
+    return '\n'.join(lines)
+
+
+def _number_or_word(text: str) -> Union[int, str]:
+    return int(text) if text.lstrip('-').isdigit() else text
 
 
 def plan_from_args(args: argparse.Namespace, roles: Iterable[str], lr: float) -> Plan:
-    """The Plan of a command line.
+    """The Plan of a run: that of `--plan` or of the recipe, with the flags that were given over it.
 
-    Without a Plan, all of timm's flags make one, timm's defaults included. A Plan (`--plan`, or else the recipe's
-    `plan:` section) means here what it means to `Plan.from_yaml`: what it leaves out takes the Plan's own defaults, and
-    only flags that were given, on the command line or in the recipe, override it.
-
-    timm's `--warmup-lr` and `--min-lr` are absolute, for the LR of `--lr`; they become fractions of it.
+    What neither says has the Plan's default, except the LR, which follows timm's rule.
 
     Args:
-        args: Parsed flags, with `explicit` (the names of those that were given) and `recipe` (the sections of
-            `--config`).
+        args: Parsed flags, with `recipe` (the sections of `--config`).
         roles: The roles of the model.
         lr: The LR that the flags give (`--lr`, or `--lr-base` scaled by the batch size).
-
-    Returns:
-        The Plan.
-
-    Raises:
-        UserError: If a setting is out of range, or names a role that the model has not.
     """
     roles = list(roles)
-    given = set(args.explicit)
-    if args.plan:
-        plan = Plan.from_yaml(args.plan)
-    elif 'plan' in args.recipe:
-        plan = Plan.from_dict(args.recipe['plan'])
-    else:
-        plan = Plan(lr=lr, **_values(args, _PLAN_FLAGS), schedule=_schedule_values(args, lr))
-    over: dict[str, Any] = {k: v for k, v in _values(args, _PLAN_FLAGS).items() if k in given}
-    if given.intersection(_LR_FLAGS):
-        over['lr'] = lr
-    # The seed names the noise's draw but does not ask for it: a Plan's own noise seed stays.
-    plan = plan.updated(over)
-    plan = plan.updated(dict(schedule=_schedule_values(args, plan.lr, given - {'seed'})))
+    plan = common_plan(args, lr)
     for name, settings in _role_settings(args, roles):
         plan = plan.with_role(name, **settings)
     return plan
 
 
-def _values(args, table) -> dict[str, Any]:
-    return {field: getattr(args, flag) for flag, field in table.items() if getattr(args, flag) is not None}
+def common_plan(args: argparse.Namespace, lr: Optional[float] = None) -> Plan:
+    """The Plan without the flags of single roles, which need a model.
 
-
-def _schedule_values(args, lr: float, only=None) -> dict[str, Any]:
-    """timm's schedule flags as fields of a Schedule; `only` limits them to the flags named."""
-    values = _values(args, {k: v for k, v in _SCHEDULE_FLAGS.items() if only is None or k in only})
+    timm's `--warmup-lr` and `--min-lr` are absolute; they become fractions of the Plan's LR. Without `lr` they are not
+    read.
+    """
+    section = dict(args.recipe.get('plan', {}))
+    if args.plan:
+        Plan.from_yaml(args.plan)  # names the file in its messages
+        section = dict(load_yaml(args.plan))
+        section = dict(section.get('plan', section))
+    noise_seed = (section.get('schedule') or {}).get('noise_seed', args.seed)
+    plan = Plan.from_dict(section).updated(_values(args, Plan))
+    schedule = {'noise_seed': noise_seed, **_values(args, Schedule)}
+    if schedule.get('sched') == 'none':
+        schedule.update(sched='constant', warmup_epochs=0)
+    if lr is None:
+        return plan.updated(dict(schedule=schedule))
+    asks_lr = any(getattr(args, name) is not None for name in ('lr', 'lr_base', 'lr_base_size', 'lr_base_scale'))
+    if asks_lr or 'lr' not in section:
+        plan = plan.updated(dict(lr=lr))
     for flag, field in (('warmup_lr', 'warmup_scale'), ('min_lr', 'min_scale')):
-        if only is not None and flag not in only:
+        value = getattr(args, flag)
+        if value is None:
             continue
-        fraction = getattr(args, flag) / lr if lr else 0.
-        if fraction > 1 and flag in args.explicit:
+        if value > plan.lr:
             name = flag.replace('_', '-')
-            raise UserError(f'--{name} {getattr(args, flag):g} is above the LR of {lr:g}; lower it, or raise --lr')
-        values[field] = min(1., fraction)  # timm's default of 1e-5 can lie above a very small LR
-    if values.get('sched') == 'none':
-        values.update(sched='constant', warmup_epochs=0)
-    return values
+            raise UserError(f'--{name} {value:g} is above the LR of {plan.lr:g}; lower it, or raise --lr')
+        schedule[field] = value / plan.lr if plan.lr else 0.
+    return plan.updated(dict(schedule=schedule))
+
+
+def _values(args, cls, prefix: str = '') -> dict[str, Any]:
+    """The fields whose flags were given."""
+    values = {field.name: getattr(args, dest) for field, _, dest in _flags(cls, prefix)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _role_settings(args, roles: list[str]) -> list[tuple[str, dict[str, Any]]]:
@@ -153,7 +159,7 @@ def _role_settings(args, roles: list[str]) -> list[tuple[str, dict[str, Any]]]:
         if value is not None:
             result.append((_known(kind, roles, f'--{kind}-lr'), dict(lr=value)))
     bodies = branches or [r for r in roles if r not in _WITHOUT_BLOCKS]
-    depths = _values(args, {name: name for name in _DEPTH_FLAGS})
+    depths = _values(args, RolePlan)
     if args.train_share is not None:
         depths['train'] = 'random'
     result += [(r, depths) for r in bodies if depths]
@@ -162,8 +168,7 @@ def _role_settings(args, roles: list[str]) -> list[tuple[str, dict[str, Any]]]:
         result += [] if depths.get('reinit_blocks') else [('tail', dict(l2sp_alpha=depths['l2sp_alpha']))]
     result += [(_known(r, roles, '--freeze'), dict(train='none')) for r in args.freeze]
     result += [(_known(r, roles, '--freeze-bn'), dict(freeze_bn=True)) for r in args.freeze_bn]
-    policy = _values(args, dict(policy_start_epoch='start_epoch'))
-    schedule = _values(args, _POLICY_SCHEDULE_FLAGS)
+    policy, schedule = _values(args, RolePlan, 'policy_'), _values(args, Schedule, 'policy_')
     if policy or schedule:
         settings = dict(policy, schedule=schedule) if schedule else policy
         result.append((_known('policy', roles, '--policy-*'), settings))

@@ -125,7 +125,7 @@ class GroupScheduler:
             if key not in self._shapes:
                 # The group's own, since the model may have a say in it (`role_defaults`).
                 own = group.get('schedule')
-                schedule = plan.role_schedule(key[0]) if own is None else plan.schedule.replace(**own)
+                schedule = plan.role_schedule(key[0]) if own is None else plan.complete_schedule(own)
                 self._shapes[key] = _Shape(
                     schedule, key[1], plan.epochs, updates_per_epoch, self.on_updates, plateau_mode)
         self._lrs = [group['initial_lr'] for group in optimizer.param_groups]
