@@ -152,7 +152,7 @@ def parse_args(
     from_file = {**defaults, **values}
     _settle(args, {name for name in from_file if getattr(args, name, None) != from_file[name]}, defaults)
     args.explicit = {name for name in defaults if getattr(args, name, None) != defaults[name]} - {'help', 'config'}
-    args.explicit -= {name for name in derived_flags(args) if name not in values}
+    args.explicit -= set(derived_flags(args))
     args.model = args.model or 'resnet50'
     _check_applicable(args, defaults)
     check_values(args)
