@@ -247,13 +247,13 @@ def other_value(action):
 
 
 def effective_defaults(parser):
-    """Defaults of the flags; of those that leave a Plan's value, those of the Plan, and of a rule, those of its help."""
+    """Defaults of the flags; of those that leave a Plan's value, the Plan's, and of a rule, those of its help."""
     values = vars(parser.parse_args([]))
     for cls in (Plan, Schedule):
         for field, _, dest in plan_args._flags(cls):
             values[dest] = getattr(cls(), field.name)
-    return values | dict(
-        lr_base=0.1, lr_base_size=256, lr_base_scale='', warmup_lr=1e-5, min_lr=0., model='resnet50', checkpoint_hist=10)
+    rules = dict(lr_base=0.1, lr_base_size=256, lr_base_scale='', warmup_lr=1e-5, min_lr=0.)
+    return values | rules | dict(model='resnet50', checkpoint_hist=10)
 
 
 # timm's flags
@@ -712,7 +712,7 @@ def test_help(capsys):
         parse_args(['--help'])
     assert leave.value.code == 0
     text = capsys.readouterr().out
-    for title in ('Dataset', 'Model', 'Optimizer', 'Miscellaneous', 'Plan', 'Mixture', 'Run'):
+    for title in ('Dataset', 'Model', 'Gradient', 'Miscellaneous', 'Plan', 'Mixture', 'Run'):
         assert f'\n{title} parameters:' in text
     assert '[refused] teacher' in text and '(default: 0.9998)' in text and '(default: None)' not in text
 

@@ -53,7 +53,7 @@ def test_all_recipes_fit(name):
     text = recipe.path.read_text(encoding='utf-8')
     # Where there is no Hub id, the recipe says why, and how to run it is in its first lines.
     assert recipe.repo_id == f'timm-amf/{name}' or (recipe.repo_id is None and 'There is no Hub id' in text)
-    assert f'--config {name} ' in text
+    assert f'--config {name} ' in text or 'benchmarks/blockwise_protocol.py' in text
 
 
 def test_base_models_are_those_whose_weights_are_loaded():
@@ -105,7 +105,7 @@ def test_blockwise_settings(name):
     args = parse_args(['--config', f'{name}.tf_flowers', '--data-dir', '.'])
     plan = args.recipe['plan']
     assert (plan['opt'], plan['lr'], plan['weight_decay'], plan['epochs']) == ('adam', 1e-4, 0, 50)
-    assert plan['schedule'] == dict(sched='plateau', patience_epochs=10, decay_rate=0.1)
+    assert plan['schedule'] == dict(sched='plateau', patience_epochs=10, decay_rate=0.1, warmup_epochs=0)
     assert (args.batch_size, args.no_aug, args.smoothing, args.pretrained) == (4, True, 0, True)
 
 

@@ -99,7 +99,8 @@ def parse(*argv, recipe=None, **flags) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_plan_args(parser)
     others = dict.fromkeys(('lr', 'lr_base', 'lr_base_size', 'lr_base_scale', 'warmup_lr', 'min_lr'))
-    return argparse.Namespace(**{**vars(parser.parse_args(argv)), **others, 'seed': 42, 'recipe': recipe or {}, **flags})
+    given = vars(parser.parse_args(argv))
+    return argparse.Namespace(**{**given, **others, 'seed': 42, 'recipe': recipe or {}, **flags})
 
 
 def test_a_field_is_declared_once():

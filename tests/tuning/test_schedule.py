@@ -84,7 +84,8 @@ def test_the_policys_own_schedule():
         epochs=20,
         schedule=Schedule(sched='step', warmup_epochs=0, decay_rate=0.5, decay_epochs=5),
         roles=dict(policy=dict(
-            start_epoch=3, schedule=dict(warmup_epochs=2, warmup_scale=0, hold_epochs=4, decay_rate=0.1, decay_epochs=2))),
+            start_epoch=3,
+            schedule=dict(warmup_epochs=2, warmup_scale=0, hold_epochs=4, decay_rate=0.1, decay_epochs=2))),
     )
     lrs = course(GroupScheduler(optimizer_for(('branch.0', 1.), ('policy', 2.), start=dict(policy=3)), plan), 20)
     assert [row[0] for row in lrs] == pytest.approx([0.5 ** (t // 5) for t in range(20)])

@@ -16,7 +16,8 @@ import yaml
 from timm_amf.errors import UserError
 
 __all__ = [
-    'SECTIONS', 'KeyValues', 'derived_flags', 'find_config', 'list_recipes', 'load_yaml', 'nearest', 'read_config', 'save_args',
+    'SECTIONS', 'KeyValues', 'derived_flags', 'find_config', 'list_recipes', 'load_yaml', 'nearest', 'read_config',
+    'save_args',
 ]
 
 # What a Plan's section meant without these keys in runs whose args.yaml has a key `explicit`.

@@ -169,7 +169,8 @@ class Plan:
     Raises:
         UserError: If a field is unknown, of the wrong type or out of range.
     """
-    lr: float = setting(0.01, 'learning rate; in a run that names none, --lr-base scaled with the batch', low=0, flag='')
+    lr: float = setting(
+        0.01, 'learning rate; in a run that names none, --lr-base scaled with the batch', low=0, flag='')
     epochs: int = setting(300, 'number of epochs of the schedule', low=0)
     opt: str = setting('sgd', 'optimiser, any of timm.optim.list_optimizers()')
     momentum: float = setting(0.9, 'momentum of the optimiser', low=0, high=1)

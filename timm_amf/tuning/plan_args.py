@@ -53,7 +53,8 @@ def _flag_keywords(cls, field: dataclasses.Field) -> dict[str, Any]:
 
 def add_plan_args(parser: argparse.ArgumentParser) -> None:
     """Add the group `Plan parameters`: the flags of the fields of Plan, Schedule and RolePlan."""
-    add = parser.add_argument_group('Plan parameters', 'How the model, and each of its roles, is fine-tuned.').add_argument
+    group = parser.add_argument_group('Plan parameters', 'How the model, and each of its roles, is fine-tuned.')
+    add = group.add_argument
     add('--plan', default='', metavar='FILE', help='read a Plan (plan.yaml of a run, or a recipe); flags override it')
     for cls, prefix, whose in (
             (Plan, '', ''), (Schedule, '', ''), (RolePlan, '', 'backbone or each branch: '),
@@ -79,7 +80,8 @@ def field_table(cls) -> str:
     lines = ['| field | default | | flag |', '|---|---|---|---|']
     for field in dataclasses.fields(cls):
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        default = '' if default is None or isinstance(default, Schedule) else yaml.safe_dump(default, default_flow_style=True).split('\n')[0]
+        shown = default is not None and not isinstance(default, Schedule)
+        default = yaml.safe_dump(default, default_flow_style=True).split('\n')[0] if shown else ''
         flags = field.metadata.get('flag', f'--{field.name}').replace('_', '-').split()
         flags += [f'--policy-{field.name}'.replace('_', '-')] if field.metadata.get('policy') else []
         text = field.metadata['help'].replace('|', '\\|')
