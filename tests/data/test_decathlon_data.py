@@ -261,7 +261,8 @@ def test_recipes(domain, tmp_path):
     assert (plan['lr'], plan['epochs'], plan['opt'], plan['momentum']) == (0.1, 110, 'momentum', 0.9)
     assert plan['weight_decay'] == DOMAINS[domain].weight_decay
     assert plan['roles']['policy']['lr'] == 0.01
-    assert plan['schedule'] == {'sched': 'multistep', 'decay_milestones': [40, 60, 80], 'decay_rate': 0.1}
+    assert plan['schedule'] == {
+        'sched': 'multistep', 'decay_milestones': [40, 60, 80], 'decay_rate': 0.1, 'warmup_epochs': 0}
     assert recipe['batch_size'] == 128
     assert recipe['model_kwargs'] == {'first_block': 4, 'temperature': 5.0}
     assert recipe['expected']['top1']['mean'] == by_domain(TABLE['SpotTune'][0])[domain]
