@@ -5,6 +5,7 @@ it knows a remedy that the exception does not tell, or can save the user work.
 """
 import argparse
 import contextlib
+import os
 import re
 import signal
 import sys
@@ -26,6 +27,8 @@ _EXPECTED = {
     'builtins.MemoryError': 'out of memory; lower the batch size',
     'torch.OutOfMemoryError': 'the device is out of memory; lower the batch size',
     'huggingface_hub.errors.HfHubHTTPError': 'the Hub refused',
+    'httpx2.HTTPError': 'the Hub cannot be reached',
+    'httpx.HTTPError': 'the Hub cannot be reached',
     'huggingface_hub.errors.LocalEntryNotFoundError': 'the Hub cannot be reached, and the cache has no copy',
 }
 # What PyTorch says of weights, images or settings that do not fit a model; it has one class for everything.
@@ -90,7 +93,7 @@ def run_command(
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `| head` has what it wants; Python's own flush at the end must not say so again
         with contextlib.suppress(OSError):
-            sys.stdout = open('/dev/null', 'w', encoding='utf-8')  # noqa: SIM115  until the process ends
+            sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # noqa: SIM115  until the process ends
         return 0
     except Exception as e:
         if show_traceback:
