@@ -117,22 +117,6 @@ def test_posterize_to_no_bits_within_a_policy():
         assert np.asarray(ImageOps.posterize(noise(), 0)).max() == 0
 
 
-@pytest.mark.parametrize('jitter', [0.4, (0.4, 0.2, 0.9), (0., 0.4, 0.), (0.4, 0., 0.3)])
-@pytest.mark.parametrize('probability', [None, 0.7])
-@pytest.mark.parametrize('mode', ['RGB', 'L'])
-def test_faster_colour_jitter_is_torchvisions(jitter, probability, mode):
-    options = dict(is_training=True, color_jitter=jitter, color_jitter_prob=probability, use_prefetcher=True)
-    plain, fast = create_transform(24, **options), adapt_transform(create_transform(24, **options))
-    assert 'FastColorJitter' in repr(fast) and 'FastColorJitter' not in repr(plain)
-    for seed in range(25):
-        with kept_random_state():
-            seed_globals(seed)
-            expected, after = plain(noise(mode=mode)), torch.rand(1)
-            seed_globals(seed)
-            assert torch.equal(fast(noise(mode=mode)), expected)
-            assert torch.equal(torch.rand(1), after)
-
-
 @pytest.mark.slow
 def test_forty_thousand_augmented_images():
     transform = adapt_transform(create_transform(

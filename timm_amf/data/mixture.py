@@ -10,7 +10,8 @@ from PIL import Image, UnidentifiedImageError
 
 from timm_amf.errors import UserError
 
-from .sources import Source, first_line, open_source
+from .datasets import open_source
+from .sources import Source, first_line
 from .spec import Component, DataSpec
 
 __all__ = ['Mixture', 'create_dataset', 'create_datasets']

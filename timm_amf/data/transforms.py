@@ -6,16 +6,16 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from PIL import Image, ImageStat
+from PIL import Image
 from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
-from torchvision.transforms import ColorJitter, functional
+from torchvision.transforms import functional
 
 from .sampler import Key
 
 __all__ = [
-    'FastColorJitter', 'SeededRandomErasing', 'adapt_transform', 'crop_cached', 'kept_random_state', 'sample_seed',
+    'SeededRandomErasing', 'adapt_transform', 'crop_cached', 'kept_random_state', 'sample_seed',
     'seed_globals',
 ]
 
@@ -95,7 +95,7 @@ class SeededRandomErasing(RandomErasing):
 
 
 def adapt_transform(transform: Callable) -> Callable:
-    """Make timm's transforms safe for current Pillow, and their colour jitter faster, in place.
+    """Make timm's transforms safe for current Pillow, in place.
 
     `rand-m9-mstd0.5-inc1` at times draws a posterisation to 0 bits. Older Pillow made that image black, as does the
     TPU code that timm follows; Pillow 13 raises ValueError. Here it stays black.
@@ -103,35 +103,7 @@ def adapt_transform(transform: Callable) -> Callable:
     for node in _walk(transform):
         if isinstance(node, auto_augment.AugmentOp) and node.aug_fn is auto_augment.posterize:
             node.aug_fn = posterize
-        elif type(node) is ColorJitter and node.hue is None:
-            node.__class__ = FastColorJitter
     return transform
-
-
-class FastColorJitter(ColorJitter):
-    """torchvision's, with the same draws and the same pixels, in five sixths of the time.
-
-    torchvision makes the images that it blends with as greyscale and converts them; here they are made as RGB.
-    """
-
-    def forward(self, img: Image.Image) -> Image.Image:
-        if not isinstance(img, Image.Image) or img.mode != 'RGB':
-            return super().forward(img)
-        order, *factors = self.get_params(self.brightness, self.contrast, self.saturation, self.hue)
-        for which in order.tolist():
-            if factors[which] is not None:
-                img = Image.blend(_faded(img, which), img, factors[which])
-        return img
-
-
-def _faded(image: Image.Image, which: int) -> Image.Image:
-    """The image without any brightness (0), contrast (1) or saturation (2)."""
-    if which == 0:
-        return Image.new('RGB', image.size)
-    grey = image.convert('L')
-    if which == 1:
-        return Image.new('RGB', image.size, (int(ImageStat.Stat(grey).mean[0] + 0.5),) * 3)
-    return Image.merge('RGB', (grey, grey, grey))
 
 
 def crop_cached(crop: RandomResizedCropAndInterpolation, pixels: np.ndarray, mode: str) -> Image.Image:

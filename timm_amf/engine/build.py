@@ -138,7 +138,7 @@ def build_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Mixt
         _logger.warning('--val-split %s is trained on: its accuracy says nothing', splits[1])
     # The main process reads the images; the others find on the disk what it found.
     with accelerator.local_main_process_first():
-        datasets = create_datasets(spec, splits, in_chans=_in_chans(args))
+        datasets = create_datasets(spec, splits, in_chans=input_channels(args))
         if args.check_images:
             for dataset in datasets:
                 check_images(
@@ -146,7 +146,8 @@ def build_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Mixt
     return datasets
 
 
-def _in_chans(args: argparse.Namespace) -> int:
+def input_channels(args: argparse.Namespace) -> int:
+    """Channels of the images that the options ask for."""
     return args.in_chans or (args.input_size[0] if args.input_size else 3)
 
 
@@ -203,7 +204,7 @@ def _check_weights(args: argparse.Namespace) -> None:
 
 def _model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     kwargs = dict(
-        in_chans=_in_chans(args),
+        in_chans=input_channels(args),
         global_pool=args.gp,
         drop_rate=args.drop,
         drop_path_rate=args.drop_path if args.drop_path is not None else args.drop_connect,
@@ -220,7 +221,7 @@ def _cfg_overlay(args: argparse.Namespace) -> dict[str, Any]:
     for name in ('mean', 'std'):
         values = getattr(args, name)
         if values is not None:
-            overlay[name] = tuple(values if len(values) > 1 else values * _in_chans(args))
+            overlay[name] = tuple(values if len(values) > 1 else values * input_channels(args))
     return overlay
 
 

@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_amf.data import Mixture, check_images, create_dataset, data_spec_from_args, splits_from_args
+from timm_amf.engine.build import input_channels
 from timm_amf.engine.evaluate import Tally
 from timm_amf.engine.intervals import mean_interval, wilson_interval
 from timm_amf.engine.run_folder import WEIGHTS, choose_device, eval_loader, is_run, load_run, read_run
@@ -156,7 +157,7 @@ def _open(run: Union[str, Path], options: RunOptions) -> _Opened:
     flags = ['--val-split', options.split] if options.split else []
     flags += ['--data-dir', options.data_dir] if options.data_dir else []
     args = read_run(run, flags)
-    channels = args.in_chans or (args.input_size[0] if args.input_size else 3)
+    channels = input_channels(args)
     spec, split = data_spec_from_args(args, args.recipe.get('data')), splits_from_args(args)[1]
     if split == 'val' and options.split and options.split not in ('val', 'validation', 'valid', 'eval'):
         # A dataset's own name. A component that says itself what its splits are does not heed it.

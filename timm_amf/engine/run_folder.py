@@ -26,7 +26,7 @@ from timm_amf.data import (
     data_spec_from_args,
     splits_from_args,
 )
-from timm_amf.engine.build import build_model
+from timm_amf.engine.build import build_model, input_channels
 from timm_amf.engine.checkpoint import load_weights
 from timm_amf.engine.options import parse_args
 from timm_amf.errors import UserError
@@ -158,7 +158,7 @@ def open_run(
         args = read_run(folder, ['--data-dir', str(folder)])
         args.data_dir = moved
     data, missing = None, ''
-    channels = args.in_chans or (args.input_size[0] if args.input_size else 3)
+    channels = input_channels(args)
     try:
         spec = data_spec_from_args(args, args.recipe.get('data'))
         data = create_datasets(spec, splits_from_args(args), in_chans=channels)

@@ -1,0 +1,266 @@
+"""Which source a component's dataset is, by the name that timm gives it."""
+import os
+from typing import Any
+
+import numpy as np
+from timm.utils.misc import natural_key
+
+from timm_amf.errors import UserError
+
+from .decathlon import open_labelled
+from .iterable import open_iterable
+from .sources import ArraySource, FileSource, ReaderSource, Source, class_names, first_line
+from .spec import Component, DataSpec
+
+__all__ = ['open_source']
+
+# As timm's dataset factory, and 'test' beside them.
+_TRAIN = ('train', 'training')
+_EVAL = ('validation', 'val', 'valid', 'eval', 'evaluation')
+_TEST = ('test', 'testing')
+
+# What timm's create_dataset knows as torch/..., and the three of the paper that it does not.
+_TIMM_TORCH = (
+    'cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist',
+    'inaturalist', 'inat', 'places365', 'imagenet', 'image_folder', 'folder')
+_OUR_TORCH = {'fgvc_aircraft': 'FGVCAircraft', 'stanford_cars': 'StanfordCars', 'dtd': 'DTD'}
+_ALIASES = {'fgvcaircraft': 'fgvc_aircraft', 'aircraft': 'fgvc_aircraft', 'stanfordcars': 'stanford_cars',
+            'cars': 'stanford_cars'}
+_HOW_TO_GET = {
+    'fgvc_aircraft': '{root}/fgvc-aircraft-2013b; add --dataset-download, or unpack fgvc-aircraft-2013b.tar.gz there',
+    'dtd': '{root}/dtd/dtd; add --dataset-download, or unpack dtd-r1.0.1.tar.gz into {root}/dtd',
+    'stanford_cars': '{root}/stanford_cars with devkit, cars_train, cars_test and cars_test_annos_withlabels.mat; its '
+                     'own site is gone, but mirrors have them',
+}
+
+
+def open_source(component: Component, split: str, spec: DataSpec) -> Source:
+    """Open a split of a component's dataset.
+
+    Args:
+        component: What to open.
+        split: `train`, `val` or `test`.
+        spec: For what is common: download, conversion.
+
+    Raises:
+        UserError: The dataset or the split is not there, an empty class folder, a dataset that is not known.
+    """
+    prefix, sep, name = (component.dataset or '').partition('/')
+    prefix = prefix.lower() if sep else ''
+    if prefix == 'demo':
+        return _open_demo(name, component.split_name(split))
+    if prefix == 'decathlon':
+        where = f'data component {component.name!r}'
+        return open_labelled(component.root, name, component.split_name(split), where)
+    if prefix == 'torch':
+        return _open_torch(component, name.lower(), component.split_name(split), spec)
+    if prefix == 'hfds':
+        return _open_hfds(component, component.split_name(split), spec)
+    if prefix in ('tfds', 'wds', 'hfids'):
+        return open_iterable(component, component.split_name(split), split, spec)
+    if component.dataset and (prefix or component.dataset not in ('folder', 'image_folder')):
+        raise UserError(
+            f'data component {component.name!r}: unknown dataset {component.dataset!r}; leave it out for a folder, or '
+            f'begin it with torch/, decathlon/, hfds/, hfids/, tfds/ or wds/')
+    return _open_folder(component, component.split_name(split))
+
+
+def _open_demo(name: str, split: str) -> Source:
+    from . import demo
+    loaders = {'digits': demo.load_digits, 'textures': demo.load_textures}
+    if name not in loaders:
+        raise UserError(f'data: unknown demo dataset {name!r}; there are demo/digits and demo/textures')
+    split = 'val' if split in _EVAL else split
+    images, targets, classes = loaders[name](split)
+    return ArraySource(classes, targets, images, f'demo/{name}/{split}')
+
+
+# ---- folders and tar files
+
+
+def _open_folder(component: Component, split: str) -> Source:
+    from timm.data import create_dataset
+    folder = _split_folder(component, split)
+    if os.path.isdir(folder):
+        _check_folder(component, folder)
+    kwargs = dict(class_map=component.class_map, input_key=component.input_key)
+    if folder.endswith('.tar'):  # a tar file kept open would share its position among forked workers
+        kwargs = dict(class_map=component.class_map, cache_tarfiles=False)
+    try:
+        reader = create_dataset('', root=folder, split=split, search_split=False, **kwargs).reader
+    except (RuntimeError, AssertionError, ValueError, OSError) as e:
+        raise UserError(f'data component {component.name!r}: {folder}: {first_line(e)}') from e
+    if not hasattr(reader, 'class_to_idx'):  # images in tar files
+        version = f'{os.path.abspath(folder)} {os.stat(folder).st_mtime_ns}'
+        return ReaderSource(class_names(reader.class_name_to_idx), reader.targets, reader, folder, version)
+    # timm sorts names without their case, and leaves those that then are equal in the order of the file system or of
+    # a set: settle both by the name itself, else runs differ.
+    names = class_names(reader.class_to_idx)
+    order = list(range(len(names)))
+    if not component.class_map:
+        order = sorted(order, key=lambda i: (natural_key(names[i]), names[i]))
+    new_index = {old: new for new, old in enumerate(order)}
+    samples = sorted((natural_key(path), path, new_index[target]) for path, target in reader.samples)
+    return FileSource([names[i] for i in order], [s[2] for s in samples], [s[1] for s in samples])
+
+
+def _split_folder(component: Component, split: str) -> str:
+    """The folder of a split: named so, or by one of timm's synonyms.
+
+    timm takes the whole folder where it finds none; then training and validation would be the same images, so only a
+    folder that has no split of any name can be `train`, and another split of it is an error.
+    """
+    where = f'data component {component.name!r}'
+    root = component.root
+    if not root:
+        raise UserError(f'{where}: no folder; give --data-dir, or path= of the component')
+    root = os.path.expanduser(root)
+    if not os.path.exists(root):
+        raise UserError(f'{where}: {root} does not exist; give the folder that holds train/CLASS/image.jpg')
+    if os.path.isfile(root):
+        if split not in _TRAIN:
+            raise UserError(f'{where}: {root} is one file and has no split {split!r}; give each split in a folder')
+        return root
+    name = split.split('[')[0]
+    synonyms = next((group for group in (_TRAIN, _EVAL, _TEST) if name in group), ())
+    for candidate in (name, *synonyms):
+        path = os.path.join(root, candidate)
+        if os.path.exists(path):
+            return os.path.normpath(path)
+        if os.path.isfile(f'{path}.tar'):
+            return f'{path}.tar'
+    present = [n for group in (_TRAIN, _EVAL, _TEST) for n in group if os.path.isdir(os.path.join(root, n))]
+    if name in _TRAIN and not present:
+        return root
+    folders = ', '.join(present) or 'no split folders'
+    raise UserError(
+        f'{where}: no folder for split {split!r} in {root} (there: {folders}); make one, or cut it out of train with '
+        f'splits.{_role(name)}=., per_class.{_role(name)}=N and splits.train=., skip.train=N')
+
+
+def _role(name: str) -> str:
+    return 'train' if name in _TRAIN else 'test' if name in _TEST else 'val'
+
+
+def _check_folder(component: Component, folder: str) -> None:
+    """An empty class folder would vanish silently and shift the indices of all classes after it: refuse it."""
+    from timm.data.readers import get_img_extensions
+    if component.input_key:
+        extensions = set(component.input_key.split(';'))
+    else:
+        extensions = get_img_extensions(as_set=True)
+    empty, direct = [], 0
+    for path, subdirs, files in os.walk(folder, followlinks=True):
+        subdirs[:] = [d for d in subdirs if not d.startswith(('.', '__'))]
+        images = any(os.path.splitext(name)[1].lower() in extensions for name in files)
+        if path == folder:
+            direct = sum(os.path.splitext(name)[1].lower() in extensions for name in files)
+        elif not subdirs and not images:
+            empty.append(path)
+    where = f'data component {component.name!r}'
+    if direct:
+        raise UserError(f'{where}: {direct} images lie directly in {folder}; put each into the folder of its class')
+    if empty and not component.class_map:
+        more = f' and {len(empty) - 1} more' if len(empty) > 1 else ''
+        raise UserError(
+            f'{where}: no images in class folder {sorted(empty)[0]}{more}; add images '
+            f'({", ".join(sorted(extensions))}; others with input_key) or remove the folder')
+
+
+def _open_torch(component: Component, name: str, split: str, spec: DataSpec) -> Source:
+    name = _ALIASES.get(name, name)
+    where = f'data component {component.name!r}'
+    if name not in _OUR_TORCH and name not in _TIMM_TORCH:
+        raise UserError(f'{where}: unknown dataset torch/{name}; there are '
+                        f'{", ".join([*_TIMM_TORCH, *_OUR_TORCH])}')
+    if not component.root:
+        raise UserError(f'{where}: no folder; give --data-dir, or path= of the component')
+    if name in ('folder', 'image_folder'):
+        return _open_folder(component, split)
+    root = os.path.expanduser(component.root)
+    try:
+        dataset = _torch_dataset(name, root, split, spec.download)
+    except (RuntimeError, ValueError, OSError, AssertionError) as e:
+        if 'scipy' in str(e).lower():
+            raise UserError(f'{where}: reading torch/{name} needs scipy: pip install scipy') from e
+        if isinstance(e, ValueError) and 'split' in str(e):
+            hint = ' (cut it out of train with splits.val=train, per_class.val=N, skip.train=N)' \
+                if name == 'stanford_cars' else ''
+            raise UserError(f'{where}: torch/{name} has no split {split!r}{hint}: {first_line(e)}') from e
+        how = _HOW_TO_GET.get(name, '{root}; add --dataset-download')
+        raise UserError(
+            f'{where}: torch/{name} not found ({first_line(e)}); expected in {how.format(root=root)}') from e
+    return _torch_source(dataset, name, where)
+
+
+def _torch_dataset(name: str, root: str, split: str, download: bool) -> Any:
+    if name in _OUR_TORCH:
+        import torchvision.datasets
+        split = 'val' if split in _EVAL else split
+        return getattr(torchvision.datasets, _OUR_TORCH[name])(root, split=split, download=download)
+    from timm.data import create_dataset
+    if not download and not os.path.isdir(root):
+        raise RuntimeError('no such folder')  # torchvision would make it
+    return create_dataset(f'torch/{name}', root=root, split=split, download=download)
+
+
+def _torch_source(dataset: Any, name: str, where: str) -> Source:
+    if hasattr(dataset, '_image_files'):  # FGVCAircraft, DTD
+        return FileSource(dataset.classes, dataset._labels, [str(path) for path in dataset._image_files])
+    for samples in ('samples', '_samples', 'imgs'):  # ImageNet, StanfordCars, Places365
+        if hasattr(dataset, samples):
+            paths, targets = zip(*getattr(dataset, samples), strict=True)
+            classes = [c[0] if isinstance(c, tuple) else c for c in dataset.classes]
+            return FileSource(classes, targets, [str(path) for path in paths])
+    if hasattr(dataset, 'all_categories'):  # INaturalist
+        return _inaturalist_source(dataset, where)
+    targets = np.asarray(dataset.targets)
+    targets = targets[:, 0] if targets.ndim == 2 else targets  # QMNIST's targets have columns
+    return ArraySource(dataset.classes, targets, dataset, f'torch/{name}')
+
+
+def _inaturalist_source(dataset: Any, where: str) -> Source:
+    if len(dataset.target_type) != 1:
+        raise UserError(f'{where}: iNaturalist with several target types at once; name one, such as genus/2021_train')
+    kind = dataset.target_type[0]
+    paths = [os.path.join(dataset.root, dataset.all_categories[cat], file) for cat, file in dataset.index]
+    if kind == 'full':
+        return FileSource(dataset.all_categories, [cat for cat, _ in dataset.index], paths)
+    index = dataset.categories_index[kind]
+    return FileSource(class_names(index), [dataset.categories_map[cat][kind] for cat, _ in dataset.index], paths)
+
+
+# ---- Hugging Face datasets
+
+
+def _open_hfds(component: Component, split: str, spec: DataSpec) -> Source:
+    where = f'data component {component.name!r}'
+    try:
+        import datasets
+    except ImportError as e:
+        raise UserError(f'{where}: {component.dataset} needs Hugging Face datasets: pip install datasets') from e
+    from timm.data import create_dataset
+    offline = datasets.config.HF_HUB_OFFLINE
+    try:
+        # Without this, load_dataset goes to the network though the user allowed no download.
+        datasets.config.HF_HUB_OFFLINE = offline or not spec.download
+        reader = create_dataset(
+            component.dataset, root=component.root, split=split, class_map=component.class_map,
+            input_key=component.input_key, target_key=component.target_key,
+            trust_remote_code=spec.trust_remote_code).reader
+    except Exception as e:  # the library has no common error type
+        raise UserError(
+            f'{where}: {component.dataset}, split {split!r}: {first_line(e)}; check the name and the split, and add '
+            f'--dataset-download if it is not on this machine yet') from e
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+    key = component.target_key or 'label'
+    if reader.remap_class:
+        targets = list(reader.iter_targets())
+    else:
+        targets = list(reader.dataset[key])
+    if not targets or not all(isinstance(target, int) for target in targets):
+        raise UserError(f'{where}: {component.dataset}: {key!r} is not one class index a sample; name it: target_key')
+    classes = class_names(reader.class_to_idx) if reader.class_to_idx else [str(i) for i in range(max(targets) + 1)]
+    name = f'{component.dataset}/{split}'
+    return ReaderSource(classes, targets, reader, name, getattr(reader.dataset, '_fingerprint', ''))
