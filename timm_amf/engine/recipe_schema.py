@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from timm_amf.data.spec import DataSpec
 from timm_amf.engine.config_file import SECTIONS, find_config, load_yaml, nearest
 from timm_amf.errors import UserError
-from timm_amf.hub.load import check_repo_id
 from timm_amf.tuning import Plan
 
-__all__ = ['PAPERS', 'Recipe', 'check_recipe', 'describe_expected', 'read_recipe']
+__all__ = ['PAPERS', 'Recipe', 'check_recipe', 'check_repo_id', 'describe_expected', 'read_recipe']
 
 # What `card: paper:` may name.
 PAPERS = {
@@ -132,6 +134,18 @@ def _describe_range(value: Mapping[str, float]) -> str:
     if 'mean' not in value:
         return f'{value["min"]:g} to {value["max"]:g}'
     return f'{value["mean"]:.2f}' + (f' ± {value["std"]:g}' if 'std' in value else '')
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuses what cannot be the name of a repository."""
+    try:
+        validate_repo_id(repo_id)
+        valid = repo_id.count('/') == 1
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise UserError(
+            f'{repo_id!r} cannot be a repository of the Hub; write OWNER/NAME of letters, digits, "-", "_" and "."')
 
 
 # -- expected ---------------------------------------------------------------------------------------------------------

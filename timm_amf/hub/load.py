@@ -26,22 +26,21 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from timm.models import PretrainedCfg
 from torch import nn
 
+from timm_amf.engine.recipe_schema import check_repo_id
 from timm_amf.errors import UserError
 from timm_amf.models.method import Method
 from timm_amf.tuning import Plan
 from timm_amf.version import __version__
 
-__all__ = ['WEIGHTS', 'Provenance', 'check_repo_id', 'connection', 'load', 'read_config']
+__all__ = ['WEIGHTS', 'Provenance', 'connection', 'load', 'read_config']
 
 _logger = logging.getLogger(__name__)
 
@@ -150,18 +149,6 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs)
 
 
 # -- where it is ------------------------------------------------------------------------------------------------------
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Refuses what cannot be the name of a repository."""
-    try:
-        validate_repo_id(repo_id)
-        valid = repo_id.count('/') == 1
-    except HFValidationError:
-        valid = False
-    if not valid:
-        raise UserError(
-            f'{repo_id!r} cannot be a repository of the Hub; write OWNER/NAME of letters, digits, "-", "_" and "."')
 
 
 @contextmanager
