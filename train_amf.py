@@ -95,7 +95,6 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `train` as a command; see `errors.run_command` for the exit codes."""
-    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     words, show_traceback = without_traceback_flag(sys.argv[1:] if argv is None else argv)
     return run_command('train_amf.py', lambda: train(words), show_traceback=show_traceback)
 

@@ -5,6 +5,7 @@ it knows a remedy that the exception does not tell, or can save the user work.
 """
 import argparse
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -83,6 +84,7 @@ def run_command(
     Returns:
         The exit code: 2 for what the user can mend, 1 for a defect, whose traceback is in a file that the line names.
     """
+    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     try:
         return work() or 0
     except Interrupted as e:

@@ -185,7 +185,7 @@ def open_source(
     if 'eval_blocks' in method_of(model).takes:
         model.set_blocks(None)
     if fixed is not None:
-        model = model.compact_model(fixed)
+        model = model.compact(fixed)
         # A plain model wants its backbone's statistics, where the whole model's may be another convention.
         data = dict(data, mean=model.pretrained_cfg['mean'], std=model.pretrained_cfg['std'])
         notes.append(

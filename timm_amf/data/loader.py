@@ -223,11 +223,6 @@ class SeededLoader:
         """Steps in an epoch (of this process, in evaluation)."""
         return len(self.sampler)
 
-    @property
-    def repeats_images(self) -> bool:
-        """Whether a sample has the same pixels whenever it comes up: nothing is drawn."""
-        return self._loader.dataset.seed is None
-
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Choose the epoch of the next iteration, and the step it begins at: earlier steps are not even decoded."""
         self.sampler.set_epoch(epoch, start_step)

@@ -502,7 +502,7 @@ class Trainer:
         if weights.exists():
             load_weights(model, weights)
         method, target = method_of(model), self.folder / 'compact'
-        compact = method.compact_model(method.fixed_path(self.plan.global_k)).to('cpu')
+        compact = method.compact(method.fixed_path(self.plan.global_k)).to('cpu')
         save_for_hf(compact, str(target), model_args=method.compact_args(), safe_serialization=True)
         print(f"compact model: timm.create_model('local-dir:{target}', pretrained=True)")
 

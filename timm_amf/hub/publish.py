@@ -260,7 +260,7 @@ def prepare(
         path = method_of(model).fixed_path(opened.plan.global_k)
         if path is None or opened.plan.global_k is None:
             raise UserError(f'{run}: --compact needs a SpotTune that was trained with --global-k; leave it out')
-        model = model.compact_model(path).eval()
+        model = model.compact(path).eval()
     epoch, own = _own_results(opened)
     evaluated = [] if results is None else _evaluated(Path(results), opened.folder.resolve().name)
     return Publication(opened, model, [*evaluated, *own], epoch)

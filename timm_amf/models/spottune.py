@@ -542,10 +542,6 @@ class SpotTune(Method, nn.Module):
             return list(self._block_indices(named))
         return None if global_k is None else list(self.chosen_blocks(global_k))
 
-    def compact_model(self, path: Sequence[int]) -> nn.Module:
-        """`compact(path)`: the plain timm model of a path that all images take."""
-        return self.compact(path)
-
     def compact_args(self) -> dict[str, Any]:
         """Keyword arguments with which `timm.create_model` builds the plain model: all but where weights came from."""
         return {k: v for k, v in self.backbone_part.kwargs.items() if not k.startswith('pretrained_cfg')}

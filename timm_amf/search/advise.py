@@ -12,7 +12,6 @@ import contextlib
 import copy
 import functools
 import io
-import logging
 import os
 import sys
 import tempfile
@@ -411,7 +410,6 @@ def advise(
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """`timm-amf advise`: print the tables, write the file."""
-    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     own, rest = _own_parser().parse_known_args(argv)
     if own.help:
         _own_parser().print_help()

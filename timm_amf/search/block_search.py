@@ -11,7 +11,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-import logging
 import os
 import shutil
 import time
@@ -462,7 +461,6 @@ def search_blocks(
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """`timm-amf search`: print the tables, write the files."""
-    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     own, rest = _build_parser().parse_known_args(argv)
     if own.help:
         _build_parser().print_help()
