@@ -133,7 +133,7 @@ def test_whom_to_cite(opened, name, plan, paper, papers):
 
 
 def test_each_paper_of_a_recipe_can_be_cited(opened):
-    from timm_amf.engine.recipe_schema import PAPERS
+    from timm_amf.engine.recipes import PAPERS
 
     for paper, title in PAPERS.items():
         text = card(with_recipe(opened('plain'), paper=paper))

@@ -10,7 +10,7 @@ from safetensors.torch import load, load_file, save_file
 import timm_amf
 from timm_amf import UserError
 from timm_amf.cli import main
-from timm_amf.engine.recipe_schema import check_repo_id
+from timm_amf.engine.recipes import check_repo_id
 
 REPO = 'org/birds'
 STAGES = {

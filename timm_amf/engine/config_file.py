@@ -112,8 +112,7 @@ def read_config(
         The values of the flags by dest, and the sections by name.
 
     Raises:
-        UserError: If the file cannot be read, or a key or value is wrong, or a recipe of the package does not fit
-            its schema; the message names file, key and remedy.
+        UserError: If the file cannot be read, or a key or value is wrong; the message names file, key and remedy.
     """
     content = load_yaml(path)
     actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
@@ -138,10 +137,6 @@ def read_config(
     if explicit is not None and 'plan' in sections:
         schedule = {**_OLD_SCHEDULE, **(sections['plan'].get('schedule') or {})}
         sections['plan'] = {'lr': 0.01, **sections['plan'], 'schedule': schedule}
-    if Path(path).resolve().parent in _RECIPE_DIRS:
-        from timm_amf.engine.recipe_schema import check_recipe  # it reads files with what is here
-
-        check_recipe(path, values, sections)
     return values, sections
 
 

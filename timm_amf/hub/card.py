@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from timm_amf.engine.recipe_schema import describe_expected
+from timm_amf.engine.recipes import describe_expected
 from timm_amf.models.method import Method, method_of
 from timm_amf.models.tags import OWNER
 from timm_amf.tuning import Plan

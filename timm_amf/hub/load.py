@@ -34,7 +34,7 @@ from safetensors import safe_open
 from timm.models import PretrainedCfg
 from torch import nn
 
-from timm_amf.engine.recipe_schema import check_repo_id
+from timm_amf.engine.recipes import check_repo_id
 from timm_amf.errors import UserError
 from timm_amf.models.method import Method
 from timm_amf.tuning import Plan

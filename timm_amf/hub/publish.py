@@ -34,7 +34,7 @@ from torch import nn
 
 from timm_amf.data import data_spec_from_args, splits_from_args
 from timm_amf.engine.intervals import wilson_interval
-from timm_amf.engine.recipe_schema import check_repo_id
+from timm_amf.engine.recipes import check_repo_id
 from timm_amf.engine.run_folder import OpenRun, open_run
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.hub.card import build_card
