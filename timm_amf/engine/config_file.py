@@ -13,6 +13,7 @@ from typing import Any, Union
 
 import yaml
 
+from timm_amf.engine.timm_flags import SWITCHES, why_refused
 from timm_amf.errors import UserError
 
 __all__ = [
@@ -118,8 +119,6 @@ def read_config(
     actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
     values, sections = {}, {}
     explicit = content.get('explicit')
-    if explicit is not None and not (isinstance(explicit, list) and set(explicit) <= set(actions)):
-        raise UserError(f'{path}: explicit: must be a list of keys, as args.yaml has it; in a recipe leave it out')
     for name, value in content.items():
         where = f'{path}: {name}'
         dest = str(name).replace('-', '_')
@@ -129,6 +128,9 @@ def read_config(
             if not isinstance(value, Mapping):
                 raise UserError(f'{where}: must be a section (a mapping), not {value!r}')
             sections[dest] = dict(value)
+        elif dest not in actions and why_refused(dest):
+            if dest in SWITCHES and value:
+                raise UserError(f'{where}: {why_refused(dest)}')
         elif dest not in actions:
             hint = nearest(dest, (*actions, *SECTIONS))
             raise UserError(f'{where}: unknown key{hint or "; the keys are the flags of train_amf.py --help"}')

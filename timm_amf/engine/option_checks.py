@@ -18,7 +18,7 @@ _BOUNDS = {
     ), (1, None)),
     **dict.fromkeys((
         'start_epoch', 'stop_epoch', 'epoch_repeats', 'mixup_off_epoch', 'lr_base', 'warmup_lr', 'min_lr', 'clip_grad',
-        'save_epochs', 'mixup', 'cutmix', 'bn_eps', 'seed', 'workers', 'recovery_interval', 'tta',
+        'save_epochs', 'mixup', 'cutmix', 'bn_eps', 'seed', 'workers', 'recovery_interval',
         'branch_loss', 'policy_balance', 'aug_repeats', 'aug_splits',
     ), (0, None)),
     **dict.fromkeys((

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Optional
 
 from timm_amf.engine.config_file import KeyValues, derived_flags, find_config, nearest, read_config, save_args
 from timm_amf.engine.option_checks import check_names, check_values
-from timm_amf.engine.timm_flags import REFUSED, REFUSED_VALUES, REPLACED, TIMM_FLAGS
+from timm_amf.engine.timm_flags import REFUSED_VALUES, REPLACED, TIMM_FLAGS, why_refused
 from timm_amf.errors import UserError
 
 __all__ = ['build_parser', 'parse_args', 'resolve_lr', 'resolve_trackers', 'save_args']
@@ -82,8 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog='train_amf.py',
         usage='%(prog)s [DIR] [--config FILE] [flags]',
         description='Fine-tune any timm model, or an adaptive composite of several, on any image classification data.',
-        epilog='[replaced]: accepted with a warning, something else does its work. [refused]: an error, nothing here '
-               'does its work. docs/flags.md says which and why.',
+        epilog='[replaced]: accepted with a warning, something else does its work. docs/flags.md says which and why, '
+               "and which of timm's flags there are not.",
         formatter_class=_HelpFormatter,
     )
     parser.add_argument('data', nargs='?', default=None, metavar='DIR', help='folder of the dataset')
@@ -111,8 +111,7 @@ def _add_group(parser: argparse.ArgumentParser, title: str, rows: Sequence[tuple
             if 'choices' not in keywords:
                 keywords.setdefault('metavar', {int: 'N', float: 'X', str: 'NAME'}[kind])
         action = group.add_argument(*names.split(), **keywords)
-        mark = '[replaced] ' * (action.dest in REPLACED) + '[refused] ' * (action.dest in REFUSED)
-        action.help = (mark + text).replace('%', '%%')
+        action.help = ('[replaced] ' * (action.dest in REPLACED) + text).replace('%', '%%')
 
 
 def parse_args(
@@ -166,6 +165,8 @@ def _reject(unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn
     if flag is None:
         raise UserError(f'unexpected argument {unknown[0]!r}: there is one folder of data, and flags begin with --')
     flag = flag.partition('=')[0]
+    if why_refused(flag[2:]):
+        raise UserError(f'{flag}: {why_refused(flag[2:])}')
     hint = nearest(flag, parser._option_string_actions)
     raise UserError(f'unknown flag {flag}{hint or "; --help lists them"}')
 
@@ -200,10 +201,7 @@ def _settle(args: argparse.Namespace, given: Container[str], defaults: Mapping) 
 
 
 def _check_applicable(args: argparse.Namespace, defaults: Mapping) -> None:
-    """Refuses flags whose work nobody does here, and warns of those whose work something else does."""
-    for dest, reason in REFUSED.items():
-        if getattr(args, dest) != defaults[dest]:
-            raise UserError(f'{_flag(dest)}: {reason}')
+    """Refuses values whose work nobody does here, and warns of flags whose work something else does."""
     for (dest, value), reason in REFUSED_VALUES.items():
         if getattr(args, dest) == value:
             raise UserError(f'{_flag(dest)} {value}: {reason}')

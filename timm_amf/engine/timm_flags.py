@@ -1,12 +1,13 @@
 """The flags of timm's train script as a table: their names, types and defaults, and what becomes of each here.
 
 A row is `(names, type, default, help)` with an optional fifth item of further `add_argument` keywords. `bool` makes a
-switch and `dict` a list of `key=value`. A flag that is in neither `REPLACED` nor `REFUSED` means what it means in timm.
+switch and `dict` a list of `key=value`. A flag that is not in `REPLACED` means what it means in timm.
 """
-__all__ = ['TIMM_FLAGS', 'REPLACED', 'REFUSED', 'REFUSED_VALUES']
+from typing import Optional
+
+__all__ = ['TIMM_FLAGS', 'REPLACED', 'REFUSED', 'REFUSED_VALUES', 'SWITCHES', 'why_refused']
 
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
-_LOSS_SCALES = ('none', 'sqrt', 'linear')
 
 TIMM_FLAGS = {
     'Dataset parameters': (
@@ -21,7 +22,6 @@ TIMM_FLAGS = {
         ('--input-img-mode', str, None, 'PIL mode that images are converted to, such as RGB or L'),
         ('--input-key', str, None, 'field of the dataset that holds the image'),
         ('--target-key', str, None, 'field of the dataset that holds the target'),
-        ('--target-format', str, None, 'how a multi-label target is stored', {'choices': ('indices', 'multihot')}),
         ('--dataset-trust-remote-code', bool, False, 'let hfds/ datasets run code of their own repository'),
     ),
     'Model parameters': (
@@ -155,40 +155,15 @@ TIMM_FLAGS = {
         ('--experiment', str, '', 'name of the experiment, a folder in --output'),
         ('--eval-metric', str, 'top1', 'metric that says which checkpoint is best',
          {'choices': ('top1', 'top5', 'loss')}),
-        ('--tta', int, 0, 'copies of each image to average in evaluation'),
         ('--use-multi-epochs-loader', bool, False, 'keep the workers from epoch to epoch'),
         ('--log-wandb', bool, False, 'log to Weights & Biases, the same as adding it to --tracker'),
         ('--wandb-project', str, None, 'project there'),
         ('--wandb-tags', str, [], 'tags there', {'nargs': '+'}),
         ('--wandb-resume-id', str, '', 'run to go on with there'),
-        ('--train-img-sizes', int, None, 'image sizes to change between', {'nargs': '+'}),
-        ('--train-batch-sizes', int, None, 'batch size of each of them', {'nargs': '+'}),
-        ('--train-size-probs', float, None, 'probability of each of them', {'nargs': '+'}),
-        ('--train-size-schedule', str, 'constant', 'how they change', {'choices': ('constant', 'progressive')}),
-        ('--train-size-schedule-spread', float, 0.65, 'spread of the progressive schedule'),
-        ('--train-size-random-mix', float, 0.1, 'share of random sizes in the progressive schedule'),
         ('--train-batches-per-epoch --train-steps-per-epoch', int, None, 'batches that make one epoch of them'),
-        ('--variable-batch-loss-scale', str, 'none', 'how the loss follows the batch size', {'choices': _LOSS_SCALES}),
-        ('--naflex-loader', bool, False, 'images in their own shape, for NaFlex models'),
-        ('--naflex-train-seq-lens', int, [128, 256, 576, 784, 1024], 'sequence lengths to train at', {'nargs': '+'}),
-        ('--naflex-max-seq-len', int, 576, 'sequence length to evaluate at'),
-        ('--naflex-patch-sizes', int, None, 'patch sizes to change between', {'nargs': '+'}),
-        ('--naflex-patch-size-probs', float, None, 'probability of each of them', {'nargs': '+'}),
-        ('--naflex-loss-scale', str, 'linear', 'how the loss follows the batch size', {'choices': _LOSS_SCALES}),
-        ('--naflex-patchify-channels-first', bool, False, 'patches with the channels first'),
     ),
-    'Task and distillation parameters': (
+    'Task parameters': (
         ('--task', str, 'classification', 'what is trained', {'choices': ('classification', 'multilabel')}),
-        ('--multilabel-threshold', float, 0.5, 'probability from which a label counts as predicted'),
-        ('--kd-model-name', str, None, 'teacher to distil from'),
-        ('--kd-distill-type', str, 'logit', 'what is distilled', {'choices': ('logit', 'feature', 'token')}),
-        ('--kd-loss-type', str, 'kl', 'loss between teacher and student'),
-        ('--distill-loss-weight', float, None, 'weight of the distillation loss'),
-        ('--task-loss-weight', float, None, 'weight of the loss on the targets'),
-        ('--kd-temperature', float, 4.0, 'temperature of teacher and student'),
-        ('--kd-student-feature-dim', int, None, 'width of the student features'),
-        ('--kd-teacher-feature-dim', int, None, 'width of the teacher features'),
-        ('--kd-token-distill-type', str, 'soft', 'soft or hard token distillation', {'choices': ('soft', 'hard')}),
     ),
 }
 
@@ -210,24 +185,23 @@ _MULTI_SIZE = 'training at several image sizes is not part of this script; choos
 _NAFLEX = 'the NaFlex loader is not part of this script; leave it out or use the train.py of timm'
 _MULTI_LABEL = 'targets with several labels are not part of this script; use the train.py of timm'
 
-# An error if they differ from their default, because nothing here does their work: dest -> why, and what to do.
+# Flags of timm's script that this one does not have, by how their names begin: why, and what to do. An `args.yaml` of
+# timm lists them all; a file is refused if one of `SWITCHES` is on there, without which the others do nothing.
 REFUSED = {
     'tta': 'the loader makes no copies of an image that could be averaged; leave it out',
-    'target_format': _MULTI_LABEL,
-    'multilabel_threshold': _MULTI_LABEL,
+    **dict.fromkeys(('target-format', 'multilabel-'), _MULTI_LABEL),
+    **dict.fromkeys(('kd-', 'distill-loss-weight', 'task-loss-weight'), _DISTILLATION),
     **dict.fromkeys((
-        'kd_model_name', 'kd_distill_type', 'kd_loss_type', 'distill_loss_weight', 'task_loss_weight', 'kd_temperature',
-        'kd_student_feature_dim', 'kd_teacher_feature_dim', 'kd_token_distill_type',
-    ), _DISTILLATION),
-    **dict.fromkeys((
-        'train_img_sizes', 'train_batch_sizes', 'train_size_probs', 'train_size_schedule', 'train_size_schedule_spread',
-        'train_size_random_mix', 'variable_batch_loss_scale',
-    ), _MULTI_SIZE),
-    **dict.fromkeys((
-        'naflex_loader', 'naflex_train_seq_lens', 'naflex_max_seq_len', 'naflex_patch_sizes', 'naflex_patch_size_probs',
-        'naflex_loss_scale', 'naflex_patchify_channels_first',
-    ), _NAFLEX),
+        'train-img-sizes', 'train-batch-sizes', 'train-size-', 'variable-batch-loss-scale'), _MULTI_SIZE),
+    'naflex-': _NAFLEX,
 }
+SWITCHES = ('tta', 'target_format', 'kd_model_name', 'train_img_sizes', 'naflex_loader')
+
+
+def why_refused(name: str) -> Optional[str]:
+    """Why there is no flag of this name, without its dashes, that timm's script has; None if timm has none either."""
+    return next((reason for begin, reason in REFUSED.items() if name.replace('_', '-').startswith(begin)), None)
+
 
 # Single values of flags that are otherwise fine.
 REFUSED_VALUES = {

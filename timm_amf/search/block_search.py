@@ -58,7 +58,7 @@ __all__ = ['BlockSearch', 'Search', 'main', 'search_blocks']
 _WAYS = ('layer', 'block', 'window')
 # Of train_amf.py: what a search cannot train with, and what candidates do without.
 _REFUSED = (
-    'jsd_loss', 'aug_splits', 'split_bn', 'kd_model_name', 'global_k', 'torchcompile', 'dry_run', 'eval_only')
+    'jsd_loss', 'aug_splits', 'split_bn', 'global_k', 'torchcompile', 'dry_run', 'eval_only')
 _LEFT_OUT = ('model_ema', 'branch_loss', 'policy_balance')
 
 
