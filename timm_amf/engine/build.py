@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from timm.data import Mixup, resolve_data_config
 from timm.data.mixup import mixup_target
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
-from timm.models import safe_model_name
+from timm.models import load_checkpoint, safe_model_name
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -28,7 +28,7 @@ from timm_amf.engine.memory import keep_freed_memory
 from timm_amf.engine.options import resolve_trackers
 from timm_amf.errors import UserError
 from timm_amf.models.parts import Part, part_cfg
-from timm_amf.models.sources import check_source
+from timm_amf.models.sources import check_source, load_network, loading
 from timm_amf.tuning import Plan, reinit
 from timm_amf.tuning.resolve import Resolved
 
@@ -162,44 +162,51 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
             f'--num-classes {args.num_classes}: the data have {num_classes} classes; raise it or leave it out')
     if args.fast_norm:
         set_fast_norm()
-    if args.pretrained:
-        _check_weights(args)
     # The initial weights are those of the seed on every process.
     seed_step(args.seed, 0, 0, 0)
     try:
-        model = timm.create_model(
-            args.model,
-            pretrained=args.pretrained,
-            num_classes=args.num_classes or num_classes,
-            pretrained_cfg_overlay=_cfg_overlay(args) or None,
-            checkpoint_path=args.initial_checkpoint or None,
-            **_model_kwargs(args),
-        )
-    except (TypeError, ValueError, RuntimeError, KeyError, FileNotFoundError) as e:
-        first = ' '.join(str(e).split())[:300]
-        if args.initial_checkpoint and 'state_dict' in first:
-            raise UserError(
-                f'--initial-checkpoint {args.initial_checkpoint} does not fit {args.model}: {first}') from None
-        raise UserError(f'--model {args.model} cannot be built: {first}') from None
-    _adjust_norms(model, args)
-    _adjust_head(model, args)
-    if args.split_bn:
-        model = convert_splitbn_model(model, max(args.aug_splits, 2))
-    if args.grad_checkpointing:
-        model.set_grad_checkpointing(enable=True)
+        model = _create(args, num_classes)
+        _adjust_norms(model, args)
+        _adjust_head(model, args)
+        if args.split_bn:
+            model = convert_splitbn_model(model, max(args.aug_splits, 2))
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing(enable=True)
+    except UserError:
+        raise
+    except Exception as e:  # whatever timm's constructors say of arguments that the options gave them
+        reason = ' '.join(str(e).split())[:300] or type(e).__name__
+        raise UserError(f'--model {args.model} cannot be built: {reason}') from e
     return model
 
 
-def _check_weights(args: argparse.Namespace) -> None:
-    """Fail at once, and in one line, where a plain model's weights cannot be had; composites see to theirs."""
-    name = args.model.split('.')[0]
-    if ':' in args.model or not timm.model_entrypoint(name).__module__.startswith('timm.'):
-        return
-    part = Part(args.model, 0, dict(pretrained_cfg_overlay=_cfg_overlay(args) or None))
-    try:
-        check_source(args.model, part_cfg(part))
-    except UserError as e:
-        raise UserError(f'{e} Here: --pretrained-path FILE, or no --pretrained.') from None
+def _create(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    create = functools.partial(
+        timm.create_model,
+        args.model,
+        pretrained=args.pretrained,
+        num_classes=args.num_classes or num_classes,
+        pretrained_cfg_overlay=_cfg_overlay(args) or None,
+        **_model_kwargs(args),
+    )
+    of_timm = ':' not in args.model and timm.model_entrypoint(args.model.split('.')[0]).__module__.startswith('timm.')
+    if args.pretrained and of_timm:  # composites see to the weights of their parts
+        cfg = part_cfg(Part(args.model, 0, dict(pretrained_cfg_overlay=_cfg_overlay(args) or None)))
+        try:
+            check_source(args.model, cfg)
+        except UserError as e:
+            raise UserError(f'{e} Here: --pretrained-path FILE, or no --pretrained.') from None
+        model = load_network(args.model, cfg, create)
+    else:
+        model = create()
+    if args.initial_checkpoint:
+        try:
+            with loading(args.model, {'file': args.initial_checkpoint}):
+                load_checkpoint(model, args.initial_checkpoint)
+        except UserError as e:
+            adapt = ' (--pretrained-path adapts a classifier of other classes)' if 'size mismatch' in str(e) else ''
+            raise UserError(f'--initial-checkpoint: {e}{adapt}') from None
+    return model
 
 
 def _model_kwargs(args: argparse.Namespace) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def derived_flags(args: argparse.Namespace) -> list[str]:
     values = vars(args)  # not always all flags
     sources = dict(
         cpu=values.get('device') == 'cpu', drop_path=values.get('drop_connect') is not None,
-        loss=values.get('bce_loss'), mixed_precision=values.get('amp'))
+        loss=values.get('bce_loss'), pretrained=values.get('pretrained_path'), mixed_precision=values.get('amp'))
     return [name for name, given in sources.items() if given]
 
 

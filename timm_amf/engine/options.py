@@ -182,6 +182,8 @@ def _settle(args: argparse.Namespace, given: Container[str], defaults: Mapping) 
     if args.data:
         args.data_dir = args.data
     args.data = None
+    if args.pretrained_path:
+        args.pretrained = True
     if args.plan:
         args.recipe.pop('plan', None)  # the file that the flag names takes its place
     if args.device == 'cpu':

@@ -1,5 +1,6 @@
 """Where pretrained weights come from, and one line for the user when they cannot be had or do not fit."""
 import logging
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +112,8 @@ def loading(name: str, cfg: dict[str, Any]) -> Iterator[None]:
         raise _unreachable(name, cfg, e) from e
     except Exception as e:  # safetensors, pickle and shape errors: all mean that this file is not the one
         reason = ' '.join(str(e).split())[:200] or type(e).__name__
+        if isinstance(e, (pickle.UnpicklingError, EOFError)) or 'weights_only' in reason:
+            reason = 'it is damaged, or holds more than tensors; save its state dict alone, best as safetensors'
         raise UserError(f"cannot load the weights of '{name}' from {_describe(cfg)}: {reason}") from e
 
 
@@ -151,6 +154,9 @@ def load_network(name: str, cfg: dict[str, Any], create) -> nn.Module:
         net = create()
     parameters = {n for n, _ in net.named_parameters()}
     missing = [k for k in keys if k in parameters and k.rpartition('.')[0] not in as_names(cfg.get('classifier'))]
+    filled = sum(p.numel() for n, p in net.named_parameters() if n not in keys)
+    share = 100 * filled / sum(p.numel() for p in net.parameters())
+    _logger.info(f"{_describe(cfg)}: {share:.1f} % of the parameters of '{name}'")
     if len(missing) > 0.5 * len(parameters):
         raise UserError(
             f"{_describe(cfg)} does not hold the weights of '{name}': {len(missing)} of its {len(parameters)} "
