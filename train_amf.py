@@ -9,21 +9,24 @@ It takes the flags of timm's own train script, with their names and meaning, and
 docs/flags.md). A run writes the folder --output/--experiment: args.yaml and plan.yaml (what was run), summary.csv and
 policy.csv (a row an epoch), model_best.safetensors, and last/ (from which --resume auto goes on).
 """
-import logging
+import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Optional
 
+from accelerate import Accelerator
+
 from timm_amf.engine import build
+from timm_amf.engine.checkpoint import read_class_names, set_class_names
 from timm_amf.engine.loop import Trainer
 from timm_amf.engine.options import parse_args, resolve_lr, save_args
-from timm_amf.engine.run import find_resume, prepare_folder
+from timm_amf.engine.run import claim_folder, find_resume, prepare_folder
 from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
 from timm_amf.errors import run_command, without_traceback_flag
 from timm_amf.models.method import RunSettings
 from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args, resolve
-
-_logger = logging.getLogger('train')
 
 
 def train(argv: Optional[Sequence[str]] = None) -> None:
@@ -36,9 +39,24 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     accelerator = build.build_accelerator(args)
     folder = build.run_folder(args, accelerator)
     resume = find_resume(args, folder)
+    writes = accelerator.is_main_process and not (args.dry_run or args.eval_only)
+    with claim_folder(folder, args.overwrite, resume) if writes else contextlib.nullcontext():
+        _train(args, accelerator, folder, resume)
+    if args.publish and writes:
+        from timm_amf.hub.publish import publish_finished
 
-    train_set, val_set = build.build_data(args, accelerator)
+        publish_finished(args, folder)
+
+
+def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, resume: Optional[Path]) -> None:
+    names = None
+    if resume is not None:
+        names = read_class_names(resume / 'model.safetensors')
+    elif args.eval_only and args.initial_checkpoint:
+        names = read_class_names(args.initial_checkpoint)
+    train_set, val_set = build.build_data(args, accelerator, names)
     model = build.build_model(args, train_set.num_classes)
+    set_class_names(model, train_set.class_names)
     model = build.place_model(model, args, accelerator)
     train_loader, val_loader = build.build_loaders(args, model, train_set, val_set, accelerator)
 
@@ -58,39 +76,26 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     accelerator.print(describe_depths(model, table), end='')
     if args.dry_run:
         return
+    if resume is not None:
+        trainer.resume(resume)
     if args.eval_only:
-        if resume is not None:
-            trainer.resume(resume)
         accelerator.print(trainer.report(trainer.evaluate_now()))
         if args.routing_eps is not None:
             accelerator.print(trainer.report_routing(args.routing_eps))
         return
 
-    if accelerator.is_main_process:
-        prepare_folder(args, folder, resume)
-        save_args(args, folder / 'args.yaml')
-        plan.to_yaml(folder / 'plan.yaml')
-    accelerator.wait_for_everyone()
-    if resume is not None:
-        trainer.resume(resume)
-    build.start_trackers(args, accelerator, plan)
+    def begin() -> None:
+        if accelerator.is_main_process:
+            prepare_folder(folder, resume)
+            save_args(args, folder / 'args.yaml')
+            plan.to_yaml(folder / 'plan.yaml')
+        accelerator.wait_for_everyone()
+        build.start_trackers(args, accelerator, plan)
 
-    try:
-        with trainer.signals:
-            while trainer.epoch < trainer.epochs:
-                train_metrics = trainer.train_epoch()
-                val_metrics = trainer.evaluate()
-                trainer.finish_epoch(train_metrics, val_metrics)
-    finally:
-        train_loader.close()
-        val_loader.close()
+    trainer.train(begin)
     trainer.write_compact()
     accelerator.end_training()
     accelerator.print(trainer.closing_line())
-    if args.publish and accelerator.is_main_process:
-        from timm_amf.hub.publish import publish_finished
-
-        publish_finished(args, folder)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -100,7 +100,7 @@ def test_one_line_before_any_work(run, flags, words, tmp_path):
 def test_a_checkpoint_of_another_architecture(run, weights):
     with pytest.raises(UserError) as error:
         run('bad', '--l2sp-alpha', '0.1', '--initial-checkpoint', str(weights), '--model', 'test_vit', base=BASE)
-    assert 'does not fit test_vit' in str(error.value) and str(weights) in str(error.value)
+    assert "cannot load the weights of 'test_vit'" in str(error.value) and str(weights) in str(error.value)
     assert '\n' not in str(error.value)
 
 

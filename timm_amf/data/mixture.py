@@ -155,19 +155,21 @@ def create_datasets(
         spec: DataSpec,
         splits: Sequence[str] = ('train', 'val'),
         in_chans: int = 3,
+        class_names: Optional[Sequence[str]] = None,
 ) -> tuple[Mixture, ...]:
-    """Open splits of a mixture, all with the classes of `train`.
+    """Open splits of a mixture, all with the classes of `train`, or of a model.
 
     Args:
         spec: The mixture.
         splits: Of `train`, `val` and `test`; `train+val` is both, one after the other.
         in_chans: Channels of the model's input: 1 reads images as greyscale where the spec does not say otherwise.
+        class_names: The classes of a model, in the order of its outputs. None: those of `train`.
 
     Raises:
         UserError: A dataset, split or class that is missing, empty or not as the spec has it.
     """
     opened: dict[tuple[int, str], Source] = {}
-    datasets = tuple(create_dataset(spec, split, in_chans=in_chans, _opened=opened) for split in splits)
+    datasets = tuple(create_dataset(spec, split, in_chans, class_names, _opened=opened) for split in splits)
     for i, one in enumerate(datasets):
         for j in range(i):
             shared = one.count_shared(datasets[j])
@@ -180,6 +182,7 @@ def create_dataset(
         spec: DataSpec,
         split: str = 'train',
         in_chans: int = 3,
+        class_names: Optional[Sequence[str]] = None,
         _opened: Optional[dict] = None,
 ) -> Mixture:
     """Open one split of a mixture; see `create_datasets`."""
@@ -187,7 +190,13 @@ def create_dataset(
     splits = split.split('+')
     all_classes = [_train_classes(spec, i, splits, opened) for i in range(len(spec.components))]
     classes = [names[:c.classes] for names, c in zip(all_classes, spec.components, strict=True)]
-    class_names, class_to_component, offsets = _label_space(spec.components, classes)
+    own_names, class_to_component, offsets = _label_space(spec.components, classes)
+    labels = np.arange(len(own_names))
+    if class_names is not None:
+        labels = _labels_by_name(own_names, class_names, spec.components, classes, offsets)
+        own_names = list(class_names)
+        owners = dict(zip(labels.tolist(), class_to_component, strict=True))
+        class_to_component = [owners.get(label, -1) for label in range(len(own_names))]
     parts = []
     for name in splits:
         for i, component in enumerate(spec.components):
@@ -195,9 +204,9 @@ def create_dataset(
             targets = _align(source, all_classes[i], component, name)
             chosen = _select(targets, len(classes[i]), component, name)
             _check_classes(targets[chosen], targets, classes[i], component, name)
-            parts.append((i, source, chosen, targets[chosen] + offsets[i]))
+            parts.append((i, source, chosen, labels[targets[chosen] + offsets[i]]))
     mode = spec.input_img_mode or ('L' if in_chans == 1 else 'RGB')
-    return Mixture([c.name for c in spec.components], class_names, class_to_component, parts, input_img_mode=mode)
+    return Mixture([c.name for c in spec.components], own_names, class_to_component, parts, input_img_mode=mode)
 
 
 def _open(spec: DataSpec, i: int, split: str, opened: dict) -> Source:
@@ -253,6 +262,38 @@ def _label_space(
         f'{components[o[0]].name}/{name}' if plain.count(name) > 1 else name
         for name, o in zip(plain, owners, strict=True)]
     return class_names, [o[0] if len(o) == 1 else -1 for o in owners], offsets
+
+
+def _labels_by_name(
+        own_names: Sequence[str],
+        class_names: Sequence[str],
+        components: Sequence[Component],
+        classes: Sequence[list[str]],
+        offsets: Sequence[int],
+) -> np.ndarray:
+    """The output of a model for each class of the data, by its name, with or without that of its component before it.
+
+    Raises:
+        UserError: The model has no such class.
+    """
+    index = {name: i for i, name in enumerate(class_names)}
+    labels = [index.get(name, -1) for name in own_names]
+    for component, names, offset in zip(components, classes, offsets, strict=True):
+        for i, name in enumerate(names, start=offset):
+            labels[i] = index.get(f'{component.name}/{name}', index.get(name, -1)) if labels[i] < 0 else labels[i]
+    unknown = [name for name, label in zip(own_names, labels, strict=True) if label < 0]
+    if unknown:
+        more = f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''
+        known = ', '.join(class_names[:5]) + (', ...' if len(class_names) > 5 else '')
+        raise UserError(
+            f'data: class {unknown[0]!r}{more} is not among the {len(class_names)} classes of the model ({known}); '
+            f'rename its folder or leave it out')
+    absent = sorted(set(class_names) - {class_names[label] for label in labels})
+    if absent:
+        _logger.warning(
+            f'data: {len(absent)} of the {len(class_names)} classes of the model are not there '
+            f'({", ".join(absent[:5])}{", ..." if len(absent) > 5 else ""}).')
+    return np.array(labels)
 
 
 def _align(source: Source, classes: list[str], component: Component, split: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """One split of one dataset as classes, targets and files, in the dataset's own order."""
 import io
 import os
+import unicodedata
 from typing import Any, BinaryIO, Optional
 
 import numpy as np
@@ -20,7 +21,8 @@ class Source:
     in_memory = False
 
     def __init__(self, classes: list[str], targets: Any):
-        self.classes = [str(name) for name in classes]
+        # A file system may keep an accented letter in one character or in two: macOS does the latter.
+        self.classes = [unicodedata.normalize('NFC', str(name)) for name in classes]
         self.targets = np.asarray(targets, dtype=np.int64)
 
     def __len__(self) -> int:

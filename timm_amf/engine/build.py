@@ -1,6 +1,7 @@
 """From options to objects: the accelerator, the data, the model and what surrounds them."""
 import argparse
 import functools
+import itertools
 import logging
 import math
 import random
@@ -118,16 +119,30 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
 
 def run_folder(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     """The run's folder, `--output`/`--experiment`; without a name, one of date, time and model, as timm's."""
-    name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
+    output = Path(args.output or 'output/train').expanduser()
+    name = args.experiment
+    if not name:
+        name = base = f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
+        for number in itertools.count(2):
+            if not (output / name).exists():
+                break
+            name = f'{base}-{number}'
     # The clocks of two processes may stand on either side of a second.
-    folder = Path(args.output or 'output/train') / broadcast_object_list([name])[0]
+    folder = output / broadcast_object_list([name])[0]
     accelerator.project_configuration.logging_dir = None  # else it stays that of the constructor
     accelerator.project_configuration.set_directories(str(folder))
     return folder
 
 
-def build_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Mixture, Mixture]:
+def build_data(
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        class_names: Optional[Sequence[str]] = None,
+) -> tuple[Mixture, Mixture]:
     """The training and the validation set of the options, every image of them read once.
+
+    Args:
+        class_names: Of the model whose weights are there already; labels follow from them.
 
     Raises:
         UserError: If data are missing, damaged or do not fit each other.
@@ -138,7 +153,7 @@ def build_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Mixt
         _logger.warning('--val-split %s is trained on: its accuracy says nothing', splits[1])
     # The main process reads the images; the others find on the disk what it found.
     with accelerator.local_main_process_first():
-        datasets = create_datasets(spec, splits, in_chans=input_channels(args))
+        datasets = create_datasets(spec, splits, input_channels(args), class_names)
         if args.check_images:
             for dataset in datasets:
                 check_images(

@@ -3,9 +3,14 @@
 A run's folder holds `last/` (all that resume needs) and `model_best.safetensors`. Everything is written under a
 temporary name, flushed to the disk, and renamed. A folder cannot be renamed over another, so `last/` changes in two
 steps, `last` to `last.old` and `last.new` to `last`; whichever moment a kill picks, one whole checkpoint is found.
+`last.old/` stays, to fall back on, and `digests.json` has the SHA-256 of each file, so that no damage passes unseen.
+
+A file of weights names the classes of its outputs in its metadata; in a model they are `label_names` of its
+`pretrained_cfg`, as in timm.
 """
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -15,22 +20,30 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from timm_amf.errors import UserError
 from timm_amf.tuning.l2sp import L2SP
 
-__all__ = ['Checkpointer', 'load_weights', 'save_weights', 'write_text']
+__all__ = [
+    'Checkpointer', 'class_names', 'load_weights', 'read_class_names', 'read_state', 'save_weights', 'set_class_names',
+    'write_text',
+]
 
 _logger = logging.getLogger(__name__)
 
 _STATE = 'state.json'
+_DIGESTS = 'digests.json'
 _WEIGHTS = 'model.safetensors'
 _EMA = 'ema.safetensors'
 _OPTIMIZER = 'optimizer.pt'
 _START = 'l2sp.safetensors'
+_STATE_KEYS = {
+    'epoch': int, 'step': int, 'updates': int, 'identity': dict, 'plan': dict, 'schedule': dict, 'kept': list,
+    'meters': (list, type(None)), 'best_epoch': (int, type(None)), 'best_metric': (int, float, type(None)),
+}
 
 
 @contextlib.contextmanager
@@ -80,10 +93,6 @@ def write_text(path: Union[str, Path], text: str) -> None:
     _replace(Path(path), lambda temporary: temporary.write_text(text, encoding='utf-8'))
 
 
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    return _contiguous(module.state_dict())
-
-
 def _contiguous(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     # safetensors takes neither channels_last strides nor two names for one storage.
     seen: set[int] = set()
@@ -97,14 +106,55 @@ def _contiguous(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _check_finite(named: Iterable[tuple[str, Any]], path: Path) -> None:
+    for name, value in named:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise UserError(
+                f'{path}: not written, since {name} is not finite; lower the LR, clip gradients (--clip-grad), or use '
+                f'bf16 instead of fp16')
+
+
+def _check_weights(module: nn.Module, path: Path) -> None:
+    """Refuse weights and running statistics that are not finite; other buffers, such as masks, may be infinite."""
+    parameters = {name for name, _ in module.named_parameters()}
+    _check_finite(((name, value) for name, value in module.state_dict().items()
+                   if name in parameters or name.endswith(('running_mean', 'running_var'))), path)
+
+
+def class_names(module: nn.Module) -> Optional[list[str]]:
+    """The names of the outputs of a model; None if it has no names, or not one for each output."""
+    names = (getattr(module, 'pretrained_cfg', None) or {}).get('label_names')
+    return None if names is None else list(names)
+
+
+def set_class_names(module: nn.Module, names: Iterable[str]) -> None:
+    """Name the outputs of a model."""
+    module.pretrained_cfg = {**module.pretrained_cfg, 'label_names': list(names)}
+
+
+def read_class_names(path: Union[str, Path]) -> Optional[list[str]]:
+    """The names of the classes in a file of weights; None where it has none: an older one, or another package's."""
+    with contextlib.suppress(SafetensorError, OSError), safe_open(path, 'pt') as file:
+        names = (file.metadata() or {}).get('class_names')
+        return None if names is None else json.loads(names)
+    return None
+
+
+def _write_module(module: nn.Module, path: Path) -> None:
+    # One entry of metadata only: safetensors writes several in random order.
+    names = class_names(module)
+    metadata = {'format': 'pt'} if names is None else {'class_names': json.dumps(names)}
+    save_file(_contiguous(module.state_dict()), path, metadata=metadata)
+
+
 def save_weights(module: nn.Module, path: Union[str, Path]) -> None:
     """Write a module's weights as safetensors, whole or not at all; equal weights give equal files.
 
     Raises:
-        UserError: If the disk is full or not writable; a file that was there before stays as it was.
+        UserError: If a weight is not finite, or the disk is full or not writable; a file that was there before stays as
+            it was.
     """
-    # One entry only: safetensors writes several in random order.
-    _replace(Path(path), lambda temporary: save_file(_tensors(module), temporary, metadata={'format': 'pt'}))
+    _replace(Path(path), lambda temporary: _write_module(module, temporary))
 
 
 def _read_tensors(path: Union[str, Path], missing: str) -> dict[str, torch.Tensor]:
@@ -130,6 +180,9 @@ def load_weights(module: nn.Module, path: Union[str, Path]) -> None:
         first = ' '.join(str(e).split())[:200]
         raise UserError(
             f'{path}: does not fit {type(module).__name__} ({first}); build the model it was made of') from None
+    names = read_class_names(path)
+    if names is not None and getattr(module, 'pretrained_cfg', None):
+        set_class_names(module, names)
 
 
 def _load_start(path: Path, l2sp: L2SP) -> None:
@@ -148,6 +201,7 @@ class Checkpointer:
         keep: How many of the best epochs to keep as `checkpoint-<epoch>.safetensors`; 0 keeps the best one alone.
         keep_epochs: Epochs that are kept as `checkpoint-<epoch>.safetensors` besides.
         decreasing: Whether a lower metric is better.
+        finite: Refuse to write what is not finite.
     """
 
     def __init__(
@@ -156,8 +210,10 @@ class Checkpointer:
             keep: int = 0,
             keep_epochs: Iterable[int] = (),
             decreasing: bool = False,
+            finite: bool = True,
     ):
         self.folder = Path(folder)
+        self.finite = finite
         self.keep = keep
         self.keep_epochs = frozenset(keep_epochs)
         self.decreasing = decreasing
@@ -168,6 +224,16 @@ class Checkpointer:
     @property
     def last(self) -> Path:
         return self.folder / 'last'
+
+    def found(self) -> Optional[Path]:
+        """The newest checkpoint, also where a kill broke off a change of `last/`; None if there is none."""
+        folders = (self.folder / name for name in ('last.new', 'last', 'last.old'))
+        return next((folder for folder in folders if folder.is_dir()), None)
+
+    def records(self) -> list[Path]:
+        """The files of the run so far beside its checkpoint."""
+        patterns = ('model_best.safetensors', 'checkpoint-*.safetensors', 'summary.csv', 'policy.csv')
+        return [path for pattern in patterns for path in sorted(self.folder.glob(pattern))]
 
     def save_last(
             self,
@@ -190,19 +256,27 @@ class Checkpointer:
             UserError: If the disk is full or not writable; the previous checkpoint stays whole.
         """
         temporary, new, old = (self.folder / f'last.{kind}' for kind in ('tmp', 'new', 'old'))
+        if self.finite:
+            _check_weights(model, self.last)
+            if ema is not None:
+                _check_weights(ema, self.last)
+            _check_finite(((f'{k} of the optimiser', v) for of_one in optimizer.state.values()
+                           for k, v in of_one.items()), self.last)
         state = dict(
             state, best_metric=self.best_metric, best_epoch=self.best_epoch, kept=[list(item) for item in self.kept])
         with _disk_errors(self.last):
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
-                save_file(_tensors(model), temporary / _WEIGHTS, metadata={'format': 'pt'})
+                _write_module(model, temporary / _WEIGHTS)
                 if ema is not None:
-                    save_file(_tensors(ema), temporary / _EMA, metadata={'format': 'pt'})
+                    _write_module(ema, temporary / _EMA)
                 torch.save(optimizer.state_dict(), temporary / _OPTIMIZER)
                 if l2sp is not None:
                     save_file(_contiguous(l2sp.state_dict()), temporary / _START, metadata={'format': 'pt'})
                 (temporary / _STATE).write_text(json.dumps(state, indent=1), encoding='utf-8')
+                digests = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
+                (temporary / _DIGESTS).write_text(json.dumps(digests, indent=1), encoding='utf-8')
                 for file in temporary.iterdir():
                     _sync(file)
                 _sync(temporary)
@@ -211,34 +285,38 @@ class Checkpointer:
                 raise
             self.settle()
             os.rename(temporary, new)
-            if self.last.exists():
-                os.rename(self.last, old)
-            os.rename(new, self.last)
-            _sync(self.folder)
+            self._promote()
+
+    def _promote(self) -> None:
+        """Make `last.new/`, which is whole since it gets this name only then, `last/`, and that `last.old/`."""
+        new, old = self.folder / 'last.new', self.folder / 'last.old'
+        if self.last.exists():
             shutil.rmtree(old, ignore_errors=True)
+            os.rename(self.last, old)
+        os.rename(new, self.last)
+        _sync(self.folder)
 
     def settle(self) -> None:
         """Finish a change of `last/` that a kill broke off."""
-        temporary, new, old = (self.folder / f'last.{kind}' for kind in ('tmp', 'new', 'old'))
-        if new.exists():  # whole, since it gets this name only when it is
-            if self.last.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                os.rename(self.last, old)
-            os.rename(new, self.last)
-        elif old.exists() and not self.last.exists():
-            os.rename(old, self.last)
-        shutil.rmtree(old, ignore_errors=True)
+        found = self.found()
+        if found is not None and found.name == 'last.new':
+            self._promote()
+        elif found is not None and found.name == 'last.old':
+            os.rename(found, self.last)
+        temporary = self.folder / 'last.tmp'
         if temporary.exists() and not (temporary / _STATE).exists():
             shutil.rmtree(temporary, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove the checkpoints and records of an earlier run in this folder."""
-        for path in self.folder.glob('last*'):
-            if path.name in ('last', 'last.new', 'last.old', 'last.tmp'):
-                shutil.rmtree(path, ignore_errors=True)
-        for pattern in ('model_best.safetensors', 'checkpoint-*.safetensors', 'summary.csv', 'policy.csv'):
-            for path in self.folder.glob(pattern):
-                path.unlink()
+        self.discard_last()
+        for path in self.records():
+            path.unlink()
+
+    def discard_last(self) -> None:
+        """Remove the checkpoints that resume needs."""
+        for name in ('last', 'last.new', 'last.old', 'last.tmp'):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def load_last(
             self,
@@ -257,6 +335,7 @@ class Checkpointer:
             UserError: If the folder is missing, damaged, or of another model or Plan.
         """
         source = Path(source)
+        _check_digests(source)
         state = read_state(source)
         load_weights(model, source / _WEIGHTS)
         if ema is not None:
@@ -280,6 +359,8 @@ class Checkpointer:
             raise UserError(f'{path}: no such checkpoint') from None
         except Exception as e:  # torch.load raises many types for a damaged or hostile file
             raise UserError(f'{path}: is damaged ({" ".join(str(e).split())[:160]})') from None
+        if not isinstance(state, dict) or not {'state', 'param_groups'} <= set(state):
+            raise UserError(f'{path}: is damaged: it holds no state of an optimiser')
         ours = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
         if [g.get('param_names') for g in state['param_groups']] != [g.get('param_names') for g in ours]:
             raise UserError(
@@ -302,6 +383,8 @@ class Checkpointer:
             Whether the epoch is the best so far.
         """
         best = metric is not None and self.is_best(metric)
+        if self.finite:
+            _check_weights(model, self.folder / 'model_best.safetensors')
         if best:
             save_weights(model, self.folder / 'model_best.safetensors')
             self.best_metric, self.best_epoch = metric, epoch
@@ -329,8 +412,40 @@ def read_state(source: Union[str, Path]) -> dict[str, Any]:
     """
     path = Path(source) / _STATE
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
+        state = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
-        raise UserError(f'{source}: no checkpoint there; give the folder of a run, or its last/') from None
-    except (OSError, ValueError) as e:
-        raise UserError(f'{path}: is damaged ({e})') from None
+        raise UserError(f'{path}: is not there{_fall_back(path.parent)}') from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f'{path}: is damaged ({e}){_fall_back(path.parent)}') from None
+    wrong = [key for key, kind in _STATE_KEYS.items() if not isinstance(state, dict) or not isinstance(
+        state.get(key, Ellipsis), kind)]
+    if wrong:
+        raise UserError(f'{path}: is damaged ({wrong[0]}){_fall_back(path.parent)}')
+    return state
+
+
+def _check_digests(source: Path) -> None:
+    """Refuse a checkpoint whose files are not those that were written; one of an older version has no digests."""
+    path = source / _DIGESTS
+    if not path.exists():
+        return
+    try:
+        digests = dict(json.loads(path.read_text(encoding='utf-8')))
+    except (ValueError, TypeError, RecursionError):
+        digests = {_DIGESTS: ''}
+    for name, digest in digests.items():
+        file = source / name
+        if not file.exists() or _digest(file) != digest:
+            raise UserError(f'{file}: is {"damaged" if file.exists() else "not there"}{_fall_back(source)}')
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _fall_back(source: Path) -> str:
+    """What to do where a checkpoint is damaged."""
+    old = source.with_name('last.old')
+    if source != old and old.is_dir():
+        return f'; go on from the checkpoint before it with --resume {old}'
+    return '; give the folder of a run, or its last/, with a whole checkpoint'

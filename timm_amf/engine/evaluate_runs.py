@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from timm_amf.data import Mixture, check_images, create_dataset, data_spec_from_args, splits_from_args
 from timm_amf.engine.build import input_channels
+from timm_amf.engine.checkpoint import read_class_names
 from timm_amf.engine.evaluate import Tally
 from timm_amf.engine.intervals import mean_interval, wilson_interval
-from timm_amf.engine.run_folder import WEIGHTS, choose_device, eval_loader, is_run, load_run, read_run
+from timm_amf.engine.run_folder import WEIGHTS, choose_device, eval_loader, find_weights, is_run, load_run, read_run
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.models.method import method_of
 from timm_amf.tuning import Plan
@@ -161,10 +162,10 @@ def _open(run: Union[str, Path], options: RunOptions) -> _Opened:
     spec, split = data_spec_from_args(args, args.recipe.get('data')), splits_from_args(args)[1]
     if split == 'val' and options.split and options.split not in ('val', 'validation', 'valid', 'eval'):
         # A dataset's own name. A component that says itself what its splits are does not heed it.
-        deaf = [c.name for c in spec.components if c.split_name('val') != options.split]
-        if deaf:
+        fixed = [c.name for c in spec.components if c.split_name('val') != options.split]
+        if fixed:
             raise UserError(
-                f'--split {options.split}: {run} says what the splits of component {deaf[0]!r} are; give train, '
+                f'--split {options.split}: {run} says what the splits of component {fixed[0]!r} are; give train, '
                 f'validation or test')
     elsewhere = [c for c in spec.components if options.data_dir and c.root != options.data_dir]
     if elsewhere:
@@ -172,7 +173,7 @@ def _open(run: Union[str, Path], options: RunOptions) -> _Opened:
             f'--data-dir: {run} names the folder of component {elsewhere[0].name!r} itself ({elsewhere[0].root}); '
             f'change it in its args.yaml')
     try:
-        data = create_dataset(spec, split, channels)
+        data = create_dataset(spec, split, channels, read_class_names(find_weights(run, options.weights)))
     except UserError as e:
         raise UserError(f'{run}: {e}') from None
     if args.skip_bad_images:

@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Optional
@@ -109,6 +110,7 @@ class Trainer:
         folder: The run's folder.
         mixup: timm's Mixup, or None.
     """
+    stops_at_nan = True
 
     def __init__(
             self,
@@ -133,6 +135,7 @@ class Trainer:
             keep=args.checkpoint_hist or 0,
             keep_epochs=args.save_epochs or (),
             decreasing=self.decreasing,
+            finite=self.stops_at_nan,
         )
         self.steps = min(len(train_loader), args.train_batches_per_epoch or len(train_loader))
         self.updates_per_epoch = math.ceil(self.steps / args.grad_accum_steps)
@@ -165,9 +168,9 @@ class Trainer:
         if self.l2sp is not None and accelerator.num_processes > 1:
             self.l2sp.take()  # now the weights are those of the first process everywhere
         self.optimizer = accelerator.prepare_optimizer(optimizer)
-        self.summary = CsvLog(self.folder / 'summary.csv')
-        self.policy_log = CsvLog(self.folder / 'policy.csv')
+        self._open_logs()
         self.signals = Signals()
+        self._begin: Optional[Callable[[], None]] = None
         self._started = time.monotonic()
         self._epochs_done = 0
 
@@ -182,6 +185,10 @@ class Trainer:
         args = self.args
         state = read_state(source)
         self._check_same_run(source, state)
+        before = state['plan'].get('opt', self.plan.opt)
+        if before != self.plan.opt and not args.no_resume_opt:
+            raise UserError(
+                f'{source}: is of a run with --opt {before}, not {self.plan.opt}; give it, or add --no-resume-opt')
         optimizer = None if args.no_resume_opt else self.bare_optimizer
         state = self.checkpoints.load_last(source, self.task.model, self.task.ema_model, optimizer, self.l2sp)
         self.epoch, self.step, self.updates = state['epoch'], state['step'], state['updates']
@@ -192,6 +199,9 @@ class Trainer:
         else:
             self.resumed_meters = state['meters']
         self.scheduler.step(self.epoch)
+        self._open_logs()
+
+    def _open_logs(self) -> None:
         self.summary = CsvLog(self.folder / 'summary.csv', self.epoch)
         self.policy_log = CsvLog(self.folder / 'policy.csv', self.epoch)
 
@@ -222,6 +232,47 @@ class Trainer:
 
     # -- one epoch ----------------------------------------------------------------------------------------------------
 
+    def train(self, begin: Optional[Callable[[], None]] = None) -> None:
+        """Train to the last epoch.
+
+        Args:
+            begin: Makes the folder ready to be written, once the first update has been made: a run that cannot train
+                leaves everything as it was.
+        """
+        self._begin = begin
+        if begin is not None and self.epoch >= self.epochs:
+            begin()
+        try:
+            with self.signals:
+                while self.epoch < self.epochs:
+                    self.finish_epoch(self.train_epoch(), self.evaluate())
+        except (UserError, Interrupted, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as e:
+            if self._begin is None:
+                raise
+            # Whatever a model or an augmentation says of images that it cannot take.
+            raise UserError(f'the first step fails ({type(e).__name__}: {e}); --traceback shows where') from e
+        finally:
+            self.train_loader.close()
+            self.val_loader.close()
+
+    def _try_smallest(self, batch) -> None:
+        """A forward and a backward pass of the smallest share of a step that any process will have; nothing is kept."""
+        sampler, world = self.train_loader.sampler, self.accelerator.num_processes
+        size = sampler.step_size(len(sampler) - 1) // world
+        if size == math.ceil(sampler.step_size(0) / world) or self.args.aug_splits > 1:
+            return  # the first step is one, on every process
+        buffers = {name: buffer.clone() for name, buffer in self.task.model.named_buffers()}
+        inputs, target = batch.input[:size].clone(), batch.target[:size].clone()
+        if self.mixup is not None:
+            inputs, target = self.mixup(inputs, target)
+        self.accelerator.backward(self.task(inputs, target)['loss'])
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for name, buffer in self.task.model.named_buffers():
+                buffer.copy_(buffers[name])
+
     def train_epoch(self) -> dict[str, float]:
         """Train the current epoch, from the current step on.
 
@@ -247,6 +298,10 @@ class Trainer:
             self.train_loader, total=self.steps, initial=self.step, desc=f'epoch {self.epoch}', leave=False,
             disable=not self._progress, dynamic_ncols=True)
         for step, batch in enumerate(bar, start=self.step):
+            if self._begin is not None and not images:
+                self._try_smallest(batch)
+            due = self.args.save_images and step % self.args.log_interval == 0 and self.accelerator.is_main_process
+            seen = batch.input.clone() if due else None  # mixup works in place
             ends_update = (step + 1) % self.args.grad_accum_steps == 0 or step + 1 == self.steps
             self._train_step(step, batch, ends_update, meter, record)
             images += batch.step_size
@@ -255,6 +310,8 @@ class Trainer:
                 self.updates += 1
                 self.scheduler.step_update(self.updates)
                 self._after_update(meter, holders, bar)
+            if due and self._begin is None:
+                self._save_images(seen, step)
             if self.step == self.steps:
                 break
         self._check_finite(meter)
@@ -268,8 +325,6 @@ class Trainer:
     def _train_step(self, step, batch, ends_update, meter, record) -> None:
         args, accelerator = self.args, self.accelerator
         seed_step(args.seed, self.epoch, step, accelerator.process_index)
-        if args.save_images and step % args.log_interval == 0 and accelerator.is_main_process:
-            self._save_images(batch.input, step)
         inputs, target = batch.input, batch.target
         if self.mixup is not None:
             inputs, target = self.mixup(inputs, target)
@@ -311,6 +366,10 @@ class Trainer:
         look = self.step % args.log_interval < args.grad_accum_steps
         if look or self.accelerator.device.type == 'cpu':
             self._check_finite(meter)
+        if self._begin is not None:
+            begin, self._begin = self._begin, None
+            begin()
+            self._open_logs()  # those of the run that goes on here
         if look and self._progress:
             bar.set_postfix(loss=f'{meter.loss():.3f}')
         due = args.recovery_interval and self.step // args.recovery_interval > (
@@ -321,7 +380,7 @@ class Trainer:
             self.save(holders)
         if stop and self.step < self.steps:
             raise Interrupted(
-                stop, f'stopped in epoch {self.epoch} after step {self.step} of {self.steps}; '
+                stop, f'stopped in epoch {self.epoch + 1} after step {self.step} of {self.steps}; '
                 f'{self.checkpoints.last} is complete: go on with --resume auto')
 
     def _stop_signal(self) -> int:
@@ -335,15 +394,21 @@ class Trainer:
         return int(gather(flag).max())
 
     def _check_finite(self, meter: _TrainMeter) -> None:
+        if not self.stops_at_nan:
+            return
         step = meter.bad_step()
         if self.accelerator.num_processes > 1:
             step = int(gather(torch.tensor([step], device=self.accelerator.device)).max())
         if step >= 0:
-            last = self.checkpoints.last
-            where = f'the last good checkpoint is {last}' if last.exists() else 'there is no checkpoint yet'
             raise UserError(
-                f'the loss is not finite at epoch {self.epoch}, step {step} (LR {self._lr_text()}); {where}; '
-                f'lower the LR, clip gradients (--clip-grad), or use bf16 instead of fp16')
+                f'the loss is not finite in epoch {self.epoch + 1}, step {step + 1} (LR {self._lr_text()}); '
+                f'{self._remedy}')
+
+    @property
+    def _remedy(self) -> str:
+        last = self.checkpoints.last
+        where = f'the last good checkpoint is {last}' if last.exists() else 'there is no checkpoint yet'
+        return f'{where}; lower the LR, clip gradients (--clip-grad), or use bf16 instead of fp16'
 
     def _apply_plan(self) -> None:
         """Freeze and unfreeze for the epoch. A reducer knows only what trained when it was built: build it anew."""
@@ -405,6 +470,9 @@ class Trainer:
 
     def finish_epoch(self, train: dict[str, Any], val: Optional[dict[str, Any]]) -> None:
         """Record the epoch, save what it earned, set the next epoch's LRs and report."""
+        if val is not None and self.stops_at_nan and not math.isfinite(val['loss']):
+            raise UserError(
+                f'the evaluation loss is not finite after epoch {self.epoch + 1}, which is not saved; {self._remedy}')
         metric = None if val is None else val[self.args.eval_metric]
         epoch, lrs = self.epoch, self._lrs()
         if self.accelerator.is_main_process:
@@ -424,7 +492,7 @@ class Trainer:
             stop = int(gather(torch.tensor([stop], device=self.accelerator.device)).max())
         if stop and self.epoch < self.epochs:
             raise Interrupted(
-                stop, f'stopped after epoch {epoch}; {self.checkpoints.last} is complete: go on with --resume auto')
+                stop, f'stopped after epoch {epoch + 1}; {self.checkpoints.last} is complete: go on with --resume auto')
 
     def save(self, holders) -> None:
         """Write `last/`: the state at this moment, from which a resumed run gives the same bits."""

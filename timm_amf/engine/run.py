@@ -1,18 +1,25 @@
-"""The folder of a run: whether it may be written, and what resumes from it."""
+"""The folder of a run: who owns it, what resumes from it, and when it is written."""
 import argparse
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
+
+from filelock import FileLock, Timeout
 
 from timm_amf.engine.checkpoint import Checkpointer
 from timm_amf.errors import UserError
 
-__all__ = ['find_resume', 'prepare_folder']
+__all__ = ['claim_folder', 'find_resume', 'prepare_folder']
+
+_LOCK = '.lock'
 
 
 def find_resume(args: argparse.Namespace, folder: Path) -> Optional[Path]:
-    """The `last/` folder that `--resume` names, or None where there is nothing to resume.
+    """The checkpoint that `--resume` names, or None where there is nothing to resume.
 
-    `auto` takes that of the experiment if there is one; else a path: a run's folder, or its `last/`.
+    `auto` takes that of the experiment if there is one; else a path: a run's folder, its `last/`, or its `last.old/`.
 
     Raises:
         UserError: If the path holds no checkpoint of this script, or `auto` has no experiment to look in.
@@ -22,40 +29,56 @@ def find_resume(args: argparse.Namespace, folder: Path) -> Optional[Path]:
     if args.resume == 'auto':
         if not args.experiment:
             raise UserError('--resume auto looks in the folder of the experiment; name it with --experiment')
-        source = folder
-    else:
-        source = Path(args.resume)
-        if source.is_file():
-            raise UserError(
-                f'--resume {source}: is a file; give the folder of a run, '
-                f'or start from weights with --initial-checkpoint')
-        source = source.parent if source.name == 'last' else source
-    last = Checkpointer(source).last
-    found = _has_checkpoint(source)
-    if not found and args.resume != 'auto':
+        return Checkpointer(folder).found()
+    source = Path(args.resume)
+    if source.is_file():
+        raise UserError(
+            f'--resume {source}: is a file; give the folder of a run, or start from weights with --initial-checkpoint')
+    if source.name == 'last.old':
+        return source
+    found = Checkpointer(source.parent if source.name == 'last' else source).found()
+    if found is None:
         raise UserError(f'--resume {args.resume}: no checkpoint there; give the folder of a run, or its last/')
-    return last if found else None
+    return found
 
 
-def _has_checkpoint(folder: Path) -> bool:
-    return any((folder / name / 'state.json').exists() for name in ('last', 'last.new', 'last.old'))
-
-
-def prepare_folder(args: argparse.Namespace, folder: Path, resume: Optional[Path]) -> None:
-    """Make the run's folder; finish what a kill broke off in the one that is resumed.
+@contextlib.contextmanager
+def claim_folder(folder: Path, overwrite: bool, resume: Optional[Path]) -> Iterator[None]:
+    """Make a run the only one that writes to its folder, which is made if it is not there, and left if it stays empty.
 
     Raises:
-        UserError: If the folder holds another run and neither `--resume` nor `--overwrite` was given, or it cannot be
-            made.
+        UserError: If another run is writing there, or one is complete there and neither `--resume` nor `--overwrite`
+            was given, or the folder cannot be made.
     """
-    if resume is not None:
-        Checkpointer(resume.parent).settle()
-    elif not args.overwrite and _has_checkpoint(folder):
+    if resume is None and not overwrite and Checkpointer(folder).found() is not None:
         raise UserError(f'{folder}: holds a run already; continue it with --resume auto, or add --overwrite')
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / _LOCK)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f'{folder}: another run is writing there; choose another --experiment') from None
     except OSError as e:
-        raise UserError(f'{folder}: cannot be made ({e.strerror}); choose another --output') from None
-    if resume is None and args.overwrite:
-        # A resume must not find the run that this one replaces.
-        Checkpointer(folder).discard()
+        raise UserError(f'{folder}: cannot be written ({e.strerror}); choose another --output') from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / _LOCK).unlink(missing_ok=True)
+        lock.release()
+        with contextlib.suppress(OSError):
+            (folder / _LOCK).unlink(missing_ok=True)  # Windows removes no file that is open
+            folder.rmdir()
+
+
+def prepare_folder(folder: Path, resume: Optional[Path]) -> None:
+    """Make a folder ready for its first file: remove an earlier run, or take over what a resumed one has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpointer(folder)
+    if resume is None:
+        checkpoints.discard()  # a resume must not find the run that this one replaces
+    elif resume.parent.resolve() == folder.resolve():
+        checkpoints.settle()
+    else:
+        for file in Checkpointer(resume.parent).records():
+            shutil.copy2(file, folder / file.name)

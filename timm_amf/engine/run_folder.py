@@ -27,21 +27,21 @@ from timm_amf.data import (
     splits_from_args,
 )
 from timm_amf.engine.build import build_model, input_channels
-from timm_amf.engine.checkpoint import load_weights
+from timm_amf.engine.checkpoint import Checkpointer, class_names, load_weights, read_class_names
 from timm_amf.engine.options import parse_args
 from timm_amf.errors import UserError
 from timm_amf.tuning import Plan
 
 __all__ = [
-    'WEIGHTS', 'OpenRun', 'choose_device', 'eval_loader', 'is_run', 'load_run', 'open_run', 'read_run',
+    'WEIGHTS', 'OpenRun', 'choose_device', 'eval_loader', 'find_weights', 'is_run', 'load_run', 'open_run', 'read_run',
 ]
 
-# Where the weights of a run may be, by the name of the choice, in order of preference.
+# The weights of a run by the name of the choice, in order of preference; all but the first are in its checkpoint.
 WEIGHTS = {
     'best': ('model_best.safetensors',),
-    'last': ('last/ema.safetensors', 'last/model.safetensors'),
-    'ema': ('last/ema.safetensors',),
-    'raw': ('last/model.safetensors',),
+    'last': ('ema.safetensors', 'model.safetensors'),
+    'ema': ('ema.safetensors',),
+    'raw': ('model.safetensors',),
 }
 
 
@@ -69,6 +69,21 @@ def read_run(run: Union[str, Path], flags: Sequence[str] = ()) -> argparse.Names
     return args
 
 
+def find_weights(run: Union[str, Path], weights: str = 'best') -> Path:
+    """The file of the weights of a run; see `load_run`.
+
+    Raises:
+        UserError: If it is not there.
+    """
+    folder = Path(run) if weights == 'best' else Checkpointer(run).found() or Checkpointer(run).last
+    files = [folder / name for name in WEIGHTS[weights]]
+    file = next((file for file in files if file.exists()), files[-1])
+    if not file.exists():
+        what = 'the run kept no moving average' if weights == 'ema' else 'no such checkpoint'
+        raise UserError(f'{file}: {what}; take other --weights, or train the run on')
+    return file
+
+
 def load_run(
         args: argparse.Namespace,
         run: Union[str, Path],
@@ -87,11 +102,7 @@ def load_run(
     Raises:
         UserError: If the weights are missing, damaged, or of another model.
     """
-    files = [Path(run) / name for name in WEIGHTS[weights]]
-    file = next((file for file in files if file.exists()), files[-1])
-    if not file.exists():
-        what = 'the run kept no moving average' if weights == 'ema' else 'no such checkpoint'
-        raise UserError(f'{file}: {what}; take other --weights, or train the run on')
+    file = find_weights(run, weights)
     model = build_model(args, num_classes or args.num_classes or _count_classes(args, file))
     load_weights(model, file)
     return model.eval()
@@ -130,6 +141,12 @@ class OpenRun:
     data: Optional[tuple[Mixture, Mixture]]
     missing: str = ''
 
+    @property
+    def class_names(self) -> Optional[list[str]]:
+        """The names of the model's outputs; of an older run, which does not have them, those of its data."""
+        names = class_names(self.model)
+        return names or (self.data and self.data[0].class_names)
+
 
 def open_run(
         run: Union[str, Path],
@@ -161,7 +178,8 @@ def open_run(
     channels = input_channels(args)
     try:
         spec = data_spec_from_args(args, args.recipe.get('data'))
-        data = create_datasets(spec, splits_from_args(args), in_chans=channels)
+        names = read_class_names(find_weights(folder, weights))
+        data = create_datasets(spec, splits_from_args(args), channels, names)
     except (UserError, OSError) as e:
         if need_data:
             raise

@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 import math
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -99,6 +98,7 @@ class _Schedulers:
 
 class CandidateTrainer(Trainer):
     """The trainer of a `LockstepModel`: what it does for a model as a whole, it does for each candidate."""
+    stops_at_nan = False  # one that diverges does not stop the others: it ranks last
 
     def _clip(self) -> None:
         args = self.args
@@ -107,9 +107,6 @@ class CandidateTrainer(Trainer):
             for member in self.task.model.members:
                 params = [p for n, p in member.params.items() if not ('agc' in args.clip_mode and n.startswith(HEAD))]
                 dispatch_clip_grad(params, value=args.clip_grad, mode=args.clip_mode)
-
-    def _check_finite(self, meter) -> None:
-        """One that diverges does not stop the others: it ranks last."""
 
     @torch.no_grad()
     def evaluate_now(self) -> dict[str, Any]:
@@ -282,7 +279,7 @@ class CandidateRuns:
         trainer = self._trainer(members, stage, folder)
         resume = find_resume(argparse.Namespace(resume='auto', experiment=folder.name), folder)
         if self.accelerator.is_main_process:
-            prepare_folder(argparse.Namespace(overwrite=True), folder, resume)
+            prepare_folder(folder, resume)
         self.accelerator.wait_for_everyone()
         # The trainer's lines on its epochs are not what the search is to print.
         with contextlib.redirect_stdout(sys.stderr if self.progress else None), trainer.signals:
@@ -299,7 +296,7 @@ class CandidateRuns:
                 member.candidate, top1, loss, images, parameters, epochs, tuple(curve))
         if self.accelerator.is_main_process:
             write_text(done, json.dumps([r.to_dict() for r in results.values()]))
-            shutil.rmtree(folder / 'last', ignore_errors=True)
+            trainer.checkpoints.discard_last()
         self.accelerator.free_memory()
         return results
 
