@@ -131,7 +131,7 @@ def _explain(error: BaseException) -> Optional[str]:
         package = (error.name or '').partition('.')[0]
         if package in _EXTRAS:
             return f"this needs {package}; pip install 'timm_amf[{_EXTRAS[package]}]'"
-    if isinstance(error, RuntimeError) and _MISFITS.search(str(error)):
+    if isinstance(error, (RuntimeError, ValueError)) and _MISFITS.search(str(error)):
         return str(error)
     return None
 

@@ -1,5 +1,8 @@
 """Which source a component's dataset is, by the name that timm gives it."""
+import logging
 import os
+import unicodedata
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,8 @@ from .sources import ArraySource, FileSource, ReaderSource, Source, class_names,
 from .spec import Component, DataSpec
 
 __all__ = ['open_source']
+
+_logger = logging.getLogger(__name__)
 
 # As timm's dataset factory, and 'test' beside them.
 _TRAIN = ('train', 'training')
@@ -82,26 +87,80 @@ def _open_folder(component: Component, split: str) -> Source:
     from timm.data import create_dataset
     folder = _split_folder(component, split)
     if os.path.isdir(folder):
-        _check_folder(component, folder)
-    kwargs = dict(class_map=component.class_map, input_key=component.input_key)
-    if folder.endswith('.tar'):  # a tar file kept open would share its position among forked workers
-        kwargs = dict(class_map=component.class_map, cache_tarfiles=False)
-    try:
-        reader = create_dataset('', root=folder, split=split, search_split=False, **kwargs).reader
+        return _open_class_folders(component, folder)
+    try:  # a tar file kept open would share its position among forked workers
+        reader = create_dataset(
+            '', root=folder, split=split, search_split=False, class_map=component.class_map,
+            cache_tarfiles=False).reader
     except (RuntimeError, AssertionError, ValueError, OSError) as e:
         raise UserError(f'data component {component.name!r}: {folder}: {first_line(e)}') from e
-    if not hasattr(reader, 'class_to_idx'):  # images in tar files
-        version = f'{os.path.abspath(folder)} {os.stat(folder).st_mtime_ns}'
-        return ReaderSource(class_names(reader.class_name_to_idx), reader.targets, reader, folder, version)
-    # timm sorts names without their case, and leaves those that then are equal in the order of the file system or of
-    # a set: settle both by the name itself, else runs differ.
-    names = class_names(reader.class_to_idx)
-    order = list(range(len(names)))
-    if not component.class_map:
-        order = sorted(order, key=lambda i: (natural_key(names[i]), names[i]))
-    new_index = {old: new for new, old in enumerate(order)}
-    samples = sorted((natural_key(path), path, new_index[target]) for path, target in reader.samples)
-    return FileSource([names[i] for i in order], [s[2] for s in samples], [s[1] for s in samples])
+    version = f'{os.path.abspath(folder)} {os.stat(folder).st_mtime_ns}'
+    return ReaderSource(class_names(reader.class_name_to_idx), reader.targets, reader, folder, version)
+
+
+def _open_class_folders(component: Component, folder: str) -> Source:
+    """Images labelled by the folder they lie in, in timm's order; what timm would drop, merge or invent is refused or
+    told: classes without images, of one name, or inside one another, hidden folders, and suffixes that are not read.
+    """
+    from timm.data.readers.class_map import load_class_map
+    where = f'data component {component.name!r}'
+    images = _class_folders(component, folder, where)
+    names: dict[str, str] = {}
+    for path in images:
+        name = unicodedata.normalize('NFC', os.path.basename(path))
+        parent = os.path.dirname(path)
+        outer = next((other for other in images if other != path and path.startswith(other + os.sep)), None)
+        if outer is not None:
+            raise UserError(f'{where}: {outer} holds images and, in {path}, a class of its own; move one of them')
+        if name in names and not component.class_map:
+            raise UserError(f'{where}: {names[name]} and {path} are two classes of one name; rename one of them')
+        names[name] = path
+        if parent != folder and len(names) == 1:
+            _logger.warning(f'{where}: classes have the name of the last folder: {path} is {name}.')
+    if component.class_map:
+        index = {unicodedata.normalize('NFC', str(k)): v for k, v in load_class_map(
+            component.class_map, folder).items()}
+    else:
+        # timm leaves names that are equal but for their case in the order of a set; settled by the name, runs agree.
+        index = {name: i for i, name in enumerate(sorted(names, key=lambda name: (natural_key(name), name)))}
+    labels = {path: index.get(unicodedata.normalize('NFC', os.path.basename(path))) for path in images}
+    samples = sorted(
+        (natural_key(image), image, labels[path]) for path, found in images.items() for image in found
+        if labels[path] is not None)
+    if not samples:
+        raise UserError(f'{where}: no images in {folder}; put each into the folder of its class')
+    return FileSource(class_names(index), [s[2] for s in samples], [s[1] for s in samples])
+
+
+def _class_folders(component: Component, folder: str, where: str) -> dict[str, list[str]]:
+    """The images of each folder that has any."""
+    from timm.data.readers import get_img_extensions
+    suffixes = set(component.input_key.split(';')) if component.input_key else get_img_extensions(as_set=True)
+    images: dict[str, list[str]] = {}
+    empty, left_out = [], Counter()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        shown = [name for name in folders if not name.startswith('.') and name not in ('__MACOSX', '__pycache__')]
+        left_out['hidden folders'] += len(folders) - len(shown)
+        folders[:] = shown
+        found = [name for name in files if os.path.splitext(name)[1].lower() in suffixes and not name.startswith('.')]
+        left_out.update(os.path.splitext(name)[1].lower() or name for name in set(files) - set(found))
+        if found and path == folder:
+            raise UserError(
+                f'{where}: {len(found)} images lie directly in {folder}; put each into the folder of its class')
+        if found:
+            images[path] = [os.path.join(path, name) for name in found]
+        elif not folders and path != folder:
+            empty.append(path)
+    if empty and not component.class_map:
+        more = f' and {len(empty) - 1} more' if len(empty) > 1 else ''
+        raise UserError(
+            f'{where}: no images in class folder {sorted(empty)[0]}{more}; add images '
+            f'({", ".join(sorted(suffixes))}; others with input_key) or remove the folder')
+    parts = [f'{number} {what}' for what, number in left_out.most_common(6) if number]
+    if parts:
+        _logger.warning(
+            f'{where}: {folder}: left out: {", ".join(parts)}; --input-key reads other suffixes, as in ".jpg;.webp".')
+    return images
 
 
 def _split_folder(component: Component, split: str) -> str:
@@ -133,38 +192,15 @@ def _split_folder(component: Component, split: str) -> str:
     if name in _TRAIN and not present:
         return root
     folders = ', '.join(present) or 'no split folders'
+    own = next((name for name in present if name in _TRAIN), '.')
     raise UserError(
-        f'{where}: no folder for split {split!r} in {root} (there: {folders}); make one, or cut it out of train with '
-        f'splits.{_role(name)}=., per_class.{_role(name)}=N and splits.train=., skip.train=N')
+        f'{where}: no folder for split {split!r} in {root} (there: {folders}); make one, or cut it out of the training '
+        f'images with --component path={root},splits.train={own},splits.{_role(name)}={own},'
+        f'per_class.{_role(name)}=5,skip.train=5')
 
 
 def _role(name: str) -> str:
     return 'train' if name in _TRAIN else 'test' if name in _TEST else 'val'
-
-
-def _check_folder(component: Component, folder: str) -> None:
-    """An empty class folder would vanish silently and shift the indices of all classes after it: refuse it."""
-    from timm.data.readers import get_img_extensions
-    if component.input_key:
-        extensions = set(component.input_key.split(';'))
-    else:
-        extensions = get_img_extensions(as_set=True)
-    empty, direct = [], 0
-    for path, subdirs, files in os.walk(folder, followlinks=True):
-        subdirs[:] = [d for d in subdirs if not d.startswith(('.', '__'))]
-        images = any(os.path.splitext(name)[1].lower() in extensions for name in files)
-        if path == folder:
-            direct = sum(os.path.splitext(name)[1].lower() in extensions for name in files)
-        elif not subdirs and not images:
-            empty.append(path)
-    where = f'data component {component.name!r}'
-    if direct:
-        raise UserError(f'{where}: {direct} images lie directly in {folder}; put each into the folder of its class')
-    if empty and not component.class_map:
-        more = f' and {len(empty) - 1} more' if len(empty) > 1 else ''
-        raise UserError(
-            f'{where}: no images in class folder {sorted(empty)[0]}{more}; add images '
-            f'({", ".join(sorted(extensions))}; others with input_key) or remove the folder')
 
 
 def _open_torch(component: Component, name: str, split: str, spec: DataSpec) -> Source:

@@ -205,7 +205,7 @@ def create_dataset(
             chosen = _select(targets, len(classes[i]), component, name)
             _check_classes(targets[chosen], targets, classes[i], component, name)
             parts.append((i, source, chosen, labels[targets[chosen] + offsets[i]]))
-    mode = spec.input_img_mode or ('L' if in_chans == 1 else 'RGB')
+    mode = spec.input_img_mode or {1: 'L', 4: 'RGBA'}.get(in_chans, 'RGB')
     return Mixture([c.name for c in spec.components], own_names, class_to_component, parts, input_img_mode=mode)
 
 

@@ -5,9 +5,9 @@ import unicodedata
 from typing import Any, BinaryIO, Optional
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-__all__ = ['ArraySource', 'FileSource', 'ReaderSource', 'Source', 'class_names', 'first_line']
+__all__ = ['ArraySource', 'FileSource', 'ReaderSource', 'Source', 'as_shown', 'class_names', 'first_line']
 
 
 class Source:
@@ -33,13 +33,9 @@ class Source:
         raise NotImplementedError
 
     def load(self, index: int, mode: Optional[str]) -> Image.Image:
-        """The image, converted to a Pillow mode as timm does; as in timm, EXIF's rotation is not heeded."""
+        """The image as a viewer shows it, in a Pillow mode; see `as_shown`."""
         with self.open(index) as file:
-            image = Image.open(file)
-            if mode:
-                return image.convert(mode)
-            image.load()
-            return image
+            return as_shown(Image.open(file), mode)
 
     def filename(self, index: int) -> str:
         raise NotImplementedError
@@ -120,6 +116,33 @@ def class_names(class_to_idx: dict) -> list[str]:
     return [name or f'class {index}' for index, name in enumerate(names)]
 
 
+def as_shown(image: Image.Image, mode: Optional[str]) -> Image.Image:
+    """An image as a viewer shows it: turned by its EXIF orientation, 16 bits a channel scaled to 8, and transparency
+    over white. timm heeds none of these: it converts to the mode, which clips 16 bits and drops what is transparent.
+
+    Args:
+        image: As it was opened.
+        mode: Pillow mode to convert to, such as RGB, L or RGBA. None: as it is.
+
+    Raises:
+        OSError: If the range of its values is not known.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith('I'):
+        values = np.asarray(image)
+        deep = image.mode != 'I' or values.max(initial=0) > 255  # 'I' is 8, 16 or 32 bits wide
+        if values.max(initial=0) > 65535 or values.min(initial=0) < 0:
+            raise OSError('more than 16 bits a pixel; convert it to 8 or 16')
+        image = Image.fromarray((values >> 8 if deep else values).astype(np.uint8))
+    elif image.mode == 'F':
+        raise OSError('pixels in floating point, whose range is not known; convert it to 8 or 16 bits')
+    if mode is not None and 'A' not in mode and image.has_transparency_data:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    if mode is not None:
+        return image.convert(mode)
+    image.load()
+    return image
 
 
 def first_line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from timm.data import Mixup, resolve_data_config
+from timm.data.loader import adapt_to_chs
 from timm.data.mixup import mixup_target
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import load_checkpoint, safe_model_name
@@ -158,6 +159,8 @@ def build_data(
             for dataset in datasets:
                 check_images(
                     dataset, args.skip_bad_images, args.cache_dir, args.workers, accelerator.is_local_main_process)
+    if datasets[0].num_classes < 2:
+        raise UserError(f'data: there is one class, {datasets[0].class_names[0]!r}: nothing to tell it from; add one')
     return datasets
 
 
@@ -296,11 +299,12 @@ def place_model(model: nn.Module, args: argparse.Namespace, accelerator: Acceler
 def build_loaders(args: argparse.Namespace, model: nn.Module, train: Mixture, val: Mixture, accelerator: Accelerator):
     """The loaders of training and validation, with timm's transforms at the model's resolution and statistics."""
     config = resolve_data_config(vars(args), model=model, verbose=False)
+    mean, std = (adapt_to_chs(config[name], config['input_size'][0]) for name in ('mean', 'std'))
     _check_size(model, args.model, config['input_size'])
     common = dict(
         input_size=config['input_size'],
-        mean=config['mean'],
-        std=config['std'],
+        mean=mean,
+        std=std,
         seed=args.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,

@@ -143,6 +143,10 @@ class Trainer:
             optimizer, plan, self.updates_per_epoch, plateau_mode='min' if self.decreasing else 'max')
         self.total_epochs = self.scheduler.total_epochs
         self.epochs = min(self.total_epochs, args.stop_epoch or self.total_epochs)
+        if plan.schedule.warmup_epochs >= self.total_epochs > 0 and plan.schedule.sched != 'constant':
+            _logger.warning(
+                'The warm-up of %g epochs is as long as the run of %g: its LR stays below %g; lower --warmup-epochs.',
+                plan.schedule.warmup_epochs, self.total_epochs, plan.lr)
         if self.epochs and min(group['start_epoch'] for group in optimizer.param_groups) > 0:
             raise UserError('plan: nothing trains in epoch 0; set start_epoch of at least one role to 0')
         check_takes(
@@ -319,6 +323,9 @@ class Trainer:
         reduce_tensors(self.accelerator, *holders)
         if self.accelerator.num_processes > 1 and self.args.dist_bn:
             distribute_bn(self.task.model, self.accelerator.num_processes, self.args.dist_bn == 'reduce')
+            if self.task.has_ema():
+                # That of the first process, which a checkpoint holds: a resumed run has no other.
+                distribute_bn(self.task.ema_model, self.accelerator.num_processes, False)
         policy = {} if record is None else record.row('train_')
         return dict(policy, loss=meter.loss(), images_per_s=images / max(seconds, 1e-9))
 

@@ -69,12 +69,31 @@ def _check_image(args: argparse.Namespace) -> None:
     channels = args.input_size[0] if args.input_size else args.in_chans or 3
     if args.input_size and args.in_chans not in (None, channels):
         _fail('in_chans', f'{args.in_chans} contradicts the {channels} channels of --input-size')
+    _check_channels(args, channels)
     for dest in ('mean', 'std'):
         value = getattr(args, dest)
         if value is not None and len(value) not in (1, channels):
             _fail(dest, f'has {len(value)} values for {channels} channels; give one, or one a channel')
     if args.std is not None and min(args.std) <= 0:
         _fail('std', f'must be above 0, not {_text(args.std)}')
+
+
+def _check_channels(args: argparse.Namespace, channels: int) -> None:
+    """The channels of the model's input, of the images and of the augmentation agree."""
+    from PIL import ImageMode
+
+    mode = args.input_img_mode or {1: 'L', 3: 'RGB', 4: 'RGBA'}.get(channels)
+    if mode is None:
+        _fail('in_chans', f'{channels}: give 1, 3 or 4, or --input-img-mode with the mode of such images')
+    try:
+        bands = len(ImageMode.getmode(mode).bands)
+    except KeyError:
+        _fail('input_img_mode', f'{mode} is no mode of Pillow; such are L, RGB and RGBA')
+    if bands != channels:
+        _fail('in_chans', f'{channels}, but images in --input-img-mode {mode} have {bands}; make them agree')
+    colours = [name for name in ('aa', 'grayscale_prob') if getattr(args, name)]
+    if colours and mode not in ('L', 'RGB'):
+        _fail(colours[0], f'works on images of mode RGB or L, not {mode}; leave it out')
 
 
 def _check_loss(args: argparse.Namespace) -> None:

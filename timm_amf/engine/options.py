@@ -30,6 +30,12 @@ TRACKERS = {
         'wandb', 'trackio', 'comet_ml', 'aim', 'mlflow', 'clearml', 'dvclive', 'swanlab')},
 }
 
+# What other programs call flags of timm's.
+_SYNONYMS = {
+    '--learning-rate': '--lr', '--learning_rate': '--lr', '--num-epochs': '--epochs', '--batchsize': '--batch-size',
+    '--arch': '--model', '--wd': '--weight-decay', '--image-size': '--img-size', '--checkpoint': '--initial-checkpoint',
+}
+
 RUN_FLAGS = (
     ('--mixed-precision', str, None, "precision of the arithmetic; --amp sets it, else accelerate launch's",
      {'choices': ('no', 'fp16', 'bf16')}),
@@ -167,7 +173,7 @@ def _reject(unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn
     flag = flag.partition('=')[0]
     if why_refused(flag[2:]):
         raise UserError(f'{flag}: {why_refused(flag[2:])}')
-    hint = nearest(flag, parser._option_string_actions)
+    hint = f', did you mean {_SYNONYMS[flag]}?' if flag in _SYNONYMS else nearest(flag, parser._option_string_actions)
     raise UserError(f'unknown flag {flag}{hint or "; --help lists them"}')
 
 
@@ -177,6 +183,10 @@ def _settle(args: argparse.Namespace, given: Container[str], defaults: Mapping) 
         for one, other in (pair, pair[::-1]):
             if one in given and other not in given:  # the command line wins over the file here, too
                 setattr(args, other, defaults[other])
+    for name in ('data', 'data_dir', 'output', 'resume', 'initial_checkpoint', 'pretrained_path', 'plan', 'class_map',
+                 'cache_dir'):
+        if isinstance(getattr(args, name), str):
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
     if args.data and args.data_dir and args.data != args.data_dir:
         raise UserError(f'two folders of data, {args.data} and --data-dir {args.data_dir}: give one')
     if args.data:
