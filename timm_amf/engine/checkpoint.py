@@ -4,8 +4,6 @@ A run's folder holds `last/` (all that resume needs) and `model_best.safetensors
 temporary name, flushed to the disk, and renamed. A folder cannot be renamed over another, so `last/` changes in two
 steps, `last` to `last.old` and `last.new` to `last`; whichever moment a kill picks, one whole checkpoint is found.
 """
-import contextlib
-import errno
 import json
 import logging
 import os
@@ -20,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from timm_amf.errors import UserError
+from timm_amf.files import replacing, whole_folder
 from timm_amf.tuning.l2sp import L2SP
 
-__all__ = ['Checkpointer', 'load_weights', 'save_weights', 'write_text']
+__all__ = ['Checkpointer', 'load_weights', 'save_weights']
 
 _logger = logging.getLogger(__name__)
 
@@ -31,53 +30,7 @@ _WEIGHTS = 'model.safetensors'
 _EMA = 'ema.safetensors'
 _OPTIMIZER = 'optimizer.pt'
 _START = 'l2sp.safetensors'
-
-
-@contextlib.contextmanager
-def _disk_errors(path: Path):
-    """Turn a full or read-only disk into one line."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as e:
-        # torch and safetensors wrap the system's error in text of their own; on a full disk torch's archive writer
-        # finds no more than that its file is shorter than it should be.
-        full = getattr(e, 'errno', None) == errno.ENOSPC or any(
-            text in str(e) for text in ('No space left', 'os error 28', 'unexpected pos'))
-        if not full and not isinstance(e, OSError):
-            if not any(word in str(e) for word in ('write', 'I/O', 'IO')):
-                raise
-        reason = 'no space left on the disk' if full else ' '.join(str(e).split())
-        raise UserError(
-            f'{path}: cannot be written ({reason}); the previous checkpoint is whole: make room, then --resume auto'
-        ) from e
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace(path: Path, write) -> None:
-    """Write a file under a temporary name with `write(temporary)`, flush it, and rename it to its own."""
-    temporary = path.with_name(f'{path.name}.tmp')
-    with _disk_errors(path):
-        try:
-            write(temporary)
-            _sync(temporary)
-            os.replace(temporary, path)
-            _sync(path.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-
-
-def write_text(path: Union[str, Path], text: str) -> None:
-    """Write a text file whole or not at all."""
-    _replace(Path(path), lambda temporary: temporary.write_text(text, encoding='utf-8'))
+_REMEDY = 'the previous checkpoint is whole: make room, then --resume auto'
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -104,7 +57,8 @@ def save_weights(module: nn.Module, path: Union[str, Path]) -> None:
         UserError: If the disk is full or not writable; a file that was there before stays as it was.
     """
     # One entry only: safetensors writes several in random order.
-    _replace(Path(path), lambda temporary: save_file(_tensors(module), temporary, metadata={'format': 'pt'}))
+    with replacing(path, _REMEDY) as temporary:
+        save_file(_tensors(module), temporary, metadata={'format': 'pt'})
 
 
 def _read_tensors(path: Union[str, Path], missing: str) -> dict[str, torch.Tensor]:
@@ -189,52 +143,36 @@ class Checkpointer:
         Raises:
             UserError: If the disk is full or not writable; the previous checkpoint stays whole.
         """
-        temporary, new, old = (self.folder / f'last.{kind}' for kind in ('tmp', 'new', 'old'))
+        self.settle()
         state = dict(
             state, best_metric=self.best_metric, best_epoch=self.best_epoch, kept=[list(item) for item in self.kept])
-        with _disk_errors(self.last):
-            try:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-                save_file(_tensors(model), temporary / _WEIGHTS, metadata={'format': 'pt'})
-                if ema is not None:
-                    save_file(_tensors(ema), temporary / _EMA, metadata={'format': 'pt'})
-                torch.save(optimizer.state_dict(), temporary / _OPTIMIZER)
-                if l2sp is not None:
-                    save_file(_contiguous(l2sp.state_dict()), temporary / _START, metadata={'format': 'pt'})
-                (temporary / _STATE).write_text(json.dumps(state, indent=1), encoding='utf-8')
-                for file in temporary.iterdir():
-                    _sync(file)
-                _sync(temporary)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
-            self.settle()
-            os.rename(temporary, new)
-            if self.last.exists():
-                os.rename(self.last, old)
-            os.rename(new, self.last)
-            _sync(self.folder)
-            shutil.rmtree(old, ignore_errors=True)
+        with whole_folder(self.folder / 'last.new', _REMEDY, self.last) as folder:
+            save_file(_tensors(model), folder / _WEIGHTS, metadata={'format': 'pt'})
+            if ema is not None:
+                save_file(_tensors(ema), folder / _EMA, metadata={'format': 'pt'})
+            torch.save(optimizer.state_dict(), folder / _OPTIMIZER)
+            if l2sp is not None:
+                save_file(_contiguous(l2sp.state_dict()), folder / _START, metadata={'format': 'pt'})
+            (folder / _STATE).write_text(json.dumps(state, indent=1), encoding='utf-8')
+        self.settle()
 
     def settle(self) -> None:
-        """Finish a change of `last/` that a kill broke off."""
-        temporary, new, old = (self.folder / f'last.{kind}' for kind in ('tmp', 'new', 'old'))
-        if new.exists():  # whole, since it gets this name only when it is
+        """Put `last.new`, which is whole, in the place of `last/`; also after a kill at any point of it."""
+        new, old = self.folder / 'last.new', self.folder / 'last.old'
+        if new.exists():
             if self.last.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 os.rename(self.last, old)
             os.rename(new, self.last)
         elif old.exists() and not self.last.exists():
             os.rename(old, self.last)
-        shutil.rmtree(old, ignore_errors=True)
-        if temporary.exists() and not (temporary / _STATE).exists():
-            shutil.rmtree(temporary, ignore_errors=True)
+        for left in (old, *self.folder.glob('last*.tmp*')):
+            shutil.rmtree(left, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove the checkpoints and records of an earlier run in this folder."""
         for path in self.folder.glob('last*'):
-            if path.name in ('last', 'last.new', 'last.old', 'last.tmp'):
+            if path.name in ('last', 'last.new', 'last.old') or path.name.startswith(('last.tmp', 'last.new.tmp')):
                 shutil.rmtree(path, ignore_errors=True)
         for pattern in ('model_best.safetensors', 'checkpoint-*.safetensors', 'summary.csv', 'policy.csv'):
             for path in self.folder.glob(pattern):
