@@ -118,8 +118,6 @@ def class_names(class_to_idx: dict) -> list[str]:
     return [name or f'class {index}' for index, name in enumerate(names)]
 
 
-
-
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].strip().rstrip('.;') if lines else type(error).__name__
