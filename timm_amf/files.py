@@ -1,13 +1,27 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, whatever moment a kill or a full disk picks."""
 import contextlib
+import errno
 import os
+import re
+import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional, Union
 
+from safetensors import SafetensorError
+
 from timm_amf.errors import UserError
 
-__all__ = ['replacing']
+__all__ = ['replacing', 'whole_folder', 'write_text']
+
+_UMASK = os.umask(0)  # there is no other way to read it
+os.umask(_UMASK)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# torch and safetensors wrap the system's error in text of their own; on a full disk torch's archive writer finds no
+# more than that its file is shorter than it should be.
+_FULL_TEXT = re.compile(r'No space left|os error 28\b|unexpected pos')
+_WRITE_TEXT = re.compile(r'I/O ?error|os error|PytorchStreamWriter|iostream', re.IGNORECASE)
 
 
 @contextlib.contextmanager
@@ -27,14 +41,102 @@ def replacing(
         UserError: If it cannot be written; what was there before is then as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary = path.with_name(f'{path.name}.tmp')
+    with _one_line(label or path, remedy):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Union[str, Path], text: str, remedy: str = 'name another file') -> None:
+    """Write a text file as `replacing` does."""
+    with replacing(path, remedy) as temporary:
+        temporary.write_text(text, encoding='utf-8')
+
+
+@contextlib.contextmanager
+def whole_folder(
+        folder: Union[str, Path],
+        remedy: str = 'name another folder',
+        label: Union[str, Path, None] = None,
+) -> Iterator[Path]:
+    """As `replacing`, for a folder that is not there yet; if another process is faster, its folder stays.
+
+    A killed writer leaves a temporary folder, which the next one on the same machine removes.
+    """
+    folder = Path(folder)
+    with _one_line(label or folder, remedy):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(folder.parent)
+        temporary = folder.with_name(f'{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}')
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.iterdir():
+                _sync(file)
+            _sync_folder(temporary)
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+            _sync_folder(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _one_line(what: Union[str, Path], remedy: str) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as e:
-        reason = e.strerror or next(iter(str(e).splitlines()), type(e).__name__)
-        raise UserError(f'{label or path}: cannot be written ({reason}); {remedy}') from None
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:
+        full = getattr(e, 'errno', None) in _FULL or _FULL_TEXT.search(str(e))
+        if not (full or isinstance(e, OSError) or _WRITE_TEXT.search(str(e))):
+            raise
+        reason = 'no space left on the disk' if full else ' '.join((getattr(e, 'strerror', None) or str(e)).split())
+        raise UserError(f'{what}: cannot be written ({reason or type(e).__name__}); {remedy}') from e
+
+
+def _sync(path: Path) -> None:
+    path.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner may read
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == 'nt':  # which has no handles of folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_stale(parent: Path) -> None:
+    for path in parent.glob(f'*.tmp-{socket.gethostname()}-*'):
+        pid = path.name.rsplit('-', 1)[1]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    if os.name == 'nt':  # there, `os.kill` ends a process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True

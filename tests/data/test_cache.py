@@ -49,7 +49,7 @@ def test_the_cache_holds_shrunk_images(dataset, tmp_path, workers):
 def test_it_is_found_again_until_a_file_changes(dataset, tmp_path, save, monkeypatch):
     first = build_cache(dataset, 32, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module, '_shrunk', lambda *args: pytest.fail('built again'))
+        patch.setattr(cache_module, '_Shrunk', lambda *args: pytest.fail('built again'))
         assert build_cache(again(dataset), 32, tmp_path).folder == first.folder
     assert build_cache(again(dataset), 16, tmp_path).folder != first.folder
     save(Path(dataset.filename(0)), (60, 40), seed=99)
@@ -100,7 +100,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(dataset, tmp_path, monkeypat
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(cache_module, 'open', lambda *args: Full(), raising=False)
-    with pytest.raises(UserError, match='no space left.*--cache-dir') as error:
+    with pytest.raises(UserError, match='no space left on the disk.*--cache-dir') as error:
         build_cache(dataset, 32, tmp_path / 'cache')
     assert '\n' not in str(error.value)
     assert list((tmp_path / 'cache').iterdir()) == []
@@ -109,7 +109,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(dataset, tmp_path, monkeypat
 
 def test_a_folder_that_cannot_be_is_one_line(dataset, tmp_path):
     (tmp_path / 'file').touch()
-    with pytest.raises(UserError, match='cannot write the cache'):
+    with pytest.raises(UserError, match='the cache in .*cannot be written'):
         build_cache(dataset, 32, tmp_path / 'file' / 'cache')
 
 

@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 
@@ -11,7 +11,6 @@ from timm_amf.data.sampler import Key
 from timm_amf.data.transforms import (
     SeededRandomErasing,
     adapt_transform,
-    crop_cached,
     kept_random_state,
     posterize,
     sample_seed,
@@ -41,13 +40,7 @@ def test_seeds_differ_in_everything_that_a_draw_depends_on():
     assert np.abs(bits.mean(0) - 0.5).max() < 0.03
 
 
-def test_the_reference_output_of_splitmix64():
-    # The first output for seed 0 of the published generator is 0xE220A8397B1DCDAF.
-    state = (0 + 0x9E3779B97F4A7C15)
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2 ** 64
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2 ** 64
-    state ^= state >> 31
-    assert state == 0xE220A8397B1DCDAF
+def test_seeds_are_splitmix64_chained():
     chained = 0
     for value in (1, 2, 3, 4, 5):
         chained = (chained + value + 0x9E3779B97F4A7C15) % 2 ** 64
@@ -79,8 +72,7 @@ def test_posterize_is_what_older_pillow_made(mode, bits):
     assert np.array_equal(posterize(image, bits), expected)
 
 
-@pytest.mark.parametrize('policy', ['rand-m9-mstd0.5-inc1', 'rand-m20-mmax20-inc1', 'v0', 'originalr-mstd0.5',
-                                    'augmix-m5-w4-d2'])
+@pytest.mark.parametrize('policy', ['rand-m9-mstd0.5-inc1', 'v0', 'augmix-m5-w4-d2'])
 def test_every_posterize_of_a_policy_is_guarded(policy):
     transform = adapt_transform(create_transform(32, is_training=True, auto_augment=policy, use_prefetcher=True))
     found = []
@@ -100,49 +92,6 @@ def test_every_posterize_of_a_policy_is_guarded(policy):
     posterizing = [op for op in found if op.name.startswith('Posterize')]
     assert posterizing and all(op.aug_fn is posterize for op in posterizing)
     assert auto_augment.NAME_TO_OP['Posterize'] is auto_augment.posterize  # timm's own is left alone
-
-
-def test_posterize_to_no_bits_within_a_policy():
-    transform = adapt_transform(
-        create_transform(32, is_training=True, auto_augment='rand-m9-mstd0.5-inc1', use_prefetcher=True))
-    augment = next(t for t in transform.transforms if hasattr(t, 'ops'))
-    op = next(op for op in augment.ops if op.name == 'PosterizeIncreasing')
-    op.prob, op.magnitude, op.magnitude_std = 1., 10, 0
-    assert np.asarray(op(noise())).max() == 0
-    try:
-        ImageOps.posterize(noise(), 0)
-    except ValueError:
-        pass  # what would have ended the epoch
-    else:
-        assert np.asarray(ImageOps.posterize(noise(), 0)).max() == 0
-
-
-@pytest.mark.slow
-def test_forty_thousand_augmented_images():
-    transform = adapt_transform(create_transform(
-        32, is_training=True, auto_augment='rand-m9-mstd0.5-inc1', use_prefetcher=True, interpolation='random'))
-    images = [noise((48, 40), seed=i) for i in range(10)]
-    with kept_random_state():
-        black = 0
-        for i in range(40_000):
-            seed_globals(sample_seed(0, Key(0, i, 0, 0, 1)))
-            black += int(transform(images[i % 10]).max()) == 0
-    assert 20 < black < 200  # about one in 625 meets a posterisation to 0 bits
-
-
-@pytest.mark.parametrize('interpolation', ['random', 'bilinear'])
-def test_cropping_a_cached_image_is_timms_crop(interpolation):
-    crop = create_transform(24, is_training=True, interpolation=interpolation, scale=(0.05, 1)).transforms[0]
-    for mode in ('RGB', 'L'):
-        image = noise(mode=mode)
-        pixels = np.asarray(image).reshape(30, 40, -1)
-        for seed in range(40):
-            with kept_random_state():
-                seed_globals(seed)
-                expected, after = crop(image), random.random()
-                seed_globals(seed)
-                assert np.array_equal(crop_cached(crop, pixels, mode), expected)
-                assert random.random() == after
 
 
 @pytest.mark.parametrize('mode', ['const', 'rand', 'pixel'])

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from timm_amf import UserError
-from timm_amf.engine import checkpoint
-from timm_amf.engine.checkpoint import Checkpointer, load_weights, save_weights, write_text
+from timm_amf.engine.checkpoint import Checkpointer, load_weights, save_weights
+from timm_amf.files import write_text
 
 
 def test_weights_round_trip_in_any_memory_format(tmp_path):
@@ -56,7 +56,7 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch, er
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(checkpoint.os, 'replace', fail)
+    monkeypatch.setattr(os, 'replace', fail)
     with pytest.raises(UserError, match='a.txt: cannot be written'):
         write_text(tmp_path / 'a.txt', 'after')
     assert (tmp_path / 'a.txt').read_text() == 'before' and os.listdir(tmp_path) == ['a.txt']

@@ -155,7 +155,7 @@ def test_csv_whole_or_not_at_all(found, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr('os.replace', full)
-    with pytest.raises(UserError, match=r'candidates.csv: cannot be written \(No space left'):
+    with pytest.raises(UserError, match=r'candidates.csv: cannot be written \(no space left'):
         write_csv(found, path)
     monkeypatch.undo()
     assert path.read_text(encoding='utf-8') == 'before' and list(tmp_path.iterdir()) == [path]

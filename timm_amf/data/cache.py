@@ -25,7 +25,7 @@ from .storage import cache_folder, open_or_write
 __all__ = ['ImageCache', 'build_cache', 'cache_short_side']
 
 _logger = logging.getLogger(__name__)
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 16  # images a worker sends at a time
 
 
@@ -59,16 +59,12 @@ class ImageCache:
     def __getstate__(self) -> dict:
         return {**self.__dict__, '_pixels': None}  # a worker that is spawned maps the file itself
 
-    def array(self, index: int) -> np.ndarray:
-        """Pixels of an image, (H, W, C) uint8, not copied."""
+    def load(self, index: int) -> Image.Image:
         if self._pixels is None:
             self._pixels = np.memmap(self.folder / 'pixels.bin', dtype=np.uint8, mode='r')
         height, width = self.shapes[index]
-        return self._pixels[self.starts[index]:self.starts[index + 1]].reshape(height, width, -1)
-
-    def load(self, index: int) -> Image.Image:
-        array = self.array(index)
-        return Image.frombuffer(self.mode, (array.shape[1], array.shape[0]), array, 'raw', self.mode, 0, 1)
+        pixels = self._pixels[self.starts[index]:self.starts[index + 1]]
+        return Image.frombuffer(self.mode, (width, height), pixels, 'raw', self.mode, 0, 1)
 
 
 def build_cache(
@@ -112,7 +108,10 @@ def build_cache(
         _logger.info(f'Building the image cache of {len(dataset)} images in {folder}.')
         shapes = []
         with open(path / 'pixels.bin', 'wb') as file:
-            for array in _shrunk(dataset, short_side, interpolation, workers, progress):
+            samples = _Shrunk(dataset, short_side, interpolation)
+            for array in map_samples(samples, workers, 'Caching images', progress):
+                if isinstance(array, str):
+                    raise UserError(array)
                 file.write(array)
                 shapes.append(array.shape[:2])
         np.save(path / 'index.npy', np.array(shapes, dtype=np.int64).reshape(-1, 2))
@@ -149,20 +148,6 @@ class _Shrunk(torch.utils.data.Dataset):
         if min(image.size) > self.short_side:
             image = functional.resize(image, self.short_side, interpolation=self.interpolation)
         return np.array(image)
-
-
-def _shrunk(
-        dataset: Mixture,
-        short_side: int,
-        interpolation: str,
-        workers: int,
-        progress: bool,
-) -> Iterable[np.ndarray]:
-    samples = _Shrunk(dataset, short_side, interpolation)
-    for array in map_samples(samples, workers, 'Caching images', progress):
-        if isinstance(array, str):
-            raise UserError(array)
-        yield array
 
 
 def map_samples(dataset: torch.utils.data.Dataset, workers: int, description: str, progress: bool) -> Iterable[Any]:

@@ -1,18 +1,20 @@
 """Find the images that cannot be read before training starts, not in the middle of the night."""
+import contextlib
 import json
 import logging
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple, Union
 
 import numpy as np
 import torch.utils.data
 from PIL import Image, UnidentifiedImageError
 
 from timm_amf.errors import UserError
+from timm_amf.files import write_text
 
 from .cache import fingerprint, map_samples
 from .mixture import Mixture
-from .storage import cache_folder, open_or_write
+from .storage import cache_folder
 
 __all__ = ['BadImage', 'check_images']
 
@@ -74,27 +76,17 @@ def _remembered(
         progress: bool,
 ) -> dict[int, str]:
     """Reason by index of the bad images, from an earlier check of the same files if there was one."""
-    folder = cache_folder(cache_dir, f'checked-{fingerprint(dataset, "check 1")}')
-
-    def read(path: Path) -> dict[int, str]:
-        return {int(k): v for k, v in json.loads((path / 'bad.json').read_text(encoding='utf-8')).items()}
-
-    found: Optional[dict[int, str]] = None
-
-    def write(path: Path) -> None:
-        nonlocal found
-        results = enumerate(map_samples(_Readable(dataset), workers, 'Checking images', progress))
-        found = {index: reason for index, reason in results if reason}
-        (path / 'bad.json').write_text(json.dumps(found), encoding='utf-8')
-
+    # Named by the files' names, sizes and times.
+    path = cache_folder(cache_dir, f'checked-{fingerprint(dataset, "check 1")}') / 'bad.json'
+    with contextlib.suppress(OSError, ValueError):
+        return {int(k): v for k, v in json.loads(path.read_text(encoding='utf-8')).items()}
+    results = enumerate(map_samples(_Readable(dataset), workers, 'Checking images', progress))
+    found = {index: reason for index, reason in results if reason}
     try:
-        return open_or_write(folder, read, write)
+        write_text(path, json.dumps(found), 'set --cache-dir')
     except UserError as e:
-        if found is None:  # not even the folder could be made
-            results = enumerate(map_samples(_Readable(dataset), workers, 'Checking images', progress))
-            found = {index: reason for index, reason in results if reason}
         _logger.warning(f'The check of the images is not remembered: {e}')
-        return found
+    return found
 
 
 class _Readable(torch.utils.data.Dataset):

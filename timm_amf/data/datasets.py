@@ -13,16 +13,11 @@ from timm_amf.errors import UserError
 from .decathlon import open_labelled
 from .iterable import open_iterable
 from .sources import ArraySource, FileSource, ReaderSource, Source, class_names, first_line
-from .spec import Component, DataSpec
+from .spec import SPLIT_NAMES, Component, DataSpec, split_of
 
 __all__ = ['open_source']
 
 _logger = logging.getLogger(__name__)
-
-# As timm's dataset factory, and 'test' beside them.
-_TRAIN = ('train', 'training')
-_EVAL = ('validation', 'val', 'valid', 'eval', 'evaluation')
-_TEST = ('test', 'testing')
 
 # What timm's create_dataset knows as torch/..., and the three of the paper that it does not.
 _TIMM_TORCH = (
@@ -75,8 +70,7 @@ def _open_demo(name: str, split: str) -> Source:
     loaders = {'digits': demo.load_digits, 'textures': demo.load_textures}
     if name not in loaders:
         raise UserError(f'data: unknown demo dataset {name!r}; there are demo/digits and demo/textures')
-    split = 'val' if split in _EVAL else split
-    images, targets, classes = loaders[name](split)
+    images, targets, classes = loaders[name](split_of(split) or split)
     return ArraySource(classes, targets, images, f'demo/{name}/{split}')
 
 
@@ -177,30 +171,26 @@ def _split_folder(component: Component, split: str) -> str:
     if not os.path.exists(root):
         raise UserError(f'{where}: {root} does not exist; give the folder that holds train/CLASS/image.jpg')
     if os.path.isfile(root):
-        if split not in _TRAIN:
+        if split_of(split) != 'train':
             raise UserError(f'{where}: {root} is one file and has no split {split!r}; give each split in a folder')
         return root
     name = split.split('[')[0]
-    synonyms = next((group for group in (_TRAIN, _EVAL, _TEST) if name in group), ())
-    for candidate in (name, *synonyms):
+    role = split_of(name)
+    for candidate in (name, *SPLIT_NAMES.get(role, ())):
         path = os.path.join(root, candidate)
         if os.path.exists(path):
             return os.path.normpath(path)
         if os.path.isfile(f'{path}.tar'):
             return f'{path}.tar'
-    present = [n for group in (_TRAIN, _EVAL, _TEST) for n in group if os.path.isdir(os.path.join(root, n))]
-    if name in _TRAIN and not present:
+    present = [n for names in SPLIT_NAMES.values() for n in names if os.path.isdir(os.path.join(root, n))]
+    if role == 'train' and not present:
         return root
     folders = ', '.join(present) or 'no split folders'
-    own = next((name for name in present if name in _TRAIN), '.')
+    own = next((name for name in present if split_of(name) == 'train'), '.')
     raise UserError(
         f'{where}: no folder for split {split!r} in {root} (there: {folders}); make one, or cut it out of the training '
-        f'images with --component path={root},splits.train={own},splits.{_role(name)}={own},'
-        f'per_class.{_role(name)}=5,skip.train=5')
-
-
-def _role(name: str) -> str:
-    return 'train' if name in _TRAIN else 'test' if name in _TEST else 'val'
+        f'images with --component path={root},splits.train={own},splits.{role or "val"}={own},'
+        f'per_class.{role or "val"}=5,skip.train=5')
 
 
 def _open_torch(component: Component, name: str, split: str, spec: DataSpec) -> Source:
@@ -232,7 +222,7 @@ def _open_torch(component: Component, name: str, split: str, spec: DataSpec) -> 
 def _torch_dataset(name: str, root: str, split: str, download: bool) -> Any:
     if name in _OUR_TORCH:
         import torchvision.datasets
-        split = 'val' if split in _EVAL else split
+        split = split_of(split) or split
         return getattr(torchvision.datasets, _OUR_TORCH[name])(root, split=split, download=download)
     from timm.data import create_dataset
     if not download and not os.path.isdir(root):

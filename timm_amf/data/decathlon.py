@@ -16,6 +16,7 @@ import numpy as np
 from timm_amf.errors import UserError
 
 from .sources import FileSource, Source
+from .spec import split_of
 
 __all__ = [
     'DOMAINS', 'DecathlonSource', 'Domain', 'channel_stats', 'decathlon_score', 'domain_name', 'open_domain',
@@ -50,13 +51,6 @@ DOMAINS = {
     'svhn': Domain('SVHN', 96.55, 0.0),
     'ucf101': Domain('UCF', 51.20, 0.0005),
 }
-
-_SPLITS = {
-    **dict.fromkeys(('train', 'training'), 'train'),
-    **dict.fromkeys(('validation', 'val', 'valid', 'eval', 'evaluation'), 'val'),
-    **dict.fromkeys(('test', 'testing', 'test_stripped'), 'test'),
-}
-
 
 def domain_name(name: str) -> str:
     """The challenge's name of a domain that is called so, or as in the papers' tables.
@@ -145,15 +139,16 @@ def open_domain(root: Optional[str], domain: str, split: str, where: str = 'deca
         UserError: If a file is missing, or is not what the challenge distributes.
     """
     domain = domain_name(domain)
-    if split not in _SPLITS:
+    if split_of(split) is None:
         raise UserError(f'{where}: decathlon/{domain} has no split {split!r}; it has train, val and test')
-    split = _SPLITS[split]
+    split = split_of(split)
     folder = _find_root(root, where)
     train = _Annotations(folder / 'annotations' / f'{domain}_train.json', where)
     categories = train.categories()
-    file = train
-    if split != 'train':
-        file = _Annotations(_annotation_file(folder, domain, split), where)
+    path = folder / 'annotations' / f'{domain}_{split}.json'
+    if split == 'test' and not path.exists():
+        path = path.with_name(f'{domain}_test_stripped.json')
+    file = train if split == 'train' else _Annotations(path, where)
     images = {image: str(folder / name) for image, name in file.images().items()}
     first = Path(next(iter(images.values())))
     if not first.exists():
@@ -185,13 +180,6 @@ def _find_root(root: Optional[str], where: str) -> Path:
             return folder
     raise UserError(
         f'{where}: no folder annotations in {path}; give decathlon-1.0, the folder in decathlon-1.0-devkit.tar.gz')
-
-
-def _annotation_file(folder: Path, domain: str, split: str) -> Path:
-    path = folder / 'annotations' / f'{domain}_{split}.json'
-    if split == 'test' and not path.exists():
-        return path.with_name(f'{domain}_test_stripped.json')
-    return path
 
 
 def _whole(value: Any) -> Optional[int]:

@@ -14,20 +14,12 @@ import torch.utils.data
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.loader import adapt_to_chs
-from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from timm_amf.errors import UserError
 
 from .mixture import Mixture
 from .sampler import EvalSampler, Key, StepSampler
-from .transforms import (
-    SeededRandomErasing,
-    adapt_transform,
-    crop_cached,
-    kept_random_state,
-    sample_seed,
-    seed_globals,
-)
+from .transforms import SeededRandomErasing, adapt_transform, kept_random_state, sample_seed, seed_globals
 
 __all__ = ['Batch', 'SeededLoader', 'create_loader']
 
@@ -77,8 +69,6 @@ class SeededSamples(torch.utils.data.Dataset):
     def __init__(self, dataset: Mixture, transform: Any, seed: Optional[int], splits: int = 0):
         self.dataset = dataset
         self.transform = transform
-        base = transform[0] if splits else transform
-        self.steps = base.transforms[0], base.transforms[1:]
         self.seed = seed
         self.splits = splits
 
@@ -103,17 +93,13 @@ class SeededSamples(torch.utils.data.Dataset):
 
     def _images(self, key: Key) -> list[torch.Tensor]:
         """The transformed image, once for each augmentation split."""
-        first, rest = self.steps
-        cached = self.dataset.cache is not None and isinstance(first, RandomResizedCropAndInterpolation)
-        image = self.dataset.cache.array(key.index) if cached else self.dataset.load(key.index)
+        image = self.dataset.load(key.index)
         if self.seed is not None:
             seed_globals(sample_seed(self.seed, key))
-        image = crop_cached(first, image, self.dataset.cache.mode) if cached else first(image)
-        for transform in rest:
-            image = transform(image)
         if not self.splits:
-            return [image]
-        _, augment, final = self.transform
+            return [self.transform(image)]
+        base, augment, final = self.transform
+        image = base(image)
         images = [final(image)]
         for split in range(1, self.splits):
             seed_globals(sample_seed(self.seed, key, stream=2 * split))
@@ -167,7 +153,6 @@ def _signals_wait() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
 
 
 class SeededLoader:
@@ -301,29 +286,16 @@ def create_loader(
         re_mode: str = 'const',
         re_count: int = 1,
         re_split: bool = False,
-        train_crop_mode: Optional[str] = None,
-        scale: Optional[Sequence[float]] = None,
-        ratio: Optional[Sequence[float]] = None,
-        hflip: float = 0.5,
-        vflip: float = 0.,
-        color_jitter: Union[float, Sequence[float], None] = 0.4,
-        color_jitter_prob: Optional[float] = None,
-        grayscale_prob: Optional[float] = 0.,
-        gaussian_blur_prob: Optional[float] = 0.,
-        auto_augment: Optional[str] = None,
         num_aug_repeats: float = 0,
         num_aug_splits: int = 0,
         epoch_repeats: float = 0,
-        interpolation: str = 'bilinear',
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
-        crop_pct: Optional[float] = None,
-        crop_mode: Optional[str] = None,
-        crop_border_pixels: Optional[int] = None,
         img_dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
         pin_memory: bool = False,
         persistent_workers: bool = True,
+        **transform_kwargs,
 ) -> SeededLoader:
     """Build a loader; arguments that timm's `create_loader` has too have its meaning.
 
@@ -340,6 +312,7 @@ def create_loader(
         epoch_repeats: Passes over the dataset in an epoch.
         img_dtype: Type of the normalised images.
         channels_last: Give the images in this memory format.
+        transform_kwargs: Of timm's `create_transform`: crops, flips, augmentation, interpolation.
 
     Raises:
         UserError: Fewer training images than processes.
@@ -351,24 +324,11 @@ def create_loader(
         input_size,
         is_training=is_training,
         no_aug=no_aug,
-        train_crop_mode=train_crop_mode,
-        scale=scale,
-        ratio=ratio,
-        hflip=hflip,
-        vflip=vflip,
-        color_jitter=color_jitter,
-        color_jitter_prob=color_jitter_prob,
-        grayscale_prob=grayscale_prob,
-        gaussian_blur_prob=gaussian_blur_prob,
-        auto_augment=auto_augment,
-        interpolation=interpolation,
         mean=mean,
         std=std,
-        crop_pct=crop_pct,
-        crop_mode=crop_mode,
-        crop_border_pixels=crop_border_pixels,
         use_prefetcher=True,
         separate=splits > 0,
+        **transform_kwargs,
     )
     device = torch.device(device)
     erasing = None

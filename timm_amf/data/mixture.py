@@ -86,9 +86,7 @@ class Mixture(torch.utils.data.Dataset):
         Raises:
             UserError: The image cannot be read.
         """
-        if self.cache is not None:
-            return self.cache.load(index)
-        return self.load_original(index)
+        return self.load_original(index) if self.cache is None else self.cache.load(index)
 
     def load_original(self, index: int) -> Image.Image:
         """As `load`, from the image itself though there be a cache."""
@@ -116,12 +114,8 @@ class Mixture(torch.utils.data.Dataset):
         Raises:
             RuntimeError: The dataset has a cache already, which is by index.
         """
-        if self.cache is not None:
-            raise RuntimeError('remove samples before the cache is built')
-        keep = np.ones(len(self), dtype=bool)
-        keep[np.asarray(indices, dtype=np.int64)] = False
-        for name in ('_part', '_local', 'component_of', 'targets'):
-            setattr(self, name, getattr(self, name)[keep])
+        kept = np.setdiff1d(np.arange(len(self)), indices)
+        self.__dict__.update(self.subset(kept).__dict__)
 
     def subset(self, indices: Sequence[int]) -> 'Mixture':
         """Some of the samples, in the given order, with all classes.
@@ -169,7 +163,7 @@ def create_datasets(
         UserError: A dataset, split or class that is missing, empty or not as the spec has it.
     """
     opened: dict[tuple[int, str], Source] = {}
-    datasets = tuple(create_dataset(spec, split, in_chans, class_names, _opened=opened) for split in splits)
+    datasets = tuple(_create(spec, split, in_chans, class_names, opened) for split in splits)
     for i, one in enumerate(datasets):
         for j in range(i):
             shared = one.count_shared(datasets[j])
@@ -183,10 +177,18 @@ def create_dataset(
         split: str = 'train',
         in_chans: int = 3,
         class_names: Optional[Sequence[str]] = None,
-        _opened: Optional[dict] = None,
 ) -> Mixture:
     """Open one split of a mixture; see `create_datasets`."""
-    opened = {} if _opened is None else _opened
+    return _create(spec, split, in_chans, class_names, {})
+
+
+def _create(
+        spec: DataSpec,
+        split: str,
+        in_chans: int,
+        class_names: Optional[Sequence[str]],
+        opened: dict,
+) -> Mixture:
     splits = split.split('+')
     all_classes = [_train_classes(spec, i, splits, opened) for i in range(len(spec.components))]
     classes = [names[:c.classes] for names, c in zip(all_classes, spec.components, strict=True)]

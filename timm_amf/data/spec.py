@@ -16,7 +16,17 @@ __all__ = [
 
 DEFAULT_SPLITS = {'train': 'train', 'val': 'validation', 'test': 'test'}
 _PRESET_DIR = Path(__file__).parent / 'presets'
-_SPLIT_SYNONYMS = {'validation': 'val', 'valid': 'val', 'eval': 'val', 'training': 'train', 'testing': 'test'}
+# As timm's dataset factory, and 'test' beside them.
+SPLIT_NAMES = {
+    'train': ('train', 'training'),
+    'val': ('validation', 'val', 'valid', 'eval', 'evaluation'),
+    'test': ('test', 'testing'),
+}
+
+
+def split_of(name: str) -> Optional[str]:
+    """`train`, `val` or `test` of a name of it; None for any other name."""
+    return next((split for split, names in SPLIT_NAMES.items() if name in names), None)
 
 
 @dataclass(frozen=True)
@@ -236,8 +246,8 @@ def splits_from_args(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def _mixture_split(name: Optional[str]) -> Optional[str]:
-    parts = [_SPLIT_SYNONYMS.get(part, part) for part in (name or '').split('+')]
-    return '+'.join(parts) if all(part in DEFAULT_SPLITS for part in parts) else None
+    parts = [split_of(part) for part in (name or '').split('+')]
+    return '+'.join(parts) if all(parts) else None
 
 
 def _component_list(items: Any) -> list[dict]:
@@ -294,10 +304,9 @@ def _parse_component(text: str) -> dict[str, Any]:
 
 
 def _split_key(split: Any, where: str) -> str:
-    split = _SPLIT_SYNONYMS.get(split, split)
-    if split not in DEFAULT_SPLITS:
+    if split_of(split) is None:
         raise UserError(f'{where}: unknown split {split!r}; there are train, val and test')
-    return split
+    return split_of(split)
 
 
 def _check_int(value: Any, low: int, where: str) -> None:

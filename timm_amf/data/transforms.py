@@ -9,15 +9,10 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import RandomResizedCropAndInterpolation
-from torchvision.transforms import functional
 
 from .sampler import Key
 
-__all__ = [
-    'SeededRandomErasing', 'adapt_transform', 'crop_cached', 'kept_random_state', 'sample_seed',
-    'seed_globals',
-]
+__all__ = ['SeededRandomErasing', 'adapt_transform', 'kept_random_state', 'sample_seed', 'seed_globals']
 
 _MASK = 2 ** 64 - 1
 
@@ -104,27 +99,6 @@ def adapt_transform(transform: Callable) -> Callable:
         if isinstance(node, auto_augment.AugmentOp) and node.aug_fn is auto_augment.posterize:
             node.aug_fn = posterize
     return transform
-
-
-def crop_cached(crop: RandomResizedCropAndInterpolation, pixels: np.ndarray, mode: str) -> Image.Image:
-    """timm's random resized crop, with the same draws and the same result, of an image that is still an array.
-
-    Only the crop becomes a Pillow image, which takes a good part of the time that a cached image costs.
-
-    Args:
-        crop: The transform.
-        pixels: Image, (H, W, C) uint8.
-        mode: Its Pillow mode.
-    """
-    height, width = pixels.shape[:2]
-    outline = torch.empty(1, height, width, device='meta')
-    i, j, h, w = crop.get_params(outline, crop.scale, crop.ratio)
-    interpolation = crop.interpolation
-    if isinstance(interpolation, (tuple, list)):
-        interpolation = random.choice(interpolation)
-    part = np.ascontiguousarray(pixels[i:i + h, j:j + w])
-    image = Image.frombuffer(mode, (w, h), part, 'raw', mode, 0, 1)
-    return functional.resize(image, crop.size, interpolation)
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:

@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Optional
@@ -36,12 +36,10 @@ from timm_amf.tuning.resolve import Resolved
 
 __all__ = [
     'build_accelerator', 'build_data', 'build_loaders', 'build_mixup', 'build_model', 'place_model', 'run_folder',
-    'seed_step', 'seed_torch', 'set_start', 'start_trackers',
+    'seed_step', 'set_start', 'start_trackers',
 ]
 
 _logger = logging.getLogger(__name__)
-
-_SEEDS_AT_ONCE = 64
 
 
 def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
@@ -50,44 +48,10 @@ def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
     All that a step draws (mixup, dropout, stochastic depth) follows from these four numbers. So there is no random
     state to restore: a run that resumes at a step continues with the same bits.
     """
-    block, offset = divmod(step, _SEEDS_AT_ONCE)
-    for_python, for_numpy, for_torch = _step_seeds(seed, epoch, block, rank)[offset]
+    for_python, for_numpy, for_torch = np.random.SeedSequence([seed, epoch, step, rank]).generate_state(3).tolist()
     random.seed(for_python)
     np.random.seed(for_numpy)
-    seed_torch(for_torch)
-
-
-def seed_torch(seed: int) -> None:
-    """As `torch.manual_seed`, in a tenth of its time."""
-    _torch_seeder()(seed)
-
-
-@functools.lru_cache(maxsize=2)
-def _step_seeds(seed: int, epoch: int, block: int, rank: int) -> list[list[int]]:
-    """The three seeds of each step of a block; one by one, between steps, they would take ten times as long."""
-    steps = range(block * _SEEDS_AT_ONCE, (block + 1) * _SEEDS_AT_ONCE)
-    return [np.random.SeedSequence([seed, epoch, step, rank]).generate_state(3).tolist() for step in steps]
-
-
-@functools.cache
-def _torch_seeder() -> Callable[[int], Any]:
-    """What seeds torch on this machine as `torch.manual_seed` does.
-
-    That also records a stack trace for each kind of device that is not there: 0.1 ms, at every step.
-    """
-    accelerators = getattr(torch, 'accelerator', None)  # since PyTorch 2.6
-    if accelerators is None:
-        return torch.manual_seed
-    if not accelerators.is_available():
-        return torch.default_generator.manual_seed
-    if accelerators.current_accelerator().type == 'cuda':
-        return _seed_cuda
-    return torch.manual_seed
-
-
-def _seed_cuda(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-    torch.cuda.manual_seed_all(seed)
+    torch.manual_seed(for_torch)
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:

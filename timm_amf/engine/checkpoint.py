@@ -9,7 +9,6 @@ A file of weights names the classes of its outputs in its metadata; in a model t
 `pretrained_cfg`, as in timm.
 """
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -25,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from timm_amf.errors import UserError
+from timm_amf.files import replacing, whole_folder
 from timm_amf.tuning.l2sp import L2SP
 
 __all__ = [
     'Checkpointer', 'class_names', 'load_weights', 'read_class_names', 'read_state', 'save_weights', 'set_class_names',
-    'write_text',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -40,57 +39,11 @@ _WEIGHTS = 'model.safetensors'
 _EMA = 'ema.safetensors'
 _OPTIMIZER = 'optimizer.pt'
 _START = 'l2sp.safetensors'
+_REMEDY = 'the previous checkpoint is whole: make room, then --resume auto'
 _STATE_KEYS = {
     'epoch': int, 'step': int, 'updates': int, 'identity': dict, 'plan': dict, 'schedule': dict, 'kept': list,
     'meters': (list, type(None)), 'best_epoch': (int, type(None)), 'best_metric': (int, float, type(None)),
 }
-
-
-@contextlib.contextmanager
-def _disk_errors(path: Path):
-    """Turn a full or read-only disk into one line."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as e:
-        # torch and safetensors wrap the system's error in text of their own; on a full disk torch's archive writer
-        # finds no more than that its file is shorter than it should be.
-        full = getattr(e, 'errno', None) == errno.ENOSPC or any(
-            text in str(e) for text in ('No space left', 'os error 28', 'unexpected pos'))
-        if not full and not isinstance(e, OSError):
-            if not any(word in str(e) for word in ('write', 'I/O', 'IO')):
-                raise
-        reason = 'no space left on the disk' if full else ' '.join(str(e).split())
-        raise UserError(
-            f'{path}: cannot be written ({reason}); the previous checkpoint is whole: make room, then --resume auto'
-        ) from e
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace(path: Path, write) -> None:
-    """Write a file under a temporary name with `write(temporary)`, flush it, and rename it to its own."""
-    temporary = path.with_name(f'{path.name}.tmp')
-    with _disk_errors(path):
-        try:
-            write(temporary)
-            _sync(temporary)
-            os.replace(temporary, path)
-            _sync(path.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-
-
-def write_text(path: Union[str, Path], text: str) -> None:
-    """Write a text file whole or not at all."""
-    _replace(Path(path), lambda temporary: temporary.write_text(text, encoding='utf-8'))
 
 
 def _contiguous(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -154,7 +107,8 @@ def save_weights(module: nn.Module, path: Union[str, Path]) -> None:
         UserError: If a weight is not finite, or the disk is full or not writable; a file that was there before stays as
             it was.
     """
-    _replace(Path(path), lambda temporary: _write_module(module, temporary))
+    with replacing(path, _REMEDY) as temporary:
+        _write_module(module, temporary)
 
 
 def _read_tensors(path: Union[str, Path], missing: str) -> dict[str, torch.Tensor]:
@@ -255,57 +209,39 @@ class Checkpointer:
         Raises:
             UserError: If the disk is full or not writable; the previous checkpoint stays whole.
         """
-        temporary, new, old = (self.folder / f'last.{kind}' for kind in ('tmp', 'new', 'old'))
         if self.finite:
             _check_weights(model, self.last)
             if ema is not None:
                 _check_weights(ema, self.last)
             _check_finite(((f'{k} of the optimiser', v) for of_one in optimizer.state.values()
                            for k, v in of_one.items()), self.last)
+        self.settle()
         state = dict(
             state, best_metric=self.best_metric, best_epoch=self.best_epoch, kept=[list(item) for item in self.kept])
-        with _disk_errors(self.last):
-            try:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-                _write_module(model, temporary / _WEIGHTS)
-                if ema is not None:
-                    _write_module(ema, temporary / _EMA)
-                torch.save(optimizer.state_dict(), temporary / _OPTIMIZER)
-                if l2sp is not None:
-                    save_file(_contiguous(l2sp.state_dict()), temporary / _START, metadata={'format': 'pt'})
-                (temporary / _STATE).write_text(json.dumps(state, indent=1), encoding='utf-8')
-                digests = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
-                (temporary / _DIGESTS).write_text(json.dumps(digests, indent=1), encoding='utf-8')
-                for file in temporary.iterdir():
-                    _sync(file)
-                _sync(temporary)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
-            self.settle()
-            os.rename(temporary, new)
-            self._promote()
-
-    def _promote(self) -> None:
-        """Make `last.new/`, which is whole since it gets this name only then, `last/`, and that `last.old/`."""
-        new, old = self.folder / 'last.new', self.folder / 'last.old'
-        if self.last.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(self.last, old)
-        os.rename(new, self.last)
-        _sync(self.folder)
+        with whole_folder(self.folder / 'last.new', _REMEDY, self.last) as folder:
+            _write_module(model, folder / _WEIGHTS)
+            if ema is not None:
+                _write_module(ema, folder / _EMA)
+            torch.save(optimizer.state_dict(), folder / _OPTIMIZER)
+            if l2sp is not None:
+                save_file(_contiguous(l2sp.state_dict()), folder / _START, metadata={'format': 'pt'})
+            (folder / _STATE).write_text(json.dumps(state, indent=1), encoding='utf-8')
+            digests = {file.name: _digest(file) for file in sorted(folder.iterdir())}
+            (folder / _DIGESTS).write_text(json.dumps(digests, indent=1), encoding='utf-8')
+        self.settle()
 
     def settle(self) -> None:
-        """Finish a change of `last/` that a kill broke off."""
-        found = self.found()
-        if found is not None and found.name == 'last.new':
-            self._promote()
-        elif found is not None and found.name == 'last.old':
-            os.rename(found, self.last)
-        temporary = self.folder / 'last.tmp'
-        if temporary.exists() and not (temporary / _STATE).exists():
-            shutil.rmtree(temporary, ignore_errors=True)
+        """Put `last.new/`, which is whole, in the place of `last/`, also after a kill at any point of it."""
+        new, old = self.folder / 'last.new', self.folder / 'last.old'
+        if new.exists():
+            if self.last.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.rename(self.last, old)
+            os.rename(new, self.last)
+        elif old.exists() and not self.last.exists():
+            os.rename(old, self.last)
+        for left in self.folder.glob('last*.tmp*'):
+            shutil.rmtree(left, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove the checkpoints and records of an earlier run in this folder."""
@@ -315,8 +251,8 @@ class Checkpointer:
 
     def discard_last(self) -> None:
         """Remove the checkpoints that resume needs."""
-        for name in ('last', 'last.new', 'last.old', 'last.tmp'):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for folder in (self.last, *self.folder.glob('last.*')):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def load_last(
             self,

@@ -15,6 +15,7 @@ import yaml
 
 from timm_amf.engine.timm_flags import SWITCHES, why_refused
 from timm_amf.errors import UserError
+from timm_amf.files import write_text
 
 __all__ = [
     'SECTIONS', 'KeyValues', 'derived_flags', 'find_config', 'list_recipes', 'load_yaml', 'nearest', 'read_config',
@@ -247,7 +248,7 @@ def save_args(args: argparse.Namespace, path: Union[str, Path]) -> None:
     # Where there is a section `plan`, the flag of the same name is empty: `parse_args` sees to it.
     content = {**flags, **args.recipe}
     text = yaml.safe_dump(_for_yaml(content), default_flow_style=False)
-    Path(path).write_text(text, encoding='utf-8')
+    write_text(path, text)
 
 
 def _for_yaml(value: Any) -> Any:

@@ -5,7 +5,7 @@ import itertools
 from pathlib import Path
 from typing import Any, Union
 
-from timm_amf.engine.checkpoint import write_text
+from timm_amf.files import write_text
 
 __all__ = ['CsvLog']
 

@@ -11,7 +11,6 @@ import argparse
 import csv
 import io
 import math
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -30,6 +29,7 @@ from timm_amf.engine.evaluate import Tally
 from timm_amf.engine.intervals import mean_interval, wilson_interval
 from timm_amf.engine.run_folder import WEIGHTS, choose_device, eval_loader, find_weights, is_run, load_run, read_run
 from timm_amf.errors import CommandParser, UserError
+from timm_amf.files import write_text
 from timm_amf.models.method import method_of
 from timm_amf.tuning import Plan
 
@@ -324,13 +324,7 @@ def _write(rows: Sequence[Row], options: RunOptions, path: Path) -> None:
     writer.writeheader()
     writer.writerows({**asdict(row), 'top1_std': '' if row.top1_std is None else row.top1_std, **settings}
                      for row in rows)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f'{path.name}.tmp')
-        temporary.write_text(text.getvalue(), encoding='utf-8')
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f'--results-file {path}: cannot be written ({e.strerror}); the results are above') from None
+    write_text(path, text.getvalue(), 'name another --results-file; the results are above')
 
 
 # ---- the command

@@ -27,6 +27,7 @@ from timm_amf.data.decathlon import (
 )
 from timm_amf.engine.run_folder import choose_device, eval_loader, load_run, read_run
 from timm_amf.errors import CommandParser, UserError
+from timm_amf.files import replacing
 
 __all__ = ['Predictions', 'main', 'predict_run', 'write_results']
 
@@ -134,14 +135,12 @@ def write_results(predictions: Sequence[Predictions], path: Union[str, Path]) ->
         {'image_id': image, 'category_id': category}
         for p in predictions for image, category in zip(p.image_ids, p.category_ids, strict=True)]
     path, text = Path(path), json.dumps(rows)
-    try:
+    with replacing(path, 'name another --out') as temporary:
         if path.suffix.lower() == '.zip':
-            with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+            with zipfile.ZipFile(temporary, 'w', zipfile.ZIP_DEFLATED) as archive:
                 archive.writestr('results.json', text)
         else:
-            path.write_text(text, encoding='utf-8')
-    except OSError as e:
-        raise UserError(f'{path}: cannot be written ({e.strerror})') from None
+            temporary.write_text(text, encoding='utf-8')
     return len(rows)
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from timm_amf.engine.build import seed_torch
 from timm_amf.models.blocks import Units, classifiers, is_within
 from timm_amf.models.folding import Folds, view_with
 from timm_amf.models.method import Method
@@ -352,7 +351,7 @@ class Lockstep:
             module = self._folds[member.name, unit.name][member.head.training].of(own)
         if member.head.training:
             # The same for every candidate, as it would be for each alone.
-            seed_torch(self.step_seed * 4099 + unit.index)
+            torch.manual_seed(self.step_seed * 4099 + unit.index)
         return module(x, *args, **kwargs)
 
 
@@ -416,7 +415,7 @@ class LockstepModel(Method, nn.Module):
         if self.net is None:
             (member,) = self.members
             if self.training:
-                seed_torch(step_seed * 4099)
+                torch.manual_seed(step_seed * 4099)
             return [plain_logits(member.copies[''], member.head, x, self.own_head)]
         self.net.step_seed = step_seed
         outputs = self.net(x)

@@ -20,13 +20,13 @@ from timm.utils import dispatch_clip_grad
 from torch import nn
 
 from timm_amf.engine import build
-from timm_amf.engine.checkpoint import write_text
 from timm_amf.engine.evaluate import Tally, reduce_tensors
 from timm_amf.engine.loop import Trainer
 from timm_amf.engine.memory import saved_bytes
 from timm_amf.engine.run import find_resume, prepare_folder
 from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
 from timm_amf.errors import UserError
+from timm_amf.files import write_text
 from timm_amf.models.blocks import Units, classifiers, probe_units
 from timm_amf.models.method import RunSettings
 from timm_amf.search.candidates import Candidate, candidate_plan

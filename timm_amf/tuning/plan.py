@@ -17,6 +17,7 @@ from typing import Any, Optional, Union
 import yaml
 
 from timm_amf.errors import UserError
+from timm_amf.files import write_text
 
 __all__ = ['Plan', 'RolePlan', 'Schedule', 'SCHEDULES']
 
@@ -286,7 +287,7 @@ class Plan:
     def to_yaml(self, path: Union[str, Path]) -> None:
         """Write the Plan under the key `plan`, so that `train_amf.py --config` takes the file as it is."""
         text = yaml.safe_dump({'plan': self.to_dict()}, sort_keys=False)
-        Path(path).write_text(text, encoding='utf-8')
+        write_text(path, text)
 
     @classmethod
     def from_yaml(cls, path: Union[str, Path]) -> 'Plan':
