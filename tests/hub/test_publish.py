@@ -18,6 +18,7 @@ from timm_amf import Plan, UserError
 from timm_amf.cli import main
 from timm_amf.data import create_datasets, data_spec_from_args
 from timm_amf.engine.run_folder import load_run, read_run
+from timm_amf.hub.publish import _without_folders
 
 REPO = 'org/birds'
 # In a process of its own: what comes back by timm and, from another empty cache, by `load`.
@@ -30,7 +31,6 @@ by_timm = timm.create_model(f'hf-hub:{name}', pretrained=True).eval()
 by_load = timm_amf.load(name, cache_dir=out + '-cache')
 with torch.no_grad():
     torch.save([by_timm(images), by_load(images)], out)
-print(by_timm.pretrained_cfg['label_names'])
 """
 PLAIN_LOGITS = """
 import sys, timm, torch
@@ -83,11 +83,7 @@ def test_one_commit_holds_all_and_no_pickle(client, hub, runs, capsys):
         dict(name='stripes', dataset='', classes=3, train=27, val=15),
         dict(name='blobs', dataset='', classes=2, train=18, val=10)]
 
-
-def test_metrics_are_those_of_the_best_epoch(client, hub, runs):
-    run = runs('amf')
-    publish(run)
-    metrics = json.loads(hub.files(REPO)['metrics.json'])
+    metrics = json.loads(files['metrics.json'])
     best = max(rows(run / 'summary.csv'), key=lambda row: float(row['eval_top1']))
     assert metrics['epoch'] == int(best['epoch'])
     assert {r['data']: r['top1'] for r in metrics['results']} == {
@@ -96,30 +92,21 @@ def test_metrics_are_those_of_the_best_epoch(client, hub, runs):
     assert [r['images'] for r in metrics['results']] == [25, 15, 10]
 
 
-@pytest.mark.parametrize('xet', (True, False), ids=('xet', 'lfs'))
-def test_identical_logits_in_another_process(client, other_process, hub, runs, tmp_path, monkeypatch, capsys, xet):
+def test_identical_logits_in_another_process(client, other_process, hub, runs, tmp_path, capsys):
     run = runs('amf')
-    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', not xet)
     assert main(['publish', str(run), '--repo-id', REPO, '--license', 'apache-2.0']) == 0
     assert f'published: {hub.url}/{REPO}/commit/' in capsys.readouterr().out
-    assert hub.transports == {'xet' if xet else 'lfs'}
-    done = other_process(LOGITS, REPO, tmp_path / 'out', xet=xet, token=None)
+    other_process(LOGITS, REPO, tmp_path / 'out')
     with torch.no_grad():
         expected = model_of(run)(IMAGES)
     assert all(torch.equal(logits, expected) for logits in torch.load(tmp_path / 'out'))
-    assert "'class2'" in done.stdout
-    gets = {path for method, path, _ in hub.requests if method == 'GET' and path.endswith('.safetensors')}
-    assert bool(gets) == (not xet)
 
 
 def test_publishing_again_updates(client, hub, runs, tmp_path):
-    run = tmp_path / 'run'
-    shutil.copytree(runs('amf'), run)
-    (run / 'report').mkdir()
-    (run / 'report' / 'curves.svg').write_text('<svg/>')
+    run = with_figure(runs('amf'), tmp_path / 'run', '')
     publish(run)
     hub.put(REPO, {'notes.txt': b'of the owner', 'figures/drawing.gif': b'of the owner'})
-    assert hub.files(REPO)['figures/curves.svg'] == b'<svg/>'
+    assert hub.files(REPO)['figures/curves.svg'] == b'<svg></svg>'
     assert b'![curves](figures/curves.svg)' in hub.files(REPO)['README.md']
     commits = len(hub.messages(REPO))
 
@@ -197,40 +184,37 @@ def test_the_token_is_nowhere(client, hub, runs, tmp_path, capfd, caplog):
     assert TOKEN.encode() not in written and TOKEN.encode() not in sent
 
 
-def test_a_token_in_the_run_is_taken_out_or_refused(client, hub, runs, tmp_path):
+def with_figure(run, target, text):
+    """A copy of the run with a report."""
+    shutil.copytree(run, target)
+    (target / 'report').mkdir()
+    (target / 'report' / 'curves.svg').write_text(f'<svg>{text}</svg>')
+    return target
+
+
+def test_a_token_among_the_options_is_taken_out(client, hub, runs, tmp_path):
     run = tmp_path / 'run'
     shutil.copytree(runs('plain'), run)
-    text = (run / 'args.yaml').read_text()
-    assert 'opt_kwargs' not in text
-    (run / 'args.yaml').write_text(f'{text}opt_kwargs: {{note: {TOKEN}}}\n')
+    with open(run / 'args.yaml', 'a') as file:
+        file.write(f'opt_kwargs: {{note: {TOKEN}}}\n')
     publish(run)
     assert TOKEN.encode() not in b''.join(hub.files(REPO).values())
-    (run / 'report').mkdir()
-    (run / 'report' / 'curves.svg').write_text(f'<svg>{TOKEN}</svg>')
-    before = dict(hub.repos[REPO].refs)
-    with pytest.raises(UserError, match='curves.svg: holds an access token'):
-        publish(run)
-    assert hub.repos[REPO].refs == before
 
 
-def test_the_token_of_the_client_is_refused_whatever_its_shape(client, runs, tmp_path):
-    (client / 'token').write_text('of-another-shape')
-    run = tmp_path / 'run'
-    shutil.copytree(runs('plain'), run)
-    (run / 'report').mkdir()
-    (run / 'report' / 'curves.svg').write_text('<svg>of-another-shape</svg>')
+@pytest.mark.parametrize('token', (TOKEN, 'of-another-shape'))
+def test_a_token_elsewhere_is_refused(client, hub, runs, tmp_path, token):
+    (client / 'token').write_text(token)
+    run = with_figure(runs('plain'), tmp_path / 'run', token)
     with pytest.raises(UserError, match='curves.svg: holds an access token'):
         publish(run, dry_run=tmp_path / 'staged')
-    assert not (tmp_path / 'staged').exists()
+    assert hub.requests == [] and not (tmp_path / 'staged').exists()
 
 
-@pytest.mark.parametrize('name', ('amf', 'plain'))
-def test_no_folder_of_this_machine_is_published(client, hub, runs, folders, name):
-    run = runs(name)
-    assert str(folders).encode() in (run / 'args.yaml').read_bytes()
-    publish(run)
-    for content in hub.files(REPO).values():
-        assert str(folders).encode() not in content and str(run.parent).encode() not in content
+def test_no_folder_of_this_machine_is_published(staged, runs, folders):
+    for name in ('amf', 'plain'):
+        assert str(folders) in (runs(name) / 'args.yaml').read_text()
+        published = b''.join(p.read_bytes() for p in staged(name).iterdir())
+        assert str(folders).encode() not in published and str(runs(name).parent).encode() not in published
 
 
 @pytest.mark.parametrize('value,public', [
@@ -241,17 +225,13 @@ def test_no_folder_of_this_machine_is_published(client, hub, runs, folders, name
     (TOKEN, '***'), (f'x={TOKEN}', 'x=***'),
 ])
 def test_what_is_left_of_folders(value, public):
-    from timm_amf.hub.publish import _without_folders
-
     assert _without_folders(value) == public and _without_folders({'a': [value]}) == {'a': [public]}
 
 
-def test_the_published_options_train_the_same_again(client, hub, runs, folders, tmp_path):
+def test_the_published_options_train_the_same_again(staged, runs, folders, tmp_path):
     run = runs('amf')
-    publish(run)
-    (tmp_path / 'args.yaml').write_bytes(hub.files(REPO)['args.yaml'])
     data = [f'--component=name={name},path={folders / name}' for name in ('stripes', 'blobs')]
-    again = train('again', tmp_path, ['--config', str(tmp_path / 'args.yaml'), *data])
+    again = train('again', tmp_path, ['--config', str(staged('amf') / 'args.yaml'), *data])
     ours, theirs = (load_file(folder / 'model_best.safetensors') for folder in (run, again))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert Plan.from_yaml(again / 'plan.yaml') == Plan.from_yaml(run / 'plan.yaml')
@@ -313,7 +293,7 @@ def test_compact_needs_this_package_no_more(client, hub, runs, other_process, tm
         torch.testing.assert_close(torch.load(tmp_path / 'out'), ours(IMAGES), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ('amf', 'spottune', 'plain'))
+@pytest.mark.parametrize('name', ('spottune', 'plain'))
 def test_compact_is_for_global_k(runs, name, tmp_path):
     with pytest.raises(UserError, match='--global-k'):
         publish(runs(name), compact=True, dry_run=tmp_path / 'staged')
@@ -358,15 +338,12 @@ def test_a_run_that_cannot_be_published_is_whole(client, hub, folders, tmp_path)
 
 
 @pytest.mark.parametrize('flags,message', [
-    ([], r'required'),
     (['RUN', '--repo-id', REPO], r'--license: is missing'),
     (['RUN', '--repo-id', REPO, '--license', 'other'], r'--license-name'),
     (['RUN', '--repo-id', 'a/b/c', '--license', 'mit'], r"'a/b/c' cannot be a repository"),
-    (['RUN', '--repo-id', '../b', '--license', 'mit'], r"cannot be a repository"),
     (['nowhere', '--repo-id', REPO, '--license', 'mit'], r'nowhere: no args.yaml there'),
     (['RUN', '--repo-id', REPO, '--license', 'mit', '--results', 'none.csv'], r'none.csv: no such file'),
     (['RUN', '--repo-id', REPO, '--license', 'mit', '--data-dir', 'gone'], r'gone'),
-    (['RUN', '--repo-id', REPO, '--license', 'mit', '--frobnicate'], r'--frobnicate'),
 ])
 def test_mistakes_are_one_line(client, hub, runs, capsys, flags, message):
     flags = [str(runs('plain')) if word == 'RUN' else word for word in flags]
