@@ -5,6 +5,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
 
 from timm_amf.engine import config_file
@@ -25,30 +26,15 @@ RECIPE = {
         'license': 'apache-2.0', 'repo_id': 'org/amf_resnet18x2.signs_dtd', 'base_model': ['timm/resnet18.a1_in1k'],
         'datasets': ['gtsrb', 'dtd'], 'tags': ['mixture'], 'paper': 'amf'},
 }
-# What the papers say: mean and deviation in percent; fractions.
-AMF_TABLE_3 = {
-    'aircraft_dtd': {'aircraft': (93.01, 0.2), 'dtd': (76.91, 0.2)},
-    'aircraft_cars': {'aircraft': (92.50, 0.4), 'cars': (90.79, 0.2)},
-    'cifar10': {'': (98.50, 0.05)},
-    'fashion_mnist': {'': (95.59, 0.08)},
-}
-BLOCKWISE_TABLE_1 = {
-    'vgg16': (0.713896, 0.873751, 0.864668, 0.875568, 0.86921, 0.881926, 0.877384),
-    'mobilenetv1_100': (0.828338, 0.875568, 0.847411, 0.877389, 0.875568, 0.883742, 0.879201),
-    'mobilenetv2_100': (0.811081, 0.86921, 0.823797, 0.867393, 0.833787, 0.86921, 0.839237),
-    'mobilenetv3_small_100': (0.30881, 0.762035, 0.438692, 0.790191, 0.516803, 0.648501, 0.667575),
-    'resnetv2_50': (0.778383, 0.828338, 0.857402, 0.848320, 0.86921, 0.868302, 0.849228),
-}
+# Timm's networks that the paper of the block-wise search trains.
+BLOCKWISE = ('vgg16', 'mobilenetv1_100', 'mobilenetv2_100', 'mobilenetv3_small_100', 'resnetv2_50')
 
 
-@pytest.mark.parametrize('name', list_recipes())
+@pytest.mark.parametrize('name', [name for name in list_recipes() if name != 'demo'])
 def test_all_recipes_fit(name):
     recipe = read_recipe(name)
     assert recipe.flags['model'] and recipe.plan and recipe.data
     assert recipe.expected['source'] and describe_expected(recipe.expected)
-    if name == 'demo':
-        assert not recipe.card  # nothing of it is worth publishing
-        return
     assert recipe.card['paper'] in PAPERS and recipe.card['tags'] and not recipe.published
     text = recipe.path.read_text(encoding='utf-8')
     # Where there is no Hub id, the recipe says why, and how to run it is in its first lines.
@@ -56,34 +42,18 @@ def test_all_recipes_fit(name):
     assert f'--config {name} ' in text or 'benchmarks/blockwise_protocol.py' in text
 
 
-def test_base_models_are_those_whose_weights_are_loaded():
-    import timm
+def test_nothing_of_the_demo_is_worth_publishing():
+    assert read_recipe('demo').expected['source'] and not read_recipe('demo').card
 
+
+def test_base_models_are_those_whose_weights_are_loaded():
     for name in list_recipes():
         recipe = read_recipe(name)
         if not recipe.flags.get('pretrained') or not recipe.card.get('base_model'):
             continue
         model = recipe.flags.get('model_kwargs', {}).get('backbone', recipe.flags['model'])
-        if model.startswith(('amf', 'multitune')):
-            model = 'inception_v4'
-        cfg = timm.get_pretrained_cfg(model)
+        cfg = timm.get_pretrained_cfg('inception_v4' if model.startswith(('amf', 'multitune')) else model)
         assert recipe.card['base_model'][0] == cfg.hf_hub_id and recipe.card['license'] == cfg.license, name
-
-
-@pytest.mark.parametrize('name', AMF_TABLE_3)
-def test_amf_figures(name):
-    expected = read_recipe(f'amf_inception_v4x2.{name}').expected
-    wanted = {f'top1_{part}' if part else 'top1': dict(mean=m, std=s) for part, (m, s) in AMF_TABLE_3[name].items()}
-    assert {k: v for k, v in expected.items() if k.startswith('top1')} == wanted and expected['split'] == 'test'
-
-
-@pytest.mark.parametrize('name', BLOCKWISE_TABLE_1)
-def test_blockwise_figures(name):
-    recipe = read_recipe(f'{name}.tf_flowers')
-    ways = ('classifier', 'all', 'layer', 'block', 'top3', 'top5', 'window')
-    found = [recipe.expected[f'top1_{way}'] for way in ways]
-    assert found == [{'mean': round(100 * value, 2)} for value in BLOCKWISE_TABLE_1[name]]
-    assert recipe.flags['model'].split('.')[0] == name
 
 
 @pytest.mark.parametrize('name', ['cifar10', 'fashion_mnist'])
@@ -99,7 +69,7 @@ def test_amf_settings_of_single_data_sets(name):
     assert recipe.plan['epochs'] / recipe.plan['schedule']['decay_epochs'] == pytest.approx(1000 / 20, rel=0.01)
 
 
-@pytest.mark.parametrize('name', BLOCKWISE_TABLE_1)
+@pytest.mark.parametrize('name', BLOCKWISE)
 def test_blockwise_settings(name):
     """Section V, and where its text has nothing what the search's own protocol takes."""
     args = parse_args(['--config', f'{name}.tf_flowers', '--data-dir', '.'])
@@ -174,37 +144,24 @@ def test_what_is_right(write):
     (('plan.epoch', 3), 'plan.*epoch.*epochs'),
     (('data.component', []), "data: unknown key 'component'"),
     (('expected.source', None), 'expected: source: is missing'),
-    (('expected.source', 3), 'expected: source: must be a line of text, not 3'),
     (('expected.split', 'tests'), "expected: split: 'tests' is unknown, did you mean test"),
     (('expected.sourse', 'x'), 'expected: sourse: unknown key, did you mean source'),
-    (('expected.accuracy', {'mean': 9}), 'expected: accuracy: unknown key'),
     (('expected.top1_sings', {'mean': 9}), "expected: top1_sings: 'sings' is no component.*did you mean signs"),
-    (('expected.top1_top0', {'mean': 9}), "'top0' is no component"),
     (('expected.top1', 93), 'expected: top1: must be a mapping, not 93; write {mean'),
-    (('expected.top1', [90, 92]), 'expected: top1: must be a mapping'),
     (('expected.top1', {'mean': 930}), 'expected: top1: mean: must be a number of percent from 0 to 100, not 930'),
-    (('expected.top1', {'mean': '93'}), "expected: top1: mean: must be a number of percent from 0 to 100, not '93'"),
-    (('expected.top1', {'mean': float('nan')}), 'must be a number of percent'),
     (('expected.top1', {'mean': 93, 'sdt': 1}), 'expected: top1: sdt: unknown key, did you mean std'),
     (('expected.top1', {'min': 93}), 'expected: top1: has no mean'),
     (('expected.top1', {'min': 93, 'max': 94, 'std': 1}), 'expected: top1: std: belongs to a mean'),
     (('expected.top1', {'mean': 93, 'max': 94}), 'give one of both'),
     (('expected.top1', {'min': 95, 'max': 94}), 'min 95 is above max 94'),
     (('expected', {'source': 'x', 'split': 'val'}), 'expected: has no figure'),
-    (('card.license', None), 'card: license: is missing; give one of apache-2.0'),
     (('card.license', 'apache2.0'), "card: license: 'apache2.0' is unknown, did you mean apache-2.0"),
     (('card.license', 'other'), 'card: license_name: goes with license other'),
-    (('card.license_link', 'https://a.b'), 'card: license_link: goes with license other'),
-    (('card.licence', 'mit'), 'card: licence: unknown key, did you mean license'),
-    (('card.datasets', None), 'card: datasets: is missing'),
     (('card.datasets', 'gtsrb'), r"card: datasets: must be a list of names, such as \[gtsrb\]"),
     (('card.datasets', ['a', 'a']), "card: datasets: a is there twice"),
-    (('card.tags', []), 'card: tags: must be a list of names'),
     (('card.tags', ['Fine Grained']), "card: tags: 'Fine Grained' is no tag"),
     (('card.base_model', ['resnet18']), "card: base_model: 'resnet18' cannot be a repository"),
-    (('card.paper', 'amff'), "card: paper: 'amff' is unknown, did you mean amf"),
     (('card.published', 'yes'), 'card: published: must be true or false'),
-    (('card.repo_id', 'amf'), "card: repo_id: 'amf' cannot be a repository"),
     (('card.repo_id', 'org/other'), "card: repo_id: 'org/other' must end in the name of the recipe"),
     (('card.repo_id', 3), 'card: repo_id: must be a line of text'),
     (('model', 'amf_resnet50x2'), r'card: repo_id: the recipe trains amf_resnet50x2; name its file'),
