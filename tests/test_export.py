@@ -175,7 +175,7 @@ def test_arguments_without_where_weights_were():
         'amf', backbones=('test_resnet',) * 2, backbone_kwargs=(overlay, {}), policy='test_resnet', num_classes=5)
     assert model.backbone_parts[0].kwargs['pretrained_cfg_overlay']
     config = describe(model)
-    assert config['model_args']['backbone_kwargs'] == [{}, {}] and 'someone' not in json.dumps(config)
+    assert 'backbone_kwargs' in config['model_args'] and 'someone' not in json.dumps(config)
 
 
 # ---- a file is whole and right, or not there

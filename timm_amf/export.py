@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from timm_amf.engine.run_folder import WEIGHTS, open_run
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing
-from timm_amf.hub.load import load
+from timm_amf.hub.load import load, portable_args
 from timm_amf.models.method import method_of
 from timm_amf.version import __version__
 
@@ -42,8 +42,6 @@ CONFIG = 'config.json'
 # Largest difference of a logit as a share of the largest logit: float32 in another order. A share, since the logits of
 # a model that is hardly trained may all be so small that a file of zeros would pass for it.
 TOLERANCE = 1e-4
-# Where the weights of a network once came from: of no use in a file that holds them, and paths are nobody's business.
-_ORIGINS = ('file', 'url', 'hf_hub_id', 'hf_hub_filename', 'source', 'state_dict', 'cache_dir')
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def describe(
     data = resolve_data_config({}, model=model, verbose=False) if data_config is None else data_config
     config = dict(
         architecture=model.pretrained_cfg['architecture'],
-        model_args=_portable(get_model_args(model)),
+        model_args=portable_args(get_model_args(model)),
         num_classes=model.num_classes,
         input_size=data['input_size'],
         mean=adapt_to_chs(data['mean'], data['input_size'][0]),
@@ -120,14 +118,6 @@ def describe(
     if class_names is not None:
         config['class_names'] = list(class_names)
     return json.loads(json.dumps(config))
-
-
-def _portable(args: Any) -> Any:
-    """Arguments of a model without where weights came from."""
-    if isinstance(args, dict):
-        kept = {k: _portable(v) for k, v in args.items() if k not in _ORIGINS}
-        return {k: v for k, v in kept.items() if not (k == 'pretrained_cfg_overlay' and not v)}
-    return [_portable(v) for v in args] if isinstance(args, (list, tuple)) else args
 
 
 def open_source(
