@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
+from timm.layers import to_2tuple
 from timm.models import get_model_args
 from torch import Tensor, nn
 
@@ -182,8 +183,7 @@ def open_source(
             f'all images take one path, {len(fixed)} tuned blocks: exported as a plain '
             f'{model.pretrained_cfg["architecture"]}')
     if img_size is not None:
-        size = (img_size,) if isinstance(img_size, int) else tuple(img_size)
-        size = size * 2 if len(size) == 1 else size
+        size = to_2tuple(img_size[0] if isinstance(img_size, Sequence) and len(img_size) == 1 else img_size)
         if len(size) != 2 or min(size) < 1:
             raise UserError(f'--img-size: takes one side or height and width in pixels, not {" ".join(map(str, size))}')
         if hasattr(model, 'set_input_size'):
@@ -324,7 +324,7 @@ def export_model(
     size = source.config['input_size']
     images = {n: torch.randn(n, *size, generator=torch.Generator().manual_seed(n)) for n in batches}
     example = torch.randn(2, *size)  # 0 and 1 are sizes that `torch.export` takes for constants
-    differences, largest, same = [], 0., 0
+    differences, same = [], 0
     with replacing(path, 'name another', f'--output {path}') as temporary, _quiet(), torch.no_grad():
         temporary.touch()  # before any work
         expected = {n: source.model(x) for n, x in images.items()}
@@ -339,7 +339,6 @@ def export_model(
                         f'{path}: was not written: the {format} file gives {tuple(found.shape)} in the place of '
                         f'{tuple(logits.shape)} for a batch of {n}; take another --format')
                 differences.append((found - logits).abs().max())
-                largest = max(largest, logits.abs().max().item())
                 same += (found.argmax(1) == logits.argmax(1)).sum().item()
         except (UserError, OSError, MemoryError):
             raise
@@ -347,11 +346,12 @@ def export_model(
             cause = e
             while cause.__cause__ is not None:
                 cause = cause.__cause__
-            reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+            reason = str(cause).strip().partition('\n')[0] or type(cause).__name__
             raise UserError(
                 f'{source.config["architecture"]} cannot be exported: the {format} file cannot be made or run '
                 f'({reason[:200]}); take another --format') from e
         difference = torch.stack(differences).max().item()
+        largest = max(logits.abs().max().item() for logits in expected.values())
         if not difference <= TOLERANCE * largest:  # not a number is no pass
             raise UserError(
                 f'{path}: was not written: the {format} file differs from the model by {difference:.1e} in logits of '
@@ -376,17 +376,14 @@ def _check_request(path: Path, format: str, opset: Optional[int], overwrite: boo
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the remarks of exporters on how they trace; what they fail at is raised."""
-    loggers = [logging.getLogger(name) for name in ('torch.onnx', 'torch.export', 'onnxscript', 'onnx_ir')]
-    levels = [logger.level for logger in loggers]
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield
     finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
+        logging.disable(level)
 
 
 # -- the verb ---------------------------------------------------------------------------------------------------------

@@ -156,11 +156,11 @@ def test_pickles_are_refused(client, hub, staged, tmp_path, name):
     assert all(client in p.parents for p in tmp_path.rglob('*') if p.is_file())
 
 
-def test_a_pickle_beside_the_weights_is_not_touched(client, hub, staged, tmp_path):
-    put(hub, staged('plain'), **{'pytorch_model.bin': pickle.dumps(Bomb(tmp_path / 'exploded'))})
-    timm_amf.load(REPO)
+def test_a_pickle_beside_the_weights_is_not_touched(staged, tmp_path):
+    (tmp_path / 'model').mkdir()
+    bomb = pickle.dumps(Bomb(tmp_path / 'exploded'))
+    timm_amf.load(copied(staged('plain'), tmp_path / 'model', **{'pytorch_model.bin': bomb}))
     assert not (tmp_path / 'exploded').exists()
-    assert not any('.bin' in path for _, path, _ in hub.requests)
 
 
 def test_no_model_at_all(client, hub, staged):
@@ -205,6 +205,9 @@ HOSTILE = [
     ('pretrained_cfg.custom_load', True), ('pretrained_cfg.frobnicate', 1), ('pretrained_cfg.mean', [float('nan')] * 3),
     ('pretrained_cfg.input_size', [3, 10 ** 9, 10 ** 9]), ('pretrained_cfg.crop_pct', 1e300),
     ('label_names', 'abc'), ('label_names', [1, 2]), ('label_names', ['x' * 10_000]), ('label_descriptions', {'a': []}),
+    *(('timm_amf', section) for section in (
+        [], {'data': 1}, {'data': [1]}, {'data': [{'name': 1}]}, {'blocks': {'a': 1}}, {'blocks': 'all'},
+        {'epoch': 'x'}, {'data': [dict(name='a\x1b[31m', dataset='', classes=1, train=1, val=1)]})),
 ]
 
 
@@ -270,18 +273,6 @@ def test_a_plan_with_aliases_is_not_read(staged, tmp_path):
     assert timm_amf.load(tmp_path).provenance.plan.schedule.sched == 'step'
     (tmp_path / 'plan.yaml').write_bytes(text)
     with pytest.raises(UserError, match='aliases'):
-        timm_amf.load(tmp_path)
-
-
-@pytest.mark.parametrize('section', [
-    [], {'data': 1}, {'data': [1]}, {'data': [{'name': 1}]}, {'blocks': {'a': 1}}, {'blocks': 'all'}, {'epoch': 'x'},
-    {'data': [dict(name='a\x1b[31m', dataset='', classes=1, train=1, val=1)]},
-])
-def test_damaged_provenance(staged, tmp_path, section):
-    config = json.loads((staged('spottune') / 'config.json').read_text())
-    changed = json.dumps({**config, 'timm_amf': section}).encode()
-    copied(staged('spottune'), tmp_path, **{'config.json': changed})
-    with pytest.raises(UserError, match='config.json: '):
         timm_amf.load(tmp_path)
 
 

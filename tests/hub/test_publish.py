@@ -5,11 +5,11 @@ import re
 import shutil
 
 import pytest
+import timm
 import torch
 import yaml
 from conftest_engine import rows
 from hub_runs import HUB_ERRORS, PLAIN, train
-from huggingface_hub import constants
 from loopback import TOKEN
 from safetensors.torch import load, load_file
 
@@ -31,13 +31,6 @@ by_timm = timm.create_model(f'hf-hub:{name}', pretrained=True).eval()
 by_load = timm_amf.load(name, cache_dir=out + '-cache')
 with torch.no_grad():
     torch.save([by_timm(images), by_load(images)], out)
-"""
-PLAIN_LOGITS = """
-import sys, timm, torch
-images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-with torch.no_grad():
-    torch.save(timm.create_model(f'hf-hub:{sys.argv[1]}', pretrained=True).eval()(images), sys.argv[2])
-assert 'timm_amf' not in sys.modules
 """
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -133,13 +126,10 @@ def test_revision_privacy_and_card(client, hub, runs):
     assert hub.files(REPO, 'trial')['README.md'].endswith(b'mine')
     publish(run, revision='trial')
     assert b'test_resnet' in hub.files(REPO, 'trial')['README.md']
-
-
-def test_private_is_not_published_in_public(client, hub, runs):
-    hub.put(REPO, {'README.md': b'old'})
+    hub.put('org/public', {'README.md': b'old'})
     with pytest.raises(UserError, match='is there already and public'):
-        publish(runs('plain'), private=True)
-    assert hub.files(REPO) == {'README.md': b'old'}
+        timm_amf.publish(run, 'org/public', 'mit', private=True)
+    assert hub.files('org/public') == {'README.md': b'old'}
 
 
 def test_dry_run_writes_what_would_be_sent(client, hub, runs, tmp_path, capsys):
@@ -156,9 +146,8 @@ def test_dry_run_writes_what_would_be_sent(client, hub, runs, tmp_path, capsys):
         publish(run, dry_run=folder)
 
 
-def test_a_dry_run_needs_no_login(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'none'))
-    monkeypatch.delenv('HF_TOKEN', raising=False)
+def test_a_dry_run_needs_no_login(client, runs, tmp_path):
+    (client / 'token').unlink()
     publish(runs('plain'), dry_run=tmp_path / 'staged')
     assert (tmp_path / 'staged' / 'README.md').exists()
     with pytest.raises(UserError, match='hf auth login'):
@@ -279,18 +268,17 @@ def test_spare_outputs_have_no_names(folders, tmp_path):
     assert 'topk(5)' in (tmp_path / 'staged' / 'README.md').read_text()
 
 
-def test_compact_needs_this_package_no_more(client, hub, runs, other_process, tmp_path):
+def test_compact_needs_this_package_no_more(client, hub, runs):
     run = runs('global_k')
     publish(run, compact=True)
     config = json.loads(hub.files(REPO)['config.json'])
     assert config['architecture'] == 'test_resnet' and config['timm_amf']['trained'] == 'spottune'
     card = hub.files(REPO)['README.md'].decode()
     assert 'import timm_amf' not in card and 'library_name: timm\n' in card
-    other_process(PLAIN_LOGITS, REPO, tmp_path / 'out')
-    ours = model_of(run)
+    plain, ours = timm.create_model(f'hf-hub:{REPO}', pretrained=True).eval(), model_of(run)
     ours.set_blocks(ours.chosen_blocks(1))
     with torch.no_grad():
-        torch.testing.assert_close(torch.load(tmp_path / 'out'), ours(IMAGES), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(plain(IMAGES), ours(IMAGES), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', ('spottune', 'plain'))

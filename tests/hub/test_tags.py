@@ -141,33 +141,28 @@ def test_published(client, hub, trained, monkeypatch):
         assert torch.equal(again.eval()(x), model(x))
 
 
-def test_what_was_trained_and_published_is_the_tag(client, hub, folders, tmp_path):  # noqa: F811
-    """Train as the recipe does, publish, start from the tag, publish that."""
-    repo, name = f'{OWNER}/{SMALL}', SMALL.replace('.', '-')
-    flags = [
-        '--component', f'name=pedestrians,path={folders / "blobs"}', '--img-size', '64', '-b', '6', '--epochs', '1',
-        '--lr', '0.01', '--warmup-epochs', '0', '--workers', '0', '--cpu', '--tracker', 'none', '--no-check-images']
-    model = ['--model', 'spottune_resnet26', '--model-kwargs', 'first_block=4', 'temperature=5.']
-    run = train(name, tmp_path, [*flags, *model])
-    timm_amf.publish(run, repo, FINE_TUNED[SMALL].license)
-    loaded = timm_amf.load(repo, cache_dir=client / 'hub')
+def test_what_is_trained_from_a_tag_and_published_is_the_tag(client, hub, trained, folders, tmp_path):  # noqa: F811
+    model, weights = trained
+    hub.put(f'{OWNER}/{SMALL}', {'model.safetensors': weights}, large=['model.safetensors'])
+    run = train('again', tmp_path, [
+        '--model', SMALL, '--pretrained', '--component', f'name=pedestrians,path={folders / "blobs"}', '--img-size',
+        '64', '-b', '6', '--epochs', '1', '--lr', '1e-9', '--warmup-epochs', '0', '--workers', '0', '--cpu',
+        '--tracker', 'none', '--no-check-images'])
+    timm_amf.publish(run, f'{OWNER}/{SMALL}', FINE_TUNED[SMALL].license)
+    config = json.loads(hub.files(f'{OWNER}/{SMALL}')['config.json'])
+    assert config['architecture'] == 'spottune_resnet26' and config['model_args'].items() >= {'first_block': 4}.items()
+    assert not config['pretrained_cfg'].get('tag')
+    loaded = timm_amf.load(f'{OWNER}/{SMALL}', cache_dir=client / 'hub')
+    assert len(loaded.blocks_tuned) == 8
+    # Of an LR of almost nothing: it started from the weights of the tag, classifier and policy too.
+    start = dict(model.named_parameters())
+    assert all(torch.allclose(p, start[n], atol=1e-5) for n, p in loaded.named_parameters())
     tagged = timm.create_model(SMALL, pretrained=True, cache_dir=client / 'hub').eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(tagged(x), loaded(x))
         levels = timm.create_model(SMALL, pretrained=True, features_only=True, cache_dir=client / 'hub').eval()(x)
         assert torch.equal(levels[-1], loaded.forward_intermediates(x, intermediates_only=True)[-1])
-
-    again = train(f'{name}-again', tmp_path, [*flags, '--model', SMALL, '--pretrained', '--lr', '1e-9'])
-    timm_amf.publish(again, 'me/again', 'mit')
-    config = json.loads(hub.files('me/again')['config.json'])
-    assert config['architecture'] == 'spottune_resnet26' and config['model_args'].items() >= {'first_block': 4}.items()
-    assert not config['pretrained_cfg'].get('tag')
-    mine = timm.create_model('hf-hub:me/again', pretrained=True, cache_dir=client / 'hub').eval()
-    assert len(mine.blocks_tuned) == 8
-    # Of an LR of almost nothing: it started from the weights of the tag, classifier and policy too.
-    start = dict(loaded.named_parameters())
-    assert all(torch.allclose(p, start[n], atol=1e-5) for n, p in mine.named_parameters())
 
 
 def test_no_pickle_is_loaded(client, hub, tmp_path):

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ['build_card']
 
-_METHODS = ('amf', 'multitune', 'spottune')
-_PAPERS = (*_METHODS, 'blockwise', 'nonbinary')
 # A longer list of layers is cut here: a search may have found dozens, and the card is for people.
 _MOST_PARTS = 12
 
@@ -193,14 +191,15 @@ def _settings(values: Mapping[str, Any]) -> str:
     return ', '.join(words)
 
 
-def _papers(what: 'Publication') -> list[str]:
+def _papers(what: 'Publication') -> set[str]:
     """Whose method the run is: the model's, the recipe's paper, and what the Plan does."""
-    method = method_of(what.run.model).method_name
-    papers = {method, 'amf'} if method == 'multitune' else {method} - {''}  # AMF's paper re-implements MultiTune
-    named = {paper for paper in _of_recipe(what, 'paper') if paper in _PAPERS}
+    method, named = method_of(what.run.model).method_name, set(_of_recipe(what, 'paper'))
     roles = what.run.plan.roles.values()
+    papers = named | {method} - {''}
+    if method == 'multitune':
+        papers.add('amf')  # its paper re-implements MultiTune
     if not named and any(isinstance(r.train, list) and any(isinstance(part, str) for part in r.train) for r in roles):
         papers.add('blockwise')  # layers by name, as `timm-amf search` writes them
-    if any(role.reinit_blocks or role.l2sp_alpha or role.low_blocks for role in roles) or not papers | named:
+    if any(role.reinit_blocks or role.l2sp_alpha or role.low_blocks for role in roles) or not papers:
         papers.add('nonbinary')
-    return [paper for paper in _PAPERS if paper in papers | named]
+    return papers
