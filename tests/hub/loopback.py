@@ -215,11 +215,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(401, '', 'Invalid credentials in Authorization header')
 
     def _repo(self, name: str) -> Repo:
-        repo = self.hub.repos.get(name)
-        if repo is None or (repo.private and not self._known):
-            # As the Hub: whether a private repository exists is nobody's business.
+        if name not in self.hub.repos:
             raise _Refused(404 if self._known else 401, 'RepoNotFound', 'Repository not found')
-        return repo
+        return self.hub.repos[name]
 
     def _commit_of(self, name: str, revision: str) -> Commit:
         commit = self._repo(name).find(revision)
@@ -259,8 +257,7 @@ class _Handler(BaseHTTPRequestHandler):
             for path, blob in sorted(files.items())])
 
     def validate_yaml(self) -> None:
-        content = json.loads(self.data)['content']
-        if not re.match(r'---\n.*\n---\n', content, re.DOTALL):
+        if not re.match(r'---\n.*\n---\n', json.loads(self.data)['content'], re.DOTALL):
             raise _Refused(400, '', 'no metadata')
         self._send(200, {'errors': [], 'warnings': []})
 

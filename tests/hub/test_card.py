@@ -15,7 +15,6 @@ from scipy import stats
 import timm_amf
 from timm_amf import Plan, UserError
 from timm_amf.cli import main
-from timm_amf.engine.recipe_schema import PAPERS
 from timm_amf.hub.card import _base_models, _plan_lines, build_card
 from timm_amf.hub.publish import prepare
 
@@ -58,11 +57,10 @@ def test_metadata(opened, runs):
     assert {r.dataset_split for r in data.eval_results} == {'val'}
 
 
-@pytest.mark.parametrize('datasets', (None, ['one/set-of-both']))
-def test_no_accuracy_of_the_model_index_comes_under_the_name_of_another(opened, datasets):
+def test_no_accuracy_of_the_model_index_comes_under_the_name_of_another(opened):
     what = opened('amf')
     both = [*(dataclasses.replace(r, top1=r.top1 / 2, how='ten crops') for r in what.results), *what.results]
-    data = ModelCard(card(dataclasses.replace(what, results=both), datasets=datasets)).data
+    data = ModelCard(card(dataclasses.replace(what, results=both))).data
     expected = {(r.data or 'stripes + blobs', f'top-1 accuracy, percent ({r.how})', round(r.top1, 4)) for r in both}
     found = [(r.dataset_name, r.metric_name, r.metric_value) for r in data.eval_results if 'top-1' in r.metric_name]
     assert set(found) == expected and len(found) == len(both)
@@ -99,7 +97,6 @@ def test_base_models_are_named_by_hub_id(model, options, ids):
     (dict(source='Table III', split='test', top1_aircraft=dict(mean=93.01, std=0.2), top1=dict(min=96, max=98.5)),
      'on the `test` split (percent, top-1 unless another is named): aircraft 93.01 ± 0.2, 96 to 98.5; source: Table'),
     (dict(source='nobody', note='none', seconds=dict(least=3)), None),
-    (dict(top1=dict(mean=93)), None),
 ])
 def test_what_the_recipe_expects(opened, expected, words):
     text = card(with_recipe(opened('plain'), expected=expected))
@@ -120,12 +117,6 @@ SEARCHED = Plan(lr=0.1, roles={'backbone': dict(train=['layer3.0.conv1', 'layer3
 def test_whom_to_cite(opened, name, plan, paper, papers):
     text = card(with_recipe(opened(name), plan, **(dict(paper=paper) if paper else {})))
     assert re.findall(r'@\w+\{(\w+),', text) == papers
-
-
-@pytest.mark.parametrize('paper,title', PAPERS.items())
-def test_each_paper_of_a_recipe_can_be_cited(opened, paper, title):
-    text = card(with_recipe(opened('plain'), paper=paper))
-    assert title.lower() in re.sub('[{}]', '', text.lower())
 
 
 def test_results_with_their_range(opened, runs):

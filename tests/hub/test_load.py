@@ -9,7 +9,7 @@ import timm
 import torch
 from hub_runs import HUB_ERRORS
 from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 from loopback import TOKEN
 from safetensors.torch import load_file, save
 
@@ -48,15 +48,14 @@ def moved(folder: Path) -> bytes:
 
 @pytest.mark.parametrize('name', ('amf', 'multitune', 'spottune', 'plain'))
 def test_a_model_and_what_made_it(client, hub, staged, runs, name):
-    commit = put(hub, staged(name))
+    commit, run = put(hub, staged(name)), runs(name)
     model = timm_amf.load(REPO)
     assert not model.training
-    state = load_file(runs(name) / 'model_best.safetensors')
+    state = load_file(run / 'model_best.safetensors')
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
     p = model.provenance
-    assert (p.source, p.commit) == (REPO, commit)
-    assert p.plan == Plan.from_yaml(runs(name) / 'plan.yaml')
+    assert (p.source, p.commit, p.plan) == (REPO, commit, Plan.from_yaml(run / 'plan.yaml'))
     text = str(p)
     assert 'data stripes: 3 classes, 27 training and 15 validation images' in text
     assert f'plan: sgd, {p.plan.epochs} epochs, LR 0.05' in text and commit[:10] in text
@@ -348,12 +347,3 @@ def test_a_connection_that_is_cut_once_is_taken_up_again(client, hub, staged, no
     hub.fault('GET', 'resolve/.*model.safetensors', cut=True, times=1)
     timm_amf.load(REPO)
     assert sum(method == 'GET' and 'safetensors' in path for method, path, _ in hub.requests) == 2
-
-
-def test_private_repositories_need_the_token(client, hub, staged):
-    put(hub, staged('plain'))
-    hub.repos[REPO].private = True
-    timm_amf.load(REPO)
-    (client / 'token').unlink()
-    with pytest.raises(RepositoryNotFoundError):
-        timm_amf.load(REPO, cache_dir=str(client / 'another'))

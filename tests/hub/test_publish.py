@@ -136,12 +136,9 @@ def test_dry_run_writes_what_would_be_sent(client, hub, runs, tmp_path, capsys):
     run, folder = runs('amf'), tmp_path / 'staged'
     assert publish(run, dry_run=folder) is None
     assert hub.requests == [] and not list(tmp_path.glob('.*'))
-    listed = capsys.readouterr().out
-    assert 'nothing was sent' in listed
+    assert 'nothing was sent' in capsys.readouterr().out
     publish(run)
-    sent = hub.files(REPO)
-    assert {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*')} == sent
-    assert all(name in listed for name in sent)
+    assert {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*')} == hub.files(REPO)
     with pytest.raises(UserError, match='is not empty'):
         publish(run, dry_run=folder)
 
@@ -235,16 +232,13 @@ def test_what_does_not_come_back_is_not_published(client, hub, folders, tmp_path
 
 # -- SpotTune ---------------------------------------------------------------------------------------------------------
 
-def test_fixed_blocks_are_published_with_the_weights(client, hub, runs):
-    run = runs('global_k')
-    publish(run)
-    card = hub.files(REPO)['README.md'].decode()
-    model = timm_amf.load(REPO)
-    ours = model_of(run)
+def test_fixed_blocks_are_published_with_the_weights(staged, runs):
+    ours = model_of(runs('global_k'))
     chosen = ours.chosen_blocks(1)
-    assert model.fixed_blocks == chosen
-    assert f'model.set_blocks({list(chosen)})' in card
     ours.set_blocks(chosen)
+    model = timm_amf.load(staged('global_k'))
+    assert model.fixed_blocks == chosen
+    assert f'model.set_blocks({list(chosen)})' in (staged('global_k') / 'README.md').read_text()
     with torch.no_grad():
         assert torch.equal(model(IMAGES), ours(IMAGES))
 
@@ -257,7 +251,6 @@ def test_evaluated_blocks_are_published_too(runs, tmp_path):
     publish(run, dry_run=tmp_path / 'staged')
     assert timm_amf.load(tmp_path / 'staged').fixed_blocks == (0, 2)
     assert timm_amf.load(tmp_path / 'staged', features_only=True).model.fixed_blocks == (0, 2)
-    assert 'model.set_blocks([0, 2])' in (tmp_path / 'staged' / 'README.md').read_text()
 
 
 def test_spare_outputs_have_no_names(folders, tmp_path):
@@ -265,7 +258,6 @@ def test_spare_outputs_have_no_names(folders, tmp_path):
     publish(run, dry_run=tmp_path / 'staged')
     config = json.loads((tmp_path / 'staged' / 'config.json').read_text())
     assert config['num_classes'] == 9 and 'label_names' not in config
-    assert 'topk(5)' in (tmp_path / 'staged' / 'README.md').read_text()
 
 
 def test_compact_needs_this_package_no_more(client, hub, runs):
