@@ -260,6 +260,14 @@ def test_spare_outputs_have_no_names(folders, tmp_path):
     assert config['num_classes'] == 9 and 'label_names' not in config
 
 
+def test_grey_images(folders, tmp_path):
+    run = train('grey', tmp_path, [*PLAIN, '--data-dir', str(folders / 'stripes'), '--in-chans', '1'])
+    publish(run, dry_run=tmp_path / 'staged')
+    cfg = timm_amf.load(tmp_path / 'staged').pretrained_cfg
+    assert tuple(cfg['input_size']) == (1, 32, 32) and cfg['mean'] == [0.5]
+    assert "convert('L')" in (tmp_path / 'staged' / 'README.md').read_text()
+
+
 def test_compact_needs_this_package_no_more(client, hub, runs):
     run = runs('global_k')
     publish(run, compact=True)

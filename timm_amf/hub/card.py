@@ -54,33 +54,25 @@ def build_card(
         eval_results=[r for x in what.results if not x.runs for r in _eval_results(x, datasets, what)] or None,
     )
     module = type(model).__module__
-    options = run.options
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name('card.md')),
         name=name,
         repo_id=repo_id,
+        what=what,
+        run=run,
+        model=model,
+        method=method,
         sentence=_sentence(what),
-        components=what.components,
-        num_classes=model.num_classes,
         named=model.num_classes == run.data[0].num_classes,
-        input_size=what.data_config['input_size'],
         millions=sum(p.numel() for p in model.parameters()) / 1e6,
         plain=plain,
         module='timm_amf' if module.startswith('timm_amf.') else module,
-        blocks=what.blocks,
         usage_note=method_of(model).usage_note(),
-        results=what.results,
-        metric=run.args.eval_metric,
         expected=_expected(what),
         bases=bases,
-        began_with=options.get('initial_checkpoint') or options.get('pretrained_path'),
-        pretrained=options.get('pretrained'),
-        one_folder=bool(options.get('data_dir')),
         plan=_plan_lines(run.plan, run.model),
-        figures=[(name[8:].rpartition('.')[0], name) for _, name in what.figures],
         papers=_papers(what),
-        citation=method.citation,
     )
     # The template leaves blank lines where it leaves something out.
     return re.sub(r'\n{3,}', '\n\n', str(card)).rstrip() + '\n'

@@ -22,6 +22,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -29,6 +30,7 @@ import torch
 import yaml
 from huggingface_hub import HfApi, get_token
 from timm.data import resolve_data_config
+from timm.data.loader import adapt_to_chs
 from timm.models import get_arch_name, get_model_args, save_for_hf
 from torch import nn
 
@@ -102,9 +104,11 @@ class Publication:
     def spec(self):
         return data_spec_from_args(self.run.args, self.run.args.recipe.get('data'))
 
-    @property
+    @cached_property
     def data_config(self) -> dict[str, Any]:
-        return resolve_data_config(vars(self.run.args), model=self.run.model, verbose=False)
+        data = resolve_data_config(vars(self.run.args), model=self.run.model, verbose=False)
+        # The loader gives a grey image the mean of what is known of three channels.
+        return {**data, **{key: adapt_to_chs(data[key], data['input_size'][0]) for key in ('mean', 'std')}}
 
     @property
     def components(self) -> list[dict[str, Any]]:
