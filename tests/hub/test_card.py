@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+import yaml
 from conftest_engine import rows
 from huggingface_hub import ModelCard
 from scipy import stats
@@ -15,7 +16,7 @@ from scipy import stats
 import timm_amf
 from timm_amf import Plan, UserError
 from timm_amf.cli import main
-from timm_amf.hub.card import _base_models, _plan_lines, build_card
+from timm_amf.hub.card import _base_models, _plan_text, build_card
 from timm_amf.hub.publish import prepare
 
 REPO = 'org/birds'
@@ -163,7 +164,7 @@ def test_results_of_other_runs_are_not_those_of_the_model(runs, tmp_path):
 
 @pytest.mark.parametrize('name,words', [
     ('amf', ('2 x test_resnet, each', 'forward_policy', 'import timm_amf')),
-    ('spottune', ('every residual block', '(batch, blocks, 2)', '`frozen`: frozen')),
+    ('spottune', ('every residual block', '(batch, blocks, 2)', 'frozen: {train: none}')),
     ('plain', ('test_resnet, fine-tuned.', 'pip install timm\n')),
 ])
 def test_each_method(opened, name, words):
@@ -201,10 +202,12 @@ def test_the_plan_role_by_role():
             'policy': dict(lr=3e-5, start_epoch=2, schedule=dict(sched='constant')),
             'head': dict(train='none'),
         }))
-    common, first, second, policy, head = _plan_lines(plan, timm.create_model('amf_resnet18x2'))
-    assert 'epochs 30, opt sgd' in common and 'sched step' in common and 'decay_rate 0.94' in common
-    assert first == '`branch.0`: lr 0.0008, weight_decay 0.0001, low_blocks 8, low_lr_scale 0.4'
-    assert second.startswith('`branch.1`: lr 0.01, weight_decay 0.0001, train `layer1.0.conv1`, ')
-    assert second.endswith(' and 2 more, reinit_blocks 2, freeze_bn')
-    assert policy == '`policy`: lr 3e-05, weight_decay 0.0001, start_epoch 2, schedule (sched constant)'
-    assert head == '`head`: frozen'
+    text = yaml.safe_load(_plan_text(plan, timm.create_model('amf_resnet18x2')))
+    assert text == dict(
+        epochs=30, opt='sgd', schedule=dict(sched='step', decay_epochs=20, decay_rate=0.94),
+        roles={
+            'branch.0': dict(lr=0.0008, weight_decay=1e-4, low_blocks=8, low_lr_scale=0.4),
+            'branch.1': dict(lr=0.01, weight_decay=1e-4, train=layers[:14], reinit_blocks=2, freeze_bn=True),
+            'policy': dict(lr=3e-5, weight_decay=1e-4, start_epoch=2, schedule=dict(sched='constant')),
+            'head': dict(train='none'),
+        })
