@@ -264,6 +264,17 @@ def test_missing_package(small, tmp_path, monkeypatch):
 # ---- runs
 
 
+@pytest.fixture
+def export(capsys, tmp_path):
+    """Exports by the command: export(folder, format, *flags) -> model, configuration, what was printed."""
+    def _export(folder, form, *flags):
+        path = tmp_path / 'made' / f'exported{FORMATS[form].suffix}'
+        capsys.readouterr()
+        assert main(['export', str(folder), '--format', form, '--output', str(path), '--overwrite', *flags]) == 0
+        return *opened(path), capsys.readouterr().out
+    return _export
+
+
 def rebuilt(name: str, folder: Path, weights: str = 'model_best.safetensors') -> nn.Module:
     kwargs = dict(MODELS[name], policy_input_size=None) if name == 'amf' else MODELS[name]
     model = timm.create_model(**kwargs, num_classes=5).eval()
@@ -271,10 +282,11 @@ def rebuilt(name: str, folder: Path, weights: str = 'model_best.safetensors') ->
     return model
 
 
-def test_amf_run(run, tmp_path, capsys):  # noqa: F811
+def test_amf_run(run, export, capsys):  # noqa: F811
     folder = run('amf', '--model-ema', '--model-ema-decay', '0.5', '--crop-pct', '0.8', '--epochs', '2')
     capsys.readouterr()
-    assert main(['export', str(folder), '--format', 'onnx', '--batch', '3', '--opset', '20']) == 0
+    command = ['export', str(folder), '--format', 'onnx', '--batch', '3', '--opset', '20']
+    assert main(command) == 0
     out = capsys.readouterr().out
     assert 'batches of 1, 2, 3' in out and len(out.splitlines()) == 1
     file, config = opened(folder / 'exported.onnx')
@@ -282,71 +294,46 @@ def test_amf_run(run, tmp_path, capsys):  # noqa: F811
     assert_same(file, rebuilt('amf', folder), 32)
     assert config['input_size'] == [3, 32, 32] and config['crop_pct'] == 0.8
     assert config['class_names'] == CLASSES
-
-    # Other weights, once more and elsewhere.
+    assert main(command) == 2 and 'is there already' in capsys.readouterr().err
     for weights, name in (('ema', 'ema'), ('last', 'ema'), ('raw', 'model')):
-        path = tmp_path / 'made' / f'{weights}.pt'
-        flags = ['--format', 'torchscript', '--weights', weights, '--output', str(path)]
-        assert main(['export', str(folder), *flags]) == 0
-        assert_same(opened(path)[0], rebuilt('amf', folder, f'last/{name}.safetensors'), 32)
-    for flags, code in (([], 2), (['--overwrite'], 0)):
-        assert main(['export', str(folder), '--format', 'torchscript', '--output', str(path), *flags]) == code
-    assert 'is there already' in capsys.readouterr().err
-    assert_same(opened(path)[0], rebuilt('amf', folder), 32)
+        file, *_ = export(folder, 'torchscript', '--weights', weights)
+        assert_same(file, rebuilt('amf', folder, f'last/{name}.safetensors'), 32)
 
 
-def test_spottune_run(run, capsys):  # noqa: F811
-    folder = run('spottune', base=SPOTTUNE)
-    model = rebuilt('spottune', folder)
-    assert main(['export', str(folder), '--format', 'torchscript']) == 0
-    assert_same(opened(folder / 'exported.pt')[0], model, 32)
-    # One path for all images.
-    assert main(['export', str(folder), '--format', 'safetensors', '--blocks', '0,-1']) == 0
-    assert 'one path, 2 tuned' in capsys.readouterr().out
-    model.set_blocks([0, -1])
-    file, config = opened(folder / 'exported.safetensors')
-    assert config['architecture'] == 'test_resnet' and type(file).__name__ == 'ResNet'
-    assert_same(file, model, 32)
-
-
-def test_global_k_run(run, capsys):  # noqa: F811
+def test_spottune_run(run, export):  # noqa: F811
     folder = run('k', '--global-k', '1', base=SPOTTUNE)
     model = rebuilt('spottune', folder)
-    for flags, fixed in (([], model.chosen_blocks(1)), (['--blocks', 'policy'], None)):
-        model.set_blocks(fixed)
-        assert main(['export', str(folder), '--format', 'torchscript', '--overwrite', *flags]) == 0
-        assert_same(opened(folder / 'exported.pt')[0], model, 32)
+    for flags, path in (
+            ([], model.chosen_blocks(1)), (['--blocks', 'policy'], None), (['--blocks', '0,-1'], [0, -1])):
+        model.set_blocks(path)
+        file, config, out = export(folder, 'safetensors', *flags)
+        assert config['architecture'] == ('spottune' if path is None else 'test_resnet')
+        assert path is None or f'one path, {len(path)} tuned' in out
+        assert_same(file, model, 32)
     # What the run itself left is a published folder.
-    assert main(['export', str(folder / 'compact'), '--format', 'safetensors', '--output', str(folder / 'c')]) == 0
-    assert 'class names are left out: its config.json has none' in capsys.readouterr().out
+    assert 'class names are left out: its config.json has none' in export(folder / 'compact', 'safetensors')[2]
 
 
-def test_run_whose_data_are_gone(run, folders, tmp_path, capsys):  # noqa: F811
-    data = tmp_path / 'data'
+def test_run_whose_data_are_gone(run, export, folders, tmp_path):  # noqa: F811
+    data, names = tmp_path / 'data', tmp_path / 'names.txt'
     data.symlink_to(folders / 'stripes')
     folder = run('plain', base=PLAIN, data=[str(data)])
     data.unlink()
-    assert main(['export', str(folder), '--format', 'safetensors']) == 0
-    assert 'class names are left out' in capsys.readouterr().out
-    file, config = opened(folder / 'exported.safetensors')
-    assert config['num_classes'] == 3 and 'class_names' not in config
+    file, config, out = export(folder, 'safetensors')
+    assert 'class names are left out' in out and config['num_classes'] == 3 and 'class_names' not in config
     model = timm.create_model('test_resnet', num_classes=3).eval()
     model.load_state_dict(load_file(folder / 'model_best.safetensors'))
     assert_same(file, model, 32)
 
-    # Of other data nothing is taken.
-    flags = ['--data-dir', str(folders / 'blobs')]
-    assert main(['export', str(folder), '--format', 'safetensors', '--overwrite', *flags]) == 0
-    assert 'the data have 2 classes by now, and the model 3 outputs' in capsys.readouterr().out
-    assert 'class_names' not in opened(folder / 'exported.safetensors')[1]
+    _, config, out = export(folder, 'safetensors', '--data-dir', str(folders / 'blobs'))
+    assert 'the data have 2 classes by now, and the model 3 outputs' in out and 'class_names' not in config
 
-    names = tmp_path / 'names.txt'
     names.write_text('a\nb\nc\n')
-    for flags in (['--data-dir', str(folders / 'stripes')], ['--class-names', str(names)]):
-        assert main(['export', str(folder), '--format', 'safetensors', '--overwrite', *flags]) == 0
-        assert 'left out' not in capsys.readouterr().out
-        expected = ['a', 'b', 'c'] if flags[0] == '--class-names' else ['class0', 'class1', 'class2']
-        assert opened(folder / 'exported.safetensors')[1]['class_names'] == expected
+    for flag, path, expected in (
+            ('--data-dir', folders / 'stripes', ['class0', 'class1', 'class2']),
+            ('--class-names', names, ['a', 'b', 'c'])):
+        _, config, out = export(folder, 'safetensors', flag, str(path))
+        assert config['class_names'] == expected and 'left out' not in out
 
 
 # ---- published folders
@@ -361,17 +348,14 @@ def published(tmp_path):
     return tmp_path / 'vit', model
 
 
-def test_published_folder(published, capsys):
+def test_published_folder(published, export):
     folder, model = published
-    assert main(['export', str(folder), '--format', 'safetensors']) == 0
-    assert 'note' not in capsys.readouterr().out
-    file, config = opened(folder / 'exported.safetensors')
-    assert config['class_names'] == NAMES and config['input_size'] == [3, 160, 160]
+    file, config, out = export(folder, 'safetensors')
+    assert 'note' not in out and config['class_names'] == NAMES and config['input_size'] == [3, 160, 160]
     assert_same(file, model, 160)
     # At another size, which timm gives a ViT by resampling its position embedding.
-    assert main(['export', str(folder), '--format', 'torchscript', '--img-size', '96', '128']) == 0
+    file, config, _ = export(folder, 'torchscript', '--img-size', '96', '128')
     model.set_input_size((96, 128))
-    file, config = opened(folder / 'exported.pt')
     assert config['input_size'] == [3, 96, 128] and config['model_args']['img_size'] == [96, 128]
     x = torch.randn(3, 3, 96, 128)
     with torch.no_grad():

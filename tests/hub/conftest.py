@@ -1,11 +1,8 @@
-"""A loopback Hub, the client of this process turned to it, small real runs, and another process with an empty cache."""
-import os
-import subprocess
-import sys
+"""A loopback Hub, the client of this process turned to it, and small real runs."""
 from pathlib import Path
 
 import pytest
-from hub_runs import FLAGS, ROOT, folders, train  # noqa: F401  a fixture
+from hub_runs import FLAGS, folders, train  # noqa: F401  a fixture
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from loopback import TOKEN, LoopbackHub
@@ -37,24 +34,6 @@ def client(hub, tmp_path, monkeypatch):
     close_session()
     yield home
     close_session()
-
-
-@pytest.fixture
-def other_process(hub, tmp_path):
-    """Run Python code in another process, without a token and with an empty cache; returns what it prints."""
-
-    def _run(code, *args):
-        home = tmp_path / 'process'
-        env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING'))}
-        env.update(
-            HF_ENDPOINT=hub.url, HF_HOME=str(home / 'hf'), XDG_CACHE_HOME=str(home), TORCH_HOME=str(home / 'torch'),
-            HF_HUB_DISABLE_XET='1', OMP_NUM_THREADS='1',
-            PYTHONPATH=os.pathsep.join([str(ROOT), env.get('PYTHONPATH', '')]))
-        command = [sys.executable, '-c', code, *map(str, args)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-    return _run
 
 
 @pytest.fixture(scope='session')

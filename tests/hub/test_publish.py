@@ -1,15 +1,18 @@
 """A run published to the loopback Hub: what is sent, what is not, and what comes back in another process."""
 import json
 import logging
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
 import yaml
 from conftest_engine import rows
-from hub_runs import HUB_ERRORS, PLAIN, train
+from hub_runs import HUB_ERRORS, PLAIN, ROOT, train
 from loopback import TOKEN
 from safetensors.torch import load, load_file
 
@@ -85,11 +88,13 @@ def test_one_commit_holds_all_and_no_pickle(client, hub, runs, capsys):
     assert [r['images'] for r in metrics['results']] == [25, 15, 10]
 
 
-def test_identical_logits_in_another_process(client, other_process, hub, runs, tmp_path, capsys):
+def test_identical_logits_in_another_process(client, hub, runs, tmp_path, capsys):
     run = runs('amf')
     assert main(['publish', str(run), '--repo-id', REPO, '--license', 'apache-2.0']) == 0
     assert f'published: {hub.url}/{REPO}/commit/' in capsys.readouterr().out
-    other_process(LOGITS, REPO, tmp_path / 'out')
+    env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING'))}
+    env.update(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / 'another'), PYTHONPATH=str(ROOT))
+    subprocess.run([sys.executable, '-c', LOGITS, REPO, tmp_path / 'out'], env=env, check=True)
     with torch.no_grad():
         expected = model_of(run)(IMAGES)
     assert all(torch.equal(logits, expected) for logits in torch.load(tmp_path / 'out'))
