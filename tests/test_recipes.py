@@ -35,7 +35,3 @@ def test_the_papers_setting():
     assert (args.batch_size, args.aa, args.reprob) == (32, 'rand-m9-mstd0.5-inc1', 0.5)
     assert plan.opt == 'sgd' and plan.momentum == 0.9 and plan.schedule.sched == 'step'
     assert 0.9 <= plan.schedule.decay_rate <= 0.96 and 20 <= plan.schedule.decay_epochs <= 25
-
-
-def test_there_is_a_demo():
-    assert 'demo' in list_recipes()

@@ -24,13 +24,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
+from timm.layers import to_2tuple
 from timm.models import get_model_args
 from torch import Tensor, nn
 
 from timm_amf.engine.run_folder import WEIGHTS, open_run
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing
-from timm_amf.hub.load import load
+from timm_amf.hub.load import load, portable_args
 from timm_amf.models.method import method_of
 from timm_amf.version import __version__
 
@@ -42,8 +43,6 @@ CONFIG = 'config.json'
 # Largest difference of a logit as a share of the largest logit: float32 in another order. A share, since the logits of
 # a model that is hardly trained may all be so small that a file of zeros would pass for it.
 TOLERANCE = 1e-4
-# Where the weights of a network once came from: of no use in a file that holds them, and paths are nobody's business.
-_ORIGINS = ('file', 'url', 'hf_hub_id', 'hf_hub_filename', 'source', 'state_dict', 'cache_dir')
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def describe(
     data = resolve_data_config({}, model=model, verbose=False) if data_config is None else data_config
     config = dict(
         architecture=model.pretrained_cfg['architecture'],
-        model_args=_portable(get_model_args(model)),
+        model_args=portable_args(get_model_args(model)),
         num_classes=model.num_classes,
         input_size=data['input_size'],
         mean=adapt_to_chs(data['mean'], data['input_size'][0]),
@@ -120,14 +119,6 @@ def describe(
     if class_names is not None:
         config['class_names'] = list(class_names)
     return json.loads(json.dumps(config))
-
-
-def _portable(args: Any) -> Any:
-    """Arguments of a model without where weights came from."""
-    if isinstance(args, dict):
-        kept = {k: _portable(v) for k, v in args.items() if k not in _ORIGINS}
-        return {k: v for k, v in kept.items() if not (k == 'pretrained_cfg_overlay' and not v)}
-    return [_portable(v) for v in args] if isinstance(args, (list, tuple)) else args
 
 
 def open_source(
@@ -147,7 +138,7 @@ def open_source(
         blocks: Path of all images through a SpotTune, as `timm-amf evaluate --blocks` takes it. None: as the run
             evaluates.
         data_dir: Folder of a run's data, which name the classes. None: where the run had it.
-        class_names: Text file with the name of each class on a line of its own. None: the names of the run's data.
+        class_names: Text file with the name of each class on a line of its own. None: those that the weights carry.
     """
     path, notes, global_k, settings = Path(path), [], None, {}
     if (path / 'config.json').is_file():  # it may hold the options of its run, too
@@ -165,7 +156,7 @@ def open_source(
     else:
         run = open_run(path, weights, data_dir, need_data=False)
         model, missing, settings, global_k = run.model, run.missing, vars(run.args), run.plan.global_k
-        names = run.data and run.data[1].class_names
+        names = run.class_names
         if names and (len(names) > model.num_classes or (len(names) < model.num_classes and not run.args.num_classes)):
             missing = f'the data have {len(names)} classes by now, and the model {model.num_classes} outputs'
             names = None
@@ -192,8 +183,7 @@ def open_source(
             f'all images take one path, {len(fixed)} tuned blocks: exported as a plain '
             f'{model.pretrained_cfg["architecture"]}')
     if img_size is not None:
-        size = (img_size,) if isinstance(img_size, int) else tuple(img_size)
-        size = size * 2 if len(size) == 1 else size
+        size = to_2tuple(img_size[0] if isinstance(img_size, Sequence) and len(img_size) == 1 else img_size)
         if len(size) != 2 or min(size) < 1:
             raise UserError(f'--img-size: takes one side or height and width in pixels, not {" ".join(map(str, size))}')
         if hasattr(model, 'set_input_size'):
@@ -334,7 +324,7 @@ def export_model(
     size = source.config['input_size']
     images = {n: torch.randn(n, *size, generator=torch.Generator().manual_seed(n)) for n in batches}
     example = torch.randn(2, *size)  # 0 and 1 are sizes that `torch.export` takes for constants
-    differences, largest, same = [], 0., 0
+    differences, same = [], 0
     with replacing(path, 'name another', f'--output {path}') as temporary, _quiet(), torch.no_grad():
         temporary.touch()  # before any work
         expected = {n: source.model(x) for n, x in images.items()}
@@ -349,7 +339,6 @@ def export_model(
                         f'{path}: was not written: the {format} file gives {tuple(found.shape)} in the place of '
                         f'{tuple(logits.shape)} for a batch of {n}; take another --format')
                 differences.append((found - logits).abs().max())
-                largest = max(largest, logits.abs().max().item())
                 same += (found.argmax(1) == logits.argmax(1)).sum().item()
         except (UserError, OSError, MemoryError):
             raise
@@ -357,11 +346,12 @@ def export_model(
             cause = e
             while cause.__cause__ is not None:
                 cause = cause.__cause__
-            reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+            reason = str(cause).strip().partition('\n')[0] or type(cause).__name__
             raise UserError(
                 f'{source.config["architecture"]} cannot be exported: the {format} file cannot be made or run '
                 f'({reason[:200]}); take another --format') from e
         difference = torch.stack(differences).max().item()
+        largest = max(logits.abs().max().item() for logits in expected.values())
         if not difference <= TOLERANCE * largest:  # not a number is no pass
             raise UserError(
                 f'{path}: was not written: the {format} file differs from the model by {difference:.1e} in logits of '
@@ -386,17 +376,14 @@ def _check_request(path: Path, format: str, opset: Optional[int], overwrite: boo
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the remarks of exporters on how they trace; what they fail at is raised."""
-    loggers = [logging.getLogger(name) for name in ('torch.onnx', 'torch.export', 'onnxscript', 'onnx_ir')]
-    levels = [logger.level for logger in loggers]
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield
     finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
+        logging.disable(level)
 
 
 # -- the verb ---------------------------------------------------------------------------------------------------------

@@ -1,19 +1,18 @@
-"""A loopback Hub, the client of this process turned to it, small real runs, and other processes with empty caches."""
-import os
-import subprocess
-import sys
+"""A loopback Hub, the client of this process turned to it, and small real runs."""
 from pathlib import Path
 
 import pytest
-from hub_runs import FLAGS, ROOT, folders, train  # noqa: F401  a fixture
+from hub_runs import FLAGS, folders, train  # noqa: F401  a fixture
 from huggingface_hub import constants
-from huggingface_hub.utils import _xet, close_session
+from huggingface_hub.utils import close_session
 from loopback import TOKEN, LoopbackHub
+
+import timm_amf
 
 
 @pytest.fixture
-def hub(tmp_path):
-    with LoopbackHub(tmp_path / 'hub-server') as server:
+def hub():
+    with LoopbackHub() as server:
         yield server
 
 
@@ -32,33 +31,9 @@ def client(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
     for name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN'):
         monkeypatch.delenv(name, raising=False)
-    _xet.XET_CONNECTION_INFO_CACHE.clear()
     close_session()
     yield home
     close_session()
-
-
-@pytest.fixture
-def other_process(hub, tmp_path):
-    """Run Python code or a command in another process, with an empty cache: other_process(code, xet=True)."""
-    count = 0
-
-    def _run(code, *args, xet=True, token=TOKEN, check=True):
-        nonlocal count
-        count += 1
-        home = tmp_path / f'process{count}'
-        env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING'))}
-        env.update(
-            HF_ENDPOINT=hub.url, HF_HOME=str(home / 'hf'), XDG_CACHE_HOME=str(home), TORCH_HOME=str(home / 'torch'),
-            HF_HUB_DISABLE_XET='0' if xet else '1', OMP_NUM_THREADS='1',
-            PYTHONPATH=os.pathsep.join([str(ROOT), env.get('PYTHONPATH', '')]))
-        if token:
-            env['HF_TOKEN'] = token
-        command = [sys.executable, '-c', code, *map(str, args)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-        assert not check or done.returncode == 0, done.stderr
-        return done
-    return _run
 
 
 @pytest.fixture(scope='session')
@@ -73,3 +48,22 @@ def runs(folders, tmp_path_factory):  # noqa: F811
             made[name] = train(name, output, [*FLAGS[name], *data])
         return made[name]
     return _run
+
+
+@pytest.fixture(scope='session')
+def staged(runs, tmp_path_factory):
+    """Published folders, written once: staged('amf')."""
+    made = {}
+
+    def _stage(name) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp('staged') / name
+            timm_amf.publish(runs(name), f'org/{name}', 'mit', dry_run=made[name])
+        return made[name]
+    return _stage
+
+
+@pytest.fixture
+def no_waits(monkeypatch):
+    """The client tries again at once."""
+    monkeypatch.setattr('time.sleep', lambda seconds: None)

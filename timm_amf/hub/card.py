@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_amf.engine.recipes import describe_expected
@@ -17,11 +18,6 @@ if TYPE_CHECKING:
     from timm_amf.hub.publish import Publication, Result
 
 __all__ = ['build_card']
-
-_METHODS = ('amf', 'multitune', 'spottune')
-_PAPERS = (*_METHODS, 'blockwise', 'nonbinary')
-# A longer list of layers is cut here: a search may have found dozens, and the card is for people.
-_MOST_PARTS = 12
 
 
 def build_card(
@@ -56,33 +52,25 @@ def build_card(
         eval_results=[r for x in what.results if not x.runs for r in _eval_results(x, datasets, what)] or None,
     )
     module = type(model).__module__
-    options = run.options
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name('card.md')),
         name=name,
         repo_id=repo_id,
+        what=what,
+        run=run,
+        model=model,
+        method=method,
         sentence=_sentence(what),
-        components=what.components,
-        num_classes=model.num_classes,
-        named=model.num_classes == run.data[0].num_classes,
-        input_size=what.data_config['input_size'],
+        named=model.num_classes == len(run.class_names),
         millions=sum(p.numel() for p in model.parameters()) / 1e6,
         plain=plain,
         module='timm_amf' if module.startswith('timm_amf.') else module,
-        blocks=what.blocks,
         usage_note=method_of(model).usage_note(),
-        results=what.results,
-        metric=run.args.eval_metric,
         expected=_expected(what),
         bases=bases,
-        began_with=options.get('initial_checkpoint') or options.get('pretrained_path'),
-        pretrained=options.get('pretrained'),
-        one_folder=bool(options.get('data_dir')),
-        plan=_plan_lines(run.plan, run.model),
-        figures=[(name[8:].rpartition('.')[0], name) for _, name in what.figures],
+        plan=_plan_text(run.plan, run.model),
         papers=_papers(what),
-        citation=method.citation,
     )
     # The template leaves blank lines where it leaves something out.
     return re.sub(r'\n{3,}', '\n\n', str(card)).rstrip() + '\n'
@@ -160,47 +148,38 @@ def _expected(what: 'Publication') -> Mapping[str, str]:
     return dict(figures=describe_expected(figures), source=section.get('source'), split=section.get('split'))
 
 
-def _plan_lines(plan: Plan, model: Any) -> list[str]:
-    """The Plan's common settings, then those of each role, by their names in `plan.yaml`; defaults are left out."""
-    common = _differing(plan.to_dict(), Plan().to_dict(), {'epochs', 'opt'})
+def _plan_text(plan: Plan, model: Any) -> str:
+    """The Plan's common settings and those of each role, written as in `plan.yaml`; defaults are left out."""
+    values, default = plan.to_dict(), Plan().to_dict()
     shape = {'sched', 'decay_epochs', 'decay_rate'} if plan.schedule.sched == 'step' else {'sched'}
-    common['schedule'] = _differing(plan.to_dict()['schedule'], Plan().to_dict()['schedule'], shape)
-    lines = [_settings({k: v for k, v in common.items() if k not in ('roles', 'lr', 'weight_decay')})]
-    neutral = dataclasses.asdict(Plan().role(''))
+    common = _differing(values, default, {'epochs', 'opt'})
+    neutral, roles = dataclasses.asdict(Plan().role('')), {}
     for name, resolved in resolve(model, plan).roles.items():
         role = resolved.plan
         kept = {'lr', 'weight_decay', *(['low_lr_scale'] if role.low_blocks else [])}
-        values = _differing(dataclasses.asdict(role), neutral, kept)
-        lines.append(f'`{name}`: ' + ('frozen' if role.train in ('none', []) else _settings(values)))
-    return lines
+        frozen = role.train in ('none', [])
+        roles[name] = dict(train='none') if frozen else _differing(dataclasses.asdict(role), neutral, kept)
+    text = {
+        **{k: v for k, v in common.items() if k not in ('lr', 'weight_decay')},  # each role has its own
+        'schedule': _differing(values['schedule'], default['schedule'], shape),
+        'roles': roles,
+    }
+    return yaml.safe_dump(text, sort_keys=False, default_flow_style=None, width=120)
 
 
 def _differing(values: Mapping[str, Any], default: Mapping[str, Any], kept: set[str]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k in kept or v != default.get(k)}
 
 
-def _settings(values: Mapping[str, Any]) -> str:
-    """`lr 0.01, schedule (sched step, decay_rate 0.94)`: what is set."""
-    words = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            words.append(f'{key} ({_settings(value)})')
-        elif isinstance(value, (list, tuple)):
-            more = f' and {len(value) - _MOST_PARTS} more' if len(value) > _MOST_PARTS else ''
-            words.append(f'{key} {", ".join(f"`{item}`" for item in value[:_MOST_PARTS])}{more}')
-        elif value is not None and value is not False:
-            words.append(key if value is True else f'{key} {value:g}' if isinstance(value, float) else f'{key} {value}')
-    return ', '.join(words)
-
-
-def _papers(what: 'Publication') -> list[str]:
+def _papers(what: 'Publication') -> set[str]:
     """Whose method the run is: the model's, the recipe's paper, and what the Plan does."""
-    method = method_of(what.run.model).method_name
-    papers = {method, 'amf'} if method == 'multitune' else {method} - {''}  # AMF's paper re-implements MultiTune
-    named = {paper for paper in _of_recipe(what, 'paper') if paper in _PAPERS}
+    method, named = method_of(what.run.model).method_name, set(_of_recipe(what, 'paper'))
     roles = what.run.plan.roles.values()
+    papers = named | {method} - {''}
+    if method == 'multitune':
+        papers.add('amf')  # its paper re-implements MultiTune
     if not named and any(isinstance(r.train, list) and any(isinstance(part, str) for part in r.train) for r in roles):
         papers.add('blockwise')  # layers by name, as `timm-amf search` writes them
-    if any(role.reinit_blocks or role.l2sp_alpha or role.low_blocks for role in roles) or not papers | named:
+    if any(role.reinit_blocks or role.l2sp_alpha or role.low_blocks for role in roles) or not papers:
         papers.add('nonbinary')
-    return [paper for paper in _PAPERS if paper in papers | named]
+    return papers

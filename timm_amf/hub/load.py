@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,7 @@ from timm_amf.models.method import Method
 from timm_amf.tuning import Plan
 from timm_amf.version import __version__
 
-__all__ = ['WEIGHTS', 'Provenance', 'connection', 'load', 'read_config']
+__all__ = ['WEIGHTS', 'Provenance', 'connection', 'load', 'portable_args']
 
 _logger = logging.getLogger(__name__)
 
@@ -87,20 +87,16 @@ class Provenance:
     version: Optional[str] = None
 
     def __str__(self) -> str:
-        lines = [f'{self.source}{"@" + self.commit[:10] if self.commit else ""}: {self.architecture}']
-        for c in self.data:
-            lines.append(
-                f'  data {c["name"]}: {c["classes"]} classes, {c["train"]} training and {c["val"]} validation images')
-        if not self.data:
-            lines.append('  data: not recorded')
-        if self.plan is None:
-            lines.append('  plan: not recorded')
-        else:
+        at = f'{self.source}@{self.commit[:10]}' if self.commit else self.source
+        data = [
+            f'data {c["name"]}: {c["classes"]} classes, {c["train"]} training and {c["val"]} validation images'
+            for c in self.data]
+        plan = 'plan: not recorded'
+        if self.plan is not None:
             roles = ', '.join(f'{name} {role.lr:g}' for name, role in self.plan.roles.items() if role.lr)
-            lines.append(
-                f'  plan: {self.plan.opt}, {self.plan.epochs} epochs, LR {self.plan.lr:g}'
-                f'{f" ({roles})" if roles else ""}')
-        return '\n'.join(lines)
+            plan = f'plan: {self.plan.opt}, {self.plan.epochs} epochs, LR {self.plan.lr:g}' + (roles and f' ({roles})')
+        return '\n  '.join([
+            f'{at}: {self.architecture}', *(data or ['data: not recorded']), plan])
 
 
 def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs) -> nn.Module:
@@ -121,20 +117,19 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs)
     Raises:
         UserError: If the repository or folder is not what it should be. Errors of the Hub are those of its client.
     """
-    cache_dir = kwargs.pop('cache_dir', None)
-    folder, commit = _as_folder(path_or_id), None
-    if folder is not None:
+    cache_dir, commit, name = kwargs.pop('cache_dir', None), None, str(path_or_id)
+    folder = Path(name.removeprefix('local-dir:')).expanduser()
+    if isinstance(path_or_id, Path) or name.startswith(('local-dir:', '.', '/', '~')) or folder.is_dir():
         if revision:
             raise UserError(f'{folder}: is a folder, and has no revision {revision!r}; leave it out')
         where = str(folder)
         _check_folder(folder)
     else:
-        name, _, own = str(path_or_id).removeprefix('hf-hub:').removeprefix('hf_hub:').partition('@')
-        check_repo_id(name)
-        where = name
-        with connection(name):
-            folder, commit = _download(name, revision or own or None, cache_dir)
-    config = read_config(folder / 'config.json', where)
+        where, _, own = name.removeprefix('hf-hub:').removeprefix('hf_hub:').partition('@')
+        check_repo_id(where)
+        with connection(where):
+            folder, commit = _download(where, revision or own or None, cache_dir)
+    config = _read_config(folder / 'config.json', where)
     own = config.get('timm_amf', {})
     plan = _read_plan(folder / 'plan.yaml', where)
     _check_fits(config, folder / WEIGHTS, where)
@@ -162,17 +157,6 @@ def connection(repo_id: str) -> Iterator[None]:
         raise UserError(
             f'{repo_id}: the connection to the Hub broke off ({_short(e.__cause__ or e)}); nothing was changed, check '
             'the network and try again') from e
-
-
-def _as_folder(path_or_id: Union[str, Path]) -> Optional[Path]:
-    """The folder that is meant, None where it is a repository."""
-    if isinstance(path_or_id, Path):
-        return path_or_id
-    if path_or_id.startswith(('hf-hub:', 'hf_hub:')):
-        return None
-    path = Path(path_or_id.removeprefix('local-dir:')).expanduser()
-    is_path = path_or_id.startswith(('.', '/', '~', 'local-dir:')) or path_or_id.count('/') != 1
-    return path if is_path or path.is_dir() else None
 
 
 def _check_folder(folder: Path) -> None:
@@ -265,16 +249,8 @@ def _read_text(path: Path, limit: int) -> str:
     return path.read_text(encoding='utf-8')
 
 
-def read_config(path: Path, where: str) -> dict[str, Any]:
-    """Reads a `config.json` and holds it against what timm and this package read from one.
-
-    Args:
-        path: The file.
-        where: Whose it is, for messages.
-
-    Raises:
-        UserError: If the architecture is unknown, or an argument is not plainly the description of a network.
-    """
+def _read_config(path: Path, where: str) -> dict[str, Any]:
+    """Holds a `config.json` against what timm and this package read from one."""
     with _reading(path, where):
         config = json.loads(_read_text(path, _MAX_CONFIG), parse_constant=float)
         name, cfg, args = config['architecture'], config['pretrained_cfg'], config.setdefault('model_args', {})
@@ -304,14 +280,24 @@ def read_config(path: Path, where: str) -> dict[str, Any]:
     return config
 
 
+def portable_args(args: Any, depth: int = 0) -> Any:
+    """Arguments of a model without those that are not read from a repository: its weights are in the file now."""
+    if isinstance(args, Mapping):
+        return {k: portable_args(v, depth + 1) for k, v in args.items() if not _is_refused(k, depth)}
+    return [portable_args(v, depth + 1) for v in args] if isinstance(args, (list, tuple)) else args
+
+
+def _is_refused(key: str, depth: int) -> bool:
+    return key in _REFUSED or (key.startswith('pretrained') and not (key in _OF_PARTS and depth))
+
+
 def _check_value(value: Any, what: str, text: re.Pattern, depth: int = 0) -> None:
     """Numbers and words of a bounded size, and lists and mappings of them."""
     if depth > _MAX_DEPTH:
         raise ValueError(f'{what:.80} is nested too deeply')
     if isinstance(value, dict):
         for key, item in value.items():
-            refused = key in _REFUSED or (key.startswith('pretrained') and not (key in _OF_PARTS and depth))
-            if refused or not _KEY.fullmatch(key):
+            if _is_refused(key, depth) or not _KEY.fullmatch(key):
                 raise ValueError(f'{what:.80}.{key:.80} is not read from a repository')
             if key == 'num_classes':
                 _check_count(item)

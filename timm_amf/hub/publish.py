@@ -22,6 +22,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -29,6 +30,7 @@ import torch
 import yaml
 from huggingface_hub import HfApi, get_token
 from timm.data import resolve_data_config
+from timm.data.loader import adapt_to_chs
 from timm.models import get_arch_name, get_model_args, save_for_hf
 from torch import nn
 
@@ -38,13 +40,13 @@ from timm_amf.engine.recipes import check_repo_id
 from timm_amf.engine.run_folder import OpenRun, open_run
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.hub.card import build_card
-from timm_amf.hub.load import WEIGHTS, connection, load
+from timm_amf.hub.load import WEIGHTS, connection, load, portable_args
 from timm_amf.models.method import method_of
 from timm_amf.version import __version__
 
 __all__ = ['Publication', 'Result', 'check_flags', 'main', 'publish', 'publish_finished']
 
-# Files that an earlier publishing may have left, in the order in which they are listed.
+# Files that an earlier publishing may have left.
 _FILES = (WEIGHTS, 'config.json', 'plan.yaml', 'args.yaml', 'summary.csv', 'policy.csv', 'metrics.json', 'README.md')
 _FIGURES = ('.png', '.svg', '.jpg')
 _DATA_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
@@ -54,8 +56,6 @@ _PRIVATE = (
     'wandb_resume_id', 'no_progress', 'publish', 'publish_license', 'publish_private', 'publish_revision',
     'publish_message',
 )
-# Of a network's arguments, where its weights came from; its own are in the file now.
-_SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
 # A folder of this machine, at the start of a value or behind the '=' or ',' of a component.
 _FOLDER = re.compile(
     r'(?P<before>^|[=,;\s]|\bhfds/)(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[^,;=\s]*[/\\])?(?P<name>[^,;=\s/\\]*)[/\\]?')
@@ -88,20 +88,27 @@ class Publication:
         run: The run, with its data.
         model: The model that is published: the run's, or what its fixed path leaves.
         results: What it came to.
-        epoch: Epoch of the best weights, from 0; None where no epoch was evaluated.
+        best: Row of `summary.csv` of the best epoch; empty where no epoch was evaluated.
     """
     run: OpenRun
     model: nn.Module
     results: list[Result]
-    epoch: Optional[int]
+    best: dict[str, str]
+
+    @property
+    def epoch(self) -> Optional[int]:
+        """Of the best weights, from 0."""
+        return int(self.best['epoch']) if self.best else None
 
     @property
     def spec(self):
         return data_spec_from_args(self.run.args, self.run.args.recipe.get('data'))
 
-    @property
+    @cached_property
     def data_config(self) -> dict[str, Any]:
-        return resolve_data_config(vars(self.run.args), model=self.run.model, verbose=False)
+        data = resolve_data_config(vars(self.run.args), model=self.run.model, verbose=False)
+        # The loader gives a grey image the mean of what is known of three channels.
+        return {**data, **{key: adapt_to_chs(data[key], data['input_size'][0]) for key in ('mean', 'std')}}
 
     @property
     def components(self) -> list[dict[str, Any]]:
@@ -192,8 +199,7 @@ def publish(
         folder = Path(temporary) / 'staged'
         folder.mkdir()
         _stage(opened, folder, card, license)
-        rank = {name: i for i, name in enumerate(_FILES)}
-        for path in sorted(filter(Path.is_file, folder.rglob('*')), key=lambda p: (rank.get(p.name, 99), p)):
+        for path in sorted(filter(Path.is_file, folder.rglob('*'))):
             print(f'{path.stat().st_size:>12,}  {path.relative_to(folder).as_posix()}')
         if target is not None:
             folder.replace(target)
@@ -261,22 +267,21 @@ def prepare(
         if path is None or opened.plan.global_k is None:
             raise UserError(f'{run}: --compact needs a SpotTune that was trained with --global-k; leave it out')
         model = model.compact(path).eval()
-    epoch, own = _own_results(opened)
+    best, own = _own_results(opened)
     evaluated = [] if results is None else _evaluated(Path(results), opened.folder.resolve().name)
-    return Publication(opened, model, [*evaluated, *own], epoch)
+    return Publication(opened, model, [*evaluated, *own], best)
 
 
-def _own_results(run: OpenRun) -> tuple[Optional[int], list[Result]]:
+def _own_results(run: OpenRun) -> tuple[dict[str, str], list[Result]]:
     """The best epoch of `summary.csv`, by the metric of the run, and its accuracies."""
-    metric = f'eval_{run.args.eval_metric}'
-    every = _rows(run.folder / 'summary.csv')
+    metric, every = f'eval_{run.args.eval_metric}', _rows(run.folder / 'summary.csv')
     rows = [row for row in every if row.get(metric)]
     if not rows:
-        return None, []
+        return {}, []
     sign = -1 if run.args.eval_metric == 'loss' else 1
     best = max(rows, key=lambda row: sign * float(row[metric]))  # of equal ones the first, as the run
     how = f'one crop, after epoch {int(best["epoch"]) + 1} of {len(every)}, the best on it'
-    val = run.data[1]
+    val, split = run.data[1], splits_from_args(run.args)[1]
     counts = {'': len(val)}
     if len(val.components) > 1:
         counts.update({name: int((val.component_of == i).sum()) for i, name in enumerate(val.components)})
@@ -286,9 +291,8 @@ def _own_results(run: OpenRun) -> tuple[Optional[int], list[Result]]:
         if top1 and images:
             low, high = wilson_interval(float(top1) / 100 * images, images)
             top5 = None if name else float(best['eval_top5'])
-            split = splits_from_args(run.args)[1]
             results.append(Result(name, split, images, float(top1), 100 * low, 100 * high, top5, how))
-    return int(best['epoch']), results
+    return best, results
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -331,11 +335,10 @@ def _stage(what: Publication, folder: Path, card: str, license: str) -> None:
     for name in ('summary.csv', 'policy.csv'):
         if (run.folder / name).exists():
             shutil.copyfile(run.folder / name, folder / name)
-    row = next((r for r in _rows(run.folder / 'summary.csv') if r['epoch'] == str(what.epoch)), {})
     metrics = dict(
         epoch=what.epoch,
         eval_metric=run.args.eval_metric,
-        summary={k: float(v) for k, v in row.items() if v and k != 'epoch'},
+        summary={k: float(v) for k, v in what.best.items() if v and k != 'epoch'},
         confidence=0.95,
         results=[vars(result) for result in what.results],
     )
@@ -355,8 +358,7 @@ def _config(what: Publication, license: str) -> dict[str, Any]:
     if model is not run.model:
         args = {**args, **run.model.compact_args()}
     # A head with more outputs than the data have classes has names for the first ones alone.
-    train = run.data[0]
-    names = {'label_names': train.class_names} if model.num_classes == train.num_classes else {}
+    names = {'label_names': run.class_names} if model.num_classes == len(run.class_names) else {}
     own = dict(
         version=__version__,
         trained=get_arch_name(run.model.pretrained_cfg['architecture']),
@@ -368,16 +370,9 @@ def _config(what: Publication, license: str) -> dict[str, Any]:
     return dict(
         # Tag and licence are not those of the weights that it started from.
         model_config={**names, 'pretrained_cfg': {'tag': None, 'license': license}, 'timm_amf': own},
-        model_args={k: _without_sources(v) for k, v in args.items() if not k.startswith('pretrained_cfg')},
+        model_args=portable_args(args),
         data_config={k: v for k, v in what.data_config.items() if k in _DATA_KEYS},
     )
-
-
-def _without_sources(value: Any) -> Any:
-    """Arguments without the sources of weights, at any depth."""
-    if isinstance(value, Mapping):
-        return {k: _without_sources(v) for k, v in value.items() if k not in _SOURCES}
-    return [_without_sources(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 class _PlainDumper(yaml.SafeDumper):
