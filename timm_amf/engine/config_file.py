@@ -134,7 +134,7 @@ def read_config(
                 raise UserError(f'{where}: {why_refused(dest)}')
         elif dest not in actions:
             hint = nearest(dest, (*actions, *SECTIONS))
-            raise UserError(f'{where}: unknown key{hint or "; the keys are the flags of train_amf.py --help"}')
+            raise UserError(f'{where}: unknown key{hint or "; the keys are the flags of timm-amf train --help"}')
         else:
             values[dest] = _convert(actions[dest], value, where)
     if explicit is not None and 'plan' in sections:

@@ -292,6 +292,8 @@ def _mean_rows(name: str, tallies: Sequence[Tally], level: float) -> list[Row]:
         component, (images, *_) = parts[0]
         loss, top5 = (sum(sums[i] for _, sums in parts) / len(parts) / images for i in (1, 3))
         mean, deviation, low, high = mean_interval([100 * sums[2] / images for _, sums in parts], level)
+        if deviation == 0:  # that all runs agree says nothing of other images
+            low, high = (100 * limit for limit in wilson_interval(parts[0][1][2], images, level))
         limits = max(low, 0.), min(high, 100.)  # of a few runs that differ much, the interval knows no percent
         rows.append(Row(name, component, int(images), loss, mean, deviation, *limits, 100 * top5))
     return rows
@@ -309,7 +311,8 @@ def table(rows: Sequence[Row], level: float = 0.95) -> str:
             f'{name:{width}}{row.images:>8}{row.top1:>8.2f}{deviation:>7}{interval:>18}{row.top5:>8.2f}'
             f'{row.loss:>9.4f}')
     if any(row.top1_std is not None for row in rows):
-        lines.append("intervals: of the mean Student's t over the runs (std: ddof 1), else Wilson's over the images")
+        lines.append("intervals: of the mean Student's t over the runs (std: ddof 1), else, and where all runs agree,\n"
+                     "Wilson's over the images")
     return '\n'.join(lines)
 
 

@@ -142,7 +142,7 @@ def _check_data(args: argparse.Namespace) -> None:
     mixture = args.recipe.get('data') or args.component or args.data_preset
     if not (mixture or args.data_dir or args.dataset):
         raise UserError(
-            'no data: name a folder (train_amf.py DIR), or use --dataset, --component, --data-preset '
+            'no data: name a folder of images, or use --dataset, --component, --data-preset '
             'or a recipe (--config demo)')
     folder = args.dataset in ('', 'folder', 'image_folder') and not mixture
     if folder and not os.path.exists(args.data_dir or ''):

@@ -35,6 +35,7 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 from timm_amf.engine.recipes import check_repo_id
+from timm_amf.engine.run_folder import is_run, open_run
 from timm_amf.errors import UserError
 from timm_amf.models.method import Method
 from timm_amf.tuning import Plan
@@ -106,8 +107,8 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs)
     the module of a method of your own first.
 
     Args:
-        path_or_id: A folder that holds `config.json` and `model.safetensors`, or OWNER/NAME on the Hub, with or without
-            @REVISION; `hf-hub:` and `local-dir:` in front are as in timm.
+        path_or_id: The folder of a run, or one that holds `config.json` and `model.safetensors`, or OWNER/NAME on the
+            Hub, with or without @REVISION; `hf-hub:` and `local-dir:` in front are as in timm.
         revision: Branch, tag or commit of the repository; None is its main branch.
         **kwargs: To `timm.create_model`, such as `num_classes`, `in_chans`, `features_only`.
 
@@ -119,6 +120,10 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs)
     """
     cache_dir, commit, name = kwargs.pop('cache_dir', None), None, str(path_or_id)
     folder = Path(name.removeprefix('local-dir:')).expanduser()
+    if is_run(folder) and not kwargs and not revision:
+        run = open_run(folder, need_data=False)
+        run.model.provenance = Provenance(str(folder), None, run.args.model.partition('.')[0], run.plan)
+        return run.model
     if isinstance(path_or_id, Path) or name.startswith(('local-dir:', '.', '/', '~')) or folder.is_dir():
         if revision:
             raise UserError(f'{folder}: is a folder, and has no revision {revision!r}; leave it out')

@@ -3,7 +3,7 @@
     timm-amf advise DIR --model resnet50
     timm-amf advise --config amf.yaml --random-init 30 --advice-file plan.yaml
     timm-amf advise DIR --models resnet50,convnext_tiny,vit_small_patch16_224
-    train_amf.py --config advice.yaml
+    timm-amf train --config advice.yaml
 
 It takes the flags of train_amf.py, so the advice is for the run that these name.
 """
@@ -137,7 +137,7 @@ def _own_parser() -> argparse.ArgumentParser:
     add('--no-source-classifier', action='store_true', help='the weights hold no classifier: leave LEEP and NCE out')
     add('--policy', metavar='NAME', help='policy network of an AMF that is proposed for a plain model; none: MultiTune')
     add('--advice-file', default='advice.yaml', metavar='FILE',
-        help='file that train_amf.py --config runs (default: %(default)s); --overwrite replaces it')
+        help='file that timm-amf train --config runs (default: %(default)s); --overwrite replaces it')
     return parser
 
 
@@ -421,4 +421,4 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     advice = _advise(own, [parse_args([*rest, *extra]) for extra in named or [[]]])
     advice.to_yaml(own.advice_file)
     print(advice)
-    print(f'\nRun it: train_amf.py --config {own.advice_file}')
+    print(f'\nRun it: timm-amf train --config {own.advice_file}')

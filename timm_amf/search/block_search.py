@@ -2,7 +2,7 @@
 
     timm-amf search DIR --model resnet50
     timm-amf search DIR --model resnet50 --ways layer block window top3 top5
-    train_amf.py --config RUN/best.yaml
+    timm-amf train --config RUN/best.yaml
 
 It takes the flags of train_amf.py, so the search is for the run that these name.
 """

@@ -1,0 +1,135 @@
+"""What a folder holds is read as its owner sees it: nothing dropped, merged or invented without a word."""
+import unicodedata
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_amf import UserError
+from timm_amf.data import DataSpec, create_dataset, create_datasets
+from timm_amf.data.sources import as_shown
+
+
+def spec(root, **component):
+    return DataSpec.from_mapping({'components': [{'name': 'x', 'path': str(root), **component}]})
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_exif_orientation(orientation, tmp_path):
+    """The inverse of each of the eight orientations is written; what is read is what a viewer shows."""
+    shown = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8))
+    stored = {
+        1: [], 2: ['FLIP_LEFT_RIGHT'], 3: ['ROTATE_180'], 4: ['FLIP_TOP_BOTTOM'], 5: ['TRANSPOSE'], 6: ['ROTATE_90'],
+        7: ['TRANSVERSE'], 8: ['ROTATE_270']}[orientation]
+    image = shown
+    for name in stored:
+        image = image.transpose(Image.Transpose[name])
+    exif = Image.Exif()
+    exif[274] = orientation
+    image.save(tmp_path / 'a.png', exif=exif)
+    assert np.array_equal(as_shown(Image.open(tmp_path / 'a.png'), 'RGB'), shown)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', None])
+@pytest.mark.parametrize('suffix', ['png', 'tif'])
+def test_sixteen_bits_keep_their_greys(tmp_path, suffix, mode):
+    values = np.random.default_rng(0).integers(0, 65536, (5, 7), dtype=np.uint16)
+    values[0, 0] = 65535
+    Image.fromarray(values).save(tmp_path / f'a.{suffix}')
+    read = np.asarray(as_shown(Image.open(tmp_path / f'a.{suffix}'), mode))
+    assert read.dtype == np.uint8
+    assert np.array_equal(read if read.ndim == 2 else read[..., 1], values >> 8)
+
+
+@pytest.mark.parametrize('values', [np.full((2, 2), 70000, np.int32), np.full((2, 2), 0.5, np.float32)])
+def test_pixels_of_unknown_range_are_refused(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / 'a.tif')
+    with pytest.raises(OSError, match='convert it to 8 or 16'):
+        as_shown(Image.open(tmp_path / 'a.tif'), 'RGB')
+
+
+@pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P'])
+def test_transparency_is_over_white(mode):
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[1, 1, 3], rgba[2, 2, 3] = 255, 128
+    image = Image.fromarray(rgba)
+    if mode == 'P':
+        image = Image.new('P', (4, 4), 0)
+        image.putpalette([0, 0, 0, 10, 10, 10])
+        image.putpixel((1, 1), 1)
+        image.info['transparency'] = 0
+        expected = {(0, 0): 255, (1, 1): 10}
+    else:
+        image = image.convert(mode)
+        expected = {(0, 0): 255, (1, 1): 0, (2, 2): 127}
+    for wanted in ('RGB', 'L'):
+        read = as_shown(image, wanted)
+        for place, value in expected.items():
+            assert abs(np.ravel(read.getpixel(place))[0] - value) <= 1
+    if mode == 'RGBA':  # who asks for the channel gets it
+        assert np.array_equal(as_shown(image, 'RGBA'), rgba)
+
+
+def test_what_is_left_out_is_counted(make_folder, save, caplog):
+    root = make_folder(classes=('cat', 'dog'))
+    save(root / 'train' / '.ipynb_checkpoints' / '0.png')
+    save(root / 'train' / 'cat' / '.thumbs' / '0.png')
+    save(root / 'train' / '__MACOSX' / 'cat' / '0.png')
+    save(root / 'train' / 'dog' / '._0.png')
+    for i in range(3):
+        save(root / 'train' / 'cat' / f'{i}.webp')
+    (root / 'train' / 'notes.txt').touch()
+    data = create_dataset(spec(root))
+    assert data.class_names == ['cat', 'dog'] and len(data) == 8
+    text = caplog.text
+    assert '3 hidden folders' in text and '3 .webp' in text and '1 .txt' in text and '1 .png' in text
+    assert len(create_dataset(spec(root, input_key='.png;.webp'))) == 11
+
+
+def test_nested_folders(make_folder, save, caplog):
+    """The last folder is the class, as in timm, and it is said; what would merge or is both is refused."""
+    root = make_folder(classes=('animals/cat', 'things/cup'))
+    assert create_dataset(spec(root)).class_names == ['cat', 'cup'] and 'name of the last folder' in caplog.text
+    save(root / 'train' / 'things' / 'cat' / '0.png')
+    with pytest.raises(UserError, match=r'animals.cat and .*things.cat are two classes of one name'):
+        create_dataset(spec(root))
+    (root / 'train' / 'things' / 'cat').rename(root / 'train' / 'things' / 'cup' / 'mug')
+    with pytest.raises(UserError, match='cup holds images and, in .*mug, a class of its own'):
+        create_dataset(spec(root))
+
+
+def test_unicode_forms_are_one_name(make_folder, save):
+    composed, decomposed = (unicodedata.normalize(form, 'café') for form in ('NFC', 'NFD'))
+    root = make_folder(classes=('tea',))
+    save(root / 'train' / composed / '0.png')
+    save(root / 'val' / decomposed / '0.png')
+    train, val = create_datasets(spec(root))
+    assert train.class_names == val.class_names == [composed, 'tea'] and val.class_counts().tolist() == [1, 4]
+
+
+# -- labels by name ---------------------------------------------------------------------------------------------------
+
+
+def test_labels_follow_the_names_of_a_model(make_folder, caplog):
+    root = make_folder(classes=('c', 'b'), splits=('test',))
+    data = create_dataset(spec(root), 'test', class_names=['b', 'x', 'c', 'y'])
+    assert data.class_names == ['b', 'x', 'c', 'y'] and data.class_counts().tolist() == [4, 0, 4, 0]
+    assert "2 of the 4 classes of the model are not there (x, y)" in caplog.text
+    assert data.class_to_component == [0, -1, 0, -1]
+
+
+def test_a_class_that_a_model_does_not_know_is_named(make_folder):
+    root = make_folder(classes=('b', 'renamed', 'z'), splits=('test',))
+    with pytest.raises(UserError, match=r"class 'renamed' and 1 more is not among the 2 classes of the model \(b, c\)"):
+        create_dataset(spec(root), 'test', class_names=['b', 'c'])
+
+
+def test_names_that_components_share_keep_their_component(make_folder, tmp_path):
+    one, two = make_folder('one', classes=('a', 'b')), make_folder('two', classes=('b', 'c'))
+    both = DataSpec.from_mapping({'components': [{'name': 'one', 'path': str(one)}, {'name': 'two', 'path': str(two)}]})
+    names = create_dataset(both).class_names
+    assert names == ['a', 'one/b', 'two/b', 'c']
+    # One component alone has no need of the prefix, and is known by it all the same.
+    alone = DataSpec.from_mapping({'components': [{'name': 'two', 'path': str(two)}]})
+    data = create_dataset(alone, 'val', class_names=names)
+    assert data.class_counts().tolist() == [0, 0, 4, 4]

@@ -1,0 +1,259 @@
+"""A run's folder has one owner, is touched after the first step, and holds what the last line names."""
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest_engine import rows
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from timm_amf import UserError
+from timm_amf.engine import build, loop
+from timm_amf.engine.checkpoint import read_class_names
+from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs
+from timm_amf.engine.run import claim_folder
+from timm_amf.engine.run_folder import open_run
+
+PLAIN = [
+    '--model', 'test_resnet', '--img-size', '32', '-b', '8', '--epochs', '2', '--workers', '0', '--lr', '0.05',
+    '--warmup-epochs', '0', '--cpu', '--tracker', 'none', '--no-aug',
+]
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+def test_one_owner_at_a_time(run, tmp_path):
+    with claim_folder(tmp_path / 'first', False, None):
+        with pytest.raises(UserError, match='first: another run is writing there; choose another --experiment'):
+            run('first', base=PLAIN)
+    assert not (tmp_path / 'first').exists()  # it stayed empty
+    assert (run('first', base=PLAIN) / 'args.yaml').exists()
+
+
+@pytest.mark.parametrize('flags', [
+    ['--resume', 'auto', '--model', 'test_vit'],
+    ['--resume', 'auto', '--opt', 'adamw'],
+    ['--overwrite', '--aug-splits', '2', '--jsd-loss', '--in-chans', '4', '--mean', '0.5', '0.5'],
+    ['--overwrite', '--branch-loss', '0.3'],
+])
+def test_what_is_refused_leaves_the_run_as_it_was(run, flags):
+    folder = run('first', base=PLAIN)
+    before = contents(folder)
+    with pytest.raises(UserError):
+        run('first', *flags, '--epochs', '3', base=PLAIN)
+    assert contents(folder) == before
+
+
+def test_a_first_step_that_fails_leaves_the_run_as_it_was(run, monkeypatch):
+    folder = run('first', base=PLAIN)
+    before = contents(folder)
+
+    def fail(*_):
+        raise ValueError('no such thing')
+
+    monkeypatch.setattr(loop.Trainer, '_train_step', fail)
+    with pytest.raises(UserError, match=r'the first step fails \(ValueError: no such thing\); --traceback'):
+        run('first', '--overwrite', base=PLAIN)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize('batch', ['1', '11'])  # 45 images: steps of one, and steps of 11 and 1... of 9
+def test_the_smallest_step_is_tried_first(run, monkeypatch, tmp_path, batch):
+    """No batch norm of this network takes a single value a channel."""
+    seen = []
+    original = build.build_model
+
+    def narrow(*args):
+        model = original(*args)
+        model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+        return model
+
+    monkeypatch.setattr(build, 'build_model', narrow)
+    if batch == '1':
+        with pytest.raises(UserError, match='the first step fails .*more than 1 value per channel'):
+            run('first', '-b', batch, '--img-size', '32', base=PLAIN)
+        assert not (tmp_path / 'first').exists()
+    else:
+        run('first', '-b', batch, base=PLAIN)
+        assert seen[0] == min(seen)
+
+
+def test_the_trial_changes_no_bit(run, monkeypatch):
+    """45 images in batches of 11 have steps of 9: no trial; of 10, steps of 9; of 14, steps of 12 and 11: a trial."""
+    tried = run('tried', '-b', '14', base=PLAIN)
+    monkeypatch.setattr(loop.Trainer, '_try_smallest', lambda *_: None)
+    plain = run('plain', '-b', '14', base=PLAIN)
+    assert (tried / 'last/model.safetensors').read_bytes() == (plain / 'last/model.safetensors').read_bytes()
+
+
+def test_resumed_elsewhere_has_what_it_names(run, capsys):
+    first = run('first', base=PLAIN)
+    second = run('second', '--resume', str(first), base=PLAIN)  # nothing is left to train
+    named = capsys.readouterr().out.strip().splitlines()[-1].split('; ')[-1]
+    assert os.path.isfile(named) and 'second' in named
+    assert [r['epoch'] for r in rows(second / 'summary.csv')] == ['0', '1']
+
+
+def test_two_runs_of_one_second_have_two_folders(run, monkeypatch, tmp_path):
+    class Clock(build.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 1)
+
+    monkeypatch.setattr(build, 'datetime', Clock)
+    run('', '--epochs', '1', base=PLAIN)
+    run('', '--epochs', '1', base=PLAIN)
+    assert sorted(p.name for p in tmp_path.glob('2026*')) == [
+        '20260101-000000-test_resnet', '20260101-000000-test_resnet-2']
+
+
+# -- names of classes -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def colours(tmp_path):
+    """Folders of easy classes: colours(root, split, names) makes one image of a name's own colour after the other."""
+    shades = dict(red=(220, 40, 40), green=(40, 200, 60), blue=(50, 60, 220))
+
+    def make(root, split, names, number=8):
+        rng = np.random.default_rng(len(names))
+        for name in names:
+            folder = tmp_path / root / split / name
+            folder.mkdir(parents=True)
+            for i in range(number):
+                pixels = np.array(shades[name]) + rng.normal(0, 9, (32, 32, 3))
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f'{i}.png')
+        return str(tmp_path / root)
+    return make
+
+
+def test_a_run_is_evaluated_by_the_names_of_its_classes(run, colours):
+    data = colours('data', 'train', ('red', 'green', 'blue'))
+    colours('data', 'val', ('red', 'green', 'blue'))
+    folder = run('first', '--epochs', '15', base=PLAIN, data=[data])
+    assert all(read_class_names(folder / name) == ['blue', 'green', 'red']
+               for name in ('model_best.safetensors', 'last/model.safetensors'))
+    fewer = colours('fewer', 'test', ('green', 'red'))
+    assert evaluate_runs([folder], RunOptions('test', fewer))[0].top1 == 100
+    opened = open_run(folder, need_data=False)
+    assert opened.class_names == ['blue', 'green', 'red']
+    os.rename(f'{fewer}/test/red', f'{fewer}/test/rouge')
+    with pytest.raises(UserError, match="class 'rouge' is not among the 3 classes of the model"):
+        evaluate_runs([folder], RunOptions('test', fewer))
+
+
+def test_a_resume_keeps_the_labels(run, colours, tmp_path):
+    data = colours('data', 'train', ('red', 'blue'))
+    colours('data', 'val', ('red', 'blue'))
+    run('first', base=PLAIN, data=[data])
+    os.rename(tmp_path / 'data/train/red', tmp_path / 'data/train/a')
+    os.rename(tmp_path / 'data/val/red', tmp_path / 'data/val/a')
+    with pytest.raises(UserError, match="class 'a' is not among the 2 classes of the model"):
+        run('first', '--resume', 'auto', '--epochs', '3', base=PLAIN, data=[data])
+
+
+def test_weights_of_before_have_no_names(run):
+    """They are evaluated as they were."""
+    folder = run('first', base=PLAIN)
+    path = folder / 'model_best.safetensors'
+    with_names = evaluate_runs([folder])[0]
+    save_file(load_file(path), path, metadata={'format': 'pt'})
+    assert read_class_names(path) is None and evaluate_runs([folder])[0] == with_names
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+
+def flip(path, at=0.5):
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * at)] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'optimizer.pt', 'state.json', 'digests.json'])
+def test_a_flipped_bit_is_named_and_the_checkpoint_before_goes_on(run, name, tmp_path):
+    whole = run('whole', base=PLAIN)
+    folder = run('first', base=PLAIN)
+    flip(folder / 'last' / name, 0.4)
+    with pytest.raises(UserError, match=rf'last/.*is damaged.*--resume {folder}/last.old'):
+        run('first', '--resume', 'auto', base=PLAIN)
+    run('first', '--resume', str(folder / 'last.old'), base=PLAIN)
+    for file in ('last/model.safetensors', 'last/state.json', 'model_best.safetensors', 'summary.csv'):
+        assert (folder / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_checkpoint_without_its_state_does_not_start_again(run):
+    folder = run('first', base=PLAIN)
+    (folder / 'last/state.json').unlink()
+    with pytest.raises(UserError, match='state.json: is not there; .*--resume .*last.old'):
+        run('first', '--resume', 'auto', base=PLAIN)
+
+
+def test_a_checkpoint_between_two_renames_is_found(run):
+    folder = run('first', base=PLAIN)
+    os.rename(folder / 'last', folder / 'last.new')
+    before = contents(folder)
+    assert evaluate_runs([folder], RunOptions(weights='last'))[0].images
+    assert contents(folder) == before  # reading changes nothing
+
+
+# -- not a number -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('flags', [
+    ['--lr', '1e10', '--train-batches-per-epoch', '2'],
+    ['--lr', '1e6', '--clip-grad', '1', '--recovery-interval', '1'],
+    ['--lr', '1e10', '--epochs', '1', '--train-batches-per-epoch', '1'],
+    ['--lr', '1e30', '--model-ema', '--train-batches-per-epoch', '1', '--val-interval', '9'],
+])
+def test_nothing_that_is_saved_is_not_finite(run, tmp_path, flags):
+    with pytest.raises(UserError, match='not finite.*lower the LR'):
+        run('first', *flags, base=PLAIN)
+    for path in (tmp_path / 'first').rglob('*.safetensors'):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
+
+
+def test_an_evaluation_that_is_not_finite_is_no_best_epoch(run, tmp_path, monkeypatch):
+    weights = load_file(run('first', base=PLAIN) / 'model_best.safetensors')
+    weights['conv1.1.running_var'].fill_(float('nan'))
+    save_file(weights, tmp_path / 'nan.safetensors')
+    with pytest.raises(UserError, match='not finite'):
+        run('second', '--initial-checkpoint', str(tmp_path / 'nan.safetensors'), base=PLAIN)
+    assert not (tmp_path / 'second' / 'model_best.safetensors').exists()
+
+
+# -- weights that are named -------------------------------------------------------------------------------------------
+
+
+def test_naming_weights_loads_them(run, tmp_path):
+    """Also without --pretrained, and by a path from home."""
+    first = run('first', base=PLAIN)
+    shutil.copy(first / 'model_best.safetensors', tmp_path / 'w.safetensors')
+    second = run('second', '--pretrained-path', str(tmp_path / 'w.safetensors'), '--lr', '1e-9', base=PLAIN)
+    a, b = (load_file(folder / 'model_best.safetensors') for folder in (first, second))
+    assert torch.allclose(a['conv1.0.weight'], b['conv1.0.weight'], atol=1e-6)
+    with safe_open(second / 'model_best.safetensors', 'pt') as file:
+        assert 'class_names' in file.metadata()
+
+
+@pytest.mark.parametrize('content', [b'', b'PK\x03\x04 half', b'\x80\x04', None])
+@pytest.mark.parametrize('flag', ['--pretrained-path', '--initial-checkpoint'])
+def test_damaged_weights_are_named(run, tmp_path, flag, content):
+    path = tmp_path / 'w.pth'
+    if content is None:
+        torch.save([1, 2], path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r'w\.pth') as error:
+        run('first', flag, str(path), base=PLAIN)
+    assert '\n' not in str(error.value) and not (tmp_path / 'first').exists()
+
+
+def test_weights_are_as_readable_as_other_files(run):
+    folder = run('first', base=PLAIN)
+    assert {oct(p.stat().st_mode & 0o777) for p in folder.rglob('*') if p.is_file()} == {'0o644'}
