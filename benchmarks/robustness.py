@@ -10,11 +10,9 @@ and resumed is not one that never stopped).
 """
 import argparse
 import collections
-import copy
 import csv
 import json
 import os
-import pickle
 import random
 import resource
 import shutil
@@ -27,17 +25,15 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 
 import numpy as np  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
-import yaml  # noqa: E402
+from _damage import NUMBERS, WORDS, damage, draw_image, mutate_yaml  # noqa: E402
 from PIL import Image  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
-import timm_amf.engine.evaluate_runs  # noqa: E402
-import timm_amf.export  # noqa: E402
 import train_amf  # noqa: E402
 from timm_amf.cli import main as command  # noqa: E402
 from timm_amf.engine.options import build_parser, parse_args  # noqa: E402
@@ -65,7 +61,7 @@ class Case:
     """Forks commands in a folder of its own and keeps the worst outcome of them."""
 
     def __init__(self, folder: Path, rng: random.Random):
-        self.folder, self.rng, self.outcome, self.detail = folder, rng, 'fine', ''
+        self.folder, self.rng, self.outcome, self.detail, self.last = folder, rng, 'fine', '', ''
 
     def fault(self, outcome: str, detail: str) -> None:
         if self.outcome == 'fine':
@@ -136,120 +132,6 @@ def _brief(text: str) -> str:
     return ' | '.join([*ours[-1:], *where[-1:], (lines or [''])[-1][:200]])
 
 
-# ---- what is damaged
-
-# YAML as it is written; NEST, BOMB and LONG are made below.
-WEIRD = (
-    'null', '~', '', 'true', 'no', '-1', '0', '1.5', '.nan', '.inf', '-.inf', '1e999', '1e-400', '9' * 400, '9' * 5000,
-    '0x' + 'f' * 400, '0o17', '12:30:45', '2024-01-01', '2024-01-01 10:00:00+02:00', '2024-99-99', '[]', '{}', "''",
-    '[1, 2, 3]', '[[1]]', '{a: 1}', '{1: 2}', '{[1, 2]: 3}', '{null: 1}', '{a: {a: {a: 1}}}', '!!binary aGVsbG8=',
-    '!!set {a, b}', '!!omap [a: 1]', '!!str 5', '!!int x', '!!float x', '!!timestamp x', '&x [*x]', '&x {a: *x}',
-    '*undefined', '{<<: {a: 1}}', '{<<: 5}', '"\\0"', '"\\ud800"', '"\U0001f600 ünï"', '"../../x"', '/dev/zero', '/',
-    '!!python/object/apply:os.system ["touch marker"]', '!!python/name:os.system', '"%s %d {0}"', '=', '<<', '@x', '!x',
-    '"' + 'x' * 5000 + '"', '[' * 3000, '[' * 500 + ']' * 500, '{a: ' * 3000, '"a\\nb"', '1_000', '+1', '|\n  text')
-BOMB = 'a0: &a0 [x, x, x, x, x, x, x, x, x]\n' + ''.join(
-    f'a{i}: &a{i} [{", ".join([f"*a{i - 1}"] * 9)}]\n' for i in range(1, 9))
-
-
-def _places(tree, found=None) -> list:
-    found = [] if found is None else found
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        found.append((tree, key))
-        if isinstance(value, (dict, list)):
-            _places(value, found)
-    return found
-
-
-def mutate_yaml(text: str, rng: random.Random) -> str:
-    tree, marks = yaml.safe_load(text), []
-    for _ in range(rng.randint(0, 3)):
-        holder, key = rng.choice(_places(tree) or [({}, 'x')])
-        how = rng.choice(('value', 'value', 'value', 'key', 'wrap', 'drop', 'new'))
-        marks.append(rng.choice(WEIRD))
-        mark = f'MARK{len(marks) - 1}MARK'
-        if how == 'value':
-            holder[key] = mark
-        elif how == 'wrap':
-            holder[key] = rng.choice(([holder[key]], {'x': holder[key]}))
-        elif how == 'drop':
-            del holder[key]
-        elif isinstance(holder, dict):
-            holder[mark] = holder.pop(key) if how == 'key' else None
-    if rng.random() < 0.1:
-        return rng.choice(WEIRD)
-    text = yaml.safe_dump(tree, allow_unicode=True)
-    for i, mark in enumerate(marks):
-        text = text.replace(f'MARK{i}MARK', mark)
-    if rng.random() < 0.1:
-        name = rng.choice(('model_kwargs', 'plan', 'data', 'mean', 'opt_kwargs', 'card'))
-        text = BOMB + text if rng.random() < 0.3 else text + f'\n{BOMB.replace(chr(10), chr(10))}{name}: *a8\n'
-    lines = text.splitlines()
-    if rng.random() < 0.1:
-        lines.insert(rng.randrange(len(lines) + 1), rng.choice(lines or ['']))
-    text = '\n'.join(lines)
-    if rng.random() < 0.1:
-        at = rng.randrange(len(text) + 1)
-        text = text[:at] + rng.choice(('\t', '\0', '\ufeff', ':', '- ', '}', '\x85', '%', '\udcff', '---\n')) + text[at:]
-    return text
-
-
-def mutate_json(tree, rng: random.Random):
-    holder, key = rng.choice(_places(tree) or [({}, 'x')])
-    value = rng.choice((None, True, -1, 0, 1.5, 1e308, float('nan'), 10 ** 400, '', 'x', [], {}, [[]], {'x': 1}, [None]))
-    if rng.random() < 0.3:
-        del holder[key]
-    else:
-        holder[key] = value
-    return tree
-
-
-class Payload:
-    def __reduce__(self):
-        return os.system, ('touch marker',)
-
-
-def damage(path: Path, rng: random.Random) -> str:
-    """Damages a file, by its kind or by bytes; returns how."""
-    how = rng.choice(('flip', 'cut', 'empty', 'folder', 'gone', 'five', 'payload', 'loop', *['kind'] * 8))
-    data = bytearray(path.read_bytes())
-    if how == 'kind' and path.suffix in ('.json', '.yaml'):
-        if path.suffix == '.yaml':
-            path.write_text(mutate_yaml(data.decode(), rng), encoding='utf-8', errors='surrogateescape')
-        else:
-            deep = '[' * 100_000
-            path.write_text(deep if rng.random() < 0.1 else json.dumps(mutate_json(json.loads(data), rng)))
-    elif how == 'kind' and path.suffix == '.pt':
-        state = torch.load(path, weights_only=True)
-        torch.save(rng.choice(([1, 2], {'state': []}, mutate_json(state, rng), mutate_json(state, rng))), path)
-    elif how == 'kind' and path.suffix == '.safetensors':
-        tensors = load_file(path)
-        name = rng.choice(sorted(tensors))
-        value = tensors.pop(name)
-        made = rng.choice((None, value.double(), value[None].clone(), torch.full_like(value, float('nan')) if
-                           value.is_floating_point() else value, torch.zeros(0), value))
-        tensors.update({} if made is None else {name: made})
-        names = rng.choice(('5', '[', '[1, 2]', '{}', 'null', '["a"]', '[' * 100_000, '[null, [], {}, 4, 5]'))
-        save_file(tensors, path, rng.choice(({'format': 'pt'}, {'class_names': names}, {'timm_amf': names}, None)))
-    elif how in ('flip', 'kind'):
-        for _ in range(rng.choice((1, 1, 5, 50))):
-            at = rng.randrange(min(len(data), rng.choice((16, 200, len(data))))) if data else 0
-            data[at:at + 1] = bytes([rng.randrange(256)])
-        path.write_bytes(data)
-    elif how == 'cut':
-        path.write_bytes(data[:rng.randrange(len(data) + 1)])
-    elif how == 'payload':
-        torch.save(Payload(), path) if rng.random() < 0.5 else path.write_bytes(pickle.dumps(Payload()))
-    elif how in ('empty', 'five'):
-        path.write_bytes(b'' if how == 'empty' else rng.choice((b'12345', b'\xff' * 5, b'\xff' * 9)))
-    else:
-        path.unlink()
-        if how == 'folder':
-            path.mkdir()
-        elif how == 'loop':
-            path.symlink_to(path)
-    return f'{how} {path.name}'
-
-
 # ---- the campaigns
 
 
@@ -284,7 +166,8 @@ def recipes(case: Case, base: Path) -> str:
     source = 'demo.yaml' if whole else source
     (case.folder / 'recipe.yaml').write_text(
         mutate_yaml((ROOT / 'hub_configs' / source).read_text(), rng), encoding='utf-8', errors='surrogatepass')
-    argv = ['--config', 'recipe.yaml', '--cpu', '--tracker', 'none', *(['--data-dir', str(base / 'data')] * (not whole))]
+    folder = [] if whole else ['--data-dir', str(base / 'data')]
+    argv = ['--config', 'recipe.yaml', '--cpu', '--tracker', 'none', *folder]
     if whole:
         case.run(lambda: train_amf.main([*argv, '--dry-run', '--workers', '0']))
     else:
@@ -292,33 +175,25 @@ def recipes(case: Case, base: Path) -> str:
     return f'{source}: {case.last}'
 
 
-WORDS = ('', '0', '1', '-1', '2', '3', '0.5', '1.5', '1e-3', '1e9', '-0.0', 'nan', 'inf', '-inf', '1000000', '9' * 30, '9' * 400,
-         '9' * 5000, 'x', 'None', 'none', 'all', 'true', 'a=b', '=', 'a=', "a=[" * 50, 'a=' + '(' * 500, '[1,2', 'ünï\U0001f600', '\udcff', '%s', '{0}',
-         '.', '..', '/', '/dev/zero', '/dev/null', 'nowhere/at/all', 'x' * 5000, 'fifo', '--', 'rand-m9-mstd0.5-inc1',
-         'rand-m99999999-n999999', 'original', 'augmix-m5', 'adamw', 'lookahead_sgd', 'sgd', 'resnet18', 'test_vit', 'amf', 'spottune',
-         'test_resnet.r160_in1k', 'backbone.lr=1', 'backbone.train=[-1]', 'backbone.train=[99]', 'head.lr=x', 'backbone.schedule.sched=step',
-         'backbone.lr=&x [*x]', 'policy', 'head', 'backbone', 'name=a,path=.', 'path=fifo', 'name=a,classes=1e9', '0,1', 'L', 'RGBA', 'CMYK')
-LEFT = ('publish', 'dataset_download', 'pretrained', 'help', 'dry_run', 'cpu', 'config', 'tracker', 'log_wandb', 'workers')
+LEFT = ('pretrained', 'dataset_download', 'help', 'dry_run', 'cpu', 'config', 'tracker', 'log_wandb', 'workers')
 
 
 def command_lines(case: Case, base: Path) -> str:
-    rng, argv = case.rng, []
+    rng, words = case.rng, []
     os.mkfifo(case.folder / 'fifo')
-    actions = [a for a in build_parser()._actions if a.option_strings and a.dest not in LEFT and 'publish' not in a.dest]
-    for action in rng.sample(actions, rng.randint(1, 4)):
-        argv.append(rng.choice(action.option_strings))
-        number = {None: 1, 0: 0, '?': rng.randint(0, 1)}.get(action.nargs, action.nargs)
-        for _ in range(number if isinstance(number, int) else rng.choice((0, 1, 1, 1, 2, 3))):
-            numeric = action.type in (int, float)
-            words = action.choices if action.choices and rng.random() < 0.8 else WORDS[:20] if numeric else WORDS
-            argv.append(str(rng.choice(list(words))))
-    if rng.random() < 0.05:
-        argv += ['--aug-splits', '1000000']
-    model = ['--model', 'test_resnet'] if rng.random() < 0.7 else RUNS[rng.choice(('amf', 'spottune'))][16:]
-    argv = [str(base / 'data'), '--img-size', '32', '-b', '8', *model, *argv, '--cpu', '--dry-run', '--workers', '0',
-            '--tracker', 'none']
+    flags = [action for action in build_parser()._actions if action.option_strings and action.dest not in LEFT]
+    for action in rng.sample([a for a in flags if 'publish' not in a.dest], rng.choice((1, 1, 2, 3))):
+        words.append(rng.choice(action.option_strings))
+        number = rng.randint(0, 3) if action.nargs in ('+', '*', '?') else {None: 1}.get(action.nargs, action.nargs)
+        wanted = {int: [w for w in NUMBERS if w.isdigit()], float: [w for w in NUMBERS if w]}.get(action.type, WORDS)
+        values = WORDS if rng.random() < 0.1 else action.choices or wanted
+        words += [str(rng.choice(list(values))) for _ in range(number)]
+    words += ['--aug-splits', '1000000'] * (rng.random() < 0.05)
+    model = rng.choice((['--model', 'test_resnet'], RUNS['amf'][len(PLAIN):], RUNS['spottune'][len(PLAIN):]))
+    steps = ['--train-batches-per-epoch', '1', '--output', str(case.folder), '--experiment', 'run', '--stop-epoch', '1']
+    argv = [str(base / 'data'), *PLAIN, *model, *(['--dry-run'] if rng.random() < 0.6 else steps), *words]
     case.run(lambda: train_amf.main(argv))
-    return f'{" ".join(argv[5:-7])[:200]}: {case.last}'
+    return f'{argv[len(PLAIN) + 2]} {" ".join(word[:40] for word in words)}: {case.last}'
 
 
 def checkpoints(case: Case, base: Path) -> str:
@@ -347,36 +222,14 @@ def checkpoints(case: Case, base: Path) -> str:
 
 
 def images(case: Case, base: Path) -> str:
-    rng, said = case.rng, []
-    data = case.folder / 'data'
+    rng, data, said = case.rng, case.folder / 'data', []
     suffixes = rng.sample(('.png', '.jpg', '.gif', '.bmp', '.tif', '.webp', '.ppm', '.ico', '.jp2', '.tga', '.pcx'), 4)
     shutil.copytree(base / 'data', data)
-    for _ in range(rng.randint(1, 4)):
-        suffix, mode = rng.choice(suffixes), rng.choice(('RGB', 'L', '1', 'P', 'RGBA', 'LA', 'CMYK', 'I', 'F', 'I;16'))
-        size = rng.choice(((40, 40), (1, 1), (1, 3000), (7, 5)))
-        folder = data / rng.choice(('train', 'val')) / 'b'
-        path = folder / f'0{len(said)}{suffix}'
-        try:
-            picture = Image.fromarray(np.random.default_rng(rng.randrange(99)).integers(
-                0, 255, (size[1], size[0], 3), np.uint8)).convert(mode if mode != 'I;16' else 'I')
-            picture.save(path, save_all=suffix in ('.gif', '.tif', '.webp') and rng.random() < 0.5)
-        except (OSError, ValueError, KeyError):
-            shutil.copyfile(next((base / 'data/train/a').iterdir()), path)
-        how = rng.choice(('damage', 'damage', 'damage', 'whole', 'bomb', 'fifo', 'text'))
-        if how == 'damage':
-            how = damage(path, rng)
-        elif how == 'bomb':
-            header = b'IHDR' + rng.choice((30_000, 2 ** 31 - 1)).to_bytes(4, 'big') * 2 + b'\x08\x02\0\0\0'
-            crc = __import__('zlib').crc32(header).to_bytes(4, 'big')
-            path.write_bytes(b'\x89PNG\r\n\x1a\n\0\0\0\x0d' + header + crc + b'\0' * 50)
-        elif how == 'fifo':
-            path.unlink()
-            os.mkfifo(path)
-        elif how == 'text':
-            path.write_text('P6\n99999 99999\n255\n' if rng.random() < 0.5 else 'GIF89a no image')
-        said.append(f'{mode} {size[0]}x{size[1]} {suffix} {how}')
+    for i in range(rng.randint(1, 4)):
+        path = data / rng.choice(('train', 'val')) / 'b' / f'0{i}{rng.choice(suffixes)}'
+        said.append(draw_image(path, rng, base / 'data/train/a/0.png'))
     argv = [str(data), *PLAIN, '--epochs', '1', '--model', 'test_resnet', '--output', str(case.folder), '--experiment',
-            'run', '--input-key', ';'.join(suffixes + ['.png']), *['--skip-bad-images'] * rng.randint(0, 1)]
+            'run', '--input-key', ';'.join({*suffixes, '.png'}), *['--skip-bad-images'] * rng.randint(0, 1)]
     case.run(lambda: train_amf.main(argv))
     return f'{", ".join(said)}: {case.last}'
 
