@@ -76,7 +76,8 @@ def mutate_yaml(text: str, rng: random.Random) -> str:
     text = '\n'.join(lines)
     if rng.random() < 0.1:
         at = rng.randrange(len(text) + 1)
-        text = text[:at] + rng.choice(('\t', '\0', '\ufeff', ':', '- ', '}', '\x85', '%', '\udcff', '---\n')) + text[at:]
+        odd = rng.choice(('\t', '\0', '\ufeff', ':', '- ', '}', '\x85', '%', '\udcff', '---\n'))
+        text = text[:at] + odd + text[at:]
     return text
 
 

@@ -150,7 +150,7 @@ def test_score_on_the_command_line(tmp_path, capsys):
         assert message in capsys.readouterr().err
     (tmp_path / 'list.yaml').write_text('[1, 2]')
     assert main(['decathlon', 'score', str(tmp_path / 'list.yaml')]) == 2
-    assert 'must map names' in capsys.readouterr().err
+    assert 'must hold keys and values' in capsys.readouterr().err
 
 
 def test_statistics_on_the_command_line(data, tmp_path, capsys):

@@ -3,7 +3,7 @@ import contextlib
 import json
 import logging
 from pathlib import Path
-from typing import NamedTuple, Union
+from typing import NamedTuple, Optional, Union
 
 import numpy as np
 import torch.utils.data
@@ -14,6 +14,7 @@ from timm_amf.files import write_text
 
 from .cache import fingerprint, map_samples
 from .mixture import Mixture
+from .sources import as_shown
 from .storage import cache_folder
 
 __all__ = ['BadImage', 'check_images']
@@ -77,7 +78,7 @@ def _remembered(
 ) -> dict[int, str]:
     """Reason by index of the bad images, from an earlier check of the same files if there was one."""
     # Named by the files' names, sizes and times.
-    path = cache_folder(cache_dir, f'checked-{fingerprint(dataset, "check 1")}') / 'bad.json'
+    path = cache_folder(cache_dir, f'checked-{fingerprint(dataset, "check 2")}') / 'bad.json'
     with contextlib.suppress(OSError, ValueError):
         return {int(k): v for k, v in json.loads(path.read_text(encoding='utf-8')).items()}
     results = enumerate(map_samples(_Readable(dataset), workers, 'Checking images', progress))
@@ -104,7 +105,7 @@ class _Readable(torch.utils.data.Dataset):
             return ''
         try:
             with source.open(local) as file:
-                _read(file)
+                _read(file, self.dataset.input_img_mode)
         except FileNotFoundError:
             return 'no such file'
         except UnidentifiedImageError:  # its own message names the file, badly
@@ -114,11 +115,11 @@ class _Readable(torch.utils.data.Dataset):
         return ''
 
 
-def _read(file) -> None:
-    """Decode all of an image; a JPEG at an eighth of its size, which still reads every byte."""
+def _read(file, mode: Optional[str]) -> None:
+    """Decode all of an image as `Mixture.load` does; a JPEG at an eighth of its size, which still reads every byte."""
     if file.seek(0, 2) == 0:
         raise OSError('empty file')
     file.seek(0)
     with Image.open(file) as image:
         image.draft('RGB', (max(1, image.width // 8), max(1, image.height // 8)))
-        image.load()
+        as_shown(image, mode)

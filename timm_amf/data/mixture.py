@@ -93,7 +93,7 @@ class Mixture(torch.utils.data.Dataset):
         source, local = self.source(index)
         try:
             return source.load(local, self.input_img_mode)
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
+        except Exception as e:  # Pillow's plugins raise whatever they like
             reason = 'not an image' if isinstance(e, UnidentifiedImageError) else first_line(e)
             raise UserError(
                 f'cannot read image {self.filename(index)} ({reason}); mend or remove it, or go on without such images '

@@ -53,7 +53,10 @@ class FileSource(Source):
         self.paths = paths
 
     def open(self, index: int) -> BinaryIO:
-        return open(self.paths[index], 'rb')
+        path = self.paths[index]
+        if not os.path.isfile(path) and os.path.exists(path):
+            raise OSError('no file')  # opening a pipe would wait for its writer
+        return open(path, 'rb')
 
     def filename(self, index: int) -> str:
         return str(self.paths[index])

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -28,7 +28,8 @@ from timm_amf.files import replacing, whole_folder
 from timm_amf.tuning.l2sp import L2SP
 
 __all__ = [
-    'Checkpointer', 'class_names', 'load_weights', 'read_class_names', 'read_state', 'save_weights', 'set_class_names',
+    'Checkpointer', 'class_names', 'load_weights', 'read_class_names', 'read_state', 'restoring', 'save_weights',
+    'set_class_names',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -89,8 +90,16 @@ def read_class_names(path: Union[str, Path]) -> Optional[list[str]]:
     """The names of the classes in a file of weights; None where it has none: an older one, or another package's."""
     with contextlib.suppress(SafetensorError, OSError), safe_open(path, 'pt') as file:
         names = (file.metadata() or {}).get('class_names')
-        return None if names is None else json.loads(names)
+        return None if names is None else _parse_names(names, path)
     return None
+
+
+def _parse_names(text: str, path: Union[str, Path]) -> list[str]:
+    with contextlib.suppress(ValueError, RecursionError):
+        names = json.loads(text)
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return names
+    raise UserError(f'{path}: is damaged: its names of classes are no list of texts')
 
 
 def _write_module(module: nn.Module, path: Path) -> None:
@@ -358,6 +367,16 @@ def read_state(source: Union[str, Path]) -> dict[str, Any]:
     if wrong:
         raise UserError(f'{path}: is damaged ({wrong[0]}){_fall_back(path.parent)}')
     return state
+
+
+@contextlib.contextmanager
+def restoring(source: Path) -> Iterator[None]:
+    """Makes a `UserError` of what anything says of a state that nothing here has written."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
+        reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:160]
+        raise UserError(f'{source}: is damaged ({reason}){_fall_back(source)}') from e
 
 
 def _check_digests(source: Path) -> None:

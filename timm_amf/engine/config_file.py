@@ -16,10 +16,10 @@ import yaml
 from timm_amf.engine.timm_flags import SWITCHES, why_refused
 from timm_amf.errors import UserError
 from timm_amf.files import write_text
+from timm_amf.yaml_text import MAX_NUMBER, load_yaml
 
 __all__ = [
-    'SECTIONS', 'KeyValues', 'derived_flags', 'find_config', 'list_recipes', 'load_yaml', 'nearest', 'read_config',
-    'save_args',
+    'SECTIONS', 'KeyValues', 'derived_flags', 'find_config', 'list_recipes', 'nearest', 'read_config', 'save_args',
 ]
 
 # What a Plan's section meant without these keys in runs whose args.yaml has a key `explicit`.
@@ -49,26 +49,20 @@ class KeyValues(argparse.Action):
 def _literal(text: str) -> Any:
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return text
-    return value if isinstance(value, (bool, int, float, str, list, tuple, dict, type(None))) else text
+    return value if _is_plain(value) else text
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, with errors for repeated keys and with `1e-3` as a number, as in YAML 1.2."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key is not None and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f'{key} is given twice', key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    'tag:yaml.org,2002:float', re.compile(r'^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$'), list('-+0123456789'))
+def _is_plain(value: Any) -> bool:
+    """Whether a value is what `load_yaml` reads back."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if type(value) is int:
+        return abs(value) <= MAX_NUMBER
+    return isinstance(value, (bool, float, str, type(None)))
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -141,28 +135,6 @@ def read_config(
         schedule = {**_OLD_SCHEDULE, **(sections['plan'].get('schedule') or {})}
         sections['plan'] = {'lr': 0.01, **sections['plan'], 'schedule': schedule}
     return values, sections
-
-
-def load_yaml(path: Union[str, Path]) -> Mapping:
-    """Reads a YAML file of keys and values.
-
-    Raises:
-        UserError: If it cannot be read, or is no such file.
-    """
-    try:
-        content = yaml.load(Path(path).read_text(encoding='utf-8'), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'{path}: cannot be read: {error}') from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, 'problem_mark', None)
-        line = f', line {mark.line + 1}' if mark else ''
-        problem = getattr(error, 'problem', None) or error
-        raise UserError(f'{path}{line}: not valid YAML: {problem}') from error
-    if content is None:
-        return {}
-    if not isinstance(content, Mapping):
-        raise UserError(f'{path}: must hold keys and values, such as "epochs: 30", not a {type(content).__name__}')
-    return content
 
 
 def _convert(action: argparse.Action, value: Any, where: str) -> Any:

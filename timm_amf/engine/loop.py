@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from timm_amf.engine.build import seed_step
-from timm_amf.engine.checkpoint import Checkpointer, load_weights, read_state
+from timm_amf.engine.checkpoint import Checkpointer, load_weights, read_state, restoring
 from timm_amf.engine.csv_log import CsvLog
 from timm_amf.engine.evaluate import evaluate, reduce_tensors
 from timm_amf.engine.task import AdaptiveTask
@@ -187,23 +187,24 @@ class Trainer:
             UserError: If it is missing, damaged, or of another model, Plan or data order.
         """
         args = self.args
-        state = read_state(source)
-        self._check_same_run(source, state)
-        before = state['plan'].get('opt', self.plan.opt)
-        if before != self.plan.opt and not args.no_resume_opt:
-            raise UserError(
-                f'{source}: is of a run with --opt {before}, not {self.plan.opt}; give it, or add --no-resume-opt')
-        optimizer = None if args.no_resume_opt else self.bare_optimizer
-        state = self.checkpoints.load_last(source, self.task.model, self.task.ema_model, optimizer, self.l2sp)
-        self.epoch, self.step, self.updates = state['epoch'], state['step'], state['updates']
-        if optimizer is not None:
-            self.scheduler.load_state_dict(state['schedule'])
-        if args.start_epoch is not None:
-            self.epoch, self.step, self.updates = args.start_epoch, 0, args.start_epoch * self.updates_per_epoch
-        else:
-            self.resumed_meters = state['meters']
-        self.scheduler.step(self.epoch)
-        self._open_logs()
+        with restoring(source):
+            state = read_state(source)
+            self._check_same_run(source, state)
+            before = state['plan'].get('opt', self.plan.opt)
+            if before != self.plan.opt and not args.no_resume_opt:
+                raise UserError(
+                    f'{source}: is of a run with --opt {before}, not {self.plan.opt}; give it, or add --no-resume-opt')
+            optimizer = None if args.no_resume_opt else self.bare_optimizer
+            state = self.checkpoints.load_last(source, self.task.model, self.task.ema_model, optimizer, self.l2sp)
+            self.epoch, self.step, self.updates = state['epoch'], state['step'], state['updates']
+            if optimizer is not None:
+                self.scheduler.load_state_dict(state['schedule'])
+            if args.start_epoch is not None:
+                self.epoch, self.step, self.updates = args.start_epoch, 0, args.start_epoch * self.updates_per_epoch
+            else:
+                self.resumed_meters = state['meters']
+            self.scheduler.step(self.epoch)
+            self._open_logs()
 
     def _open_logs(self) -> None:
         self.summary = CsvLog(self.folder / 'summary.csv', self.epoch)

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from timm_amf.engine.config_file import nearest
 from timm_amf.errors import UserError
+from timm_amf.yaml_text import MAX_NUMBER
 
 __all__ = ['check_names', 'check_values']
 
@@ -38,6 +39,10 @@ def check_values(args: argparse.Namespace) -> None:
     Raises:
         UserError: For the first mistake.
     """
+    for dest, value in vars(args).items():
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if type(item) is int and abs(item) > MAX_NUMBER:
+                _fail(dest, f'must be at most {MAX_NUMBER}')
     for dest, (low, high) in _BOUNDS.items():
         value = getattr(args, dest)
         for item in value if isinstance(value, (list, tuple)) else [value]:

@@ -11,8 +11,9 @@ from typing import Any, Optional
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from timm_amf.engine.config_file import SECTIONS, find_config, load_yaml
+from timm_amf.engine.config_file import SECTIONS, find_config
 from timm_amf.errors import UserError
+from timm_amf.yaml_text import load_yaml
 
 __all__ = ['PAPERS', 'Recipe', 'check_repo_id', 'describe_expected', 'read_recipe', 'split_metric']
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
-import yaml
 from PIL import Image
 from safetensors import safe_open
 from timm.data import resolve_data_config
@@ -31,6 +30,7 @@ from timm_amf.engine.checkpoint import Checkpointer, class_names, load_weights, 
 from timm_amf.engine.options import parse_args
 from timm_amf.errors import UserError
 from timm_amf.tuning import Plan
+from timm_amf.yaml_text import load_yaml
 
 __all__ = [
     'WEIGHTS', 'OpenRun', 'choose_device', 'eval_loader', 'find_weights', 'is_run', 'load_run', 'open_run', 'read_run',
@@ -165,9 +165,7 @@ def open_run(
     if not is_run(run):
         raise UserError(f'{run}: no args.yaml there; give the folder of a run')
     folder = Path(run)
-    options = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
-    if not isinstance(options, dict):
-        raise UserError(f'{folder / "args.yaml"}: holds no options of a run')
+    options = load_yaml(folder / 'args.yaml')
     moved = options.get('data_dir')
     if need_data or data_dir or not moved or Path(moved).exists():
         args = read_run(folder, ['--data-dir', data_dir] if data_dir else [])

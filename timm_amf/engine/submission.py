@@ -12,7 +12,6 @@ from typing import Optional, Union
 
 import numpy as np
 import torch
-import yaml
 from timm.data import resolve_data_config
 from torch import nn
 
@@ -28,6 +27,7 @@ from timm_amf.data.decathlon import (
 from timm_amf.engine.run_folder import choose_device, eval_loader, load_run, read_run
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing
+from timm_amf.yaml_text import load_yaml
 
 __all__ = ['Predictions', 'main', 'predict_run', 'write_results']
 
@@ -200,13 +200,9 @@ def _read_accuracies(text: str) -> dict[str, float]:
         except ValueError:
             raise UserError(f'{text}: {value!r} is not a number; write for example dtd=57.13') from None
     try:
-        content = yaml.safe_load(Path(text).read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise UserError(f'{text}: cannot be read ({" ".join(str(e).split())[:120]}); give NAME=PERCENT, or a YAML file '
-                        f'of such pairs') from None
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise UserError(f'{text}: must map names of domains to accuracies, such as "dtd: 57.13"')
-    return content
+        return load_yaml(text)
+    except UserError as e:
+        raise UserError(f'{e}; give NAME=PERCENT, or a YAML file of such pairs') from None
 
 
 def _score_table(accuracies: dict[str, float]) -> str:

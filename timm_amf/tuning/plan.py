@@ -18,6 +18,7 @@ import yaml
 
 from timm_amf.errors import UserError
 from timm_amf.files import write_text
+from timm_amf.yaml_text import load_yaml
 
 __all__ = ['Plan', 'RolePlan', 'Schedule', 'SCHEDULES']
 
@@ -295,18 +296,11 @@ class Plan:
 
         A `plan.yaml` of a run has every common field, so that it means the same when defaults change.
         """
-        data = _read_yaml(path)
-        if not isinstance(data, Mapping):
-            raise UserError(f'{path}: holds no mapping of settings')
+        data = load_yaml(path)
         try:
             return cls.from_dict(data.get('plan', data))
         except UserError as e:
             raise UserError(f'{path}: {e}') from None
-
-
-def _read_yaml(path):
-    with open(path, encoding='utf-8') as file:  # an open file, so that YAML's errors name it
-        return yaml.safe_load(file)
 
 
 def _build(cls, value, where: str):
@@ -339,7 +333,7 @@ def _check_fields(instance, where: str) -> None:
         value = getattr(instance, f.name)
         try:
             value = _coerce(value, hints[f.name])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             expected = f.type.__name__ if isinstance(f.type, type) else str(f.type).replace('typing.', '')
             raise UserError(f'{where}: {f.name} must be {expected}, not {value!r}') from None
         setattr(instance, f.name, value)
@@ -372,7 +366,7 @@ def _coerce(value, hint):
         for option in (a for a in args if a is not type(None)):
             try:
                 return _coerce(value, option)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
         raise TypeError
     if origin is list:
@@ -387,7 +381,7 @@ def _coerce(value, hint):
         if isinstance(value, bool):
             raise TypeError
         number = float(value)
-        if number != number or (hint is int and number != int(number)):
+        if number != number or (hint is int and not number.is_integer()):
             raise ValueError
         return int(number) if hint is int else number
     if not isinstance(value, hint):

@@ -7,9 +7,10 @@ from typing import Any, Optional, Union
 
 import yaml
 
-from timm_amf.engine.config_file import KeyValues, load_yaml
+from timm_amf.engine.config_file import KeyValues
 from timm_amf.errors import UserError
 from timm_amf.tuning.plan import Plan, RolePlan, Schedule
+from timm_amf.yaml_text import load_yaml, parse_yaml
 
 __all__ = ['add_plan_args', 'common_plan', 'field_table', 'plan_from_args']
 
@@ -191,5 +192,5 @@ def _parse_setting(text: str, roles: list[str]) -> tuple[str, dict[str, Any]]:
     if not separator or role is None:
         raise UserError(f'--role {text}: write ROLE.FIELD=VALUE with a role of the model ({", ".join(roles)})')
     field, _, inner = path[len(role) + 1:].partition('.')
-    value = yaml.safe_load(value)
+    value = parse_yaml(value, f'--role {text[:200]}')
     return role, {field: {inner: value} if inner else value}

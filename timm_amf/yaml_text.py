@@ -1,0 +1,122 @@
+"""YAML that people and runs write, read as plain data of a bounded size; all that is wrong with it is a `UserError`."""
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Union
+
+import yaml
+
+from timm_amf.errors import UserError
+
+__all__ = ['MAX_NUMBER', 'load_yaml', 'parse_yaml']
+
+_MAX_BYTES, _MAX_DEPTH, _MAX_VALUES = 1 << 20, 30, 50_000
+MAX_NUMBER = 2 ** 63 - 1  # what numbers of YAML and of flags may be
+_KINDS = ('null', 'bool', 'int', 'float', 'str', 'seq', 'map')
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader of text, numbers, lists and mappings alone, without repeated keys.
+
+    `1e-3` is a number, as in YAML 1.2, and a date is text.
+    """
+    yaml_constructors = {
+        tag: yaml.SafeLoader.yaml_constructors[tag]
+        for tag in (None, *(f'tag:yaml.org,2002:{kind}' for kind in _KINDS))}
+    yaml_implicit_resolvers = {
+        first: [(tag, regexp) for tag, regexp in rows if not tag.endswith(':timestamp')]
+        for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is not None and key in seen:
+                _refuse(f'{key[:80]} is given twice', key_node)
+            if key_node.tag not in ('tag:yaml.org,2002:str', 'tag:yaml.org,2002:merge', 'tag:yaml.org,2002:value'):
+                _refuse(f'the key {str(key_node.value)[:80]} is no text; put it in quotes', key_node)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node, deep=False):
+        try:
+            value = super().construct_object(node, deep)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as e:  # what int() and kin say of the text
+            return _refuse(f'{str(node.value)[:80]!r} is no {node.tag.rpartition(":")[2]} ({str(e)[:80]})', node)
+        if type(value) is int and abs(value) > MAX_NUMBER:
+            _refuse(f'{node.value[:80]} is too large a number', node)
+        return value
+
+
+_Loader.add_implicit_resolver(
+    'tag:yaml.org,2002:float', re.compile(r'^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$'), list('-+0123456789'))
+
+
+def _refuse(problem: str, node: yaml.Node) -> None:
+    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def parse_yaml(text: str, where: Union[str, Path]) -> Any:
+    """Reads YAML.
+
+    Args:
+        text: The YAML.
+        where: What messages call it.
+
+    Raises:
+        UserError: If it is not valid, or of a size that no settings have.
+    """
+    try:
+        _check_size(text)
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, 'problem_mark', None)
+        line = f', line {mark.line + 1}' if mark else ''
+        problem = getattr(error, 'problem', None) or error
+        raise UserError(f'{where}{line}: not valid YAML: {problem}') from error
+
+
+def _check_size(text: str) -> None:
+    """Refuses what is nested deeply, or is much longer than it looks because of aliases, before anything is built."""
+    sizes: dict[str, int] = {}  # values under each anchor
+    open_: list[tuple] = []  # anchor of each collection that has begun, and the values before it
+    count = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        problem = None
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_.pop()
+            sizes[anchor] = count - before
+        elif isinstance(event, yaml.AliasEvent):
+            count += sizes.get(event.anchor, 1)
+            if any(anchor == event.anchor for anchor, _ in open_):
+                problem = 'holds itself'
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_.append((event.anchor, count))
+            count += 1
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+        if problem or len(open_) > _MAX_DEPTH or count > _MAX_VALUES:
+            problem = problem or ('is nested too deeply' if len(open_) > _MAX_DEPTH else 'has too many values')
+            raise yaml.MarkedYAMLError(None, None, problem, event.start_mark)
+
+
+def load_yaml(path: Union[str, Path]) -> Mapping:
+    """Reads a YAML file of keys and values.
+
+    Raises:
+        UserError: If it cannot be read, or is no such file.
+    """
+    try:
+        with open(path, 'rb') as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise UserError(f'{path}: is too long for a file of settings, which has at most {_MAX_BYTES >> 20} MiB')
+        text = data.decode('utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{path}: cannot be read: {error}') from error
+    content = parse_yaml(text, path)
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        raise UserError(f'{path}: must hold keys and values, such as "epochs: 30", not a {type(content).__name__}')
+    return content
