@@ -34,7 +34,8 @@ class _Loader(yaml.SafeLoader):
             if key is not None and key in seen:
                 _refuse(f'{key[:80]} is given twice', key_node)
             if key_node.tag not in ('tag:yaml.org,2002:str', 'tag:yaml.org,2002:merge', 'tag:yaml.org,2002:value'):
-                _refuse(f'the key {str(key_node.value)[:80]} is no text; put it in quotes', key_node)
+                _refuse('a key is a list or a mapping' if key is None else f'the key {key[:80]} is no text; put it in '
+                        'quotes', key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
 

@@ -315,21 +315,24 @@ def create_loader(
         transform_kwargs: Of timm's `create_transform`: crops, flips, augmentation, interpolation.
 
     Raises:
-        UserError: Fewer training images than processes.
+        UserError: Fewer training images than processes, or transforms that cannot be built.
     """
     channels = input_size[0] if isinstance(input_size, Sequence) and len(input_size) == 3 else len(mean)
     mean, std = tuple(adapt_to_chs(mean, channels)), tuple(adapt_to_chs(std, channels))
     splits = num_aug_splits if is_training else 0
-    transform = create_transform(
-        input_size,
-        is_training=is_training,
-        no_aug=no_aug,
-        mean=mean,
-        std=std,
-        use_prefetcher=True,
-        separate=splits > 0,
-        **transform_kwargs,
-    )
+    try:
+        transform = create_transform(
+            input_size,
+            is_training=is_training,
+            no_aug=no_aug,
+            mean=mean,
+            std=std,
+            use_prefetcher=True,
+            separate=splits > 0,
+            **transform_kwargs,
+        )
+    except (ValueError, TypeError, AssertionError, ArithmeticError) as e:  # timm and torchvision check their values
+        raise UserError(f'the transforms of images cannot be built: {str(e) or type(e).__name__}') from e
     device = torch.device(device)
     erasing = None
     if is_training and not no_aug and re_prob > 0:

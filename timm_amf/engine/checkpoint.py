@@ -293,7 +293,7 @@ class Checkpointer:
         if l2sp is not None:
             _load_start(source / _START, l2sp)
         self.best_metric, self.best_epoch = state['best_metric'], state['best_epoch']
-        self.kept = [(metric, epoch) for metric, epoch in state['kept']]
+        self.kept = [(float(metric), int(epoch)) for metric, epoch in state['kept']]
         return state
 
     @staticmethod
@@ -387,6 +387,8 @@ def _check_digests(source: Path) -> None:
     try:
         digests = dict(json.loads(path.read_text(encoding='utf-8')))
     except (ValueError, TypeError, RecursionError):
+        digests = {_DIGESTS: ''}
+    if not set(digests) <= {_WEIGHTS, _EMA, _OPTIMIZER, _START, _STATE}:
         digests = {_DIGESTS: ''}
     for name, digest in digests.items():
         file = source / name

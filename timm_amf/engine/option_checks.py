@@ -41,8 +41,8 @@ def check_values(args: argparse.Namespace) -> None:
     """
     for dest, value in vars(args).items():
         for item in value if isinstance(value, (list, tuple)) else [value]:
-            if type(item) is int and abs(item) > MAX_NUMBER:
-                _fail(dest, f'must be at most {MAX_NUMBER}')
+            if type(item) is int and abs(item) > MAX_NUMBER or item != item:
+                _fail(dest, f'must be a number of at most {MAX_NUMBER}')
     for dest, (low, high) in _BOUNDS.items():
         value = getattr(args, dest)
         for item in value if isinstance(value, (list, tuple)) else [value]:

@@ -75,9 +75,24 @@ class _Shape:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.is_plateau and state:
+            _check_like(state, self.state_dict(), 'schedule')
             self._proxy.param_groups[0]['lr'] = state['lr']
             self._scheduler.restore_lr = state['restore_lr']
             self._scheduler.lr_scheduler.load_state_dict(state['plateau'])
+
+
+def _check_like(value: Any, ours: Any, name: str) -> None:
+    """Refuses a state whose values are not of the kinds of ours."""
+    if isinstance(ours, dict) and isinstance(value, dict):
+        for key, item in ours.items():
+            _check_like(value[key], item, f'{name}.{key}')
+    elif isinstance(ours, list) and isinstance(value, list) and len(value) == len(ours):
+        for mine, theirs in zip(ours, value):
+            _check_like(theirs, mine, name)
+    else:
+        number = isinstance(value, (int, float)) and isinstance(ours, (int, float, type(None)))
+        if not number and type(value) is not type(ours):
+            raise ValueError(f'{name} must be like {ours!r}')
 
 
 def _timm_kwargs(schedule: Schedule) -> dict[str, Any]:
