@@ -166,7 +166,10 @@ class Trainer:
         self.bare_optimizer = optimizer
         apply_freeze(task.model, table, 0)
         if args.torchcompile:
-            task.trainable_module.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+            try:
+                task.trainable_module.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+            except Exception as e:  # it compiles later; now it looks at backend and mode
+                raise UserError(f'--torchcompile {args.torchcompile}: {e}') from e
         task.trainable_module = accelerator.prepare_model(task.trainable_module)
         self.l2sp = getattr(optimizer, 'l2sp', None)
         if self.l2sp is not None and accelerator.num_processes > 1:

@@ -19,9 +19,11 @@ _BOUNDS = {
     ), (1, None)),
     **dict.fromkeys((
         'start_epoch', 'stop_epoch', 'epoch_repeats', 'mixup_off_epoch', 'lr_base', 'warmup_lr', 'min_lr', 'clip_grad',
-        'save_epochs', 'mixup', 'cutmix', 'bn_eps', 'seed', 'workers', 'recovery_interval',
-        'branch_loss', 'policy_balance', 'aug_repeats', 'aug_splits',
+        'save_epochs', 'mixup', 'cutmix', 'bn_eps', 'seed', 'recovery_interval',
+        'branch_loss', 'policy_balance', 'aug_repeats',
     ), (0, None)),
+    'workers': (0, 1024),
+    'aug_splits': (0, 64),  # each is one more copy of a batch
     **dict.fromkeys((
         'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob',
         'smoothing', 'mixup_prob', 'mixup_switch_prob', 'drop', 'drop_path', 'drop_block', 'bn_momentum',
@@ -39,16 +41,16 @@ def check_values(args: argparse.Namespace) -> None:
     Raises:
         UserError: For the first mistake.
     """
-    for dest, value in vars(args).items():
-        for item in value if isinstance(value, (list, tuple)) else [value]:
-            if type(item) is int and abs(item) > MAX_NUMBER or item != item:
-                _fail(dest, f'must be a number of at most {MAX_NUMBER}')
     for dest, (low, high) in _BOUNDS.items():
         value = getattr(args, dest)
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if item is not None and not (item >= low and (high is None or item <= high)):  # NaN fails too
                 limits = f'at least {low}' if high is None else f'between {low} and {high}'
                 _fail(dest, f'must be {limits}, not {item:g}')
+    for dest, value in vars(args).items():
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if type(item) is int and abs(item) > MAX_NUMBER or item != item:
+                _fail(dest, f'must be a number of at most {MAX_NUMBER}')
     for dest, lengths in _PAIRS.items():
         value = getattr(args, dest)
         if value is not None and (len(value) not in lengths or list(value) != sorted(value)):

@@ -163,7 +163,10 @@ class GroupScheduler:
             self._set(num_updates)
 
     def _set(self, t: float, metric: Optional[float] = None) -> None:
-        factors = {key: shape.factor(t, metric) for key, shape in self._shapes.items()}
+        try:
+            factors = {key: shape.factor(t, metric) for key, shape in self._shapes.items()}
+        except ArithmeticError as e:
+            raise UserError(f'schedule: has no value at {t:g} ({e}); its settings are too extreme') from None
         # The Plan's LRs, also after an optimiser's state of an older Plan was loaded.
         for group, key, lr in zip(self.optimizer.param_groups, self._keys, self._lrs):
             group['initial_lr'], group['lr'] = lr, lr * factors[key]
