@@ -111,3 +111,15 @@ def test_good_images_and_images_in_memory(make_folder, tmp_path):
     demo = create_dataset(DataSpec.from_mapping({'preset': 'demo'}))
     assert check_images(demo, cache_dir=tmp_path / 'other') == []
     assert not os.path.exists(tmp_path / 'other')
+
+
+@pytest.mark.timeout(60)
+def test_what_reading_would_wait_for_or_does_not_know(make_folder, tmp_path):
+    """A pipe without a writer, and pixels of an unknown range, which only the conversion refuses."""
+    root = make_folder(number=3)
+    os.mkfifo(root / 'train' / 'a' / 'x.png')
+    Image.new('F', (4, 4)).save(root / 'train' / 'b' / 'x.png', 'TIFF')
+    data = open_folder(root)
+    reasons = dict(check_images(data, True, tmp_path / 'cache'))
+    assert reasons[str(root / 'train' / 'a' / 'x.png')] == 'no file'
+    assert 'floating point' in reasons[str(root / 'train' / 'b' / 'x.png')]

@@ -497,12 +497,30 @@ def test_sections_of_a_recipe(recipe, folder):
     ('plan: {lr: 1, lr: 2}', 'lr is given twice'),
     ('epochs: [', 'line 1: not valid YAML'),
     ('- epochs', 'must hold keys and values'),
+    ('seed: 1' + '0' * 400, 'line 1: not valid YAML: 1000.* is too large a number'),
+    ('seed: ' + '9' * 5000, "line 1: not valid YAML: '999.*' is no int"),
+    ('lr: !!float x', "'x' is no float"),
+    ('seed: 2024-01-01', "seed: must be int, not '2024-01-01'"),
+    ('seed: !!timestamp x', 'could not determine a constructor'),
+    ('seed: !!python/object/apply:os.getcwd []', 'could not determine a constructor'),
+    ('model_kwargs: {1: 2}', 'the key 1 is no text; put it in quotes'),
+    ('model_kwargs: {[1]: 2}', 'a key is a list or a mapping'),
+    ('mean: &a [*a]', 'line 1: not valid YAML: holds itself'),
+    ('mean: ' + '[' * 5000, 'line 1: not valid YAML: is nested too deeply'),
+    ('a: &a [1, 1]\n' + 'b: &b [*a, *a]\nb: &a [*b, *b, *b]\n' * 12, 'not valid YAML: has too many values'),
+    ('mean: [' + '0, ' * 60_000 + ']', 'not valid YAML: has too many values'),
+    ('# ' + 'x' * 2 ** 21, 'is too long for a file of settings'),
 ])
 def test_mistake_in_a_recipe(recipe, folder, text, message):
     path = recipe(text)
     with pytest.raises(UserError, match=f'^{re.escape(path)}.*{message}') as error:
         parse_args([folder, '--config', path])
     assert '\n' not in str(error.value)
+
+
+def test_a_date_is_text_and_aliases_are_read(recipe, folder):
+    args = parse_args([folder, '--config', recipe('experiment: 2024-01-01\nmean: &x [0.5]\nstd: *x')])
+    assert args.experiment == '2024-01-01' and args.std == [0.5]
 
 
 def test_recipes_of_the_package(monkeypatch, tmp_path, folder):
@@ -538,7 +556,8 @@ def test_recipes_are_looked_for_in_wheel_and_checkout():
     ['--branch-lr', '1e-4', '0.1', '--freeze', 'policy', '--role', 'branch.0.lr=1', '--no-check-images', '--bce-loss'],
     ['--tracker', 'none', '--cpu', '--torchcompile', '--wandb-tags', '1', 'yes', '--experiment', '007'],
     ['--device', 'cpu', '--drop-con', '0.1', '--resume', 'auto', '--dist-bn', '', '--clip-grad', '1', '--pin-mem'],
-    ['--model-kwargs', 'depths=(2, 2)', "name='1'", 'rest=[(1,), {"a": (2, 3)}]', 'odd=1j', 'none=None', 'f=1e-5'],
+    ['--model-kwargs', 'depths=(2, 2)', "name='1'", 'rest=[(1,), {"a": (2, 3)}]', 'odd=1j', 'none=None', 'f=1e-5',
+     'bytes=[b"x"]', 'keys={1: 2}', 'keyless={[]: 1}', 'long=' + '9' * 400, 'minus=' + '-' * 5000 + '1'],
 ])
 def test_saved_options_load_to_an_equal_namespace(tmp_path, folder, recipe, words):
     sections = {'plan': {'lr': 1e-5, 'roles': {}}, 'data': {'components': [{'name': 'a', 'root': 'b'}]}, 'card': {}}
@@ -589,7 +608,7 @@ def test_saved_options_hold_no_secrets(tmp_path, folder, recipe):
     ('--data-dir elsewhere', 'two folders of data'),
     ('--epochs -1', 'plan: epochs must be at least 0, not -1'),
     ('-b 0', '--batch-size: must be at least 1, not 0'),
-    ('-j -1', '--workers: must be at least 0, not -1'),
+    ('-j -1', '--workers: must be between 0 and 1024, not -1'),
     ('--lr -0.1', '--lr: must be above 0, not -0.1'),
     ('--lr 0', '--lr: must be above 0'),
     ('--lr nan', '--lr: must be above 0, not nan'),
@@ -604,6 +623,11 @@ def test_saved_options_hold_no_secrets(tmp_path, folder, recipe):
     ('--mean 0.5 0.5', '--mean: has 2 values for 3 channels'),
     ('--std 1 1 1 --in-chans 1', '--std: has 3 values for 1 channels'),
     ('--std 0', '--std: must be above 0'),
+    ('--mean nan', '--mean: must be a number, not nan'),
+    ('--seed 9' + '9' * 400, '--seed: must be a number of at most'),
+    ('--epochs 9' + '9' * 400, '--epochs: must be a number of at most'),
+    ('--aug-splits 1000000', '--aug-splits: must be between 0 and 64, not 1e+06'),
+    ('--workers 1000000', '--workers: must be between 0 and 1024, not 1e+06'),
     ('--in-chans 1 --input-size 3 32 32', '--in-chans: 1 contradicts the 3 channels'),
     ('--mixup 0.2 -b 1', '--batch-size: must be at least 2 for mixup'),
     ('--cutmix-minmax 0.2 0.8 -b 1', '--batch-size: must be at least 2 for mixup'),

@@ -1,4 +1,5 @@
 """A run's folder has one owner, is touched after the first step, and holds what the last line names."""
+import json
 import os
 import shutil
 
@@ -185,6 +186,47 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_goes_on(run, name, tmp
     run('first', '--resume', str(folder / 'last.old'), base=PLAIN)
     for file in ('last/model.safetensors', 'last/state.json', 'model_best.safetensors', 'summary.csv'):
         assert (folder / file).read_bytes() == (whole / file).read_bytes()
+
+
+@pytest.mark.parametrize('keys, value', [
+    (('schedule', 'backbone@0', 'plateau', 'best'), {'x': 1}),
+    (('schedule', 'backbone@0', 'lr'), None),
+    (('schedule', 'backbone@0', 'plateau'), []),
+    (('kept',), [[{}, 1]]),
+    (('identity',), {'seed': []}),
+    (('plan',), {}),
+])
+def test_a_state_of_other_types_is_damaged(run, keys, value):
+    folder = run('first', '--sched', 'plateau', base=PLAIN)
+    (folder / 'last/digests.json').unlink()
+    whole = state = json.loads((folder / 'last/state.json').read_text())
+    for key in keys[:-1]:
+        state = state[key]
+    state[keys[-1]] = value
+    (folder / 'last/state.json').write_text(json.dumps(whole))
+    if keys[-1] in ('identity', 'plan'):  # they are compared, and that is all
+        run('first', '--sched', 'plateau', '--resume', 'auto', '--epochs', '3', base=PLAIN)
+    else:
+        with pytest.raises(UserError, match='last: is damaged .*last.old'):
+            run('first', '--sched', 'plateau', '--resume', 'auto', '--epochs', '3', base=PLAIN)
+
+
+def test_an_optimizer_of_other_groups_is_damaged(run):
+    folder = run('first', base=PLAIN)
+    (folder / 'last/digests.json').unlink()
+    state = torch.load(folder / 'last/optimizer.pt', weights_only=True)
+    state['param_groups'][0]['params'].pop()
+    torch.save(state, folder / 'last/optimizer.pt')
+    with pytest.raises(UserError, match='last: is damaged .*last.old'):
+        run('first', '--resume', 'auto', '--epochs', '3', base=PLAIN)
+
+
+@pytest.mark.parametrize('names', ['5', '[', '[1, null]', '[' * 100_000, '{}'])
+def test_names_of_classes_that_are_no_names_are_damaged(run, names):
+    path = run('first', base=PLAIN) / 'model_best.safetensors'
+    save_file(load_file(path), path, metadata={'class_names': names})
+    with pytest.raises(UserError, match='model_best.safetensors: is damaged: its names of classes'):
+        read_class_names(path)
 
 
 def test_a_checkpoint_without_its_state_does_not_start_again(run):

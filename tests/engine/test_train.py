@@ -337,3 +337,13 @@ def test_without_network_pretrained_weights_fail_at_once(run, monkeypatch, model
         run('first', base=plain(), data=['--data-preset', 'demo', '--model', model, '--model-kwargs', 'drop_rate=0',
                                          '--pretrained'])
     assert time.monotonic() - start < 20 and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--color-jitter', '-1'], 'the transforms of images cannot be built: '),
+    (['--lr-k-decay', '1e9'], 'schedule: has no value at 0'),
+    (['--torchcompile', 'nothing'], '--torchcompile nothing: '),
+])
+def test_values_that_only_others_can_check(run, flags, message):
+    with pytest.raises(UserError, match=message):
+        run('run', *flags)

@@ -2,7 +2,8 @@
 import argparse
 import importlib
 import os
-from typing import NoReturn
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from timm_amf.engine.config_file import nearest
 from timm_amf.errors import UserError
@@ -41,16 +42,15 @@ def check_values(args: argparse.Namespace) -> None:
     Raises:
         UserError: For the first mistake.
     """
+    for dest, item in _items(args):
+        if type(item) is int and abs(item) > MAX_NUMBER:
+            _fail(dest, f'must be a number of at most {MAX_NUMBER}')
     for dest, (low, high) in _BOUNDS.items():
         value = getattr(args, dest)
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if item is not None and not (item >= low and (high is None or item <= high)):  # NaN fails too
                 limits = f'at least {low}' if high is None else f'between {low} and {high}'
                 _fail(dest, f'must be {limits}, not {item:g}')
-    for dest, value in vars(args).items():
-        for item in value if isinstance(value, (list, tuple)) else [value]:
-            if type(item) is int and abs(item) > MAX_NUMBER or item != item:
-                _fail(dest, f'must be a number of at most {MAX_NUMBER}')
     for dest, lengths in _PAIRS.items():
         value = getattr(args, dest)
         if value is not None and (len(value) not in lengths or list(value) != sorted(value)):
@@ -68,6 +68,15 @@ def check_values(args: argparse.Namespace) -> None:
         raise UserError('fp16 mixed precision needs a GPU; on the CPU use --amp-dtype bfloat16')
     if args.mixed_precision not in (None, 'no') and args.model_dtype not in (None, 'float32'):
         _fail('model_dtype', f'{args.model_dtype} and mixed precision exclude each other; give one')
+    for dest, item in _items(args):
+        if item != item:
+            _fail(dest, 'must be a number, not nan')
+
+
+def _items(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    for dest, value in vars(args).items():
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            yield dest, item
 
 
 def _check_image(args: argparse.Namespace) -> None:
