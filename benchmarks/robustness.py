@@ -14,32 +14,32 @@ import csv
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
 from _damage import NUMBERS, WORDS, damage, draw_image, mutate_yaml  # noqa: E402
+from _fork import ROOT, Case  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+import timm_amf.engine.evaluate_runs  # noqa: E402, F401  forks need not import it
+import timm_amf.export  # noqa: E402, F401
+import timm_amf.search.advise  # noqa: E402, F401
 import train_amf  # noqa: E402
 from timm_amf.cli import main as command  # noqa: E402
 from timm_amf.engine.options import build_parser, parse_args  # noqa: E402
 from timm_amf.errors import run_command  # noqa: E402
 
-LIMIT, MEMORY, LINES = 60, 10 << 30, 20  # seconds, bytes and lines that a case may take
 PLAIN = ['--img-size', '32', '-b', '8', '--epochs', '3', '--workers', '0', '--warmup-epochs', '0', '--cpu',
          '--tracker', 'none', '--lr', '0.02', '--recovery-interval', '2']
 RUNS = {
@@ -55,84 +55,6 @@ RUNS = {
 }
 FILES = ('last/model.safetensors', 'last/ema.safetensors', 'model_best.safetensors', 'last/state.json', 'summary.csv',
          'policy.csv')
-
-
-class Case:
-    """Forks commands in a folder of its own and keeps the worst outcome of them."""
-
-    def __init__(self, folder: Path, rng: random.Random):
-        self.folder, self.rng, self.outcome, self.detail, self.last = folder, rng, 'fine', '', ''
-
-    def fault(self, outcome: str, detail: str) -> None:
-        if self.outcome == 'fine':
-            self.outcome, self.detail = outcome, detail
-
-    def run(self, work, limit: float = LIMIT, signum: int = 0, after: float = 0.) -> int:
-        """The exit code of a function in a fork, which gets a signal `after` some seconds if `signum` is given."""
-        out, started, sent = self.folder / 'out.txt', time.monotonic(), False
-        sys.stdout.flush()
-        pid = os.fork()
-        if pid == 0:
-            _child(work, self.folder, out)
-        while True:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            seconds = time.monotonic() - started
-            if done:
-                break
-            if signum and not sent and seconds >= after:
-                os.kill(pid, signum)
-                sent = True
-            if seconds > limit:
-                os.killpg(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                self.fault('hang', f'{limit:g} s')
-                return -signal.SIGKILL
-            time.sleep(0.01)
-        code, text = os.waitstatus_to_exitcode(status), out.read_text(errors='replace')
-        errors = [line for line in text.splitlines() if not line.startswith(('epoch ', 'done in '))]
-        if 'Traceback (most' in text or code not in (0, 2) and not (sent and code in (130, 143, -signum)):
-            files = sorted(self.folder.glob('timm_amf-traceback-*'), key=os.path.getmtime)
-            self.fault('traceback', f'{code}: {_brief(files[-1].read_text() if files else text)}')
-        elif code == 2 and (len(errors) > LINES or max(map(len, errors), default=0) > 2000 or not errors):
-            self.fault('wordy', f'{len(errors)} lines: {text[:200]!r}')
-        if (self.folder / 'marker').exists():
-            self.fault('payload', text[-200:])
-        self.last = (errors or [''])[-1]
-        return code
-
-
-def _child(work, folder: Path, out: Path) -> None:
-    code = 1
-    try:
-        os.setsid()
-        handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
-        os.chdir(folder)
-        os.environ['XDG_CACHE_HOME'] = str(folder / 'cache')
-        tempfile.tempdir = str(folder)
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        code = work() or 0
-    except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else 1
-    except KeyboardInterrupt:
-        code = 130
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _brief(text: str) -> str:
-    lines = text.strip().splitlines()
-    where = [line.split(str(ROOT) + '/')[-1].strip() for line in lines if line.strip().startswith('File ')]
-    ours = [w for w in where if w.startswith(('timm_amf', 'train_amf'))]
-    return ' | '.join([*ours[-1:], *where[-1:], (lines or [''])[-1][:200]])
-
-
-# ---- the campaigns
 
 
 def kills(case: Case, base: Path) -> str:
@@ -196,6 +118,38 @@ def command_lines(case: Case, base: Path) -> str:
     return f'{argv[len(PLAIN) + 2]} {" ".join(word[:40] for word in words)}: {case.last}'
 
 
+# Flags of the other subcommands: # takes numbers, ! takes nothing, a word with commas takes one of them.
+OTHERS = {
+    'evaluate': '--split --split=train,val,test --data-dir --weights=best,last,ema,raw --ten-crop! --ensemble! --blocks '
+                '--blocks=tuned,frozen,policy --sampling-seed# --confidence# -b# --amp! --results-file',
+    'export': '--output --weights=last,ema,raw --img-size# --blocks --data-dir --class-names --batch# --opset# '
+              '--format=onnx,torchscript,safetensors --overwrite!',
+    'search': '--ways --ways=layer,block,window,top2,top0 --cut=residual,activation,pooling --window# --separate-norms! '
+              '--search-role --search-epochs# --search-share# --final-share# --search-head=own,mlp --chunk# --memory# '
+              '--one-by-one!',
+    'advise': '--models --models=test_resnet,test_vit --source-dir --random-init# --policy --advice-file '
+              '--no-source-classifier!',
+}
+
+
+def other_commands(case: Case, base: Path) -> str:
+    """As command_lines, of the other subcommands; numbers are small, for what is asked for is also done."""
+    rng, name, words = case.rng, case.rng.choice(list(OTHERS)), []
+    os.mkfifo(case.folder / 'fifo')
+    for flag in rng.sample(OTHERS[name].split(), rng.choice((1, 2, 2, 3))):
+        flag, _, values = flag.partition('=')
+        numbers = [n for n in NUMBERS if n and (len(n) < 4 or len(n) > 300 and '--img' not in flag)]
+        values = numbers if flag.endswith('#') else values.split(',') if values and flag != '--models' else WORDS
+        words += [flag.rstrip('#!'), *[rng.choice(values)] * (not flag.endswith('!'))]
+    run = [str(base / kind) for kind in rng.sample(list(RUNS), 2 if '--ensemble' in words else 1)]
+    train = [str(base / 'data'), *PLAIN, '--model', 'test_resnet', '--output', str(case.folder),
+             '--pretrained-path', str(base / 'source.safetensors'), '--train-batches-per-epoch', '1']
+    first = {'evaluate': [*run, '--cpu'], 'export': [*run[:1], '--format', 'safetensors', '--output', 'x.safetensors'],
+             'search': [*train, '--experiment', 'run', '--epochs', '1'], 'advise': train}
+    case.run(lambda: command([name, *first[name], *words]))
+    return f'{name} {" ".join(word[:40] for word in words)}: {case.last}'
+
+
 def checkpoints(case: Case, base: Path) -> str:
     rng = case.rng
     kind, run = rng.choice(list(RUNS)), case.folder / 'run'
@@ -234,7 +188,8 @@ def images(case: Case, base: Path) -> str:
     return f'{", ".join(said)}: {case.last}'
 
 
-CAMPAIGNS = {f.__name__.replace('_', '-'): f for f in (kills, recipes, command_lines, checkpoints, images)}
+CAMPAIGNS = {f.__name__.replace('_', '-'): f for f in (
+    kills, recipes, command_lines, other_commands, checkpoints, images)}
 
 
 def train_argv(kind: str, base: Path, folder: Path) -> list[str]:
@@ -265,6 +220,7 @@ def prepare(base: Path) -> None:
                 Image.fromarray(image.astype(np.uint8)).save(folder / f'{i}.png')
     torch.manual_seed(0)
     save_file(timm.create_model('test_resnet', num_classes=3).state_dict(), base / 'start.safetensors')
+    save_file(timm.create_model('test_resnet').state_dict(), base / 'source.safetensors')
     seconds = {}
     for kind in RUNS:
         case, started = Case(base, random.Random(0)), time.monotonic()

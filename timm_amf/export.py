@@ -162,6 +162,8 @@ def open_source(
             names = None
         blocks = blocks or run.args.eval_blocks
     if class_names is not None:
+        if not Path(class_names).is_file():
+            raise UserError(f'--class-names: {class_names} is not a file; check the path')
         names = [line.strip() for line in Path(class_names).read_text(encoding='utf-8').rstrip().splitlines()]
         if len(names) > model.num_classes or not all(names):
             raise UserError(

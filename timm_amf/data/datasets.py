@@ -82,6 +82,8 @@ def _open_folder(component: Component, split: str) -> Source:
     folder = _split_folder(component, split)
     if os.path.isdir(folder):
         return _open_class_folders(component, folder)
+    if not (os.path.isfile(folder) and folder.endswith('.tar')):
+        raise UserError(f'data component {component.name!r}: {folder} is neither a folder nor a .tar file')
     try:  # a tar file kept open would share its position among forked workers
         reader = create_dataset(
             '', root=folder, split=split, search_split=False, class_map=component.class_map,
