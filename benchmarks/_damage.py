@@ -20,7 +20,7 @@ WEIRD = (
     '0x' + 'f' * 400, '0o17', '12:30:45', '2024-01-01', '2024-01-01 10:00:00+02:00', '2024-99-99', '[]', '{}', "''",
     '[1, 2, 3]', '[[1]]', '{a: 1}', '{1: 2}', '{[1, 2]: 3}', '{null: 1}', '{a: {a: {a: 1}}}', '!!binary aGVsbG8=',
     '!!set {a, b}', '!!omap [a: 1]', '!!str 5', '!!int x', '!!float x', '!!timestamp x', '&x [*x]', '&x {a: *x}',
-    '*undefined', '{<<: {a: 1}}', '{<<: 5}', '"\\0"', '"\\ud800"', '"\U0001f600 ünï"', '"../../x"', '/dev/zero', '/',
+    '*undefined', '{<<: {a: 1}}', '{<<: 5}', '"\\0"', '"\\ud800"', '"\U0001f600 ünï"', '"../x"', 'zero', 'null_device',
     '!!python/object/apply:os.system ["touch marker"]', '!!python/name:os.system', '"%s %d {0}"', '=', '<<', '@x', '!x',
     '"' + 'x' * 5000 + '"', '[' * 3000, '[' * 500 + ']' * 500, '{a: ' * 3000, '"a\\nb"', '1_000', '+1', '|\n  text')
 BOMB = 'a0: &a0 [x, x, x, x, x, x, x, x, x]\n' + ''.join(
@@ -31,7 +31,7 @@ NUMBERS = (
     '9' * 30, '9' * 400, '9' * 5000)
 WORDS = NUMBERS + (
     'x', 'None', 'none', 'all', 'true', 'a=b', '=', 'a=', 'a=[' * 50, 'a=' + '(' * 500, '[1,2', 'ünï\U0001f600',
-    '\udcff', '%s', '{0}', '.', '..', '/', '/dev/zero', '/dev/null', 'nowhere/at/all', 'x' * 5000, 'fifo', '--', '0,1',
+    '\udcff', '%s', '{0}', '.', '..', 'zero', 'null_device', 'nowhere/at/all', 'x' * 5000, 'fifo', '--', '0,1',
     'rand-m9-mstd0.5-inc1', 'rand-m99999999-n999999', 'original', 'augmix-m5', 'adamw', 'lookahead_sgd', 'sgd', 'L',
     'resnet18', 'test_vit', 'amf', 'spottune', 'test_resnet.r160_in1k', 'backbone.lr=1', 'backbone.train=[-1]',
     'backbone.train=[99]', 'head.lr=x', 'backbone.schedule.sched=step', 'backbone.lr=&x [*x]', 'policy', 'head',

@@ -22,6 +22,10 @@ class Case:
 
     def __init__(self, folder: Path, rng: random.Random):
         self.folder, self.rng, self.outcome, self.detail, self.last = folder, rng, 'fine', '', ''
+        # Devices by names of their own, so that nothing is written outside the folder.
+        os.mkfifo(folder / 'fifo')
+        for name, device in (('zero', '/dev/zero'), ('null_device', '/dev/null')):
+            (folder / name).symlink_to(device)
 
     def fault(self, outcome: str, detail: str) -> None:
         if self.outcome == 'fine':

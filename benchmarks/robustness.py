@@ -102,7 +102,6 @@ LEFT = ('pretrained', 'dataset_download', 'help', 'dry_run', 'cpu', 'config', 't
 
 def command_lines(case: Case, base: Path) -> str:
     rng, words = case.rng, []
-    os.mkfifo(case.folder / 'fifo')
     flags = [action for action in build_parser()._actions if action.option_strings and action.dest not in LEFT]
     for action in rng.sample([a for a in flags if 'publish' not in a.dest], rng.choice((1, 1, 2, 3))):
         words.append(rng.choice(action.option_strings))
@@ -120,13 +119,13 @@ def command_lines(case: Case, base: Path) -> str:
 
 # Flags of the other subcommands: # takes numbers, ! takes nothing, a word with commas takes one of them.
 OTHERS = {
-    'evaluate': '--split --split=train,val,test --data-dir --weights=best,last,ema,raw --ten-crop! --ensemble! --blocks '
-                '--blocks=tuned,frozen,policy --sampling-seed# --confidence# -b# --amp! --results-file',
+    'evaluate': '--split --split=train,val,test --data-dir --weights=best,last,ema,raw --ten-crop! --ensemble! '
+                '--blocks --blocks=tuned,frozen,policy --sampling-seed# --confidence# -b# --amp! --results-file',
     'export': '--output --weights=last,ema,raw --img-size# --blocks --data-dir --class-names --batch# --opset# '
               '--format=onnx,torchscript,safetensors --overwrite!',
-    'search': '--ways --ways=layer,block,window,top2,top0 --cut=residual,activation,pooling --window# --separate-norms! '
-              '--search-role --search-epochs# --search-share# --final-share# --search-head=own,mlp --chunk# --memory# '
-              '--one-by-one!',
+    'search': '--ways --ways=layer,block,window,top2,top0 --cut=residual,activation,pooling --window# '
+              '--separate-norms! --search-role --search-epochs# --search-share# --final-share# --search-head=own,mlp --chunk# '
+              '--memory# --one-by-one!',
     'advise': '--models --models=test_resnet,test_vit --source-dir --random-init# --policy --advice-file '
               '--no-source-classifier!',
 }
@@ -135,13 +134,14 @@ OTHERS = {
 def other_commands(case: Case, base: Path) -> str:
     """As command_lines, of the other subcommands; numbers are small, for what is asked for is also done."""
     rng, name, words = case.rng, case.rng.choice(list(OTHERS)), []
-    os.mkfifo(case.folder / 'fifo')
     for flag in rng.sample(OTHERS[name].split(), rng.choice((1, 2, 2, 3))):
         flag, _, values = flag.partition('=')
         numbers = [n for n in NUMBERS if n and (len(n) < 4 or len(n) > 300 and '--img' not in flag)]
         values = numbers if flag.endswith('#') else values.split(',') if values and flag != '--models' else WORDS
         words += [flag.rstrip('#!'), *[rng.choice(values)] * (not flag.endswith('!'))]
-    run = [str(base / kind) for kind in rng.sample(list(RUNS), 2 if '--ensemble' in words else 1)]
+    run = [str(case.folder / kind) for kind in rng.sample(list(RUNS), 2 if '--ensemble' in words else 1)]
+    for folder in run:
+        shutil.copytree(base / Path(folder).name, folder)
     train = [str(base / 'data'), *PLAIN, '--model', 'test_resnet', '--output', str(case.folder),
              '--pretrained-path', str(base / 'source.safetensors'), '--train-batches-per-epoch', '1']
     first = {'evaluate': [*run, '--cpu'], 'export': [*run[:1], '--format', 'safetensors', '--output', 'x.safetensors'],
@@ -223,12 +223,14 @@ def prepare(base: Path) -> None:
     save_file(timm.create_model('test_resnet').state_dict(), base / 'source.safetensors')
     seconds = {}
     for kind in RUNS:
-        case, started = Case(base, random.Random(0)), time.monotonic()
-        argv = train_argv(kind, base, base)
+        folder = base / f'{kind}-case'
+        folder.mkdir()
+        case, started = Case(folder, random.Random(0)), time.monotonic()
+        argv = train_argv(kind, base, folder)
         if case.run(lambda: train_amf.main(argv), 600) != 0:  # noqa: B023  runs at once
             raise SystemExit(f'{kind}: {case.outcome} {case.detail} {case.last}')
         seconds[kind] = time.monotonic() - started
-        os.rename(base / 'run', base / kind)
+        os.rename(folder / 'run', base / kind)
     (base / 'seconds.json').write_text(json.dumps(seconds))
 
 

@@ -44,6 +44,8 @@ def replacing(
     temporary = path.with_name(f'{path.name}.tmp')
     with _one_line(label or path, remedy):
         try:
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise OSError('a device or a pipe is there')  # it would be gone
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             _sync(temporary)
