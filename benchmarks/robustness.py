@@ -124,8 +124,8 @@ OTHERS = {
     'export': '--output --weights=last,ema,raw --img-size# --blocks --data-dir --class-names --batch# --opset# '
               '--format=onnx,torchscript,safetensors --overwrite!',
     'search': '--ways --ways=layer,block,window,top2,top0 --cut=residual,activation,pooling --window# '
-              '--separate-norms! --search-role --search-epochs# --search-share# --final-share# --search-head=own,mlp --chunk# '
-              '--memory# --one-by-one!',
+              '--separate-norms! --search-role --search-epochs# --search-share# --final-share# '
+              '--search-head=own,mlp --chunk# --memory# --one-by-one!',
     'advise': '--models --models=test_resnet,test_vit --source-dir --random-init# --policy --advice-file '
               '--no-source-classifier!',
 }

@@ -78,7 +78,8 @@ def _remembered(
 ) -> dict[int, str]:
     """Reason by index of the bad images, from an earlier check of the same files if there was one."""
     # Named by the files' names, sizes and times.
-    path = cache_folder(cache_dir, f'checked-{fingerprint(dataset, "check 2")}') / 'bad.json'
+    name = fingerprint(dataset, f'check 2 {dataset.input_img_mode}')
+    path = cache_folder(cache_dir, f'checked-{name}') / 'bad.json'
     with contextlib.suppress(OSError, ValueError):
         return {int(k): v for k, v in json.loads(path.read_text(encoding='utf-8')).items()}
     results = enumerate(map_samples(_Readable(dataset), workers, 'Checking images', progress))
