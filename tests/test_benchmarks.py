@@ -41,3 +41,15 @@ def test_prints_its_rows(script, rows):
         found = re.search(rf'^{re.escape(row)} +(-?[\d.]+)', result.stdout, re.MULTILINE)
         assert found, f'no row {row!r} in\n{result.stdout}'
         float(found[1])
+
+
+@pytest.mark.slow
+def test_robustness_finds_nothing_in_a_few_cases_and_goes_on(tmp_path):
+    for count in (2, 3):
+        result = subprocess.run(
+            [sys.executable, str(ROOT / 'benchmarks/robustness.py'), '--count', str(count), '--work', str(tmp_path)],
+            capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert re.findall(r'^(\S+) +fine +(\d+)$', result.stdout, re.MULTILINE) == [
+            (name, str(count)) for name in (
+                'checkpoints', 'command-lines', 'images', 'kills', 'other-commands', 'recipes')]

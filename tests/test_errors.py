@@ -1,5 +1,6 @@
 """What goes wrong in a command is one line and an exit code."""
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from timm_amf.cli import main
 from timm_amf.errors import CommandParser, Interrupted, UserError, run_command
+from timm_amf.files import write_text
 
 
 def _fails(capsys, work, **kwargs) -> tuple[int, str]:
@@ -84,6 +86,15 @@ def test_commands_without_arguments(command, capsys):
     out, err = capsys.readouterr()
     assert not out and err.startswith(f'timm-amf {command}: error: the following arguments are required: RUN')
     assert err.count('\n') == 1
+
+
+def test_a_file_does_not_take_the_place_of_a_device(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'device').symlink_to('/dev/null')
+    for name in ('pipe', 'device'):
+        with pytest.raises(UserError, match=f'{name}: cannot be written .a device or a pipe is there'):
+            write_text(tmp_path / name, 'x')
+    assert (tmp_path / 'pipe').is_fifo() and (tmp_path / 'device').is_symlink()
 
 
 def test_errors_import_nothing_slow():

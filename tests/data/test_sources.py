@@ -1,5 +1,6 @@
 """The paper's presets in the layouts that torchvision expects, and datasets of other makers."""
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -90,6 +91,16 @@ def test_what_is_missing_is_named(tmp_path):
             create_dataset(DataSpec((Component('x', dataset=f'torch/{name}', root=str(tmp_path)),)))
         assert str(tmp_path) in str(error.value) and '\n' not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_neither_a_folder_nor_a_tar_file(make_folder, tmp_path):
+    (tmp_path / 'notes.txt').write_text('x')
+    os.mkfifo(tmp_path / 'pipe')
+    root = make_folder(splits=('val',))
+    (root / 'train').write_text('x')
+    for path in (tmp_path / 'notes.txt', tmp_path / 'pipe', root):
+        with pytest.raises(UserError, match='is neither a folder nor a .tar file'):
+            create_dataset(DataSpec((Component('x', root=str(path)),)))
 
 
 def test_cars_has_no_validation_split(tmp_path):
