@@ -96,8 +96,7 @@ class Provenance:
         if self.plan is not None:
             roles = ', '.join(f'{name} {role.lr:g}' for name, role in self.plan.roles.items() if role.lr)
             plan = f'plan: {self.plan.opt}, {self.plan.epochs} epochs, LR {self.plan.lr:g}' + (roles and f' ({roles})')
-        return '\n  '.join([
-            f'{at}: {self.architecture}', *(data or ['data: not recorded']), plan])
+        return '\n  '.join([f'{at}: {self.architecture}', *(data or ['data: not recorded']), plan])
 
 
 def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs) -> nn.Module:
