@@ -135,7 +135,7 @@ def _class_folders(component: Component, folder: str, where: str) -> dict[str, l
     for path, folders, files in os.walk(folder, followlinks=True):
         shown = [name for name in folders if not name.startswith('.') and name not in ('__MACOSX', '__pycache__')]
         left_out['hidden folders'] += len(folders) - len(shown)
-        folders[:] = shown
+        folders[:] = sorted(shown)
         found = [name for name in files if os.path.splitext(name)[1].lower() in suffixes and not name.startswith('.')]
         left_out.update(os.path.splitext(name)[1].lower() or name for name in set(files) - set(found))
         if found and path == folder:
