@@ -20,6 +20,7 @@ from accelerate import Accelerator
 
 from timm_amf.engine import build
 from timm_amf.engine.checkpoint import read_class_names, set_class_names
+from timm_amf.engine.head import start_head
 from timm_amf.engine.loop import Trainer
 from timm_amf.engine.options import parse_args, resolve_lr, save_args
 from timm_amf.engine.run import claim_folder, find_resume, prepare_folder
@@ -65,6 +66,7 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
     table = resolve(model, plan)
     if resume is None and not args.eval_only:
         build.set_start(model, table, args, train_set.num_classes)
+        start_head(model, args, train_set, accelerator)
     optimizer = create_optimizer(model, table)
     mixup = build.build_mixup(args, model.num_classes)
     task = AdaptiveTask(
