@@ -4,9 +4,14 @@ import os
 from typing import Any, BinaryIO, Optional
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-__all__ = ['ArraySource', 'FileSource', 'ReaderSource', 'Source', 'class_names', 'first_line']
+from timm_amf.errors import UserError
+
+__all__ = [
+    'ArraySource', 'FileSource', 'ReaderSource', 'Source', 'class_names', 'first_line',
+    'read_image',
+]
 
 
 class Source:
@@ -108,6 +113,17 @@ class ReaderSource(Source):
 
     def signature(self, index: int) -> str:
         return f'{self.name}\0{self.version}\0{index}'
+
+
+def read_image(source: Source, index: int, mode: Optional[str]) -> Image.Image:
+    """As `Source.load`, with an error that names the image."""
+    try:
+        return source.load(index, mode)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
+        reason = 'not an image' if isinstance(e, UnidentifiedImageError) else first_line(e)
+        raise UserError(
+            f'cannot read image {source.filename(index)} ({reason}); mend or remove it, or go on without such images '
+            f'with --skip-bad-images') from e
 
 
 def class_names(class_to_idx: dict) -> list[str]:
