@@ -9,8 +9,7 @@ from PIL import Image, UnidentifiedImageError
 from timm_amf.errors import UserError
 
 __all__ = [
-    'ArraySource', 'FileSource', 'ReaderSource', 'Source', 'class_names', 'first_line',
-    'read_image',
+    'ArraySource', 'FileSource', 'ReaderSource', 'Source', 'class_names', 'first_line', 'read_image',
 ]
 
 
