@@ -41,9 +41,6 @@ def open_source(component: Component, split: str, spec: DataSpec) -> Source:
         component: What to open.
         split: `train`, `val` or `test`.
         spec: For what is common: download, conversion.
-
-    Raises:
-        UserError: The dataset or the split is not there, an empty class folder, a dataset that is not known.
     """
     prefix, sep, name = (component.dataset or '').partition('/')
     prefix = prefix.lower() if sep else ''

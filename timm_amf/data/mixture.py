@@ -6,12 +6,12 @@ from typing import Any, Optional
 
 import numpy as np
 import torch.utils.data
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from timm_amf.errors import UserError
 
 from .datasets import open_source
-from .sources import Source, first_line
+from .sources import Source, read_image
 from .spec import Component, DataSpec
 
 __all__ = ['Mixture', 'create_dataset', 'create_datasets']
@@ -82,22 +82,12 @@ class Mixture(torch.utils.data.Dataset):
 
     def load(self, index: int) -> Image.Image:
         """The image of a sample, before any transform.
-
-        Raises:
-            UserError: The image cannot be read.
         """
         return self.load_original(index) if self.cache is None else self.cache.load(index)
 
     def load_original(self, index: int) -> Image.Image:
         """As `load`, from the image itself though there be a cache."""
-        source, local = self.source(index)
-        try:
-            return source.load(local, self.input_img_mode)
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
-            reason = 'not an image' if isinstance(e, UnidentifiedImageError) else first_line(e)
-            raise UserError(
-                f'cannot read image {self.filename(index)} ({reason}); mend or remove it, or go on without such images '
-                f'with --skip-bad-images') from e
+        return read_image(*self.source(index), self.input_img_mode)
 
     def filename(self, index: int) -> str:
         source, local = self.source(index)
@@ -110,18 +100,12 @@ class Mixture(torch.utils.data.Dataset):
 
     def remove(self, indices: Sequence[int]) -> None:
         """Leave samples out; classes and their indices stay.
-
-        Raises:
-            RuntimeError: The dataset has a cache already, which is by index.
         """
         kept = np.setdiff1d(np.arange(len(self)), indices)
         self.__dict__.update(self.subset(kept).__dict__)
 
     def subset(self, indices: Sequence[int]) -> 'Mixture':
         """Some of the samples, in the given order, with all classes.
-
-        Raises:
-            RuntimeError: The dataset has a cache already, which is by index.
         """
         if self.cache is not None:
             raise RuntimeError('choose samples before the cache is built')
@@ -302,9 +286,6 @@ def _align(source: Source, classes: list[str], component: Component, split: str)
     """Targets of a split by the indices that its classes have in `train`.
 
     A reader numbers the classes that it finds, so a class that a split lacks would shift all after it.
-
-    Raises:
-        UserError: The split has a class that `train` lacks.
     """
     if source.classes == classes:
         return source.targets

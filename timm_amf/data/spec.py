@@ -124,9 +124,6 @@ class DataSpec:
             data: `{preset: NAME, root: DIR}`, or `{components: [...]}` (a list of mappings, or a mapping from names
                 to mappings), or the mapping of a single component. `root` beside components is their default.
             defaults: Values of components that do not set them (from flags).
-
-        Raises:
-            UserError: An unknown key, an unknown preset, a value of the wrong kind.
         """
         if not isinstance(data, Mapping):
             raise UserError(f'data: expected a mapping with components or a preset, not {data!r}')

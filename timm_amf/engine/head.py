@@ -1,10 +1,10 @@
 """The classifier that a fine-tuning starts with.
 
-timm draws a new classifier with a deviation that depends on the architecture, up to 0.4 in EfficientNets and MobileNets:
-the first steps then fit the features to random weights, which destroys them before the classifier has learned anything.
-A classifier of zeros passes no gradient to the features until it says something. One from a logistic regression on the
-features as they are is the best that the frozen network can do, and where fine-tuning starts from ("probe then fine-tune":
-Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", 2022).
+timm draws a new classifier with a deviation that depends on the architecture, up to 0.4 in EfficientNets and
+MobileNets: the first steps then fit the features to random weights, which destroys them before the classifier has
+learned anything. A classifier of zeros passes no gradient to the features until it says something. One from a logistic
+regression on the features as they are is the best that the frozen network can do, and fine-tuning goes on from there
+(Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", 2022).
 """
 import argparse
 import warnings
