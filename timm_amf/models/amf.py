@@ -35,6 +35,7 @@ from ..errors import UserError
 from .blocks import layer_ids, probe_part
 from .composite import (
     build_composite,
+    checkpoint_within,
     composite_cfg,
     joint_input_cfg,
     register_variant,
@@ -215,15 +216,9 @@ class AMF(Method, nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Each branch checkpoints in its own way, and as a whole if it has none; the policy if it can."""
-        whole = []
-        for path, net in self._networks().items():
-            try:
-                net.set_grad_checkpointing(enable)
-            except (AssertionError, AttributeError, NotImplementedError):
-                if enable and path.startswith('branches.'):
-                    whole.append(int(path.split('.')[1]))
-        self._whole = tuple(whole)
-        self.checkpoint_whole = bool(whole)
+        without = [i for i, net in enumerate(self.networks()) if not checkpoint_within(net, enable)]
+        self._whole = tuple(i for i in without if enable and i < len(self.branches))
+        self.checkpoint_whole = bool(self._whole)
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -446,11 +441,7 @@ class AMF(Method, nn.Module):
         Args:
             img_size: New size in pixels, (H, W) or a side.
         """
-        size = as_pair(img_size)
-        nets = list(self.branches)
-        if self.policy is not None and self.policy.input_size is None:
-            nets.append(self.policy.net)
-        resize_networks(self, nets, self.backbone_parts, size)
+        size = resize_networks(self, self.backbone_parts, img_size)
         self._set_features(size, self.global_pool)
 
 

@@ -33,6 +33,7 @@ from . import decathlon, policy_resnet  # noqa: F401  registered before they are
 from .blocks import classifier_names, classifiers, layer_ids, probe_part
 from .composite import (
     build_composite,
+    checkpoint_within,
     composite_cfg,
     joint_input_cfg,
     register_variant,
@@ -433,10 +434,7 @@ class SpotTune(Method, nn.Module):
         self.grad_checkpointing = enable
         for block in self.routed_blocks:
             block.grad_checkpointing = enable
-        try:
-            self.policy.net.set_grad_checkpointing(enable)
-        except (AssertionError, AttributeError, NotImplementedError):
-            pass
+        checkpoint_within(self.policy.net, enable)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -467,10 +465,7 @@ class SpotTune(Method, nn.Module):
         Args:
             img_size: New size in pixels, (H, W) or a side.
         """
-        size = as_pair(img_size)
-        nets = [self.backbone] + ([self.policy.net] if self.policy.input_size is None else [])
-        resize_networks(self, nets, [self.backbone_part], size)
-        self.img_size = size
+        self.img_size = resize_networks(self, [self.backbone_part], img_size)
         # The folded views are copies that know the old size.
         self._unfold()
         for block in self.routed_blocks:
