@@ -102,11 +102,8 @@ def resize_networks(
 
     Args:
         model: The composite.
-        parts: Those of its networks that are built again from their arguments.
-        img_size: In pixels, (H, W) or a side.
-
-    Returns:
-        (H, W).
+        parts: Those of its networks that are built again from their arguments; changed in place.
+        img_size: In pixels, (H, W) or a side; the result is (H, W).
     """
     size = as_pair(img_size)
     policy = model.policy

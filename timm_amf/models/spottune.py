@@ -441,12 +441,7 @@ class SpotTune(Method, nn.Module):
         return self.backbone.get_classifier()
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """A new classifier, as the backbone draws it.
-
-        Args:
-            num_classes: Classes; 0 removes the classifier.
-            global_pool: Another pooling; None keeps it.
-        """
+        """A new classifier, as the backbone draws it, or none for 0 classes; no `global_pool` keeps the pooling."""
         dd = get_device_dtype(self)
         if global_pool is not None:
             self.unpooled = global_pool == ''
@@ -460,11 +455,7 @@ class SpotTune(Method, nn.Module):
         self._adopt()
 
     def set_input_size(self, img_size: Union[int, tuple[int, int]]) -> None:
-        """Resize the networks whose input size is fixed, such as a ViT's position embedding.
-
-        Args:
-            img_size: New size in pixels, (H, W) or a side.
-        """
+        """Resize the networks whose input size is fixed, such as a ViT's, to (H, W) pixels or a square of this side."""
         self.img_size = resize_networks(self, [self.backbone_part], img_size)
         # The folded views are copies that know the old size.
         self._unfold()
