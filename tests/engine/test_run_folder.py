@@ -62,7 +62,7 @@ def test_a_first_step_that_fails_leaves_the_run_as_it_was(run, monkeypatch):
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize('batch', ['1', '11'])  # 45 images: steps of one, and steps of 11 and 1... of 9
+@pytest.mark.parametrize('batch', ['1', '14'])  # of 45 images: steps of 1, and of 12 and 11
 def test_the_smallest_step_is_tried_first(run, monkeypatch, tmp_path, batch):
     """No batch norm of this network takes a single value a channel."""
     seen = []
@@ -70,7 +70,7 @@ def test_the_smallest_step_is_tried_first(run, monkeypatch, tmp_path, batch):
 
     def narrow(*args):
         model = original(*args)
-        model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+        model.register_forward_pre_hook(lambda module, inputs: module.training and seen.append(len(inputs[0])))
         return model
 
     monkeypatch.setattr(build, 'build_model', narrow)
@@ -84,7 +84,7 @@ def test_the_smallest_step_is_tried_first(run, monkeypatch, tmp_path, batch):
 
 
 def test_the_trial_changes_no_bit(run, monkeypatch):
-    """45 images in batches of 11 have steps of 9: no trial; of 10, steps of 9; of 14, steps of 12 and 11: a trial."""
+    """45 images in batches of 14 have steps of 12 and 11."""
     tried = run('tried', '-b', '14', base=PLAIN)
     monkeypatch.setattr(loop.Trainer, '_try_smallest', lambda *_: None)
     plain = run('plain', '-b', '14', base=PLAIN)
@@ -180,7 +180,7 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_goes_on(run, name, tmp
     whole = run('whole', base=PLAIN)
     folder = run('first', base=PLAIN)
     flip(folder / 'last' / name, 0.4)
-    with pytest.raises(UserError, match=rf'last/.*is damaged.*--resume {folder}/last.old'):
+    with pytest.raises(UserError, match=rf'last/.*is (damaged|not there).*--resume {folder}/last.old'):
         run('first', '--resume', 'auto', base=PLAIN)
     run('first', '--resume', str(folder / 'last.old'), base=PLAIN)
     for file in ('last/model.safetensors', 'last/state.json', 'model_best.safetensors', 'summary.csv'):

@@ -119,7 +119,7 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs)
     """
     cache_dir, commit, name = kwargs.pop('cache_dir', None), None, str(path_or_id)
     folder = Path(name.removeprefix('local-dir:')).expanduser()
-    if is_run(folder) and not kwargs and not revision:
+    if is_run(folder) and not (folder / 'config.json').exists() and not kwargs and not revision:
         run = open_run(folder, need_data=False)
         run.model.provenance = Provenance(str(folder), None, run.args.model.partition('.')[0], run.plan)
         return run.model
