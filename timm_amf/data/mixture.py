@@ -1,6 +1,8 @@
 """A mixture: one dataset made of named components, in which every sample knows its component."""
 import copy
+import hashlib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
@@ -186,10 +188,13 @@ def _create(
     parts = []
     for name in splits:
         for i, component in enumerate(spec.components):
-            source = _open(spec, i, name, opened)
+            shared = bool(spec.val_share) and name != 'test'
+            source = _open(spec, i, 'train' if shared else name, opened)
             targets = _align(source, all_classes[i], component, name)
             chosen = _select(targets, len(classes[i]), component, name)
             _check_classes(targets[chosen], targets, classes[i], component, name)
+            if shared:
+                chosen = chosen[_held_out(source, targets, chosen, spec.val_share) == (name == 'val')]
             parts.append((i, source, chosen, labels[targets[chosen] + offsets[i]]))
     mode = spec.input_img_mode or {1: 'L', 4: 'RGBA'}.get(in_chans, 'RGB')
     return Mixture([c.name for c in spec.components], own_names, class_to_component, parts, input_img_mode=mode)
@@ -310,6 +315,17 @@ def _select(targets: np.ndarray, num_classes: int, component: Component, split: 
     if number is not None:
         keep &= rank < skip + number
     return np.flatnonzero(keep)
+
+
+def _held_out(source: Source, targets: np.ndarray, chosen: np.ndarray, share: float) -> np.ndarray:
+    """Which of the chosen images validate: a share of each class, one at least, never all, by a hash of their names."""
+    paths = [source.filename(index).replace(os.sep, '/').split('/')[-2:] for index in chosen.tolist()]
+    order = np.argsort([hashlib.sha256('/'.join(path).encode()).hexdigest() for path in paths], kind='stable')
+    held = np.zeros(len(chosen), dtype=bool)
+    for label in np.unique(targets[chosen]):
+        members = order[targets[chosen][order] == label]
+        held[members[:min(max(1, round(share * len(members))), len(members) - 1)]] = True
+    return held
 
 
 def _check_classes(
