@@ -11,6 +11,7 @@ policy.csv (a row an epoch), model_best.safetensors, and last/ (from which --res
 """
 import argparse
 import contextlib
+import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from timm_amf.engine.loop import Trainer
 from timm_amf.engine.options import parse_args, resolve_lr, save_args
 from timm_amf.engine.run import claim_folder, find_resume, prepare_folder
 from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
+from timm_amf.engine.wise import mix_with_start, prepare_mix
 from timm_amf.errors import run_command, without_traceback_flag
 from timm_amf.models.method import RunSettings
 from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args, resolve
@@ -78,8 +80,12 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
     accelerator.print(describe_depths(model, table), end='')
     if args.dry_run:
         return
+    start = copy.deepcopy(model.state_dict()) if args.wise_ft and resume is None else None
     if resume is not None:
         trainer.resume(resume)
+    elif args.head_start == 'probe' and not args.eval_only:
+        trainer.start = trainer.evaluate_now()
+        accelerator.print(f'frozen features, logistic regression: {trainer.report(trainer.start)}')
     if args.eval_only:
         accelerator.print(trainer.report(trainer.evaluate_now()))
         if args.routing_eps is not None:
@@ -89,12 +95,16 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
     def begin() -> None:
         if accelerator.is_main_process:
             prepare_folder(folder, resume)
+            if args.wise_ft:
+                prepare_mix(folder, start)
             save_args(args, folder / 'args.yaml')
             plan.to_yaml(folder / 'plan.yaml')
         accelerator.wait_for_everyone()
         build.start_trackers(args, accelerator, plan)
 
     trainer.train(begin)
+    if args.wise_ft and trainer.epoch >= trainer.total_epochs:
+        accelerator.print(mix_with_start(trainer))
     trainer.write_compact()
     accelerator.end_training()
     accelerator.print(trainer.closing_line())

@@ -28,7 +28,8 @@ from timm_amf.files import replacing, whole_folder
 from timm_amf.tuning.l2sp import L2SP
 
 __all__ = [
-    'Checkpointer', 'class_names', 'load_weights', 'read_class_names', 'read_state', 'save_weights', 'set_class_names',
+    'Checkpointer', 'class_names', 'load_weights', 'read_class_names', 'read_state', 'save_tensors', 'save_weights',
+    'set_class_names',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -111,6 +112,12 @@ def save_weights(module: nn.Module, path: Union[str, Path]) -> None:
         _write_module(module, temporary)
 
 
+def save_tensors(named: Mapping[str, torch.Tensor], path: Union[str, Path]) -> None:
+    """Write tensors as safetensors, whole or not at all."""
+    with replacing(path, _REMEDY) as temporary:
+        save_file(_contiguous(named), temporary)
+
+
 def _read_tensors(path: Union[str, Path], missing: str) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file; `missing` is what to say where there is none."""
     try:
@@ -186,7 +193,7 @@ class Checkpointer:
 
     def records(self) -> list[Path]:
         """The files of the run so far beside its checkpoint."""
-        patterns = ('model_best.safetensors', 'checkpoint-*.safetensors', 'summary.csv', 'policy.csv')
+        patterns = ('model_*.safetensors', 'checkpoint-*.safetensors', 'summary.csv', 'policy.csv')
         return [path for pattern in patterns for path in sorted(self.folder.glob(pattern))]
 
     def save_last(

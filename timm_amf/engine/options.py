@@ -47,6 +47,8 @@ RUN_FLAGS = (
     ('--head-start', str, None, 'classifier to start from: timm draws it, zero, or probe: a logistic regression on the '
      'features (default: zero for a new classifier on pretrained weights, else timm)',
      {'choices': ('timm', 'zero', 'probe')}),
+    ('--wise-ft', bool, False, 'at the end mix the weights of the start and the best ones, in the shares that validate '
+     'best'),
     ('--branch-loss', float, 0., "weight of an extra loss on each branch's own logits (AMF, MultiTune)"),
     ('--policy-balance', float, 0., "weight of a penalty on branches that get more than their share of the policy's "
      'weight on average (AMF)'),
