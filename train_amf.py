@@ -11,6 +11,7 @@ policy.csv (a row an epoch), model_best.safetensors, and last/ (from which --res
 """
 import argparse
 import contextlib
+import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +21,12 @@ from accelerate import Accelerator
 
 from timm_amf.engine import build
 from timm_amf.engine.checkpoint import read_class_names, set_class_names
+from timm_amf.engine.head import start_head
 from timm_amf.engine.loop import Trainer
 from timm_amf.engine.options import parse_args, resolve_lr, save_args
 from timm_amf.engine.run import claim_folder, find_resume, prepare_folder
 from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
+from timm_amf.engine.wise import mix_with_start, prepare_mix
 from timm_amf.errors import run_command, without_traceback_flag
 from timm_amf.models.method import RunSettings
 from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args, resolve
@@ -65,6 +68,7 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
     table = resolve(model, plan)
     if resume is None and not args.eval_only:
         build.set_start(model, table, args, train_set.num_classes)
+        start_head(model, args, train_set, accelerator)
     optimizer = create_optimizer(model, table)
     mixup = build.build_mixup(args, model.num_classes)
     task = AdaptiveTask(
@@ -76,8 +80,12 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
     accelerator.print(describe_depths(model, table), end='')
     if args.dry_run:
         return
+    start = copy.deepcopy(model.state_dict()) if args.wise_ft and resume is None else None
     if resume is not None:
         trainer.resume(resume)
+    elif args.head_start == 'probe' and not args.eval_only:
+        trainer.start = trainer.evaluate_now()
+        accelerator.print(f'frozen features, logistic regression: {trainer.report(trainer.start)}')
     if args.eval_only:
         accelerator.print(trainer.report(trainer.evaluate_now()))
         if args.routing_eps is not None:
@@ -87,12 +95,16 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
     def begin() -> None:
         if accelerator.is_main_process:
             prepare_folder(folder, resume)
+            if args.wise_ft:
+                prepare_mix(folder, start)
             save_args(args, folder / 'args.yaml')
             plan.to_yaml(folder / 'plan.yaml')
         accelerator.wait_for_everyone()
         build.start_trackers(args, accelerator, plan)
 
     trainer.train(begin)
+    if args.wise_ft and trainer.epoch >= trainer.total_epochs:
+        accelerator.print(mix_with_start(trainer))
     trainer.write_compact()
     accelerator.end_training()
     accelerator.print(trainer.closing_line())

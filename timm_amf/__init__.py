@@ -24,6 +24,7 @@ _PUBLIC = {
     'L2SP': 'tuning.l2sp',
     'global_k_loss': 'models.global_k',
     'list_blocks': 'models.blocks',
+    'fit': 'search.fit',
     'advise': 'search.advise',
     'search_blocks': 'search.block_search',
     'load': 'hub.load',

@@ -11,6 +11,7 @@ __all__ = ['main']
 
 # Subcommand -> module whose `main(argv)` does it, and what it does.
 _COMMANDS = {
+    'fit': ('timm_amf.search.fit', 'fine-tune by measuring: a few ways on your images, the best to the end'),
     'train': ('train_amf', 'fine-tune a model: the flags of train_amf.py'),
     'evaluate': (
         'timm_amf.engine.evaluate_runs', 'evaluate runs from their folders, or a checkpoint with the flags of train'),
@@ -26,6 +27,7 @@ _COMMANDS = {
 }
 # What there is to say after Ctrl-C.
 _INTERRUPTED = {
+    'fit': 'interrupted; the same command goes on where it stopped',
     'advise': 'interrupted; features that were finished are kept',
     'search': 'interrupted; the same command goes on where it stopped',
     'publish': 'interrupted; the repository is as it was',

@@ -77,14 +77,6 @@ def test_evaluation_from_a_cache_of_its_own_size_is_exact(dataset, tmp_path):
     assert torch.equal(next(iter(create_loader(dataset, **options))).input, expected)
 
 
-def test_data_in_memory_needs_none(tmp_path):
-    pytest.importorskip('sklearn')
-    pytest.importorskip('skimage')
-    data = create_dataset(DataSpec.from_mapping({'preset': 'demo'}))
-    assert build_cache(data, 32, tmp_path) is None and data.cache is None
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_damaged_cache_is_built_again(dataset, tmp_path, caplog):
     folder = build_cache(dataset, 32, tmp_path).folder
     os.truncate(folder / 'pixels.bin', 100)
@@ -111,13 +103,6 @@ def test_a_folder_that_cannot_be_is_one_line(dataset, tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(UserError, match='the cache in .*cannot be written'):
         build_cache(dataset, 32, tmp_path / 'file' / 'cache')
-
-
-def test_a_bad_image_is_named_and_leaves_nothing(dataset, tmp_path):
-    open(dataset.filename(2), 'wb').close()
-    with pytest.raises(UserError, match='train/a/2.png'):
-        build_cache(dataset, 32, tmp_path / 'cache')
-    assert list((tmp_path / 'cache').iterdir()) == []
 
 
 KILLED = """

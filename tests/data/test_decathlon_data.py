@@ -21,18 +21,10 @@ from timm_amf.errors import UserError
 # that of another row.
 TABLE = {
     'Scratch': ('59.87 57.10 75.73 91.20 37.77 96.55 56.30 88.74 96.63 43.27', 1625, 2.5),
-    'Scratch+': ('59.67 59.59 76.08 92.45 39.63 96.90 56.66 88.74 96.78 44.17', 1826, 2.5),
     'Feature Extractor': ('59.67 23.31 63.11 80.33 55.53 68.18 73.69 58.79 43.54 26.80', 544, 103),
     'Fine-tuning': ('60.32 61.87 82.12 92.82 55.53 99.42 81.41 89.12 96.55 51.20', 3096, 20),
-    'BN Adapt': ('59.87 43.05 78.62 92.07 51.60 95.82 74.14 84.83 94.10 43.51', 1353, 9),
-    'LwF': ('59.87 61.15 82.23 92.34 58.83 97.57 83.05 88.08 96.10 50.04', 2515, 2.5),
-    'Series adapters': ('60.32 61.87 81.22 93.88 57.13 99.27 81.67 89.62 96.57 50.12', 3159, 1),
     'Parallel adapters': ('60.32 64.21 81.92 94.73 58.83 99.38 84.68 89.21 96.54 50.94', 3412, 0.5),
     'Adapters, large': ('67.00 67.69 84.69 94.28 59.41 97.43 84.86 89.92 96.59 52.39', 3131, 0.5),
-    'Adapters, decay': ('59.67 61.87 81.20 93.88 57.13 97.57 81.67 89.62 96.13 50.12', 2621, 0.5),
-    'Adapters, all': ('59.23 63.73 81.31 93.30 57.02 97.47 83.43 89.82 96.17 50.28', 2643, 1.1),
-    'DAN': ('57.74 64.12 80.07 91.30 56.54 98.46 86.05 89.67 96.77 49.48', 2851, 2.5),
-    'Piggyback': ('57.69 65.29 79.87 96.99 57.45 97.27 79.09 87.63 97.24 47.48', 2838, 2.5),
     'SpotTune, global-k': ('60.32 61.57 80.30 95.78 55.80 99.48 85.38 88.41 96.47 51.05', 3401, 10),
     'SpotTune': ('60.32 63.91 80.48 96.49 57.13 99.52 85.22 88.84 96.72 52.34', 3612, 0.5),
 }
@@ -168,39 +160,27 @@ def test_test_has_no_labels_unless_a_file_has(root):
 
 
 @pytest.mark.parametrize('change, message', [
-    (lambda c: c.pop('images'), 'no images'),
-    (lambda c: c.pop('categories'), 'no categories'),
-    (lambda c: c.pop('annotations'), 'no annotations'),
+    (lambda c: c.pop('annotations'), "'annotations'"),
     (lambda c: c.update(images=[]), 'no images'),
-    (lambda c: c.update(images={}), 'no images'),
-    (lambda c: c['images'][3].pop('file_name'), 'images without file_name'),
-    (lambda c: c['images'].append(7), 'images without id'),
-    (lambda c: c['images'].append(c['images'][0]), 'an id to two images'),
-    (lambda c: c['categories'].append(c['categories'][0]), 'an id to two categories'),
+    (lambda c: c['images'][3].pop('file_name'), "'file_name'"),
+    (lambda c: c['images'].append(7), 'TypeError'),
     (lambda c: c['images'][0].update(file_name='../../secret.jpg'), 'outside of the folder'),
     (lambda c: c['images'][0].update(file_name='/etc/secret.jpg'), 'outside of the folder'),
-    (lambda c: c['annotations'].pop(), 'no category for image 10000012'),
-    (lambda c: c['annotations'][0].update(image_id=5), 'annotates image 5'),
-    (lambda c: c['annotations'][0].update(category_id=5), 'category 5, which the training annotations lack'),
-    (lambda c: c['annotations'].append({'image_id': 10000001, 'category_id': 10000002}), 'two categories'),
-    (lambda c: c['annotations'][0].update(category_id='1'), 'annotations without category_id'),
+    (lambda c: c['annotations'].pop(), '10000012'),
+    (lambda c: c['annotations'][0].update(category_id=5), ': 5'),
+    ('{"images": [', 'JSONDecodeError'), ('[]', 'TypeError'), ('\udcff', 'UnicodeDecodeError'),
 ])
 def test_a_damaged_file_is_one_line(root, change, message):
     path = root / 'annotations/aircraft_train.json'
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=message) as e:
+    if isinstance(change, str):
+        path.write_bytes(change.encode('utf-8', 'surrogateescape'))
+    else:
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f'not an annotation file.*{message}.*unpack it anew') as e:
         open_domain(str(root), 'aircraft', 'train')
     assert '\n' not in str(e.value) and str(path) in str(e.value)
-
-
-@pytest.mark.parametrize('text, message', [
-    ('{"images": [', 'cannot be read'), ('[]', 'not an annotation file'), ('\udcff', 'cannot be read')])
-def test_no_json(root, text, message):
-    (root / 'annotations/aircraft_train.json').write_bytes(text.encode('utf-8', 'surrogateescape'))
-    with pytest.raises(UserError, match=message):
-        open_domain(str(root), 'aircraft', 'train')
 
 
 @pytest.mark.parametrize('path, domain, split, message', [
@@ -231,7 +211,7 @@ def test_statistics(root):
     assert mean == pytest.approx(pixels.mean(0)) and std == pytest.approx(pixels.std(0))
     with open(source.paths[5], 'wb') as file:
         file.write(b'no image')
-    with pytest.raises(UserError, match='cannot read image .*; unpack it anew'):
+    with pytest.raises(UserError, match='cannot read image .*not an image'):
         channel_stats(source)
 
 
@@ -256,17 +236,12 @@ def test_the_pages_figures_and_example(written):
 @pytest.mark.parametrize('domain', TARGETS)
 def test_recipes(domain, tmp_path):
     path = find_config(f'spottune_resnet26.decathlon_{domain}')
-    recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
-    plan = recipe['plan']
-    assert (plan['lr'], plan['epochs'], plan['opt'], plan['momentum']) == (0.1, 110, 'momentum', 0.9)
-    assert plan['weight_decay'] == DOMAINS[domain].weight_decay
-    assert plan['roles']['policy']['lr'] == 0.01
-    assert plan['schedule'] == {
-        'sched': 'multistep', 'decay_milestones': [40, 60, 80], 'decay_rate': 0.1, 'warmup_epochs': 0}
-    assert recipe['batch_size'] == 128
-    assert recipe['model_kwargs'] == {'first_block': 4, 'temperature': 5.0}
-    assert recipe['expected']['top1']['mean'] == by_domain(TABLE['SpotTune'][0])[domain]
     args = parse_args(['--config', str(path), '--data-dir', str(tmp_path)])
+    plan = args.recipe['plan']
+    assert (plan['lr'], plan['epochs'], plan['opt'], args.batch_size) == (0.1, 110, 'momentum', 128)
+    assert plan['weight_decay'] == DOMAINS[domain].weight_decay
+    expected = yaml.safe_load(path.read_text(encoding='utf-8'))['expected']
+    assert expected['top1']['mean'] == by_domain(TABLE['SpotTune'][0])[domain]
     assert data_spec_from_args(args, args.recipe['data']).components[0].dataset == f'decathlon/{domain}'
 
 

@@ -99,13 +99,12 @@ def test_validation_with_a_class_that_train_lacks(make_folder):
             create_datasets(spec(Component('images', root=str(root), classes=classes)))
 
 
-@pytest.mark.parametrize('split', ['train', 'val'])
-def test_empty_class_folder(make_folder, split):
+def test_empty_class_folder(make_folder):
     root = make_folder()
-    for path in (root / split / 'b').iterdir():
+    for path in (root / 'val' / 'b').iterdir():
         path.unlink()
-    (root / split / 'b' / 'notes.txt').touch()
-    with pytest.raises(UserError, match=f'no images in class folder .*{split}/b'):
+    (root / 'val' / 'b' / 'notes.txt').touch()
+    with pytest.raises(UserError, match='no images in class folder .*val/b'):
         create_datasets(spec(Component('images', root=str(root))))
 
 
@@ -114,13 +113,7 @@ def test_a_class_that_skip_empties(make_folder):
         create_dataset(spec(Component('images', root=str(make_folder()), skip=4)))
 
 
-def test_fewer_images_than_asked_is_said(make_folder, caplog):
-    with caplog.at_level(logging.WARNING):
-        assert len(create_dataset(spec(Component('images', root=str(make_folder()), per_class=9)))) == 12
-    assert 'fewer than per_class=9 images (the fewest: 4' in caplog.text
-
-
-@pytest.mark.parametrize('name', ['val', 'valid', 'validation', 'eval'])
+@pytest.mark.parametrize('name', ['val', 'eval'])
 def test_split_aliases(make_folder, name):
     root = make_folder(splits=['training', name, 'test'])
     train, val, test = create_datasets(spec(Component('images', root=str(root))), ('train', 'val', 'test'))
@@ -184,14 +177,6 @@ def test_images_of_any_mode(tmp_path):
     assert [data[i][0].mode for i in range(len(data))] == ['RGB'] * 7
     grey = create_dataset(spec(Component('x', root=str(tmp_path))), in_chans=1)
     assert grey[2][0].mode == 'L'
-
-
-def test_an_image_that_cannot_be_read_is_named(make_folder):
-    root = make_folder()
-    (root / 'train' / 'b' / '2.png').write_bytes(b'nothing')
-    data = create_dataset(spec(Component('x', root=str(root))))
-    with pytest.raises(UserError, match='train/b/2.png'):
-        data[6]
 
 
 def test_tar_file(make_folder, tmp_path):

@@ -133,3 +133,32 @@ def test_names_that_components_share_keep_their_component(make_folder, tmp_path)
     alone = DataSpec.from_mapping({'components': [{'name': 'two', 'path': str(two)}]})
     data = create_dataset(alone, 'val', class_names=names)
     assert data.class_counts().tolist() == [0, 0, 4, 4]
+
+
+# -- a folder without splits ------------------------------------------------------------------------------------------
+
+
+def test_a_share_of_the_training_images_validates(make_folder, tmp_path):
+    root = make_folder(classes=('a', 'b'), splits=('.',), number=10)
+    (root / 'c').mkdir()
+    (root / 'a' / '0.png').rename(root / 'c' / '0.png')  # a class of one image trains
+    data = {'components': [{'name': 'x', 'path': str(root)}], 'val_share': 0.2}
+    train, val = create_datasets(DataSpec.from_mapping(data))
+    assert train.class_counts().tolist() == [7, 8, 1] and val.class_counts().tolist() == [2, 2, 0]
+    assert train.count_shared(val) == 0
+    names = {val.filename(i)[-7:] for i in range(len(val))}
+    root.rename(tmp_path / 'moved')
+    data['components'][0]['path'] = str(tmp_path / 'moved')
+    moved = create_dataset(DataSpec.from_mapping(data), 'val')
+    assert {moved.filename(i)[-7:] for i in range(len(moved))} == names
+    # One image more in a class changes at most one of its others.
+    (tmp_path / 'moved' / 'b' / '0.png').with_name('new.png').write_bytes(
+        (tmp_path / 'moved' / 'b' / '0.png').read_bytes())
+    more = create_dataset(DataSpec.from_mapping(data), 'val')
+    assert len({more.filename(i)[-7:] for i in range(len(more))} ^ names) <= 2
+
+
+@pytest.mark.parametrize('share', [1, -0.1, 'a'])
+def test_a_share_that_is_none(share):
+    with pytest.raises(UserError, match='val_share must be at least 0 and below 1'):
+        DataSpec.from_mapping({'path': 'x', 'val_share': share})

@@ -6,12 +6,8 @@ from timm_amf.data.sampler import EvalSampler, StepSampler
 from timm_amf.errors import UserError
 
 
-def steps(sampler):
-    return list(sampler)
-
-
-@pytest.mark.parametrize('num_samples', [1, 2, 3, 31, 32, 33, 64, 100, 129])
-@pytest.mark.parametrize('batch_size', [1, 2, 5, 32])
+@pytest.mark.parametrize('num_samples', [1, 2, 3, 32, 33, 129])
+@pytest.mark.parametrize('batch_size', [1, 5, 32])
 @pytest.mark.parametrize('world_size', [1, 2, 3])
 def test_each_sample_once_and_no_rank_without(num_samples, batch_size, world_size):
     if num_samples < world_size:
@@ -19,7 +15,7 @@ def test_each_sample_once_and_no_rank_without(num_samples, batch_size, world_siz
             StepSampler(num_samples, batch_size, world_size=world_size)
         return
     ranks = [StepSampler(num_samples, batch_size, rank=r, world_size=world_size) for r in range(world_size)]
-    parts = [steps(rank) for rank in ranks]
+    parts = [list(rank) for rank in ranks]
     assert len({len(part) for part in parts}) == 1 and len(parts[0]) == len(ranks[0])
     assert Counter(key.index for part in parts for step in part for key in step) == Counter(range(num_samples))
     sizes = [[len(part[s]) for part in parts] for s in range(len(parts[0]))]
@@ -33,8 +29,8 @@ def test_each_sample_once_and_no_rank_without(num_samples, batch_size, world_siz
 
 
 def test_two_processes_are_one_with_twice_the_batch():
-    one = steps(StepSampler(101, 16, seed=3))
-    two = [steps(StepSampler(101, 8, seed=3, rank=r, world_size=2)) for r in (0, 1)]
+    one = list(StepSampler(101, 16, seed=3))
+    two = [list(StepSampler(101, 8, seed=3, rank=r, world_size=2)) for r in (0, 1)]
     for s, whole in enumerate(one):
         together = sorted((key for part in two for key in part[s]), key=lambda key: key.position)
         assert together == whole
@@ -42,16 +38,16 @@ def test_two_processes_are_one_with_twice_the_batch():
 
 def test_epoch_seed_and_start():
     sampler = StepSampler(50, 8, seed=1)
-    first = steps(sampler)
-    assert steps(sampler) == first
+    first = list(sampler)
+    assert list(sampler) == first
     sampler.set_epoch(1)
-    second = steps(sampler)
+    second = list(sampler)
     assert [k.index for step in second for k in step] != [k.index for step in first for k in step]
     sampler.set_epoch(1, start_step=4)
     assert len(sampler) == 7
-    assert steps(sampler) == second[4:]
-    assert steps(sampler) == second  # the start is for one iteration only
-    assert [k.index for s in steps(StepSampler(50, 8, seed=2)) for k in s] != [k.index for s in first for k in s]
+    assert list(sampler) == second[4:]
+    assert list(sampler) == second  # the start is for one iteration only
+    assert [k.index for s in list(StepSampler(50, 8, seed=2)) for k in s] != [k.index for s in first for k in s]
 
 
 @pytest.mark.parametrize('repeats', [2, 3, 1.5])
@@ -77,7 +73,7 @@ def test_epoch_repeats_are_passes_with_orders_of_their_own():
 @pytest.mark.parametrize('num_samples, world_size', [(10, 1), (10, 3), (1, 3), (7, 7)])
 def test_evaluation_has_each_once_in_order(num_samples, world_size):
     ranks = [EvalSampler(num_samples, 2, r, world_size) for r in range(world_size)]
-    parts = [steps(rank) for rank in ranks]
+    parts = [list(rank) for rank in ranks]
     assert [len(p) for p in parts] == [len(r) for r in ranks]
     assert Counter(key.index for part in parts for step in part for key in step) == Counter(range(num_samples))
     assert all([k.index for s in part for k in s] == list(range(r, num_samples, world_size))

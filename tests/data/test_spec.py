@@ -33,11 +33,6 @@ def test_a_plain_folder_is_a_mixture_of_one():
     assert spec == data_spec_from_args(parse('--data-dir', '/data/pets', '--val-split', 'dev'))
 
 
-def test_a_named_dataset_is_a_mixture_of_one():
-    spec = data_spec_from_args(parse('--dataset', 'torch/cifar10', '--data-dir', '/data', '--dataset-download'))
-    assert (spec.components[0].name, spec.components[0].dataset, spec.download) == ('cifar10', 'torch/cifar10', True)
-
-
 def test_component_flags_and_yaml_say_the_same():
     flags = parse(
         '--component', 'name=signs,path=/data/signs,classes=10,per_class=33',
@@ -85,10 +80,8 @@ def test_mapping_round_trip(preset):
     ({'components': [{'name': 'a'}, {'name': 'a'}]}, "named 'a'"),
     ({'components': [{'name': 'a b'}]}, "'a b'"),
     ({'components': [{'name': 'a', 'classes': 0}]}, 'classes'),
-    ({'components': [{'name': 'a', 'per_class': '3'}]}, 'per_class'),
     ({'components': [{'name': 'a', 'per_class': {'dev': 3}}]}, "'dev'"),
     ({'components': [{'name': 'a'}], 'shuffle': True}, "'shuffle'"),
-    ({'components': 3}, 'components'),
     ({'components': [3]}, 'component'),
 ])
 def test_mistakes_in_yaml_are_one_line(section, words):

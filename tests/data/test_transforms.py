@@ -64,7 +64,7 @@ def test_random_state_is_kept():
 
 
 @pytest.mark.parametrize('mode', ['RGB', 'L'])
-@pytest.mark.parametrize('bits', [-4, 0, 1, 2, 4, 7, 8])
+@pytest.mark.parametrize('bits', [-4, 0, 1, 8])
 def test_posterize_is_what_older_pillow_made(mode, bits):
     image = noise(mode=mode)
     # Pillow 9: mask = ~(2 ** (8 - bits) - 1), applied to each pixel value

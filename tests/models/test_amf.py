@@ -1,12 +1,9 @@
-import json
-
 import pytest
 import timm
 import torch
 from torch import nn
 
 import timm_amf.models.amf
-from timm_amf.errors import UserError
 from timm_amf.models import AMF, MultiTune
 
 PAIR = dict(backbones=('test_resnet', 'test_resnet'), policy='test_efficientnet')
@@ -95,21 +92,6 @@ def test_a_seed_gives_the_same_model_each_time():
         assert torch.equal(a, b)
 
 
-def test_reset_classifier_keeps_the_rest():
-    model = create(num_classes=4, dtype=torch.float64).eval()
-    model.branches[0].requires_grad_(False)
-    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-    model.reset_classifier(6)
-    assert model.fc.weight.dtype == torch.float64 and not model.fc.training and model.num_classes == 6
-    assert {n for n, p in model.named_parameters() if not p.requires_grad} == frozen
-    assert model.get_classifier() is model.fc
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    model.reset_classifier(0)
-    assert model(x).shape == (2, model.head_hidden_size)
-    model.reset_classifier(0, '')
-    assert model(x).shape == (2, model.num_features, 2, 2)
-
-
 def test_pooling_by_name_is_the_branches():
     model = create(num_classes=3, global_pool='max').eval()
     x = torch.randn(2, 3, 64, 64)
@@ -181,25 +163,6 @@ def test_input_statistics_follow_the_cfg():
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('in_chans', [1, 4])
-def test_other_channels(in_chans):
-    model = create(num_classes=3, in_chans=in_chans)
-    assert model.in_chans == in_chans and model(torch.randn(2, in_chans, 64, 64)).shape == (2, 3)
-
-
-def test_a_config_alone_rebuilds_the_model():
-    kwargs = dict(backbones=('test_resnet', 'test_vit'), backbone_kwargs=[{'block_args': {}}, {'depth': 2}],
-                  policy='test_efficientnet', policy_kwargs={'pad_type': 'same'}, policy_input_size=64, num_classes=5)
-    model = timm.create_model('amf', **kwargs)
-    config = json.loads(json.dumps(dict(model_args=model._model_args, pretrained_cfg=model.pretrained_cfg)))
-    again = timm.create_model('amf', pretrained_cfg=config['pretrained_cfg'], **config['model_args'])
-    again.load_state_dict(model.state_dict())
-    x = torch.randn(2, 3, 160, 160)
-    with torch.no_grad():
-        assert torch.equal(again.eval()(x), model.eval()(x))
-    assert len(again.branches[1].blocks) == 2
-
-
 def test_per_branch_kwargs_reach_their_branch():
     model = create(backbones=('test_vit',) * 2, backbone_kwargs=[{'depth': 1}, {'depth': 3}])
     assert [len(b.blocks) for b in model.branches] == [1, 3]
@@ -245,33 +208,6 @@ def test_gradient_checkpointing_changes_no_gradient(backbones):
         gradients.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize('kwargs,words', [
-    (dict(backbones=('resnet17', 'resnet18')), ('resnet17', 'resnet18')),
-    (dict(backbones='resnet18'), ('backbones', 'resnet18')),
-    (dict(backbones=()), ('backbones',)),
-    (dict(policy='nothing_like_it'), ('nothing_like_it', 'list_models')),
-    (dict(backbones=('resnet18.nope',) * 2), ('resnet18', 'nope', 'a1_in1k')),
-    (dict(backbone_kwargs=[{}]), ('backbone_kwargs', '1', '2')),
-    (dict(backbone_kwargs={'no_such_thing': 1}), ('test_resnet', 'no_such_thing')),
-    (dict(policy_kwargs=3), ('test_efficientnet', '3')),
-    (dict(backbones=('test_resnet', 'csatv2'), backbone_kwargs={'global_pool': ''}), ('test_resnet', 'pooled')),
-    (dict(img_size=8, backbones=('inception_v3',) * 2), ('inception_v3', '3x8x8')),
-])
-def test_mistakes_are_one_line_that_names_them(kwargs, words):
-    with pytest.raises(UserError) as e:
-        create(**kwargs)
-    message = str(e.value)
-    assert '\n' not in message and all(w in message for w in words), message
-
-
-def test_unknown_keywords():
-    for name in ('amf', 'multitune', 'amf_resnet18x2'):
-        with pytest.raises(TypeError):
-            timm.create_model(name, device='meta', not_an_argument=1)
-    with pytest.raises(TypeError):
-        timm.create_model('multitune', policy='resnet10t', device='meta')
 
 
 def test_registration():

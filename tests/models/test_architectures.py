@@ -20,5 +20,14 @@ def test_a_branch_of_every_module_of_timm(module):
         assert features.shape == (2, model.num_features, 1, 1)
         assert model.forward_head(features).shape == (2, 3)
     assert model.widths == [model.branches[0].head_hidden_size, 96]
-    assert list_blocks(model.branches[0])
+    check_blocks(model.branches[0])
     assert len(ARCHITECTURES) >= 60
+
+
+def check_blocks(network):
+    """Each block owns weights, and lies in no other."""
+    blocks = list_blocks(network)
+    assert blocks and len(set(blocks)) == len(blocks)
+    for name in blocks:
+        assert any(p.numel() for p in network.get_submodule(name).parameters())
+        assert not any(other.startswith(f'{name}.') for other in blocks)

@@ -91,20 +91,6 @@ def test_follows_every_change_of_its_sources():
         torch.testing.assert_close(view(x.double()), plain(x.double()))
 
 
-def test_keeps_the_folded_weight_without_gradients_only():
-    plain = nn.Sequential(nn.Conv2d(4, 6, 3), trained(nn.BatchNorm2d(6)))
-    view = folded_view(plain, [('0', '1')])
-    x = torch.randn(2, 4, 8, 8)
-    with torch.no_grad():
-        view(x)
-        kept = view[0]._kept[0]
-        view(x)
-        assert view[0]._kept[0] is kept
-    assert view(x).requires_grad
-    plain.requires_grad_(False)
-    assert not view(x).requires_grad
-
-
 def test_a_view_has_no_parameters_of_its_own():
     net = timm.create_model('test_resnet').eval()
     pairs = [('layer1.0.conv2', 'layer1.0.bn2'), ('layer2.0.conv1', 'layer2.0.bn1')]
@@ -159,11 +145,6 @@ def pairs_of(net):
     return finder.pairs(result)
 
 
-def weight_normed():
-    with pytest.warns(FutureWarning):
-        return torch.nn.utils.weight_norm(nn.Conv2d(3, 4, 3, padding=1))
-
-
 class OtherNorm(nn.BatchNorm2d):
 
     def forward(self, x):
@@ -192,10 +173,6 @@ def test_no_pair_where_anything_else_touches_the_output(way):
 ])
 def test_no_pair_of_layers_that_compute_otherwise(layer):
     assert pairs_of(Net('', **copy.deepcopy(layer))) == []
-
-
-def test_no_pair_of_a_convolution_with_hooks():
-    assert pairs_of(Net('', conv=weight_normed())) == []
 
 
 def test_pairs_that_are_no_longer():

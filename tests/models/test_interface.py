@@ -1,5 +1,6 @@
 """timm's model interface on pairs of unlike kinds; timm's own tests cover the registered models."""
 import copy
+import json
 
 import pytest
 import timm
@@ -94,13 +95,6 @@ def test_policy_of_smaller_input_on_bf16(x):
         torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
-def test_device_of_construction():
-    model = timm.create_model('amf', backbones=PAIRS['mixed'], policy='test_vit', device='meta', dtype=torch.float16)
-    tensors = [*model.parameters(), *model.buffers()]
-    assert {t.device.type for t in tensors} == {'meta'}
-    assert {t.dtype for t in model.parameters()} == {torch.float16}
-
-
 def test_deepcopy_and_state(model, x):
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -135,3 +129,83 @@ def test_drop_rate():
     z = torch.ones(64, model.num_features, 1, 1)
     dropped = model.train().forward_head(z, pre_logits=True)
     assert 0.4 < (dropped == 0).float().mean() < 0.6
+
+
+# -- AMF and SpotTune alike -------------------------------------------------------------------------------------------
+
+SMALL = {
+    'amf': dict(backbones=('test_resnet',) * 2, policy='test_efficientnet'),
+    'spottune': dict(backbone='test_resnet', policy='test_efficientnet'),
+}
+
+
+def create(name, **kwargs):
+    return timm.create_model(name, **{**SMALL[name], **kwargs})
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_device_of_construction(name):
+    model = create(name, device='meta', dtype=torch.float16)
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {'meta'}
+    assert {t.dtype for t in model.parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_reset_classifier_keeps_type_mode_and_what_is_frozen(name):
+    model = create(name, num_classes=4, dtype=torch.float64).eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    next(model.parameters()).requires_grad_(False)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    model.reset_classifier(6)
+    head = model.get_classifier()
+    assert head.weight.dtype == torch.float64 and not head.training and head.weight.requires_grad
+    assert frozen and {n for n, p in model.named_parameters() if not p.requires_grad} == frozen
+    assert model.num_classes == 6 and model(x).shape == (2, 6)
+    model.reset_classifier(0)
+    assert model(x).shape == (2, model.head_hidden_size)
+    model.reset_classifier(0, '')
+    assert model(x).shape == (2, model.num_features, 2, 2)
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('amf', dict(backbones=('test_resnet', 'test_vit'), backbone_kwargs=[{'block_args': {}}, {'depth': 2}],
+                 policy_kwargs={'pad_type': 'same'}, policy_input_size=64)),
+    ('spottune', dict(backbone='test_vit', policy='test_resnet', backbone_kwargs={'depth': 3}, policy_input_size=48,
+                      first_block=1, temperature=2.)),
+])
+def test_a_config_alone_rebuilds_the_model(name, kwargs, x):
+    model = create(name, num_classes=5, **kwargs)
+    config = json.loads(json.dumps(dict(model_args=model._model_args, pretrained_cfg=model.pretrained_cfg)))
+    again = timm.create_model(name, pretrained_cfg=config['pretrained_cfg'], **config['model_args'])
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval()(x), model.eval()(x))
+    assert name == 'amf' or again.temperature == 2.
+
+
+@pytest.mark.parametrize('name, kwargs, words', [
+    ('amf', dict(backbones=('resnet17', 'resnet18')), ('resnet17', 'resnet18')),
+    ('amf', dict(backbones='resnet18'), ('backbones', 'resnet18')),
+    ('amf', dict(backbones=()), ('backbones',)),
+    ('amf', dict(policy='nothing_like_it'), ('nothing_like_it', 'list_models')),
+    ('amf', dict(backbones=('resnet18.nope',) * 2), ('resnet18', 'nope', 'a1_in1k')),
+    ('amf', dict(backbone_kwargs=[{}]), ('backbone_kwargs', '1', '2')),
+    ('amf', dict(backbone_kwargs={'no_such_thing': 1}), ('test_resnet', 'no_such_thing')),
+    ('amf', dict(policy_kwargs=3), ('test_efficientnet', '3')),
+    ('amf', dict(backbones=('test_resnet', 'csatv2'), backbone_kwargs={'global_pool': ''}), ('test_resnet', 'pooled')),
+    ('amf', dict(img_size=8, backbones=('inception_v3',) * 2), ('inception_v3', '3x8x8')),
+    ('spottune', dict(backbone='resnet17'), ('resnet17', 'resnet18')),
+    ('spottune', dict(backbone='mvitv2_tiny'), ('mvitv2_tiny', 'cannot be routed', 'one tensor')),
+    ('spottune', dict(routing='sparse'), ('routing', 'sparse', 'both')),
+])
+def test_mistakes_are_one_line_that_names_them(name, kwargs, words):
+    with pytest.raises(UserError) as e:
+        create(name, **kwargs)
+    assert '\n' not in str(e.value) and all(w in str(e.value) for w in words), e.value
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('amf', dict(not_an_argument=1)), ('multitune', dict(not_an_argument=1)), ('multitune', dict(policy='resnet10t')),
+    ('spottune_resnet18', dict(not_an_argument=1))])
+def test_unknown_keywords(name, kwargs):
+    with pytest.raises(TypeError):
+        timm.create_model(name, device='meta', **kwargs)

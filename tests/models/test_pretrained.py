@@ -128,6 +128,7 @@ def test_input_channels_are_adapted_as_timm_does(weights, in_chans):
     plain = timm.create_model('test_resnet', pretrained=True, in_chans=in_chans, **overlay)
     for network in (*model.branches, model.policy.net):
         assert torch.equal(network.conv1[0].weight, plain.conv1[0].weight)
+    assert model.in_chans == in_chans and model(torch.randn(2, in_chans, 64, 64)).shape == (2, 2)
 
 
 def composite(num_classes=4, **kwargs):

@@ -46,13 +46,6 @@ def test_equals_the_dense_model_with_masked_weights(model, x):
 
 
 @torch.no_grad()
-def test_zero_is_the_dense_model(model, x):
-    dense = model(x)
-    model.set_routing(0.)
-    assert torch.equal(model(x), dense)
-
-
-@torch.no_grad()
 def test_branches_run_only_where_they_count(model, x):
     weights = model.forward_policy(x)
     assert run_sizes(model, x) == [16, 16, 16]

@@ -1,5 +1,4 @@
 import copy
-import json
 import logging
 
 import pytest
@@ -313,8 +312,7 @@ def test_folds_follow_what_is_trained_and_loaded():
 
 
 # Those that are quick.
-MODULES = (
-    'dla', 'edgenext', 'fasternet', 'ghostnet', 'levit', 'mobilenetv3', 'pvt_v2', 'regnet', 'repghost', 'starnet')
+MODULES = ('dla', 'fasternet', 'ghostnet', 'levit', 'regnet', 'starnet')
 
 
 @pytest.mark.parametrize('module', [
@@ -408,18 +406,6 @@ def test_deepcopy_and_state():
     assert len(set(pointers)) == len(pointers)  # safetensors stores no tensor twice
 
 
-def test_a_config_alone_rebuilds_the_model():
-    kwargs = dict(backbone='test_vit', policy='test_resnet', backbone_kwargs={'depth': 3}, policy_input_size=48,
-                  first_block=1, temperature=2., num_classes=5)
-    model = timm.create_model('spottune', **kwargs)
-    config = json.loads(json.dumps(dict(model_args=model._model_args, pretrained_cfg=model.pretrained_cfg)))
-    again = timm.create_model('spottune', pretrained_cfg=config['pretrained_cfg'], **config['model_args'])
-    again.load_state_dict(model.state_dict())
-    x = torch.randn(2, 3, 160, 160)
-    assert torch.equal(again.eval()(x), model.eval()(x))
-    assert again.temperature == 2. and len(again.block_names) == 2
-
-
 @pytest.mark.parametrize('backbone', BACKBONES)
 def test_classifier(backbone):
     model = create(backbone).eval()
@@ -443,15 +429,6 @@ def test_classifier(backbone):
     assert create(backbone, num_classes=0, global_pool='')(x).ndim == 4
     grey = create(backbone, in_chans=1, num_classes=2)
     assert grey(x[:, :1]).shape == (4, 2) and grey.in_chans == 1
-
-
-def test_reset_keeps_type_mode_and_what_is_frozen():
-    model = create(dtype=torch.float64).eval()
-    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-    model.reset_classifier(6)
-    head = model.get_classifier()
-    assert head.weight.dtype == torch.float64 and not head.training and head.weight.requires_grad
-    assert {n for n, p in model.named_parameters() if not p.requires_grad} == frozen
 
 
 @pytest.mark.parametrize('backbone', BACKBONES)
@@ -541,16 +518,12 @@ def test_roles():
         & names
 
 
-def test_device_of_construction():
-    model = timm.create_model('spottune', backbone='test_resnet', policy='test_vit', device='meta', dtype=torch.float16)
-    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {'meta'}
-    assert {t.dtype for t in model.parameters()} == {torch.float16}
+def test_registration():
     names = set(timm.list_models('spottune*'))
     assert names == {'spottune', *(f'spottune_{n}' for n in (
         'resnet26', 'resnet18', 'resnet50', 'resnet101', 'mobilenetv2_100', 'convnext_tiny',
         'vit_small_patch16_224'))}
-    blocks = dict(resnet26=12, resnet18=8, resnet50=16, resnet101=33, mobilenetv2_100=17, convnext_tiny=18,
-                  vit_small_patch16_224=12)
+    blocks = dict(resnet26=12, resnet50=16, mobilenetv2_100=17, convnext_tiny=18, vit_small_patch16_224=12)
     for name, count in blocks.items():
         model = timm.create_model(f'spottune_{name}', device='meta', num_classes=2)
         assert isinstance(model, SpotTune) and len(model.blocks_tuned) == len(model.blocks_frozen) == count
@@ -604,12 +577,6 @@ def test_a_policy_that_has_no_published_weights(weights, caplog):
             backbone_kwargs=dict(pretrained_cfg_overlay=dict(file=backbone)))
     assert 'resnet8_decathlon' in caplog.text and 'random weights' in caplog.text
     assert same(copy_of(model, 'tuned'), plain.state_dict())
-    overlay = dict(file=weights('resnet8_decathlon')[0])
-    model = timm.create_model(
-        'spottune', pretrained=True, backbone='test_resnet', policy='resnet8_decathlon', num_classes=3,
-        backbone_kwargs=dict(pretrained_cfg_overlay=dict(file=backbone)),
-        policy_kwargs=dict(pretrained_cfg_overlay=overlay))
-    assert same(model.policy.net.state_dict(), timm.models.load_state_dict(overlay['file']))
 
 
 def test_a_backbone_that_has_none_is_refused():
@@ -639,26 +606,3 @@ def test_policy_resnet10_takes_its_blocks_from_a_resnet18(weights):
     assert all(torch.equal(v, state[k]) for k, v in own.items())
     assert [len(layer) for layer in (policy.layer1, policy.layer2, policy.layer3, policy.layer4)] == [1, 1, 1, 1]
     assert policy.num_features == 512
-
-
-# -- mistakes ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('kwargs,words', [
-    (dict(backbone='resnet17'), ('resnet17', 'resnet18')),
-    (dict(policy='nothing_like_it'), ('nothing_like_it',)),
-    (dict(backbone='mvitv2_tiny'), ('mvitv2_tiny', 'cannot be routed', 'one tensor')),
-    (dict(backbone='tnt_s_patch16_224'), ('tnt_s_patch16_224', 'cannot be routed')),
-    (dict(backbone='inception_v3', img_size=8), ('inception_v3', '3x8x8')),
-    (dict(backbone_kwargs={'no_such_thing': 1}), ('test_resnet', 'no_such_thing')),
-    (dict(routing='sparse'), ('routing', 'sparse', 'both')),
-])
-def test_mistakes_are_one_line_that_names_them(kwargs, words):
-    with pytest.raises(UserError) as e:
-        timm.create_model('spottune', **{'backbone': 'test_resnet', 'policy': 'test_resnet', **kwargs})
-    assert '\n' not in str(e.value) and all(w in str(e.value) for w in words), e.value
-
-
-def test_unknown_keyword():
-    with pytest.raises(TypeError):
-        timm.create_model('spottune_resnet18', device='meta', not_an_argument=1)

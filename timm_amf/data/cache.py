@@ -92,9 +92,6 @@ def build_cache(
 
     Returns:
         The cache, or None for datasets that are in memory anyway.
-
-    Raises:
-        UserError: No space, no permission, an image that cannot be read, a Pillow mode that is not 8 bits.
     """
     if dataset.in_memory:
         return None

@@ -41,9 +41,6 @@ def open_source(component: Component, split: str, spec: DataSpec) -> Source:
         component: What to open.
         split: `train`, `val` or `test`.
         spec: For what is common: download, conversion.
-
-    Raises:
-        UserError: The dataset or the split is not there, an empty class folder, a dataset that is not known.
     """
     prefix, sep, name = (component.dataset or '').partition('/')
     prefix = prefix.lower() if sep else ''
@@ -188,11 +185,9 @@ def _split_folder(component: Component, split: str) -> str:
     if role == 'train' and not present:
         return root
     folders = ', '.join(present) or 'no split folders'
-    own = next((name for name in present if split_of(name) == 'train'), '.')
     raise UserError(
-        f'{where}: no folder for split {split!r} in {root} (there: {folders}); make one, or cut it out of the training '
-        f'images with --component path={root},splits.train={own},splits.{role or "val"}={own},'
-        f'per_class.{role or "val"}=5,skip.train=5')
+        f'{where}: no folder for split {split!r} in {root} (there: {folders}); make one'
+        + (', or cut it out of the training images with --val-share 0.2' if role == 'val' else ''))
 
 
 def _open_torch(component: Component, name: str, split: str, spec: DataSpec) -> Source:

@@ -7,7 +7,7 @@ robots.ox.ac.uk/~vgg/decathlon) distributes images of a short side of 72 pixels 
     decathlon-1.0/data/aircraft/train/0001/000001.jpg
 """
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Optional
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from timm_amf.errors import UserError
 
-from .sources import FileSource, Source
+from .sources import FileSource, Source, read_image
 from .spec import split_of
 
 __all__ = [
@@ -54,9 +54,6 @@ DOMAINS = {
 
 def domain_name(name: str) -> str:
     """The challenge's name of a domain that is called so, or as in the papers' tables.
-
-    Raises:
-        UserError: If there is no such domain.
     """
     plain = name.lower().rstrip('.')
     for domain, about in DOMAINS.items():
@@ -77,9 +74,6 @@ def decathlon_score(accuracies: Mapping[str, float]) -> tuple[float, dict[str, f
 
     Returns:
         The score, between 0 and 10000, and the points of each domain, between 0 and 1000.
-
-    Raises:
-        UserError: If a domain is unknown or named twice, or an accuracy is not a percentage.
     """
     points = {}
     for name, accuracy in accuracies.items():
@@ -134,26 +128,41 @@ def open_domain(root: Optional[str], domain: str, split: str, where: str = 'deca
         domain: Name of the domain.
         split: `train`, `val` or `test`, or one of timm's synonyms.
         where: Whose data these are, for messages.
-
-    Raises:
-        UserError: If a file is missing, or is not what the challenge distributes.
     """
     domain = domain_name(domain)
     if split_of(split) is None:
         raise UserError(f'{where}: decathlon/{domain} has no split {split!r}; it has train, val and test')
     split = split_of(split)
     folder = _find_root(root, where)
-    train = _Annotations(folder / 'annotations' / f'{domain}_train.json', where)
-    categories = train.categories()
-    path = folder / 'annotations' / f'{domain}_{split}.json'
-    if split == 'test' and not path.exists():
-        path = path.with_name(f'{domain}_test_stripped.json')
-    file = train if split == 'train' else _Annotations(path, where)
-    images = {image: str(folder / name) for image, name in file.images().items()}
-    first = Path(next(iter(images.values())))
+    try:
+        path = folder / 'annotations' / f'{domain}_train.json'
+        train = content = _load_json(path)
+        categories = dict(sorted((int(row['id']), str(row['name'])) for row in train['categories']))
+        path = path.with_name(f'{domain}_{split}.json')
+        if split == 'test' and not path.exists():
+            path = path.with_name(f'{domain}_test_stripped.json')
+        if split != 'train':
+            content = _load_json(path)
+        images = {int(row['id']): _inside(row['file_name']) for row in content['images']}
+        if not images:
+            raise ValueError('no images')
+        # The stripped files have no annotations, or ones without a category.
+        labelled = split != 'test' or any('category_id' in row for row in content.get('annotations', ()))
+        targets = None
+        if labelled:
+            index = {category: i for i, category in enumerate(categories)}
+            category_of = {int(row['image_id']): int(row['category_id']) for row in content['annotations']}
+            targets = [index[category_of[image]] for image in images]
+    except FileNotFoundError:
+        raise UserError(f'{where}: {path} is missing; unpack decathlon-1.0-devkit.tar.gz there') from None
+    except (KeyError, ValueError, TypeError, AttributeError) as e:
+        reason = f'{type(e).__name__}: {" ".join(str(e).split())[:120]}'
+        raise UserError(
+            f'{where}: {path} is not an annotation file of the challenge ({reason}); unpack it anew') from None
+    first = folder / next(iter(images.values()))
     if not first.exists():
         raise UserError(f'{where}: {first} does not exist; unpack {domain}.tar in {folder / "data"}')
-    targets = file.targets(list(images), list(categories)) if split != 'test' or file.has_labels() else None
+    images = {image: str(folder / name) for image, name in images.items()}
     return DecathlonSource(domain, categories, images, targets)
 
 
@@ -182,90 +191,14 @@ def _find_root(root: Optional[str], where: str) -> Path:
         f'{where}: no folder annotations in {path}; give decathlon-1.0, the folder in decathlon-1.0-devkit.tar.gz')
 
 
-def _whole(value: Any) -> Optional[int]:
-    # The challenge's own code puts its ids through int(): some tools write whole numbers as 1.0.
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if type(value) is int else None
+def _load_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding='utf-8'))
 
 
-def _name(value: Any) -> Optional[str]:
-    return value if isinstance(value, str) else str(value) if isinstance(value, (int, float)) else None
-
-
-class _Annotations:
-    """One annotation file, checked as it is read."""
-
-    def __init__(self, path: Path, where: str):
-        self.path = path
-        self.where = where
-        try:
-            self.content = json.loads(path.read_text(encoding='utf-8'))
-        except FileNotFoundError:
-            raise self._error('is missing; unpack decathlon-1.0-devkit.tar.gz there') from None
-        except (OSError, ValueError) as e:
-            raise self._error(f'cannot be read ({" ".join(str(e).split())[:120]}); unpack it anew') from None
-        if not isinstance(self.content, dict):
-            raise self._error('is not an annotation file of the challenge; unpack it anew')
-
-    def _error(self, what: str) -> UserError:
-        return UserError(f'{self.where}: {self.path} {what}')
-
-    def _rows(self, section: str, keys: dict[str, Callable[[Any], Any]]) -> list[tuple]:
-        """The entries of a section, each as the values of the named keys, read by a function that gives None for what
-        is no such value.
-        """
-        rows = self.content.get(section)
-        if not isinstance(rows, list) or not rows:
-            raise self._error(f'has no {section}; unpack it anew')
-        values = []
-        for row in rows:
-            read = {key: kind(row.get(key)) if isinstance(row, dict) else None for key, kind in keys.items()}
-            missing = next((key for key, value in read.items() if value is None), None)
-            if missing is not None:
-                raise self._error(f'has an entry of {section} without {missing}: {str(row)[:80]}; unpack it anew')
-            values.append(tuple(read.values()))
-        return values
-
-    def _by_id(self, section: str, key: str) -> dict[int, str]:
-        rows = self._rows(section, {'id': _whole, key: _name})
-        table = dict(rows)
-        if len(table) < len(rows):
-            raise self._error(f'gives an id to two {section}; unpack it anew')
-        return table
-
-    def categories(self) -> dict[int, str]:
-        """Category id -> name, by ascending id."""
-        return dict(sorted(self._by_id('categories', 'name').items()))
-
-    def images(self) -> dict[int, str]:
-        """Image id -> path within the challenge's folder, in the order of the file."""
-        images = self._by_id('images', 'file_name')
-        for name in images.values():
-            if PurePosixPath(name).is_absolute() or '..' in PurePosixPath(name).parts:
-                raise self._error(f'names the image {name!r}, which is outside of the folder; unpack it anew')
-        return images
-
-    def has_labels(self) -> bool:
-        # The stripped files have no annotations, or ones without a category.
-        rows = self.content.get('annotations')
-        return isinstance(rows, list) and any(isinstance(row, dict) and 'category_id' in row for row in rows)
-
-    def targets(self, image_ids: list[int], category_ids: list[int]) -> list[int]:
-        """Index of the category of each image."""
-        index = {category: i for i, category in enumerate(category_ids)}
-        known, found = set(image_ids), {}
-        for image, category in self._rows('annotations', {'image_id': _whole, 'category_id': _whole}):
-            if image not in known:
-                raise self._error(f'annotates image {image}, which it does not list; unpack it anew')
-            if category not in index:
-                raise self._error(f'has category {category}, which the training annotations lack; unpack it anew')
-            if found.setdefault(image, category) != category:
-                raise self._error(f'gives image {image} two categories; unpack it anew')
-        missing = next((image for image in image_ids if image not in found), None)
-        if missing is not None:
-            raise self._error(f'has no category for image {missing}; unpack it anew')
-        return [index[found[image]] for image in image_ids]
+def _inside(name: str) -> str:
+    if PurePosixPath(name).is_absolute() or '..' in PurePosixPath(name).parts:
+        raise ValueError(f'the image {name!r} is outside of the folder')
+    return name
 
 
 # ---- statistics
@@ -279,18 +212,10 @@ def channel_stats(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]
     """
     total, squares, count = np.zeros(3), np.zeros(3), 0
     for i in range(len(source)):
-        pixels = np.asarray(_load(source, i), dtype=np.float64).reshape(-1, 3) / 255
+        pixels = np.asarray(read_image(source, i, 'RGB'), dtype=np.float64).reshape(-1, 3) / 255
         total += pixels.sum(0)
         squares += (pixels ** 2).sum(0)
         count += len(pixels)
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean ** 2, 0))
     return tuple(mean.tolist()), tuple(std.tolist())
-
-
-def _load(source: Source, index: int) -> Any:
-    try:
-        return source.load(index, 'RGB')
-    except (OSError, SyntaxError, ValueError, EOFError) as e:
-        reason = ' '.join(str(e).split()) or type(e).__name__
-        raise UserError(f'cannot read image {source.filename(index)} ({reason}); unpack it anew') from None

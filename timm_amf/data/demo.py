@@ -24,9 +24,6 @@ _TEXTURE_ROWS = {'train': (0, 13), 'val': (13, 17), 'test': (17, 21)}
 
 def load_digits(split: str) -> tuple[list[Image.Image], list[int], list[str]]:
     """Images, targets and class names of a split (`train` 800, `val` 250, `test` 250 images).
-
-    Raises:
-        UserError: scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits as sklearn_digits
@@ -44,9 +41,6 @@ def load_digits(split: str) -> tuple[list[Image.Image], list[int], list[str]]:
 
 def load_textures(split: str) -> tuple[list[Image.Image], list[int], list[str]]:
     """Images, targets and class names of a split (`train` 819, `val` 252, `test` 252 images).
-
-    Raises:
-        UserError: scikit-image is not installed.
     """
     try:
         from skimage import data

@@ -60,9 +60,6 @@ def open_iterable(component: Component, split: str, role: str, spec: DataSpec) -
         split: The dataset's name of the split.
         role: The mixture's name of it: `train`, `val` or `test`.
         spec: For what is common.
-
-    Raises:
-        UserError: A package is missing, or the dataset cannot be read, or would be downloaded without leave.
     """
     where = f'data component {component.name!r}'
     prefix, _, name = component.dataset.partition('/')

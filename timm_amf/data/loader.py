@@ -232,12 +232,14 @@ class SeededLoader:
             except StopIteration:
                 return
             except RuntimeError as e:
+                self.close()
                 if 'exited unexpectedly' in str(e) or 'killed by signal' in str(e):
                     raise UserError(
                         f'a data loading worker died ({str(e).splitlines()[0]}), most often for lack of memory; '
                         f'lower --workers or --batch-size') from e
                 raise
             if isinstance(raw, _Failure):
+                self.close()
                 raise UserError(raw.message)
             yield raw
 
@@ -313,9 +315,6 @@ def create_loader(
         img_dtype: Type of the normalised images.
         channels_last: Give the images in this memory format.
         transform_kwargs: Of timm's `create_transform`: crops, flips, augmentation, interpolation.
-
-    Raises:
-        UserError: Fewer training images than processes, or transforms that cannot be built.
     """
     channels = input_size[0] if isinstance(input_size, Sequence) and len(input_size) == 3 else len(mean)
     mean, std = tuple(adapt_to_chs(mean, channels)), tuple(adapt_to_chs(std, channels))

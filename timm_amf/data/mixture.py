@@ -1,17 +1,19 @@
 """A mixture: one dataset made of named components, in which every sample knows its component."""
 import copy
+import hashlib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import numpy as np
 import torch.utils.data
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from timm_amf.errors import UserError
 
 from .datasets import open_source
-from .sources import Source, first_line
+from .sources import Source, read_image
 from .spec import Component, DataSpec
 
 __all__ = ['Mixture', 'create_dataset', 'create_datasets']
@@ -82,22 +84,12 @@ class Mixture(torch.utils.data.Dataset):
 
     def load(self, index: int) -> Image.Image:
         """The image of a sample, before any transform.
-
-        Raises:
-            UserError: The image cannot be read.
         """
         return self.load_original(index) if self.cache is None else self.cache.load(index)
 
     def load_original(self, index: int) -> Image.Image:
         """As `load`, from the image itself though there be a cache."""
-        source, local = self.source(index)
-        try:
-            return source.load(local, self.input_img_mode)
-        except Exception as e:  # Pillow's plugins raise whatever they like
-            reason = 'not an image' if isinstance(e, UnidentifiedImageError) else first_line(e)
-            raise UserError(
-                f'cannot read image {self.filename(index)} ({reason}); mend or remove it, or go on without such images '
-                f'with --skip-bad-images') from e
+        return read_image(*self.source(index), self.input_img_mode)
 
     def filename(self, index: int) -> str:
         source, local = self.source(index)
@@ -110,18 +102,12 @@ class Mixture(torch.utils.data.Dataset):
 
     def remove(self, indices: Sequence[int]) -> None:
         """Leave samples out; classes and their indices stay.
-
-        Raises:
-            RuntimeError: The dataset has a cache already, which is by index.
         """
         kept = np.setdiff1d(np.arange(len(self)), indices)
         self.__dict__.update(self.subset(kept).__dict__)
 
     def subset(self, indices: Sequence[int]) -> 'Mixture':
         """Some of the samples, in the given order, with all classes.
-
-        Raises:
-            RuntimeError: The dataset has a cache already, which is by index.
         """
         if self.cache is not None:
             raise RuntimeError('choose samples before the cache is built')
@@ -202,10 +188,13 @@ def _create(
     parts = []
     for name in splits:
         for i, component in enumerate(spec.components):
-            source = _open(spec, i, name, opened)
+            shared = bool(spec.val_share) and name != 'test'
+            source = _open(spec, i, 'train' if shared else name, opened)
             targets = _align(source, all_classes[i], component, name)
             chosen = _select(targets, len(classes[i]), component, name)
             _check_classes(targets[chosen], targets, classes[i], component, name)
+            if shared:
+                chosen = chosen[_held_out(source, targets, chosen, spec.val_share) == (name == 'val')]
             parts.append((i, source, chosen, labels[targets[chosen] + offsets[i]]))
     mode = spec.input_img_mode or {1: 'L', 4: 'RGBA'}.get(in_chans, 'RGB')
     return Mixture([c.name for c in spec.components], own_names, class_to_component, parts, input_img_mode=mode)
@@ -302,9 +291,6 @@ def _align(source: Source, classes: list[str], component: Component, split: str)
     """Targets of a split by the indices that its classes have in `train`.
 
     A reader numbers the classes that it finds, so a class that a split lacks would shift all after it.
-
-    Raises:
-        UserError: The split has a class that `train` lacks.
     """
     if source.classes == classes:
         return source.targets
@@ -329,6 +315,17 @@ def _select(targets: np.ndarray, num_classes: int, component: Component, split: 
     if number is not None:
         keep &= rank < skip + number
     return np.flatnonzero(keep)
+
+
+def _held_out(source: Source, targets: np.ndarray, chosen: np.ndarray, share: float) -> np.ndarray:
+    """Which of the chosen images validate: a share of each class, one at least, never all, by a hash of their names."""
+    paths = [source.filename(index).replace(os.sep, '/').split('/')[-2:] for index in chosen.tolist()]
+    order = np.argsort([hashlib.sha256('/'.join(path).encode()).hexdigest() for path in paths], kind='stable')
+    held = np.zeros(len(chosen), dtype=bool)
+    for label in np.unique(targets[chosen]):
+        members = order[targets[chosen][order] == label]
+        held[members[:min(max(1, round(share * len(members))), len(members) - 1)]] = True
+    return held
 
 
 def _check_classes(

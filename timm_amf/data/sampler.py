@@ -45,9 +45,6 @@ class StepSampler(torch.utils.data.Sampler):
             length (timm's `--aug-repeats`; "Augment your batch", https://arxiv.org/abs/1901.09335). 0: off.
         epoch_repeats: Passes over the dataset in an epoch, each with its own permutation (timm's `--epoch-repeats`,
             which timm heeds for iterable datasets only). 0 or 1: one pass.
-
-    Raises:
-        UserError: Fewer samples than processes.
     """
 
     def __init__(

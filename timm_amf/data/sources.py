@@ -5,9 +5,13 @@ import unicodedata
 from typing import Any, BinaryIO, Optional
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ['ArraySource', 'FileSource', 'ReaderSource', 'Source', 'as_shown', 'class_names', 'first_line']
+from timm_amf.errors import UserError
+
+__all__ = [
+    'ArraySource', 'FileSource', 'ReaderSource', 'Source', 'as_shown', 'class_names', 'first_line', 'read_image',
+]
 
 
 class Source:
@@ -109,6 +113,17 @@ class ReaderSource(Source):
 
     def signature(self, index: int) -> str:
         return f'{self.name}\0{self.version}\0{index}'
+
+
+def read_image(source: Source, index: int, mode: Optional[str]) -> Image.Image:
+    """As `Source.load`, with an error that names the image."""
+    try:
+        return source.load(index, mode)
+    except Exception as e:  # Pillow's plugins raise whatever they like
+        reason = 'not an image' if isinstance(e, UnidentifiedImageError) else first_line(e)
+        raise UserError(
+            f'cannot read image {source.filename(index)} ({reason}); mend or remove it, or go on without such images '
+            f'with --skip-bad-images') from e
 
 
 def class_names(class_to_idx: dict) -> list[str]:

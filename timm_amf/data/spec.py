@@ -99,6 +99,8 @@ class DataSpec:
         num_samples: Samples by split of iterable datasets that do not know their own number.
         trust_remote_code: Passed to Hugging Face datasets.
         cache_dir: Where iterable datasets are kept once read. None: `timm_amf` in the user's cache folder.
+        val_share: Share of the training images of each class that is the validation split instead, in [0, 1). It is
+            drawn by the names of the images, so that moved or copied folders are split alike. 0: the dataset's own.
     """
     components: tuple[Component, ...]
     download: bool = False
@@ -106,9 +108,13 @@ class DataSpec:
     num_samples: dict[str, int] = field(default_factory=dict)
     trust_remote_code: bool = False
     cache_dir: Optional[str] = None
+    val_share: float = 0.
 
     def __post_init__(self):
         object.__setattr__(self, 'components', tuple(self.components))
+        if isinstance(self.val_share, bool) or not isinstance(self.val_share, (int, float)) or not (
+                0 <= self.val_share < 1):
+            raise UserError(f'data: val_share must be at least 0 and below 1, not {self.val_share!r}')
         if not self.components:
             raise UserError('data: no component; give a folder (--data-dir), a dataset (--dataset) or components')
         names = [c.name for c in self.components]
@@ -124,14 +130,11 @@ class DataSpec:
             data: `{preset: NAME, root: DIR}`, or `{components: [...]}` (a list of mappings, or a mapping from names
                 to mappings), or the mapping of a single component. `root` beside components is their default.
             defaults: Values of components that do not set them (from flags).
-
-        Raises:
-            UserError: An unknown key, an unknown preset, a value of the wrong kind.
         """
         if not isinstance(data, Mapping):
             raise UserError(f'data: expected a mapping with components or a preset, not {data!r}')
         data = dict(data)
-        common_keys = ('download', 'input_img_mode', 'num_samples', 'trust_remote_code', 'cache_dir')
+        common_keys = ('download', 'input_img_mode', 'num_samples', 'trust_remote_code', 'cache_dir', 'val_share')
         common = {key: data.pop(key) for key in common_keys if key in data}
         defaults = {k: v for k, v in (defaults or {}).items() if v is not None}
         if 'preset' in data:
@@ -177,6 +180,9 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--data-preset', metavar='NAME', default=None,
         help=f'A ready-made mixture: {", ".join(list_presets())}; --data-dir is its folder.')
+    group.add_argument(
+        '--val-share', type=float, metavar='X', default=None,
+        help='Share of the training images, of each class, that is the validation split, where there is none.')
     group.add_argument(
         '--cache-images', action='store_true', default=False,
         help='Decode and shrink the training images once and read them from a cache on disk.')
@@ -234,6 +240,7 @@ def data_spec_from_args(args: argparse.Namespace, section: Optional[Mapping] = N
         num_samples=spec.num_samples or {k: v for k, v in num_samples.items() if v},
         trust_remote_code=spec.trust_remote_code or bool(get('dataset_trust_remote_code')),
         cache_dir=get('cache_dir') or spec.cache_dir,
+        val_share=spec.val_share if get('val_share') is None else args.val_share,
     )
 
 

@@ -25,9 +25,6 @@ def cache_folder(cache_dir: Union[str, Path, None], name: str) -> Path:
 
 def open_or_write(folder: Path, read: Callable[[Path], Any], write: Callable[[Path], None]) -> Any:
     """Open a folder of the cache, or write it if it is missing or damaged.
-
-    Raises:
-        UserError: The folder cannot be written.
     """
     if folder.exists():
         try:

@@ -28,8 +28,8 @@ from timm_amf.files import replacing, whole_folder
 from timm_amf.tuning.l2sp import L2SP
 
 __all__ = [
-    'Checkpointer', 'class_names', 'load_weights', 'read_class_names', 'read_state', 'restoring', 'save_weights',
-    'set_class_names',
+    'Checkpointer', 'class_names', 'load_weights', 'read_class_names', 'read_state', 'reading_weights', 'restoring',
+    'save_tensors', 'save_weights', 'set_class_names',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -120,14 +120,27 @@ def save_weights(module: nn.Module, path: Union[str, Path]) -> None:
         _write_module(module, temporary)
 
 
-def _read_tensors(path: Union[str, Path], missing: str) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file; `missing` is what to say where there is none."""
+def save_tensors(named: Mapping[str, torch.Tensor], path: Union[str, Path]) -> None:
+    """Write tensors as safetensors, whole or not at all."""
+    with replacing(path, _REMEDY) as temporary:
+        save_file(_contiguous(named), temporary)
+
+
+@contextlib.contextmanager
+def reading_weights(path: Union[str, Path], missing: str = 'no such checkpoint') -> Iterator[None]:
+    """Makes a `UserError` that names the file of what safetensors says of it; `missing` is for where there is none."""
     try:
-        return load_file(path)
+        yield
     except FileNotFoundError:
         raise UserError(f'{path}: {missing}') from None
-    except SafetensorError as e:
+    except (SafetensorError, OSError) as e:
         raise UserError(f'{path}: is damaged or no safetensors file ({" ".join(str(e).split())})') from None
+
+
+def _read_tensors(path: Union[str, Path], missing: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; `missing` is what to say where there is none."""
+    with reading_weights(path, missing):
+        return load_file(path)
 
 
 def load_weights(module: nn.Module, path: Union[str, Path]) -> None:
@@ -195,7 +208,7 @@ class Checkpointer:
 
     def records(self) -> list[Path]:
         """The files of the run so far beside its checkpoint."""
-        patterns = ('model_best.safetensors', 'checkpoint-*.safetensors', 'summary.csv', 'policy.csv')
+        patterns = ('model_*.safetensors', 'checkpoint-*.safetensors', 'summary.csv', 'policy.csv')
         return [path for pattern in patterns for path in sorted(self.folder.glob(pattern))]
 
     def save_last(

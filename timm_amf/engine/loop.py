@@ -163,6 +163,7 @@ class Trainer:
             )
         self.epoch, self.step, self.updates = 0, 0, 0
         self.resumed_meters: Optional[list] = None
+        self.start: Optional[dict[str, Any]] = None  # the metrics before the first step, where they were asked for
         self.bare_optimizer = optimizer
         apply_freeze(task.model, table, 0)
         if args.torchcompile:
@@ -200,6 +201,7 @@ class Trainer:
             optimizer = None if args.no_resume_opt else self.bare_optimizer
             state = self.checkpoints.load_last(source, self.task.model, self.task.ema_model, optimizer, self.l2sp)
             self.epoch, self.step, self.updates = state['epoch'], state['step'], state['updates']
+            self.start = state.get('start')
             if optimizer is not None:
                 self.scheduler.load_state_dict(state['schedule'])
             if args.start_epoch is not None:
@@ -517,6 +519,7 @@ class Trainer:
                 plan=self.plan.to_dict(),
                 schedule=self.scheduler.state_dict(),
                 meters=meters,
+                **({} if self.start is None else {'start': self.start}),
             ), self.l2sp)
         self.accelerator.wait_for_everyone()
 
@@ -587,6 +590,12 @@ class Trainer:
 
     def closing_line(self) -> str:
         """What the run came to."""
+        if self.start is not None and self.checkpoints.best_epoch is not None and not self.args.wise_ft:
+            floor, name = self.start[self.args.eval_metric], self.args.eval_metric
+            if self.checkpoints.best_metric < floor and not self.decreasing:
+                _logger.warning(
+                    'The best epoch, %s %.2f, is below the frozen features with a logistic regression, %.2f: lower the '
+                    'LR, or add --wise-ft.', name, self.checkpoints.best_metric, floor)
         seconds = timedelta(seconds=round(time.monotonic() - self._started))
         best = self.checkpoints
         if best.best_epoch is None:

@@ -44,6 +44,11 @@ RUN_FLAGS = (
      {'nargs': '+', 'choices': ('auto', 'none', *TRACKERS)}),
     ('--no-progress', bool, False, 'no progress bar, also on a terminal'),
     ('--eval-only', bool, False, 'evaluate the model that the other flags name, and leave'),
+    ('--head-start', str, None, 'classifier to start from: timm draws it, zero, or probe: a logistic regression on the '
+     'features (default: zero for a new classifier on pretrained weights, else timm)',
+     {'choices': ('timm', 'zero', 'probe')}),
+    ('--wise-ft', bool, False, 'at the end mix the weights of the start and the best ones, in the shares that validate '
+     'best'),
     ('--branch-loss', float, 0., "weight of an extra loss on each branch's own logits (AMF, MultiTune)"),
     ('--policy-balance', float, 0., "weight of a penalty on branches that get more than their share of the policy's "
      'weight on average (AMF)'),

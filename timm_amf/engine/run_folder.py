@@ -26,7 +26,7 @@ from timm_amf.data import (
     splits_from_args,
 )
 from timm_amf.engine.build import build_model, input_channels
-from timm_amf.engine.checkpoint import Checkpointer, class_names, load_weights, read_class_names
+from timm_amf.engine.checkpoint import Checkpointer, class_names, load_weights, read_class_names, reading_weights
 from timm_amf.engine.options import parse_args
 from timm_amf.errors import UserError
 from timm_amf.tuning import Plan
@@ -112,7 +112,7 @@ def _count_classes(args: argparse.Namespace, weights: Path) -> int:
     """Outputs of the classifier in a file of weights: the data may be gone or have other classes by now."""
     with torch.random.fork_rng(devices=[]), torch.device('meta'):
         names = build_model(args, 2).pretrained_cfg.get('classifier') or ()
-    with safe_open(weights, 'pt') as file:
+    with reading_weights(weights), safe_open(weights, 'pt') as file:
         for name in (names,) if isinstance(names, str) else names:
             for key in (f'{name}.weight', f'{name}.bias'):
                 if key in file.keys():  # noqa: SIM118  no dict

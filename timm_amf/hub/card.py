@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from timm_amf.engine.recipes import describe_expected
+from timm_amf.engine.recipes import PAPERS, describe_expected
 from timm_amf.models.method import Method, method_of
 from timm_amf.models.tags import OWNER
 from timm_amf.tuning import Plan
@@ -173,7 +173,7 @@ def _differing(values: Mapping[str, Any], default: Mapping[str, Any], kept: set[
 
 def _papers(what: 'Publication') -> set[str]:
     """Whose method the run is: the model's, the recipe's paper, and what the Plan does."""
-    method, named = method_of(what.run.model).method_name, set(_of_recipe(what, 'paper'))
+    method, named = method_of(what.run.model).method_name, {*_of_recipe(what, 'paper')} & {*PAPERS}
     roles = what.run.plan.roles.values()
     papers = named | {method} - {''}
     if method == 'multitune':

@@ -96,8 +96,7 @@ class Provenance:
         if self.plan is not None:
             roles = ', '.join(f'{name} {role.lr:g}' for name, role in self.plan.roles.items() if role.lr)
             plan = f'plan: {self.plan.opt}, {self.plan.epochs} epochs, LR {self.plan.lr:g}' + (roles and f' ({roles})')
-        return '\n  '.join([
-            f'{at}: {self.architecture}', *(data or ['data: not recorded']), plan])
+        return '\n  '.join([f'{at}: {self.architecture}', *(data or ['data: not recorded']), plan])
 
 
 def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs) -> nn.Module:
@@ -120,7 +119,7 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs)
     """
     cache_dir, commit, name = kwargs.pop('cache_dir', None), None, str(path_or_id)
     folder = Path(name.removeprefix('local-dir:')).expanduser()
-    if is_run(folder) and not kwargs and not revision:
+    if is_run(folder) and not (folder / 'config.json').exists() and not kwargs and not revision:
         run = open_run(folder, need_data=False)
         run.model.provenance = Provenance(str(folder), None, run.args.model.partition('.')[0], run.plan)
         return run.model

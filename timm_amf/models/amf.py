@@ -35,6 +35,7 @@ from ..errors import UserError
 from .blocks import layer_ids, probe_part
 from .composite import (
     build_composite,
+    checkpoint_within,
     composite_cfg,
     joint_input_cfg,
     register_variant,
@@ -215,15 +216,9 @@ class AMF(Method, nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Each branch checkpoints in its own way, and as a whole if it has none; the policy if it can."""
-        whole = []
-        for path, net in self._networks().items():
-            try:
-                net.set_grad_checkpointing(enable)
-            except (AssertionError, AttributeError, NotImplementedError):
-                if enable and path.startswith('branches.'):
-                    whole.append(int(path.split('.')[1]))
-        self._whole = tuple(whole)
-        self.checkpoint_whole = bool(whole)
+        without = [i for i, net in enumerate(self.networks()) if not checkpoint_within(net, enable)]
+        self._whole = tuple(i for i in without if enable and i < len(self.branches))
+        self.checkpoint_whole = bool(self._whole)
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -231,12 +226,7 @@ class AMF(Method, nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """A new classifier, drawn from N(0, fc_init_std).
-
-        Args:
-            num_classes: Classes; 0 removes the classifier.
-            global_pool: As in the constructor; None keeps the pooling.
-        """
+        """A new classifier, drawn from N(0, fc_init_std), or none for 0 classes; no `global_pool` keeps the pooling."""
         dd = get_device_dtype(self)
         if global_pool is not None and global_pool != self.global_pool:
             if global_pool:
@@ -441,16 +431,8 @@ class AMF(Method, nn.Module):
         return take
 
     def set_input_size(self, img_size: Union[int, tuple[int, int]]) -> None:
-        """Resize the networks whose input size is fixed, such as a ViT's position embedding.
-
-        Args:
-            img_size: New size in pixels, (H, W) or a side.
-        """
-        size = as_pair(img_size)
-        nets = list(self.branches)
-        if self.policy is not None and self.policy.input_size is None:
-            nets.append(self.policy.net)
-        resize_networks(self, nets, self.backbone_parts, size)
+        """Resize the networks whose input size is fixed, such as a ViT's, to (H, W) pixels or a square of this side."""
+        size = resize_networks(self, self.backbone_parts, img_size)
         self._set_features(size, self.global_pool)
 
 
@@ -475,20 +457,12 @@ def _same_size(maps: Sequence[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class _Features:
-    """What branches give together.
-
-    Args:
-        widths: Width of the pooled features of each.
-        map_size: (H, W) of their unpooled features, if these fuse side by side; else None.
-        map_fmt: Layout of those.
-        levels: `feature_info` of the levels that all have.
-        own_levels: For each branch, which of its own levels those are.
-    """
-    widths: list[int]
-    map_size: Optional[tuple[int, int]]
+    """What branches give together."""
+    widths: list[int]  # of the pooled features of each
+    map_size: Optional[tuple[int, int]]  # (H, W) of their unpooled features, if these fuse side by side
     map_fmt: Format
-    levels: list[dict[str, Any]]
-    own_levels: list[list[int]]
+    levels: list[dict[str, Any]]  # `feature_info` of the levels that all have
+    own_levels: list[list[int]]  # for each branch, which of its own levels those are
 
 
 def _joint_features(parts: Sequence[Part], input_size: tuple[int, int, int]) -> _Features:

@@ -4,19 +4,19 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .parts import Part, part_cfg
+from .parts import Part, as_pair, part_cfg
 from .sources import as_names, check_source, loading
 from .tags import fine_tuned_cfgs
 
 __all__ = [
-    'build_composite', 'composite_cfg', 'joint_input_cfg', 'register_variant', 'resize_networks',
+    'build_composite', 'checkpoint_within', 'composite_cfg', 'joint_input_cfg', 'register_variant', 'resize_networks',
     'variant_cfgs',
 ]
 
@@ -95,25 +95,36 @@ def composite_cfg(parts: dict[str, Part], backbones: Sequence[str], **overrides)
 
 def resize_networks(
         model: nn.Module,
-        networks: Iterable[nn.Module],
         parts: Iterable[Part],
-        size: tuple[int, int],
-) -> None:
-    """Resize the networks of a composite whose input size is fixed, such as a ViT's position embedding.
+        img_size: Union[int, tuple[int, int]],
+) -> tuple[int, int]:
+    """Resize the networks of a composite whose input size is fixed, except a policy that resizes its own input.
 
     Args:
         model: The composite.
-        networks: Its networks that see images of its input size.
-        parts: What those are that are built again from their arguments.
-        size: (H, W) in pixels.
+        parts: Those of its networks that are built again from their arguments; changed in place.
+        img_size: In pixels, (H, W) or a side; the result is (H, W).
     """
-    for net in networks:
-        if hasattr(net, 'set_input_size'):
+    size = as_pair(img_size)
+    policy = model.policy
+    for net in model.networks():
+        resized = policy is None or net is not policy.net or policy.input_size is None
+        if resized and hasattr(net, 'set_input_size'):
             net.set_input_size(img_size=size)
     for part in parts:
         if 'img_size' in part.kwargs:
             part.kwargs['img_size'] = size
     update_model_input_size(model, size)
+    return size
+
+
+def checkpoint_within(net: nn.Module, enable: bool) -> bool:
+    """Switch a network's own gradient checkpointing; whether it has any."""
+    try:
+        net.set_grad_checkpointing(enable)
+    except (AssertionError, AttributeError, NotImplementedError):
+        return False
+    return True
 
 
 def _of_parts(cfg: dict[str, Any], parts_cfg: dict[str, Any], registered: Optional[str]) -> bool:

@@ -134,12 +134,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def folded_view(module: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Module:
-    """A module that computes as `module` does with its norms in evaluation mode, from the same parameters.
-
-    Args:
-        module: What to view; its children that need no change are shared.
-        pairs: Names within it of convolutions and the norms behind them.
-    """
+    """A module that computes as `module` does with the norms of `pairs` in evaluation mode, on its parameters."""
     replaced: dict[str, nn.Module] = {}
     for conv_name, norm_name in pairs:
         conv, norm = module.get_submodule(conv_name), module.get_submodule(norm_name)
@@ -177,17 +172,16 @@ class Folds:
         return view if norms_fixed(norms) else module
 
 
-def view_with(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Module:
+def view_with(module: nn.Module, replaced: Mapping[str, nn.Module], path: str = '') -> nn.Module:
     """A module that computes as `module` does with some of the modules below it replaced; `module` stays as it is.
 
+    What is not replaced is shared, parameters and buffers included.
+
     Args:
-        module: What to view; what is not replaced is shared, parameters and buffers included.
+        module: What to view.
         replaced: Replacements by path.
+        path: Path of `module` in the names of these.
     """
-    return _clone(module, '', replaced)
-
-
-def _clone(module: nn.Module, path: str, replaced: Mapping[str, nn.Module]) -> nn.Module:
     if path in replaced:
         return replaced[path]
     prefix = f'{path}.' if path else ''
@@ -195,7 +189,7 @@ def _clone(module: nn.Module, path: str, replaced: Mapping[str, nn.Module]) -> n
         return module
     clone = copy.copy(module)  # shares the dicts of parameters and buffers
     clone.__dict__['_modules'] = {
-        name: child if child is None else _clone(child, prefix + name, replaced)
+        name: child if child is None else view_with(child, replaced, prefix + name)
         for name, child in module._modules.items()
     }
     return clone

@@ -22,6 +22,8 @@ class Record:
         device: Device of the values.
         bins: Number of bins that `bin_of` sorts the samples into.
     """
+    # Whether a single component has columns beside those of all samples.
+    splits_one = False
 
     def __init__(
             self,
@@ -69,13 +71,17 @@ class Record:
             means[name] = (own / count.clamp(min=1)).tolist()
         return means
 
+    def columns(self, component: str, means: list[float]) -> dict[str, Any]:
+        """Columns of one component, or of all samples under the empty name."""
+        return dict(zip(self.names, means))
+
     def row(self, prefix: str = '') -> dict[str, Any]:
         """Columns of `policy.csv`, each with the prefix."""
         row = {}
         for component, means in self.means().items():
-            if not component or len(self.components) > 1:
+            if not component or len(self.components) > 1 or self.splits_one:
                 start = f'{prefix}{component}_' if component else prefix
-                row.update({f'{start}{name}': value for name, value in zip(self.names, means)})
+                row.update({f'{start}{name}': value for name, value in self.columns(component, means).items()})
         return row
 
     def headline(self) -> str:
@@ -85,6 +91,7 @@ class Record:
 
 class PolicyRecord(Record):
     """The weights that a policy gave to the branches."""
+    splits_one = True
 
     def __init__(self, branches: int, components: Sequence[str], device: Optional[torch.device] = None):
         super().__init__('weights', [f'weight_{i}' for i in range(branches)], components, device, bins=branches)
@@ -103,10 +110,7 @@ class PolicyRecord(Record):
 
     def row(self, prefix: str = '') -> dict[str, Any]:
         """Mean weight by branch, over all and by component, and the assignment accuracy."""
-        row = {}
-        for component, means in self.means().items():
-            start = f'{prefix}{component}_' if component else prefix
-            row.update({f'{start}weight_{i}': value for i, value in enumerate(means)})
+        row = super().row(prefix)
         accuracy = self.assignment_accuracy()
         row[f'{prefix}assignment_accuracy'] = '' if accuracy is None else accuracy
         return row
@@ -133,18 +137,10 @@ class RoutingRecord(Record):
     def bin_of(self, values: Tensor) -> Tensor:
         return values.sum(1).long()
 
-    def row(self, prefix: str = '') -> dict[str, Any]:
-        row = {}
-        tuned = self.means(self.sums.sum(1, keepdim=True))
-        for component, means in self.means().items():
-            if component and len(self.components) == 1:
-                continue
-            start = f'{prefix}{component}_' if component else prefix
-            row[f'{start}tuned_blocks'] = tuned[component][0]
-            row.update({f'{start}block_{i}': value for i, value in enumerate(means)})
-            if not component:
-                row.update({f'{prefix}images_{i}': int(n) for i, n in enumerate(self.votes.sum(0).tolist())})
-        return row
+    def columns(self, component: str, means: list[float]) -> dict[str, Any]:
+        tuned = self.means(self.sums.sum(1, keepdim=True))[component][0]
+        images = {} if component else {f'images_{i}': int(n) for i, n in enumerate(self.votes.sum(0).tolist())}
+        return {'tuned_blocks': tuned, **super().columns(component, means), **images}
 
     def headline(self) -> str:
         return f'tuned blocks {self.sums.sum().item() / max(self.count, 1.):.2f}'

@@ -27,12 +27,7 @@ __all__ = ['Decision', 'PartOfBlock', 'Route', 'RoutedBlock']
 
 @dataclass(frozen=True)
 class Split:
-    """Which images take which copy of one block.
-
-    Attributes:
-        frozen: Their indices (B_f,), None where there are none.
-        tuned: Indices (B_t,) of the others, None where there are none.
-    """
+    """Indices of the images that take each copy of one block, (B_f,) and (B_t,); None where there are none."""
     frozen: Optional[Tensor]
     tuned: Optional[Tensor]
 
@@ -207,15 +202,7 @@ def _exact_split(
 ) -> Tensor:
     """The output of `both` and its gradients, each copy with gradients only for the images that chose it.
 
-    Args:
-        frozen: The frozen copy.
-        tuned: The tuned copy.
-        x: Images or features (B, ...).
-        share: (B,), whose gradient trains the policy.
-        split: Who chose what.
-        independent: The tuned copy computes image by image; else it runs on the whole batch.
-        args: Further arguments of the block.
-        kwargs: Further keyword arguments of the block.
+    A tuned copy that is not `independent`, image by image, runs on the whole batch.
     """
     x_frozen, x_tuned = _halves(x, split)
     y_frozen = None if x_frozen is None else frozen(x_frozen, *args, **kwargs)

@@ -57,11 +57,6 @@ def check_source(name: str, cfg: dict[str, Any], cache_dir: Optional[Union[str, 
     """Check that weights can be had, before anything is built or downloaded.
 
     `hf_hub_download` retries for most of a minute where there is no network, and then names neither model nor file.
-
-    Args:
-        name: Whose weights, for the message.
-        cfg: Its `pretrained_cfg`.
-        cache_dir: As in `timm.create_model`.
     """
     if not has_source(cfg):
         raise UserError(f"timm has no pretrained weights for '{name}': {_LOCAL_COPY}, or pass pretrained=False.")
@@ -98,12 +93,7 @@ def _check_hub(name: str, cfg: dict[str, Any], cache_dir: Optional[Union[str, Pa
 
 @contextmanager
 def loading(name: str, cfg: dict[str, Any]) -> Iterator[None]:
-    """Make one line, which names the network, of the errors of a load by timm.
-
-    Args:
-        name: What is loaded, for the message.
-        cfg: Its `pretrained_cfg`.
-    """
+    """Make one line, which names the network, of the errors of a load by timm."""
     try:
         yield
     except (UserError, TypeError):  # an unknown keyword is a TypeError in timm, here too
@@ -143,12 +133,7 @@ def load_network(name: str, cfg: dict[str, Any], create) -> nn.Module:
     """Build a network with its pretrained weights, and say which parameters stay random.
 
     timm loads without `strict` whenever the number of classes differs, so that the weights of another architecture
-    would leave the network random and no more than a line at INFO would tell.
-
-    Args:
-        name: What is loaded, for the message.
-        cfg: Its `pretrained_cfg`; the classifier may stay random.
-        create: Builds the network by timm.
+    would leave the network random and no more than a line at INFO would tell. The classifier may stay random.
     """
     with loading(name, cfg), _MissingKeys() as keys:
         net = create()

@@ -33,6 +33,7 @@ from . import decathlon, policy_resnet  # noqa: F401  registered before they are
 from .blocks import classifier_names, classifiers, layer_ids, probe_part
 from .composite import (
     build_composite,
+    checkpoint_within,
     composite_cfg,
     joint_input_cfg,
     register_variant,
@@ -433,22 +434,14 @@ class SpotTune(Method, nn.Module):
         self.grad_checkpointing = enable
         for block in self.routed_blocks:
             block.grad_checkpointing = enable
-        try:
-            self.policy.net.set_grad_checkpointing(enable)
-        except (AssertionError, AttributeError, NotImplementedError):
-            pass
+        checkpoint_within(self.policy.net, enable)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.backbone.get_classifier()
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """A new classifier, as the backbone draws it.
-
-        Args:
-            num_classes: Classes; 0 removes the classifier.
-            global_pool: Another pooling; None keeps it.
-        """
+        """A new classifier, as the backbone draws it, or none for 0 classes; no `global_pool` keeps the pooling."""
         dd = get_device_dtype(self)
         if global_pool is not None:
             self.unpooled = global_pool == ''
@@ -462,15 +455,8 @@ class SpotTune(Method, nn.Module):
         self._adopt()
 
     def set_input_size(self, img_size: Union[int, tuple[int, int]]) -> None:
-        """Resize the networks whose input size is fixed, such as a ViT's position embedding.
-
-        Args:
-            img_size: New size in pixels, (H, W) or a side.
-        """
-        size = as_pair(img_size)
-        nets = [self.backbone] + ([self.policy.net] if self.policy.input_size is None else [])
-        resize_networks(self, nets, [self.backbone_part], size)
-        self.img_size = size
+        """Resize the networks whose input size is fixed, such as a ViT's, to (H, W) pixels or a square of this side."""
+        self.img_size = resize_networks(self, [self.backbone_part], img_size)
         # The folded views are copies that know the old size.
         self._unfold()
         for block in self.routed_blocks:

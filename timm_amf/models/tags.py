@@ -62,15 +62,7 @@ FINE_TUNED: dict[str, FineTuned] = {
 
 
 def fine_tuned_cfgs(variants: Mapping[str, Any], cfg_of: Callable[[str, Mapping], dict]) -> Iterator[tuple[str, dict]]:
-    """The `pretrained_cfg` of each tag of some models.
-
-    Args:
-        variants: Registered names.
-        cfg_of: From a registered name and the arguments of a tag to the `pretrained_cfg` of that composite.
-
-    Yields:
-        Name with tag, and the `pretrained_cfg`.
-    """
+    """Name and `pretrained_cfg` of each tag of some registered models; `cfg_of` as for `composite.variant_cfgs`."""
     for name, tuned in FINE_TUNED.items():
         variant, _, tag = name.partition('.')
         if variant in variants:
@@ -85,12 +77,7 @@ def fine_tuned_cfgs(variants: Mapping[str, Any], cfg_of: Callable[[str, Mapping]
 
 
 def tag_arguments(variant: str, pretrained_cfg: Any) -> dict[str, Any]:
-    """The keyword arguments that the tag of a model stands for; none where the tag is another.
-
-    Args:
-        variant: Registered name.
-        pretrained_cfg: Tag, cfg or nothing, as `timm.create_model` passes it.
-    """
+    """The keyword arguments that a tag (or the tag of a cfg) of a registered model stands for, if any."""
     if isinstance(pretrained_cfg, PretrainedCfg):
         tag = pretrained_cfg.tag
     elif isinstance(pretrained_cfg, Mapping):
@@ -102,15 +89,7 @@ def tag_arguments(variant: str, pretrained_cfg: Any) -> dict[str, Any]:
 
 
 def unpublished(cfg: Mapping[str, Any], why: str) -> Optional[str]:
-    """What to tell somebody who wants weights that this version does not know as published.
-
-    Args:
-        cfg: The `pretrained_cfg` that was asked for.
-        why: What was found.
-
-    Returns:
-        One line; None where the repository should be there, or the cfg means another source.
-    """
+    """What to tell somebody who wants weights that this version does not know as published; None for other weights."""
     name = f'{cfg.get("architecture")}.{cfg.get("tag")}'
     tuned = FINE_TUNED.get(name)
     if tuned is None or tuned.published or cfg.get('hf_hub_id') != f'{OWNER}/{name}':

@@ -30,8 +30,9 @@ from torch import nn
 from timm_amf.data import Mixture
 from timm_amf.engine import build
 from timm_amf.engine.options import parse_args, resolve_lr, save_args
+from timm_amf.engine.run import claim_folder
 from timm_amf.errors import CommandParser, UserError
-from timm_amf.files import replacing
+from timm_amf.files import replacing, write_text
 from timm_amf.models.blocks import in_eval
 from timm_amf.search.candidates import (
     CUTS,
@@ -181,6 +182,11 @@ class Search:
         self.folder = build.run_folder(named, self.accelerator)
 
     def run(self) -> BlockSearch:
+        main = self.accelerator.is_main_process
+        with claim_folder(self.folder, True, None) if main else contextlib.nullcontext():
+            return self._run()
+
+    def _run(self) -> BlockSearch:
         own, args = self.own, self.args
         search, final, val = self._open_data()
         model, plan = self._build_model(search.num_classes)
@@ -298,7 +304,7 @@ class Search:
             if path.exists():
                 limits = yaml.safe_load(path.read_text(encoding='utf-8'))
             else:
-                path.write_text(yaml.safe_dump(limits), encoding='utf-8')
+                write_text(path, yaml.safe_dump(limits))
         # Of the main process: less may be free where another one runs.
         candidates.chunk, candidates.memory = broadcast_object_list(limits)
         own = self.own
@@ -330,7 +336,7 @@ class Search:
                 shutil.rmtree(self.folder / 'state', ignore_errors=True)
                 (self.folder / 'results.json').unlink(missing_ok=True)
             (self.folder / 'state').mkdir(parents=True, exist_ok=True)
-            path.write_text(identity, encoding='utf-8')
+            write_text(path, identity)
             save_args(args, self.folder / 'args.yaml')
         self.accelerator.wait_for_everyone()
 

@@ -181,6 +181,9 @@ class Plan:
     layer_decay: Optional[float] = setting(None, 'factor on the LR from each layer to the one below', low=0, high=1)
     layer_decay_min_scale: float = setting(0., 'least factor that layer_decay may reach', low=0, high=1)
     layer_decay_no_opt_scale: Optional[float] = setting(None, 'factor below which a layer is not trained at all')
+    norms: str = setting(
+        'train', 'batch norms of every role that does not say otherwise: train, or frozen at their pretrained '
+        'statistics and weights', choices=('train', 'frozen'))
     opt_eps: Optional[float] = setting(None, "epsilon of the optimiser (default: the optimiser's)", low=0)
     opt_betas: Optional[list[float]] = setting(None, "betas of the optimiser (default: the optimiser's)")
     opt_kwargs: dict[str, Any] = setting({}, "arguments for the optimiser's constructor")
@@ -217,7 +220,8 @@ class Plan:
                 role and for the role itself.
         """
         merged = RolePlan(
-            lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay, **copy.deepcopy(_ROLE_DEFAULTS))
+            lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay,
+            **copy.deepcopy({**_ROLE_DEFAULTS, 'freeze_bn': self.norms == 'frozen'}))
         keys = tuple(dict.fromkeys((name.split('.')[0], name)))
         for settings in (defaults or {}, self.roles):
             for key in keys:

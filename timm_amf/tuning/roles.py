@@ -5,7 +5,7 @@ from typing import Any, Union
 
 from torch import nn
 
-from timm_amf.models.blocks import classifier_names, list_blocks
+from timm_amf.models.blocks import classifier_names, layer_ids, list_blocks
 
 __all__ = ['Place', 'model_roles', 'places', 'role_blocks', 'role_defaults']
 
@@ -132,8 +132,6 @@ def _layers(model, roles):
 
     A composite whose roles are no networks of their own says it itself: `role_layers()`, parameter -> position.
     """
-    from timm.models._manipulate import group_with_matcher
-
     if hasattr(model, 'role_layers'):
         return model.role_layers()
     layers = {}
@@ -143,11 +141,6 @@ def _layers(model, roles):
             part = modules.get(path)  # None where the path is that of a parameter
             if role == 'head' or not hasattr(part, 'group_matcher'):
                 continue
-            # The extra name matches nothing and so takes the top level, which timm gives to the classifier: a branch
-            # without classifier gets the same scales as the whole model.
-            named = [*((n, None) for n, _ in part.named_parameters()), ('\0top', None)]
-            ids = group_with_matcher(iter(named), part.group_matcher(coarse=False), reverse=True)
-            top = ids['\0top']
-            prefix = f'{path}.' if path else ''
-            layers.update({prefix + n: top - i for n, i in ids.items() if n != '\0top'})
+            ids, top = layer_ids(part)
+            layers.update({f'{path}.{n}' if path else n: top - i for n, i in ids.items()})
     return layers

@@ -1,0 +1,174 @@
+"""One line that fine-tunes: never below its floor, an ordinary run, and what it left is what it says."""
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression
+
+import timm_amf
+import train_amf
+from timm_amf import fit
+from timm_amf.cli import main
+from timm_amf.engine.head import C_GRID, logistic_regression
+
+FLAGS = ['--model', 'test_resnet', '--img-size', '32', '--cpu', '-j', '0', '--batch-size', '8']
+
+
+@pytest.fixture
+def images(tmp_path):
+    """An unsplit folder of three classes that differ by colour and stripes."""
+    rng = np.random.default_rng(0)
+    x = np.arange(40)
+    for k, name in enumerate(('ant', 'bee', 'cat')):
+        folder = tmp_path / 'images' / name
+        folder.mkdir(parents=True)
+        for i in range(20):
+            wave = np.sin(x * (0.4 + 0.3 * k) + rng.uniform(0, 6))[None, :, None] * 60
+            pixels = 128 + wave + rng.normal(0, 30, (40, 40, 3)) + 15 * k
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f'{i}.png')
+    return tmp_path / 'images'
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.manual_seed(1)
+    path = tmp_path / 'w.safetensors'
+    save_file(timm.create_model('test_resnet').state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture
+def words(images, weights, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    return ['fit', str(images), *FLAGS, '--pretrained-path', weights, '--output', str(tmp_path), '--experiment', 'run']
+
+
+def test_fit(words, tmp_path, capsys):
+    assert main([*words, '--epochs', '3']) == 0
+    out = capsys.readouterr().out
+    folder = tmp_path / 'run'
+    with open(folder / 'fit.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['epochs'] for row in rows] == ['0', *('3' if row['winner'] == 'True' else '1' for row in rows[1:])]
+    floor = float(rows[0]['metric'])
+    with open(folder / 'mix.csv', newline='') as file:
+        shares = {row['share']: float(row['metric']) for row in csv.DictReader(file)}
+    assert shares['0.0'] == pytest.approx(floor) and max(shares.values()) >= floor
+    assert 'frozen features' in out and f'timm-amf evaluate {folder}' in out
+    assert not list(tmp_path.glob('run-pilots'))
+    # An ordinary run: it is evaluated, loaded, and its options repeat the training of the winner to the bit.
+    assert main(['evaluate', str(folder)]) == 0
+    assert f'{max(shares.values()):.2f}' in capsys.readouterr().out
+    assert timm_amf.load(folder).pretrained_cfg['label_names'] == ['ant', 'bee', 'cat']
+    train_amf.train(['--config', str(folder / 'args.yaml'), '--experiment', 'again'])
+    for name in ('last/model.safetensors', 'model_best.safetensors', 'summary.csv', 'mix.csv'):
+        assert (folder / name).read_bytes() == (tmp_path / 'again' / name).read_bytes(), name
+
+
+def test_an_interrupted_fit_goes_on(words, tmp_path, monkeypatch, capsys):
+    assert main([*words, '--epochs', '3']) == 0
+    whole = tmp_path / 'whole'
+    (tmp_path / 'run').rename(whole)
+    original, calls = fit.__globals__['_run'], []
+
+    def stopped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) in (2, 5):
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setitem(fit.__globals__, '_run', stopped)
+    codes = [main([*words, '--epochs', '3']) for _ in range(3)]
+    assert codes == [130, 130, 0] and 'the same command goes on' in capsys.readouterr().err
+    for name in ('last/model.safetensors', 'model_best.safetensors', 'summary.csv', 'mix.csv'):
+        assert (whole / name).read_bytes() == (tmp_path / 'run' / name).read_bytes(), name
+    assert main([*words, '--epochs', '3']) == 2  # it is complete
+    assert 'holds a run already' in capsys.readouterr().err
+
+
+def test_the_twin_in_python(images, weights, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    result = fit(
+        str(images), 'test_resnet', img_size=32, cpu=True, workers=0, pretrained_path=weights, epochs=2,
+        output=str(tmp_path), experiment='run')
+    assert result.metric >= result.floor and result.winner in result.candidates
+    assert result.model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--budget', '0'], 'must be above 0'), (['--val-share', '1.5'], 'val_share'),
+    (['--model', 'nothing_such'], 'is unknown'),
+])
+def test_mistakes(words, flags, message, capsys, tmp_path):
+    assert main([*words, *flags]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / 'run').exists()
+
+
+def test_a_budget_sets_the_epochs(words, tmp_path):
+    assert main([*words, '--budget', '0.05']) == 0
+    epochs = json.loads(json.dumps(timm_amf.Plan.from_yaml(tmp_path / 'run' / 'plan.yaml').epochs))
+    assert 3 <= epochs <= 100
+
+
+# -- the start --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('classes', [2, 5])
+def test_logistic_regression_is_scikit_learns(classes):
+    """Weights for raw features give the probabilities of the regression on standardised ones."""
+    rng = np.random.default_rng(classes)
+    labels = np.arange(60) % classes
+    features = (rng.normal(size=(60, 8)) * np.arange(1, 9) + labels[:, None]).astype(np.float32)
+    features[:, 3] = 7  # constant
+    weight, bias, c = logistic_regression(features, labels, classes + 1)
+    assert c in C_GRID and not weight[classes].any() and not bias[classes]
+    scale = features.std(0) + (features.std(0) == 0)
+    standard = (features - features.mean(0)) / scale
+    own = torch.from_numpy(features @ weight[:classes].T + bias[:classes]).softmax(1).numpy()
+    theirs = LogisticRegression(C=c, max_iter=300, tol=1e-3).fit(standard, labels).predict_proba(standard)
+    assert np.abs(own - theirs).max() < 1e-3
+
+
+@pytest.mark.parametrize('model, kwargs', [
+    ('test_resnet', []), ('test_vit', []), ('amf', ["backbones=('test_resnet','test_resnet')", 'policy=test_resnet']),
+    ('spottune', ['backbone=test_resnet', 'policy=test_resnet']),
+])
+def test_head_starts(images, tmp_path, monkeypatch, model, kwargs, capsys):
+    """Zero: a loss of log(classes). Probe: the regression's accuracy before any step."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    base = [str(images), '--val-share', '0.3', '--model', model, *(['--model-kwargs', *kwargs] if kwargs else []),
+            '--img-size', {'test_vit': '160'}.get(model, '32'), '-b', '8', '--epochs', '1', '--cpu', '-j', '0',
+            '--tracker', 'none', '--output', str(tmp_path), '--lr', '1e-30', '--warmup-epochs', '0', '--smoothing', '0']
+    train_amf.train([*base, '--experiment', 'zero', '--head-start', 'zero'])
+    with open(tmp_path / 'zero' / 'summary.csv', newline='') as file:
+        row = next(csv.DictReader(file))
+    assert float(row['eval_loss']) == pytest.approx(np.log(3), abs=1e-5)
+    train_amf.train([*base, '--experiment', 'probe', '--head-start', 'probe', '--norms', 'frozen'])
+    out = capsys.readouterr().out
+    assert 'frozen features, logistic regression: eval loss' in out
+    with open(tmp_path / 'probe' / 'summary.csv', newline='') as file:
+        row = next(csv.DictReader(file))
+    assert f'top1 {float(row["eval_top1"]):.2f}' in out.split('logistic regression')[1].splitlines()[0]
+    assert float(row['eval_loss']) < np.log(3)
+
+
+def test_a_mix_is_undone_when_the_run_goes_on(words, tmp_path, capsys):
+    flags = [*words[1:], '--head-start', 'probe', '--norms', 'frozen', '--wise-ft', '--opt', 'adamw', '--lr', '1e-3',
+             '--val-share', '0.2', '--warmup-epochs', '0', '--tracker', 'none']
+    train_amf.train([*flags, '--epochs', '2'])
+    shutil.copytree(tmp_path / 'run', tmp_path / 'copy')
+    train_amf.train([*flags, '--epochs', '2', '--resume', 'auto'])  # nothing is left to train
+    for name in ('model_best.safetensors', 'model_tuned.safetensors', 'model_start.safetensors'):
+        assert (tmp_path / 'copy' / name).read_bytes() == (tmp_path / 'run' / name).read_bytes(), name
+    start, tuned, best = (load_file(tmp_path / 'run' / f'model_{n}.safetensors') for n in ('start', 'tuned', 'best'))
+    with open(tmp_path / 'run' / 'mix.csv', newline='') as file:
+        share = next(float(row['share']) for row in csv.DictReader(file) if row['kept'] == 'True')
+    for name, tensor in best.items():
+        if tensor.is_floating_point():
+            assert torch.allclose(tensor, start[name] + share * (tuned[name] - start[name]), atol=1e-6), name

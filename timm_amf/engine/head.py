@@ -1,0 +1,166 @@
+"""The classifier that a fine-tuning starts with.
+
+timm draws a new classifier with a deviation that depends on the architecture, up to 0.4 in EfficientNets and
+MobileNets: the first steps then fit the features to random weights, which destroys them before the classifier has
+learned anything. A classifier of zeros passes no gradient to the features until it says something. One from a logistic
+regression on the features as they are is the best that the frozen network can do, and fine-tuning goes on from there
+(Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", 2022).
+"""
+import argparse
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from timm_amf.data import Mixture
+from timm_amf.engine.run_folder import eval_loader
+from timm_amf.errors import UserError
+
+__all__ = ['HEAD_STARTS', 'logistic_regression', 'probe_features', 'start_head']
+
+HEAD_STARTS = ('timm', 'zero', 'probe')
+# Inverse L2 penalties of the regression on standardised features.
+C_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1., 10.)
+
+
+def start_head(
+        model: nn.Module,
+        args: argparse.Namespace,
+        train: Mixture,
+        accelerator: Accelerator,
+) -> None:
+    """Give a model that does not resume the classifier that `--head-start` names.
+
+    Without the flag it is zero where a pretrained network gets a classifier of other classes, else timm's.
+
+    Args:
+        model: On its device, with its weights.
+        args: The run's options.
+        train: The training images, which `probe` looks at.
+        accelerator: Accelerate's context. Its main process fits the regression; the others get it with the weights.
+    """
+    how = args.head_start or _default(model, args)
+    if how == 'timm':
+        return
+    layers = _linear_layers(model)
+    if how == 'zero':
+        with torch.no_grad():
+            for layer in layers:
+                layer.weight.zero_()
+                if layer.bias is not None:
+                    layer.bias.zero_()
+    elif accelerator.is_main_process:
+        if len(layers) != 1 or layers[0].weight.flatten(1).shape[1] != model.head_hidden_size:
+            raise UserError('--head-start probe: the classifier is not one linear layer on pooled features; give zero')
+        features = probe_features(model, args, train, accelerator)
+        weight, bias, _ = logistic_regression(features, train.targets, layers[0].weight.shape[0])
+        with torch.no_grad():
+            layers[0].weight.copy_(torch.from_numpy(weight).view_as(layers[0].weight))
+            layers[0].bias.copy_(torch.from_numpy(bias))
+
+
+def _default(model: nn.Module, args: argparse.Namespace) -> str:
+    given = args.head_init_scale is not None or args.head_init_bias is not None or args.initial_checkpoint
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    kept = cfg.get('num_classes') == model.num_classes  # the pretrained classifier
+    return 'timm' if given or kept or not args.pretrained else 'zero'
+
+
+def _linear_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that give logits; of a distilled model there are two."""
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, (tuple, list)) else [heads]
+    layers = [m for head in heads for m in head.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    if not layers or any(layer.weight.shape[0] != model.num_classes for layer in layers):
+        raise UserError('--head-start: the classifier is no linear layer; give timm')
+    return layers
+
+
+@torch.inference_mode()
+def probe_features(
+        model: nn.Module,
+        args: argparse.Namespace,
+        data: Mixture,
+        accelerator: Accelerator,
+) -> np.ndarray:
+    """What the classifier of a model sees of each image, in evaluation mode and without augmentation.
+
+    Returns:
+        (images, features) float32, in the order of the data.
+    """
+    was_training = model.training
+    model.eval()
+    loader = eval_loader(args, model, data, accelerator.device)
+    rows, indices = [], []
+    bar = tqdm(loader, desc='features', leave=False, disable=not accelerator.is_main_process or None)
+    for batch in bar:
+        images = batch.input.to(next(model.parameters()).dtype)
+        rows.append(model.forward_head(model.forward_features(images), pre_logits=True).float().flatten(1).cpu())
+        indices.append(batch.index.cpu())
+    loader.close()
+    model.train(was_training)
+    features = torch.cat(rows)
+    return torch.empty_like(features).index_copy_(0, torch.cat(indices), features).numpy()
+
+
+def logistic_regression(
+        features: np.ndarray,
+        labels: np.ndarray,
+        num_classes: int,
+        grid: Sequence[float] = C_GRID,
+        seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """A linear classifier: multinomial logistic regression on standardised features, its L2 penalty chosen on a quarter
+    of the images (of each class) and then fitted to all of them.
+
+    Args:
+        features: (N, D).
+        labels: (N,), below `num_classes`.
+        num_classes: Classes; those without images get a classifier of zeros.
+        grid: Inverse penalties to choose from, increasing.
+        seed: Of the choice of the quarter.
+
+    Returns:
+        Weight (num_classes, D) and bias (num_classes,) for the features as they are, float32, and the inverse penalty.
+
+    Raises:
+        ImportError: Without scikit-learn.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    features = features.astype(np.float64)
+    mean, scale = features.mean(0), features.std(0)
+    scale[scale == 0] = 1.
+    kept = (features - mean) / scale
+    held = _quarter(labels, seed)
+    classes, best, accuracy, worse = np.unique(labels), grid[0], -1., 0
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # penalties so weak that the solver does not converge are not chosen
+        model = LogisticRegression(warm_start=True, max_iter=300, tol=1e-3)
+        for c in grid:
+            found = model.set_params(C=c).fit(kept[~held], labels[~held]).score(kept[held], labels[held])
+            best, accuracy, worse = (c, found, 0) if found > accuracy else (best, accuracy, worse + 1)
+            if worse == 3:  # beyond the best penalty, weaker ones only overfit more
+                break
+        model = LogisticRegression(C=best, max_iter=300, tol=1e-3).fit(kept, labels)
+    coef, intercept = model.coef_, model.intercept_
+    if len(classes) == 2:  # scikit-learn has one row for two classes
+        coef, intercept = np.concatenate([-coef, coef]) / 2, np.concatenate([-intercept, intercept]) / 2
+    weight, bias = np.zeros((num_classes, features.shape[1])), np.zeros(num_classes)
+    weight[classes] = coef / scale
+    bias[classes] = intercept - weight[classes] @ mean
+    return weight.astype(np.float32), bias.astype(np.float32), best
+
+
+def _quarter(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Mask (N,) of a quarter of each class, one image at least and all but one at most."""
+    rng = np.random.default_rng(seed)
+    held = np.zeros(len(labels), dtype=bool)
+    for k in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == k))
+        held[members[:min(max(1, round(len(members) / 4)), len(members) - 1)]] = True
+    return held

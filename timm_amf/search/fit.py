@@ -1,0 +1,309 @@
+"""`timm-amf fit DIR`: one line that fine-tunes.
+
+    timm-amf fit photos
+    timm-amf fit photos --model convnext_tiny.fb_in22k --budget 30
+
+It measures instead of asking. A logistic regression on the frozen features is the floor and the start of every
+candidate; candidates are ordinary command lines of `timm-amf train`, which differ in what trains and how fast. They
+train side by side for a few epochs, the better half goes on, and the last trains to the end; then the weights between
+its start and its end that validate best are kept, so that it never ends below the floor on the validation images. What
+is left is an ordinary run: `args.yaml` repeats the training of the winner, and `fit.csv` says what was tried.
+
+Successive halving: Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization",
+2016.
+"""
+import argparse
+import contextlib
+import csv
+import importlib
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from torch import nn
+
+from timm_amf.data import create_datasets, data_spec_from_args
+from timm_amf.data.spec import DEFAULT_SPLITS, SPLIT_NAMES
+from timm_amf.engine.build import input_channels
+from timm_amf.engine.checkpoint import read_state
+from timm_amf.engine.options import build_parser, parse_args
+from timm_amf.errors import CommandParser, UserError
+from timm_amf.files import write_text
+from timm_amf.yaml_text import load_yaml
+
+__all__ = ['Candidate', 'Fit', 'fit', 'main']
+
+MODEL = 'tf_efficientnet_lite0'
+# Of all candidates: what is measured to fine-tune well from a logistic regression (docs/fit.md).
+COMMON = (
+    '--head-start', 'probe', '--norms', 'frozen', '--opt', 'adamw', '--weight-decay', '0.01', '--sched', 'cosine',
+    '--sched-on-updates', '--warmup-epochs', '0.5', '--wise-ft')
+
+@dataclass
+class Candidate:
+    """One way to fine-tune.
+
+    Attributes:
+        name: Its name.
+        flags: Its own flags of `timm-amf train`.
+        epochs: Epochs that it was trained for.
+        metric: Its best validation metric so far (`--eval-metric`), and the loss of that epoch.
+        seconds: What it took.
+    """
+    name: str
+    flags: tuple[str, ...]
+    epochs: int = 0
+    metric: float = float('nan')
+    loss: float = float('nan')
+    seconds: float = 0.
+
+
+CANDIDATES = (
+    Candidate('all, LR 3e-4', ('--lr', '3e-4')),
+    Candidate('all, LR 1e-4', ('--lr', '1e-4')),
+    Candidate('layer decay 0.75, LR 1e-3', ('--lr', '1e-3', '--layer-decay', '0.75')),
+    Candidate('layer decay 0.75, LR 3e-4', ('--lr', '3e-4', '--layer-decay', '0.75')),
+)
+
+
+@dataclass
+class Fit:
+    """What `fit` found.
+
+    Attributes:
+        folder: The run that it leaves.
+        floor: Validation metric of the logistic regression on frozen features.
+        metric: That of the weights that are left.
+        winner: The candidate that was trained to the end.
+        candidates: All of them.
+    """
+    folder: Path
+    floor: float
+    metric: float
+    winner: Candidate
+    candidates: list[Candidate] = field(default_factory=list)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, with its weights, in evaluation mode."""
+        from timm_amf.hub.load import load
+
+        return load(self.folder)
+
+    def write(self, path: Union[str, Path]) -> None:
+        """Write the table as CSV."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator='\n')
+        writer.writerow(['candidate', 'flags', 'epochs', 'metric', 'loss', 'seconds', 'winner'])
+        writer.writerow(['frozen features', '', 0, self.floor, '', '', ''])
+        for c in self.candidates:
+            row = [c.name, ' '.join(c.flags), c.epochs, c.metric, c.loss, round(c.seconds, 1), c is self.winner]
+            writer.writerow(row)
+        write_text(path, text.getvalue())
+
+    def __str__(self) -> str:
+        width = max(len(c.name) for c in self.candidates)
+        lines = [f'{"":{width}}  epochs  validation   minutes']
+        lines += [f'{"frozen features":{width}}  {"":6}  {self.floor:10.2f}']
+        for candidate in self.candidates:
+            star = ' *' if candidate is self.winner else ''
+            lines.append(f'{candidate.name:{width}}  {candidate.epochs:6}  {candidate.metric:10.2f}  '
+                         f'{candidate.seconds / 60:8.1f}{star}')
+        return '\n'.join([*lines, f'{"kept":{width}}  {"":6}  {self.metric:10.2f}'])
+
+
+def fit(
+        data_dir: Optional[str] = None,
+        model: str = MODEL,
+        budget: Optional[float] = None,
+        **options: Any,
+) -> Fit:
+    """Fine-tune a model on a folder of images.
+
+    Args:
+        data_dir: Folder of class folders, or of splits of class folders.
+        model: timm architecture with pretrained weights.
+        budget: Minutes that it may take, about; it sets the number of epochs where `epochs` does not.
+        **options: Flags of `timm-amf train` by name, such as `epochs`, `img_size`, `pretrained_path`, `output`.
+
+    Returns:
+        What was found; `Fit.model` is the model, and `print` shows what was tried.
+    """
+    from timm_amf.search.keywords import words_of
+
+    words = [data_dir] if data_dir is not None else []
+    return _fit([*words, '--model', model, *words_of(build_parser(), options)], budget)
+
+
+def _fit(words: Sequence[str], budget: Optional[float]) -> Fit:
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise UserError('fit runs in one process; start it without accelerate launch or torchrun')
+    words = _complete(list(words), budget)
+    args = parse_args(words)
+    output = Path(args.output or 'output/fit').expanduser()
+    folder = output / (args.experiment or time.strftime('%Y%m%d-%H%M%S-fit'))
+    progress = _Progress(folder.with_name(f'{folder.name}-pilots'), words, args)
+    if (folder / 'args.yaml').exists() and not args.overwrite and progress.winner is None:
+        raise UserError(f'{folder}: holds a run already; name another with --experiment, or add --overwrite')
+    if progress.winner is None:
+        _contest(progress, words, args)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(progress.folder / _slug(progress.winner), folder)
+    winner = progress.winner
+    _train(winner, words, folder.parent, None, folder.name)
+    floor = read_state(folder / 'last')['start'][args.eval_metric]
+    with open(folder / 'mix.csv', newline='', encoding='utf-8') as file:
+        kept = next(float(row['metric']) for row in csv.DictReader(file) if row['kept'] == 'True')
+    result = Fit(folder, floor, kept, winner, progress.candidates)
+    result.write(folder / 'fit.csv')
+    shutil.rmtree(progress.folder)
+    return result
+
+
+def _contest(progress: '_Progress', words: Sequence[str], args: argparse.Namespace) -> None:
+    """Train all candidates for a few epochs, the better half for some more, and name the winner."""
+    left, rungs = list(progress.candidates), _rungs(args.epochs, len(progress.candidates))
+    sign = -1 if args.eval_metric == 'loss' else 1
+    for epochs in rungs:
+        for candidate in left:
+            _train(candidate, words, progress.folder, epochs)
+            progress.write()
+        ranked = sorted(left, key=lambda c: (sign * c.metric, -c.loss), reverse=True)
+        left = ranked[:1] if epochs == rungs[-1] else ranked[:(len(left) + 1) // 2]
+    progress.winner = left[0]
+    progress.write()
+
+
+class _Progress:
+    """What an interrupted `fit` goes on from: `fit.json` in the folder of its pilots."""
+
+    def __init__(self, folder: Path, words: Sequence[str], args: argparse.Namespace):
+        self.folder, self.words = folder, list(words)
+        self.candidates = [Candidate(c.name, c.flags) for c in (CANDIDATES if args.epochs >= 8 else CANDIDATES[:3])]
+        self.winner: Optional[Candidate] = None
+        file = folder / 'fit.json'
+        state = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+        if state.get('words') != self.words:
+            shutil.rmtree(folder, ignore_errors=True)  # of another fit
+        else:
+            self.candidates = [Candidate(**{**c, 'flags': tuple(c['flags'])}) for c in state['candidates']]
+            self.winner = next((c for c in self.candidates if c.name == state['winner']), None)
+
+    def write(self) -> None:
+        state = dict(
+            words=self.words, winner=self.winner and self.winner.name, candidates=[asdict(c) for c in self.candidates])
+        write_text(self.folder / 'fit.json', json.dumps(state, indent=1))
+
+
+def _complete(words: list[str], budget: Optional[float]) -> list[str]:
+    """The flags that the data decide: a validation split, the batch size and the epochs, where they were not given."""
+    given = parse_args([*words, '--epochs', '1'])
+    spec = data_spec_from_args(given, given.recipe.get('data'))
+    if given.val_share is None and not spec.val_share and not given.recipe.get('data') and _unsplit(spec):
+        words += ['--val-share', '0.2']
+        given.val_share = 0.2
+    train = create_datasets(
+        data_spec_from_args(given, given.recipe.get('data')), ('train',), input_channels(given))[0]
+    plain = parse_args(words)
+    if 'batch_size' not in plain.explicit:
+        batch = 32
+        while batch > 4 and len(train) < 8 * batch:
+            batch //= 2
+        words += ['--batch-size', str(batch)]
+    if plain.epochs is None:
+        epochs = max(5, min(30, round(10000 / len(train))))
+        if budget is not None:
+            epochs = max(3, min(100, _affordable(words, budget)))
+        words += ['--epochs', str(epochs)]
+    if not plain.initial_checkpoint and not plain.pretrained:
+        words.append('--pretrained')
+    return words
+
+
+def _unsplit(spec) -> bool:
+    roots = [os.path.expanduser(c.root or '') for c in spec.components if not c.dataset and not c.splits]
+    names = {*SPLIT_NAMES['val'], DEFAULT_SPLITS['val']}
+    return bool(roots) and all(
+        os.path.isdir(root) and not any(os.path.exists(os.path.join(root, name)) for name in names) for root in roots)
+
+
+def _affordable(words: Sequence[str], budget: float) -> int:
+    """Epochs that a budget in minutes pays for, by the time of one."""
+    start = time.monotonic()
+    folder = Path(parse_args(words).output or 'output/fit').expanduser() / '.timing'
+    _run([*COMMON, *words, '--epochs', '1', '--head-start', 'zero', '--overwrite'], folder, quiet=True)
+    shutil.rmtree(folder)
+    return round(60 * budget / (1.5 * (time.monotonic() - start)))
+
+
+def _rungs(epochs: int, candidates: int) -> list[int]:
+    """Epochs after which the better half of the candidates goes on."""
+    first = max(1, round(0.1 * epochs))
+    return [first] if candidates < 4 else [first, 2 * first]
+
+
+def _slug(candidate: Candidate) -> str:
+    return ''.join(c if c.isalnum() or c in '.-' else '-' for c in candidate.name)
+
+
+def _run(words: Sequence[str], folder: Path, quiet: bool) -> None:
+    train = importlib.import_module('train_amf').train
+    where = ['--output', str(folder.parent), '--experiment', folder.name, '--tracker', 'none']
+    with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
+        train([*words, *where])
+
+
+def _train(
+        candidate: Candidate,
+        words: Sequence[str],
+        output: Path,
+        stop: Optional[int],
+        experiment: Optional[str] = None,
+) -> None:
+    """Train a candidate to an epoch, or to its end."""
+    start = time.monotonic()
+    folder = output / (experiment or _slug(candidate))
+    until = ['--stop-epoch', str(stop)] if stop else []
+    _run([*COMMON, *candidate.flags, *words, *until, '--resume', 'auto'], folder, quiet=bool(stop))
+    candidate.epochs, candidate.metric, candidate.loss = _best(folder)
+    candidate.seconds += time.monotonic() - start
+    if stop:
+        print(f'{candidate.name}: {candidate.metric:.2f} after {candidate.epochs} epochs', flush=True)
+
+
+def _best(folder: Path) -> tuple[int, float, float]:
+    """Epochs of a run, and of the best one metric and loss."""
+    name = load_yaml(folder / 'args.yaml').get('eval_metric', 'top1')
+    with open(folder / 'summary.csv', newline='', encoding='utf-8') as file:
+        rows = [row for row in csv.DictReader(file) if row['eval_loss']]
+    metrics = [(float(row[f'eval_{name}']), float(row['eval_loss'])) for row in rows]
+    metric, loss = min(metrics) if name == 'loss' else max(metrics, key=lambda pair: (pair[0], -pair[1]))
+    return int(rows[-1]['epoch']) + 1, metric, loss
+
+
+def main(argv: Sequence[str]) -> None:
+    """`timm-amf fit`."""
+    parser = CommandParser(
+        prog='timm-amf fit', add_help=False, allow_abbrev=False, usage='%(prog)s [DIR] [--model NAME] [flags of train]',
+        description='Fine-tune a model: measure a few ways on the data, train the best to the end.')
+    parser.add_argument('-h', '--help', action='store_true', help='show this; timm-amf train --help shows its flags')
+    parser.add_argument('--budget', type=float, metavar='MINUTES', help='about how long it may take')
+    own, words = parser.parse_known_args(argv)
+    if own.help:
+        parser.print_help()
+        return
+    if own.budget is not None and not own.budget > 0:
+        raise UserError(f'--budget: must be above 0, not {own.budget:g}')
+    if not any(word.split('=')[0] in ('--model', '--config', '-c') for word in words):
+        words = [*words, '--model', MODEL]
+    found = _fit(words, own.budget)
+    run = found.folder
+    print(f'{found}\n\nNext: timm-amf evaluate {run}')
+    print(f'      timm-amf export {run}\n      timm-amf publish {run} OWNER/NAME')
