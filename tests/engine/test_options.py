@@ -509,6 +509,7 @@ def test_sections_of_a_recipe(recipe, folder):
     ('mean: ' + '[' * 5000, 'line 1: not valid YAML: is nested too deeply'),
     ('a: &a [1, 1]\n' + 'b: &b [*a, *a]\nb: &a [*b, *b, *b]\n' * 12, 'not valid YAML: has too many values'),
     ('mean: [' + '0, ' * 60_000 + ']', 'not valid YAML: has too many values'),
+    ('explicit: 5', 'explicit: must be a list of flags, not 5'),
     ('# ' + 'x' * 2 ** 21, 'is too long for a file of settings'),
 ])
 def test_mistake_in_a_recipe(recipe, folder, text, message):
@@ -516,6 +517,12 @@ def test_mistake_in_a_recipe(recipe, folder, text, message):
     with pytest.raises(UserError, match=f'^{re.escape(path)}.*{message}') as error:
         parse_args([folder, '--config', path])
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('text', ['plan: {schedule: [1]}', 'explicit: [lr]\nplan: {schedule: [1]}'])
+def test_a_schedule_is_a_mapping(recipe, folder, text):
+    with pytest.raises(UserError, match=r'plan.schedule must be a mapping of settings, not \[1\]'):
+        parse_args([folder, '--config', recipe(text)])
 
 
 def test_a_date_is_text_and_aliases_are_read(recipe, folder):

@@ -114,6 +114,8 @@ def read_config(
     actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
     values, sections = {}, {}
     explicit = content.get('explicit')
+    if not isinstance(explicit, (list, type(None))):
+        raise UserError(f'{path}: explicit: must be a list of flags, not {explicit!r}')
     for name, value in content.items():
         where = f'{path}: {name}'
         dest = str(name).replace('-', '_')
@@ -131,8 +133,9 @@ def read_config(
             raise UserError(f'{where}: unknown key{hint or "; the keys are the flags of timm-amf train --help"}')
         else:
             values[dest] = _convert(actions[dest], value, where)
-    if explicit is not None and 'plan' in sections:
-        schedule = {**_OLD_SCHEDULE, **(sections['plan'].get('schedule') or {})}
+    given = sections.get('plan', {}).get('schedule')
+    if explicit is not None and 'plan' in sections and isinstance(given, (Mapping, type(None))):
+        schedule = {**_OLD_SCHEDULE, **(given or {})}
         sections['plan'] = {'lr': 0.01, **sections['plan'], 'schedule': schedule}
     return values, sections
 

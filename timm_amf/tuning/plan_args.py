@@ -122,8 +122,8 @@ def common_plan(args: argparse.Namespace, lr: Optional[float] = None) -> Plan:
         Plan.from_yaml(args.plan)  # names the file in its messages
         section = dict(load_yaml(args.plan))
         section = dict(section.get('plan', section))
-    noise_seed = (section.get('schedule') or {}).get('noise_seed', args.seed)
     plan = Plan.from_dict(section).updated(_values(args, Plan))
+    noise_seed = (section.get('schedule') or {}).get('noise_seed', args.seed)
     schedule = {'noise_seed': noise_seed, **_values(args, Schedule)}
     if schedule.get('sched') == 'none':
         schedule.update(sched='constant', warmup_epochs=0)
