@@ -12,6 +12,7 @@ policy.csv (a row an epoch), model_best.safetensors, and last/ (from which --res
 import argparse
 import contextlib
 import copy
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +21,14 @@ from typing import Optional
 from accelerate import Accelerator
 
 from timm_amf.engine import build
-from timm_amf.engine.checkpoint import read_class_names, set_class_names
+from timm_amf.engine.checkpoint import set_class_names
 from timm_amf.engine.head import start_head
 from timm_amf.engine.loop import Trainer
 from timm_amf.engine.options import parse_args, resolve_lr, save_args
 from timm_amf.engine.run import claim_folder, find_resume, prepare_folder
 from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
 from timm_amf.engine.wise import mix_with_start, prepare_mix
-from timm_amf.errors import run_command, without_traceback_flag
+from timm_amf.errors import UserError, run_command, without_traceback_flag
 from timm_amf.models.method import RunSettings
 from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args, resolve
 
@@ -52,12 +53,7 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, resume: Optional[Path]) -> None:
-    names = None
-    if resume is not None:
-        names = read_class_names(resume / 'model.safetensors')
-    elif args.eval_only and args.initial_checkpoint:
-        names = read_class_names(args.initial_checkpoint)
-    train_set, val_set = build.build_data(args, accelerator, names)
+    train_set, val_set = build.build_data(args, accelerator, build.known_classes(args, resume))
     model = build.build_model(args, train_set.num_classes)
     set_class_names(model, train_set.class_names)
     model = build.place_model(model, args, accelerator)
@@ -68,7 +64,7 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
     table = resolve(model, plan)
     if resume is None and not args.eval_only:
         build.set_start(model, table, args, train_set.num_classes)
-        start_head(model, args, train_set, accelerator)
+        start_head(model, args, train_set, accelerator, table)
     optimizer = create_optimizer(model, table)
     mixup = build.build_mixup(args, model.num_classes)
     task = AdaptiveTask(
@@ -87,7 +83,10 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
         trainer.start = trainer.evaluate_now()
         accelerator.print(f'frozen features, logistic regression: {trainer.report(trainer.start)}')
     if args.eval_only:
-        accelerator.print(trainer.report(trainer.evaluate_now()))
+        metrics = trainer.evaluate_now()
+        if not math.isfinite(metrics['loss']):
+            raise UserError('the evaluation loss is not finite: the weights are damaged or not those of this model')
+        accelerator.print(trainer.report(metrics))
         if args.routing_eps is not None:
             accelerator.print(trainer.report_routing(args.routing_eps))
         return

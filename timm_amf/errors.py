@@ -119,6 +119,8 @@ def _explain(error: BaseException) -> Optional[str]:
     """What to tell the user of an exception; None for a defect."""
     if isinstance(error, UserError):
         return str(error)
+    if re.search(r'No space left|os error 28\b', str(error)):
+        return f'no space left on the disk ({error})'
     names = [f'{cls.__module__}.{cls.__qualname__}' for cls in type(error).__mro__]
     expected = next((_EXPECTED[name] for name in names if name in _EXPECTED), None)
     if expected is not None:

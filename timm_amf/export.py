@@ -164,11 +164,15 @@ def open_source(
     if class_names is not None:
         if not Path(class_names).is_file():
             raise UserError(f'--class-names: {class_names} is not a file; check the path')
-        names = [line.strip() for line in Path(class_names).read_text(encoding='utf-8').rstrip().splitlines()]
-        if len(names) > model.num_classes or not all(names):
+        given = [line.strip() for line in Path(class_names).read_text(encoding='utf-8-sig').rstrip().splitlines()]
+        if len(given) != len(names or given) or len(given) > model.num_classes or len(set(filter(None, given))) < max(
+                1, len(given)):
             raise UserError(
-                f'--class-names {class_names}: names {len(names)} classes and the model has {model.num_classes} '
-                'outputs; give one name a line, and no empty lines between them')
+                f'--class-names {class_names}: has {len(given)} lines for the {len(names or ()) or model.num_classes} '
+                'classes of the model; give one name a line, each once, and no empty lines')
+        if names and given != names and sorted(given) == sorted(names):
+            raise UserError(f'--class-names {class_names}: has the names of the weights in another order; leave it out')
+        names = given
     if not names:
         notes.append(f'the class names are left out: {missing}; give --data-dir DIR or --class-names FILE')
     data = resolve_data_config(settings, model=model, verbose=False)
@@ -371,6 +375,8 @@ def _check_request(path: Path, format: str, opset: Optional[int], overwrite: boo
         raise UserError(f'--opset: {format} has no operator sets; leave it out')
     if path.is_dir():
         raise UserError(f'--output {path}: is a folder; name a file')
+    if path.suffix == '.safetensors' and (path.parent / 'args.yaml').exists() and path.name.startswith('model'):
+        raise UserError(f'--output {path}: is a file of the run itself; name another')
     if path.exists() and not overwrite:
         raise UserError(f'--output {path}: is there already; name another, or add --overwrite')
 

@@ -121,14 +121,17 @@ def _open_class_folders(component: Component, folder: str) -> Source:
         (natural_key(image), image, labels[path]) for path, found in images.items() for image in found
         if labels[path] is not None)
     if not samples:
-        raise UserError(f'{where}: no images in {folder}; put each into the folder of its class')
+        remedy = f'check the names in {component.class_map}' if images else 'put each into the folder of its class'
+        raise UserError(f'{where}: no images of any class in {folder}; {remedy}')
     return FileSource(class_names(index), [s[2] for s in samples], [s[1] for s in samples])
 
 
 def _class_folders(component: Component, folder: str, where: str) -> dict[str, list[str]]:
     """The images of each folder that has any."""
     from timm.data.readers import get_img_extensions
-    suffixes = set(component.input_key.split(';')) if component.input_key else get_img_extensions(as_set=True)
+    suffixes = set(component.input_key.lower().split(';')) if component.input_key else get_img_extensions(as_set=True)
+    if not all(suffix.startswith('.') for suffix in suffixes):
+        raise UserError(f'{where}: --input-key {component.input_key}: write suffixes as in ".jpg;.webp"')
     images: dict[str, list[str]] = {}
     empty, left_out = [], Counter()
     for path, folders, files in os.walk(folder, followlinks=True):
@@ -136,7 +139,9 @@ def _class_folders(component: Component, folder: str, where: str) -> dict[str, l
         left_out['hidden folders'] += len(folders) - len(shown)
         folders[:] = sorted(shown)
         found = [name for name in files if os.path.splitext(name)[1].lower() in suffixes and not name.startswith('.')]
-        left_out.update(os.path.splitext(name)[1].lower() or name for name in set(files) - set(found))
+        for name in set(files) - set(found):
+            suffix = os.path.splitext(name)[1].lower()
+            left_out['hidden files' if name.startswith('.') else f'{suffix or "suffixless"} files'] += 1
         if found and path == folder:
             raise UserError(
                 f'{where}: {len(found)} images lie directly in {folder}; put each into the folder of its class')
@@ -148,11 +153,12 @@ def _class_folders(component: Component, folder: str, where: str) -> dict[str, l
         more = f' and {len(empty) - 1} more' if len(empty) > 1 else ''
         raise UserError(
             f'{where}: no images in class folder {sorted(empty)[0]}{more}; add images '
-            f'({", ".join(sorted(suffixes))}; others with input_key) or remove the folder')
+            f'({", ".join(sorted(suffixes))}; others with --input-key) or remove the folder')
     parts = [f'{number} {what}' for what, number in left_out.most_common(6) if number]
     if parts:
-        _logger.warning(
-            f'{where}: {folder}: left out: {", ".join(parts)}; --input-key reads other suffixes, as in ".jpg;.webp".')
+        others = any(what.startswith('.') and number for what, number in left_out.items())
+        more = '; --input-key ".jpg;.webp" reads other suffixes' if others else ''
+        _logger.warning(f'{where}: {folder}: left out: {", ".join(parts)}{more}.')
     return images
 
 

@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from timm_amf.data import Mixture, create_datasets, create_loader, data_spec_from_args, splits_from_args
 from timm_amf.data.cache import build_cache, cache_short_side
 from timm_amf.data.check import check_images
+from timm_amf.engine.checkpoint import class_names, read_class_names
 from timm_amf.engine.memory import keep_freed_memory
 from timm_amf.engine.options import resolve_trackers
 from timm_amf.errors import UserError
@@ -128,6 +129,20 @@ def build_data(
     return datasets
 
 
+def known_classes(args: argparse.Namespace, resume: Optional[Path]) -> Optional[list[str]]:
+    """The classes of the weights that a run goes on with or only evaluates, in the order of their outputs.
+
+    A run that starts from other weights has the classes of its data; if these are the same in another order, theirs.
+    """
+    if resume is not None:
+        return read_class_names(resume / 'model.safetensors')
+    weights = args.initial_checkpoint or args.pretrained_path
+    if args.eval_only and not weights and ':' in args.model:
+        with torch.device('meta'):
+            return class_names(timm.create_model(args.model))
+    return read_class_names(weights) if args.eval_only and weights else None
+
+
 def input_channels(args: argparse.Namespace) -> int:
     """Channels of the images that the options ask for."""
     return args.in_chans or (args.input_size[0] if args.input_size else 3)
@@ -206,6 +221,9 @@ def _cfg_overlay(args: argparse.Namespace) -> dict[str, Any]:
     overlay = dict(args.pretrained_cfg_overlay)
     if args.pretrained_path:
         overlay['file'] = args.pretrained_path
+        names = read_class_names(args.pretrained_path)
+        if names is not None:  # its classifier is of these, not of the architecture's classes
+            overlay['num_classes'] = len(names)
     # Composites renormalise for their parts from the statistics that their configuration says the input has.
     for name in ('mean', 'std'):
         values = getattr(args, name)

@@ -28,8 +28,8 @@ from timm_amf.files import replacing, whole_folder
 from timm_amf.tuning.l2sp import L2SP
 
 __all__ = [
-    'Checkpointer', 'class_names', 'load_weights', 'read_class_names', 'read_state', 'reading_weights', 'restoring',
-    'save_tensors', 'save_weights', 'set_class_names',
+    'Checkpointer', 'check_digests', 'class_names', 'load_weights', 'read_class_names', 'read_state',
+    'reading_weights', 'restoring', 'save_tensors', 'save_weights', 'set_class_names',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -89,8 +89,17 @@ def set_class_names(module: nn.Module, names: Iterable[str]) -> None:
 def read_class_names(path: Union[str, Path]) -> Optional[list[str]]:
     """The names of the classes in a file of weights; None where it has none: an older one, or another package's."""
     with contextlib.suppress(SafetensorError, OSError), safe_open(path, 'pt') as file:
-        names = (file.metadata() or {}).get('class_names')
-        return None if names is None else _parse_names(names, path)
+        metadata = file.metadata() or {}
+        if 'class_names' in metadata:
+            return _parse_names(metadata['class_names'], path)
+        # An exported file has its configuration in its metadata, a published one beside it.
+        config, beside = metadata.get('config.json'), Path(path).with_name('config.json')
+        if config is None and beside.is_file():
+            config = beside.read_text(encoding='utf-8')
+        with contextlib.suppress(ValueError, RecursionError, AttributeError):
+            config = json.loads(config or '{}')
+            names = config.get('class_names') or config.get('label_names')
+            return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
     return None
 
 
@@ -204,7 +213,11 @@ class Checkpointer:
     def found(self) -> Optional[Path]:
         """The newest checkpoint, also where a kill broke off a change of `last/`; None if there is none."""
         folders = (self.folder / name for name in ('last.new', 'last', 'last.old'))
-        return next((folder for folder in folders if folder.is_dir()), None)
+        return next((f for f in folders if f.is_dir() and (f.name != 'last.new' or (f / _STATE).exists())), None)
+
+    def holds_run(self) -> bool:
+        """Whether the folder has a checkpoint or any other file of a run."""
+        return self.found() is not None or bool(self.records()) or (self.folder / 'args.yaml').exists()
 
     def records(self) -> list[Path]:
         """The files of the run so far beside its checkpoint."""
@@ -268,7 +281,8 @@ class Checkpointer:
     def discard(self) -> None:
         """Remove the checkpoints and records of an earlier run in this folder."""
         self.discard_last()
-        for path in self.records():
+        shutil.rmtree(self.folder / 'compact', ignore_errors=True)
+        for path in (*self.records(), *self.folder.glob('exported.*'), *self.folder.glob('mix.csv')):
             path.unlink()
 
     def discard_last(self) -> None:
@@ -293,7 +307,7 @@ class Checkpointer:
             UserError: If the folder is missing, damaged, or of another model or Plan.
         """
         source = Path(source)
-        _check_digests(source)
+        check_digests(source)
         state = read_state(source)
         load_weights(model, source / _WEIGHTS)
         if ema is not None:
@@ -306,6 +320,9 @@ class Checkpointer:
         if l2sp is not None:
             _load_start(source / _START, l2sp)
         self.best_metric, self.best_epoch = state['best_metric'], state['best_epoch']
+        if self.best_epoch is not None and not (source.parent / 'model_best.safetensors').exists():
+            _logger.warning('%s: model_best.safetensors is gone; the best epoch from here on counts', source.parent)
+            self.best_metric = self.best_epoch = None
         self.kept = [(float(metric), int(epoch)) for metric, epoch in state['kept']]
         return state
 
@@ -392,7 +409,7 @@ def restoring(source: Path) -> Iterator[None]:
         raise UserError(f'{source}: is damaged ({reason}){_fall_back(source)}') from e
 
 
-def _check_digests(source: Path) -> None:
+def check_digests(source: Path) -> None:
     """Refuse a checkpoint whose files are not those that were written; one of an older version has no digests."""
     path = source / _DIGESTS
     if not path.exists():

@@ -257,6 +257,9 @@ def predict(
         rows.append((log_probs.logsumexp(1) - math.log(crops)).cpu())
         indices.append(batch.index.cpu())
     rows, indices = torch.cat(rows), torch.cat(indices)
+    if rows.isnan().any():
+        count = int(rows.isnan().any(1).sum())
+        raise UserError(f'{description}: gives NaN for {count} images; its weights are damaged')
     return torch.empty_like(rows).index_copy_(0, indices, rows)
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from timm_amf.data import Mixture
 from timm_amf.engine.run_folder import eval_loader
 from timm_amf.errors import UserError
+from timm_amf.tuning import Resolved
 
 __all__ = ['HEAD_STARTS', 'logistic_regression', 'probe_features', 'start_head']
 
@@ -32,6 +33,7 @@ def start_head(
         args: argparse.Namespace,
         train: Mixture,
         accelerator: Accelerator,
+        table: Resolved,
 ) -> None:
     """Give a model that does not resume the classifier that `--head-start` names.
 
@@ -42,9 +44,14 @@ def start_head(
         args: The run's options.
         train: The training images, which `probe` looks at.
         accelerator: Accelerate's context. Its main process fits the regression; the others get it with the weights.
+        table: How the model is fine-tuned: a classifier that does not learn from the start must not be zero.
     """
     how = args.head_start or _default(model, args)
     if how == 'timm':
+        return
+    if how == 'zero' and not _learns(model, table):
+        if args.head_start:
+            raise UserError('--head-start zero: the classifier does not train from the start; give timm or probe')
         return
     layers = _linear_layers(model)
     if how == 'zero':
@@ -68,6 +75,12 @@ def _default(model: nn.Module, args: argparse.Namespace) -> str:
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     kept = cfg.get('num_classes') == model.num_classes  # the pretrained classifier
     return 'timm' if given or kept or not args.pretrained else 'zero'
+
+
+def _learns(model: nn.Module, table: Resolved) -> bool:
+    head = {id(p) for layer in _linear_layers(model) for p in layer.parameters()}
+    own = [table.parameters.get(name) for name, p in model.named_parameters() if id(p) in head]
+    return all(setting is not None and setting.trains and setting.start_epoch == 0 for setting in own)
 
 
 def _linear_layers(model: nn.Module) -> list[nn.Module]:
@@ -137,11 +150,11 @@ def logistic_regression(
     scale[scale == 0] = 1.
     kept = (features - mean) / scale
     held = _quarter(labels, seed)
-    classes, best, accuracy, worse = np.unique(labels), grid[0], -1., 0
+    classes, best, accuracy, worse = np.unique(labels), grid[len(grid) // 2], -1., 0
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # penalties so weak that the solver does not converge are not chosen
         model = LogisticRegression(warm_start=True, max_iter=300, tol=1e-3)
-        for c in grid:
+        for c in grid if held.any() else ():  # of one image a class none can be held out
             found = model.set_params(C=c).fit(kept[~held], labels[~held]).score(kept[held], labels[held])
             best, accuracy, worse = (c, found, 0) if found > accuracy else (best, accuracy, worse + 1)
             if worse == 3:  # beyond the best penalty, weaker ones only overfit more

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from timm_amf.engine.build import seed_step
-from timm_amf.engine.checkpoint import Checkpointer, load_weights, read_state, restoring
+from timm_amf.engine.checkpoint import Checkpointer, class_names, load_weights, read_state, restoring, set_class_names
 from timm_amf.engine.csv_log import CsvLog
 from timm_amf.engine.evaluate import evaluate, reduce_tensors
 from timm_amf.engine.task import AdaptiveTask
@@ -179,6 +179,7 @@ class Trainer:
         self._open_logs()
         self.signals = Signals()
         self._begin: Optional[Callable[[], None]] = None
+        self._owns_folder = False
         self._started = time.monotonic()
         self._epochs_done = 0
 
@@ -250,8 +251,8 @@ class Trainer:
                 leaves everything as it was.
         """
         self._begin = begin
-        if begin is not None and self.epoch >= self.epochs:
-            begin()
+        if begin is not None and self.epoch and self.epoch >= self.epochs:
+            begin()  # a resumed run in which nothing is left to train
         try:
             with self.signals:
                 while self.epoch < self.epochs:
@@ -262,7 +263,9 @@ class Trainer:
             if self._begin is None:
                 raise
             # Whatever a model or an augmentation says of images that it cannot take.
-            raise UserError(f'the first step fails ({type(e).__name__}: {e}); --traceback shows where') from e
+            raise UserError(
+                f'the first step fails ({type(e).__name__}: {e}); try another --batch-size or --img-size; --traceback '
+                f'shows where') from e
         finally:
             self.train_loader.close()
             self.val_loader.close()
@@ -382,6 +385,7 @@ class Trainer:
         if self._begin is not None:
             begin, self._begin = self._begin, None
             begin()
+            self._owns_folder = True
             self._open_logs()  # those of the run that goes on here
         if look and self._progress:
             bar.set_postfix(loss=f'{meter.loss():.3f}')
@@ -510,6 +514,8 @@ class Trainer:
     def save(self, holders) -> None:
         """Write `last/`: the state at this moment, from which a resumed run gives the same bits."""
         meters = [[self._gathered(tensor) for tensor in holder.tensors()] for holder in holders] or None
+        if self._owns_folder and not (self.folder / 'args.yaml').exists():
+            raise UserError(f'{self.folder}: was removed or emptied while the run was writing there; start it again')
         if self.accelerator.is_main_process:
             self.checkpoints.save_last(self.task.model, self.task.ema_model, self.bare_optimizer, dict(
                 epoch=self.epoch,
@@ -585,6 +591,8 @@ class Trainer:
             load_weights(model, weights)
         method, target = method_of(model), self.folder / 'compact'
         compact = method.compact(method.fixed_path(self.plan.global_k)).to('cpu')
+        if class_names(model) is not None:
+            set_class_names(compact, class_names(model))
         save_for_hf(compact, str(target), model_args=method.compact_args(), safe_serialization=True)
         print(f"compact model: timm.create_model('local-dir:{target}', pretrained=True)")
 

@@ -1,6 +1,7 @@
 """Checks of the options that can be made before anything is built, each with one line for the user."""
 import argparse
 import importlib
+import math
 import os
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -32,6 +33,13 @@ _BOUNDS = {
     ), (0, 1)),
 }
 
+# dest -> the flag without which it has no effect.
+_NEEDS = {
+    **dict.fromkeys(('model_ema_decay', 'model_ema_warmup', 'model_ema_force_cpu'), 'model_ema'),
+    **dict.fromkeys(('publish_license', 'publish_private', 'publish_revision', 'publish_message'), 'publish'),
+    'wandb_resume_id': 'log_wandb',
+}
+
 # dest -> how many values it takes, where argparse cannot say.
 _PAIRS = {'scale': (2,), 'ratio': (2,), 'cutmix_minmax': (2,)}
 
@@ -45,6 +53,13 @@ def check_values(args: argparse.Namespace) -> None:
     for dest, item in _items(args):
         if type(item) is int and abs(item) > MAX_NUMBER:
             _fail(dest, f'must be a number of at most {MAX_NUMBER}')
+        if type(item) is float and not math.isfinite(item):
+            _fail(dest, f'must be finite, not {item:g}')
+    for dest, needed in _NEEDS.items():
+        if dest in args.explicit and not getattr(args, needed):
+            _fail(dest, f'has no effect without --{needed.replace("_", "-")}; add it, or leave this out')
+    if args.eval_only and args.resume and args.initial_checkpoint:
+        _fail('initial_checkpoint', 'and --resume name two sets of weights to evaluate; give one')
     for dest, (low, high) in _BOUNDS.items():
         value = getattr(args, dest)
         for item in value if isinstance(value, (list, tuple)) else [value]:

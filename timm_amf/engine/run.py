@@ -47,10 +47,11 @@ def claim_folder(folder: Path, overwrite: bool, resume: Optional[Path]) -> Itera
     """Make a run the only one that writes to its folder, which is made if it is not there, and left if it stays empty.
 
     Raises:
-        UserError: If another run is writing there, or one is complete there and neither `--resume` nor `--overwrite`
-            was given, or the folder cannot be made.
+        UserError: If another run is writing there, or one is there that is neither resumed nor to be overwritten, or
+            the folder cannot be made.
     """
-    if resume is None and not overwrite and Checkpointer(folder).found() is not None:
+    own = resume is not None and resume.parent.resolve() == folder.resolve()
+    if not (own or overwrite) and Checkpointer(folder).holds_run():
         raise UserError(f'{folder}: holds a run already; continue it with --resume auto, or add --overwrite')
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,14 @@ from timm_amf.data import (
     splits_from_args,
 )
 from timm_amf.engine.build import build_model, input_channels
-from timm_amf.engine.checkpoint import Checkpointer, class_names, load_weights, read_class_names, reading_weights
+from timm_amf.engine.checkpoint import (
+    Checkpointer,
+    check_digests,
+    class_names,
+    load_weights,
+    read_class_names,
+    reading_weights,
+)
 from timm_amf.engine.options import parse_args
 from timm_amf.errors import UserError
 from timm_amf.tuning import Plan
@@ -81,6 +88,8 @@ def find_weights(run: Union[str, Path], weights: str = 'best') -> Path:
     if not file.exists():
         what = 'the run kept no moving average' if weights == 'ema' else 'no such checkpoint'
         raise UserError(f'{file}: {what}; take other --weights, or train the run on')
+    if weights != 'best':
+        check_digests(folder)
     return file
 
 
@@ -179,7 +188,7 @@ def open_run(
         names = read_class_names(find_weights(folder, weights))
         data = create_datasets(spec, splits_from_args(args), channels, names)
     except (UserError, OSError) as e:
-        if need_data:
+        if need_data or data_dir:
             raise
         missing = str(e)
     if need_data and args.skip_bad_images:  # an accuracy is of the images that the run could read

@@ -35,6 +35,7 @@ from timm.models import get_arch_name, get_model_args, save_for_hf
 from torch import nn
 
 from timm_amf.data import data_spec_from_args, splits_from_args
+from timm_amf.engine.checkpoint import Checkpointer, read_state
 from timm_amf.engine.intervals import wilson_interval
 from timm_amf.engine.recipes import check_repo_id
 from timm_amf.engine.run_folder import OpenRun, open_run
@@ -261,6 +262,12 @@ def prepare(
 ) -> Publication:
     """Opens a run to publish it; the arguments are those of `publish`."""
     opened = open_run(run, data_dir=data_dir)
+    checkpoint = Checkpointer(opened.folder).found()
+    trained = checkpoint and read_state(checkpoint)['identity'].get('samples')
+    if trained not in (None, len(opened.data[0])):
+        raise UserError(
+            f'{run}: was trained on {trained} images, and its data have {len(opened.data[0])} by now; the card would be '
+            f'false: name the same data with --data-dir')
     model = opened.model
     if compact:
         path = method_of(model).fixed_path(opened.plan.global_k)

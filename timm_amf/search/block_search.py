@@ -475,4 +475,4 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     found = search.run()
     if search.accelerator.is_main_process:
         print(found)
-        print(f'\nRun it: train_amf.py --config {found.folder / "best.yaml"}')
+        print(f'\nRun it: timm-amf train --config {found.folder / "best.yaml"}')
