@@ -112,7 +112,8 @@ def command_lines(case: Case, base: Path) -> str:
     words += ['--aug-splits', '1000000'] * (rng.random() < 0.05)
     model = rng.choice((['--model', 'test_resnet'], RUNS['amf'][len(PLAIN):], RUNS['spottune'][len(PLAIN):]))
     steps = ['--train-batches-per-epoch', '1', '--output', str(case.folder), '--experiment', 'run', '--stop-epoch', '1']
-    argv = [str(base / 'data'), *PLAIN, *model, *(['--dry-run'] if rng.random() < 0.6 else steps), *words]
+    dry = rng.random() < 0.6 or '--torchcompile' in words  # compiling takes minutes
+    argv = [str(base / 'data'), *PLAIN, *model, *(['--dry-run'] if dry else steps), *words]
     case.run(lambda: train_amf.main(argv))
     return f'{argv[len(PLAIN) + 2]} {" ".join(word[:40] for word in words)}: {case.last}'
 

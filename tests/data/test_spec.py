@@ -83,6 +83,9 @@ def test_mapping_round_trip(preset):
     ({'components': [{'name': 'a', 'per_class': {'dev': 3}}]}, "'dev'"),
     ({'components': [{'name': 'a'}], 'shuffle': True}, "'shuffle'"),
     ({'components': [3]}, 'component'),
+    ({'components': {'a': 1}}, 'component'),
+    ({'splits': [1]}, 'splits is a mapping'),
+    ({'dataset': [1], 'num_samples': 5}, 'num_samples is a mapping'),
 ])
 def test_mistakes_in_yaml_are_one_line(section, words):
     with pytest.raises(UserError, match=words) as error:

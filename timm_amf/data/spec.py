@@ -117,6 +117,8 @@ class DataSpec:
             raise UserError(f'data: val_share must be at least 0 and below 1, not {self.val_share!r}')
         if not self.components:
             raise UserError('data: no component; give a folder (--data-dir), a dataset (--dataset) or components')
+        if not isinstance(self.num_samples, Mapping):
+            raise UserError(f'data: num_samples is a mapping such as {{train: 1000}}, not {self.num_samples!r}')
         names = [c.name for c in self.components]
         for name in names:
             if names.count(name) > 1:
@@ -259,7 +261,8 @@ def _mixture_split(name: Optional[str]) -> Optional[str]:
 
 def _component_list(items: Any) -> list[dict]:
     if isinstance(items, Mapping):
-        items = [{'name': name, **(item or {})} for name, item in items.items()]
+        items = [{'name': name, **(item or {})} if isinstance(item, (Mapping, type(None))) else item
+                 for name, item in items.items()]
     if not isinstance(items, (list, tuple)):
         raise UserError(f'data: components is a list or a mapping, not {items!r}')
     items = [{'root': item} if isinstance(item, str) else item for item in items]
@@ -276,7 +279,10 @@ def _component(item: dict, defaults: Mapping) -> Component:
     if unknown:
         raise UserError(f'data: unknown key {sorted(unknown)[0]!r} of a component; there are '
                         f'{", ".join(Component.__dataclass_fields__)}')
-    splits = {**defaults.get('splits', {}), **(item.get('splits') or {})}
+    splits = item.get('splits') or {}
+    if not isinstance(splits, Mapping):
+        raise UserError(f'data: splits is a mapping such as {{val: validation}}, not {splits!r}')
+    splits = {**defaults.get('splits', {}), **splits}
     item = {**defaults, **{k: v for k, v in item.items() if v is not None}, 'splits': splits}
     if 'name' not in item:
         item['name'] = _default_name(item)
@@ -284,7 +290,7 @@ def _component(item: dict, defaults: Mapping) -> Component:
 
 
 def _default_name(item: Mapping) -> str:
-    name = (item.get('dataset') or '').rstrip('/').split('/')[-1] or Path(str(item.get('root') or '')).name
+    name = str(item.get('dataset') or '').rstrip('/').split('/')[-1] or Path(str(item.get('root') or '')).name
     return re.sub(r'[^\w.-]+', '-', name) or 'data'
 
 

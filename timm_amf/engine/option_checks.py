@@ -95,8 +95,8 @@ def _items(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
 
 
 def _check_image(args: argparse.Namespace) -> None:
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        _fail('crop_pct', f'must be above 0 and at most 1, not {args.crop_pct:g}')
+    if args.crop_pct is not None and not 0.05 <= args.crop_pct <= 1:  # images grow by its inverse before they are cut
+        _fail('crop_pct', f'must be between 0.05 and 1, not {args.crop_pct:g}')
     channels = args.input_size[0] if args.input_size else args.in_chans or 3
     if args.input_size and args.in_chans not in (None, channels):
         _fail('in_chans', f'{args.in_chans} contradicts the {channels} channels of --input-size')

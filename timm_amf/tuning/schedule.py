@@ -141,8 +141,11 @@ class GroupScheduler:
                 # The group's own, since the model may have a say in it (`role_defaults`).
                 own = group.get('schedule')
                 schedule = plan.role_schedule(key[0]) if own is None else plan.complete_schedule(own)
-                self._shapes[key] = _Shape(
-                    schedule, key[1], plan.epochs, updates_per_epoch, self.on_updates, plateau_mode)
+                try:
+                    self._shapes[key] = _Shape(
+                        schedule, key[1], plan.epochs, updates_per_epoch, self.on_updates, plateau_mode)
+                except ArithmeticError as e:
+                    raise UserError(f'schedule {schedule.sched!r} cannot be made: {e}') from None
         self._lrs = [group['initial_lr'] for group in optimizer.param_groups]
         self.total_epochs = max(shape.total_epochs for shape in self._shapes.values()) if plan.epochs else 0
         self._set(0)
