@@ -44,7 +44,9 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     folder = build.run_folder(args, accelerator)
     resume = find_resume(args, folder)
     writes = accelerator.is_main_process and not (args.dry_run or args.eval_only)
-    with claim_folder(folder, args.overwrite, resume) if writes else contextlib.nullcontext():
+    # A run that was killed before its first checkpoint begins again.
+    over = args.overwrite or (args.resume == 'auto' and resume is None)
+    with claim_folder(folder, over, resume) if writes else contextlib.nullcontext():
         _train(args, accelerator, folder, resume)
     if args.publish and writes:
         from timm_amf.hub.publish import publish_finished

@@ -82,7 +82,7 @@ def test_what_is_left_out_is_counted(make_folder, save, caplog):
     data = create_dataset(spec(root))
     assert data.class_names == ['cat', 'dog'] and len(data) == 8
     text = caplog.text
-    assert '3 hidden folders' in text and '3 .webp' in text and '1 .txt' in text and '1 .png' in text
+    assert '3 hidden folders' in text and '3 .webp' in text and '1 .txt' in text and '1 hidden files' in text
     assert len(create_dataset(spec(root, input_key='.png;.webp'))) == 11
 
 

@@ -104,6 +104,9 @@ def test_last_weights_and_a_run_that_moved(train, data, tmp_path):
         assert got.category_ids == [10_000_001 + c for c in expected(moved, paths, file)]
         assert got.image_ids == [image['id'] for image in images] and got.accuracy is None
     (moved / 'last/ema.safetensors').unlink()
+    with pytest.raises(UserError, match='ema.safetensors: is not there'):
+        predict_run(moved, str(data), weights='last', cpu=True)
+    (moved / 'last/digests.json').unlink()  # as of a run of an older version
     got = predict_run(moved, str(data), weights='last', cpu=True)
     assert got.category_ids == [10_000_001 + c for c in expected(moved, paths, 'last/model.safetensors')]
 

@@ -266,8 +266,8 @@ def prepare(
     trained = checkpoint and read_state(checkpoint)['identity'].get('samples')
     if trained not in (None, len(opened.data[0])):
         raise UserError(
-            f'{run}: was trained on {trained} images, and its data have {len(opened.data[0])} by now; the card would be '
-            f'false: name the same data with --data-dir')
+            f'{run}: was trained on {trained} images, and its data have {len(opened.data[0])} by now, so that its card '
+            f'would be false; name the same data with --data-dir')
     model = opened.model
     if compact:
         path = method_of(model).fixed_path(opened.plan.global_k)
