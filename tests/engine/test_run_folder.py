@@ -58,7 +58,8 @@ def test_a_first_step_that_fails_leaves_the_run_as_it_was(run, monkeypatch):
         raise ValueError('no such thing')
 
     monkeypatch.setattr(loop.Trainer, '_train_step', fail)
-    with pytest.raises(UserError, match=r'the first step fails \(ValueError: no such thing\); try another --batch-size .*--traceback'):
+    message = r'the first step fails \(ValueError: no such thing\); try another --batch-size .*--traceback'
+    with pytest.raises(UserError, match=message):
         run('first', '--overwrite', base=PLAIN)
     assert contents(folder) == before
 
