@@ -28,7 +28,7 @@ from timm.layers import to_2tuple
 from timm.models import get_model_args
 from torch import Tensor, nn
 
-from timm_amf.engine.run_folder import WEIGHTS, open_run
+from timm_amf.engine.run_folder import WEIGHTS, is_run, open_run
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing
 from timm_amf.hub.load import load, portable_args
@@ -375,7 +375,8 @@ def _check_request(path: Path, format: str, opset: Optional[int], overwrite: boo
         raise UserError(f'--opset: {format} has no operator sets; leave it out')
     if path.is_dir():
         raise UserError(f'--output {path}: is a folder; name a file')
-    if path.suffix == '.safetensors' and (path.parent / 'args.yaml').exists() and path.name.startswith('model'):
+    if path.suffix == '.safetensors' and is_run(path.parent) and not (
+            path.parent / 'config.json').exists() and path.name.startswith('model'):
         raise UserError(f'--output {path}: is a file of the run itself; name another')
     if path.exists() and not overwrite:
         raise UserError(f'--output {path}: is there already; name another, or add --overwrite')

@@ -123,8 +123,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(run, whole, monkeypatc
     assert_same_run(whole, run('full', *STATEFUL, '--resume', 'auto'))
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-@pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize('workers, signum, code', [(2, signal.SIGTERM, 143), (0, signal.SIGINT, 130)])
 def test_signals_save_and_leave(run, components, tmp_path, signum, code, workers):
     """A real process and its workers, a real signal to all of them, in the middle of an epoch."""
     flags = ['--aa', 'rand-m5-mstd0.5', '--epochs', '15']

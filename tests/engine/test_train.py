@@ -342,7 +342,7 @@ def test_without_network_pretrained_weights_fail_at_once(run, monkeypatch, model
 @pytest.mark.parametrize('flags, message', [
     (['--color-jitter', '-1'], 'the transforms of images cannot be built: '),
     (['--lr-k-decay', '1e9'], 'schedule: has no value at 0'),
-    (['--policy-hold-epochs', 'inf'], "schedule 'cosine' cannot be made: cannot convert float infinity"),
+    (['--policy-hold-epochs', 'inf'], '--policy-hold-epochs: must be finite, not inf'),
     (['--torchcompile', 'nothing'], '--torchcompile nothing: '),
 ])
 def test_values_that_only_others_can_check(run, flags, message):

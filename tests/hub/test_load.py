@@ -112,8 +112,10 @@ def test_folders(staged, runs, tmp_path):
             assert torch.equal(model(IMAGES), expected) and model.provenance.source == str(folder)
     with pytest.raises(UserError, match='no such folder'):
         timm_amf.load(tmp_path / 'none')
-    with pytest.raises(UserError, match='has no config.json; timm-amf publish'):
-        timm_amf.load(runs('amf'))
+    run = timm_amf.load(runs('amf'))  # a run's folder serves as well
+    assert run.provenance.plan.to_dict() == model.provenance.plan.to_dict() and run.num_classes == model.num_classes
+    with pytest.raises(UserError, match='has no config.json; give a folder'):
+        timm_amf.load(tmp_path)
     with pytest.raises(UserError, match='is a folder, and has no revision'):
         timm_amf.load(folder, 'v1')
 

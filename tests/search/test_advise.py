@@ -182,7 +182,7 @@ def test_random_init(images, flags, monkeypatch):
     (['--random-init', '-2'], '--random-init: must be at least 0'),
     (['--source-dir', '/nowhere'], '/nowhere does not exist'),
     (['--component', 'name=c,path={images}/colours,per_class.train=1'], "'c': class 'colours0' has one image"),
-    (['--component', 'name=c,path={images}/colours,classes=1'], '1 class only'),
+    (['--component', 'name=c,path={images}/colours,classes=1'], 'there is one class'),
     (['--modle', 'x'], 'did you mean --model'),
 ])
 def test_mistakes(advise_cli, images, weights, extra, message):

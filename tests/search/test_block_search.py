@@ -160,7 +160,7 @@ def test_ranking(everything):
     assert ranked[0][0] == '1' and expected[0] in ranked[0] and ranked[0][-1] == 'best'
     for line in ranked:
         assert expected[int(line[0]) - 1] in line
-    for word in ('classifier (baseline I)', 'all (baseline II)', '95 % interval', 'Run it: train_amf.py --config'):
+    for word in ('classifier (baseline I)', 'all (baseline II)', '95 % interval', 'Run it: timm-amf train --config'):
         assert word in text
     best = (folder / 'best.yaml').read_text().splitlines()
     assert f' {expected[0]}: ' in best[1]

@@ -45,6 +45,7 @@ COMMON = (
     '--head-start', 'probe', '--norms', 'frozen', '--opt', 'adamw', '--weight-decay', '0.01', '--sched', 'cosine',
     '--sched-on-updates', '--warmup-epochs', '0.5', '--wise-ft')
 
+
 @dataclass
 class Candidate:
     """One way to fine-tune.
@@ -144,14 +145,15 @@ def fit(
 def _fit(words: Sequence[str], budget: Optional[float]) -> Fit:
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UserError('fit runs in one process; start it without accelerate launch or torchrun')
-    words = _complete(list(words), budget)
     args = parse_args(words)
-    output = Path(args.output or 'output/fit').expanduser()
-    folder = output / (args.experiment or time.strftime('%Y%m%d-%H%M%S-fit'))
-    progress = _Progress(folder.with_name(f'{folder.name}-pilots'), words, args)
+    folder = Path(args.output or 'output/fit') / (args.experiment or Path(args.data_dir or 'mixture').resolve().name)
+    progress = _Progress(folder.with_name(f'{folder.name}-pilots'), [*words, str(budget)])
     if (folder / 'args.yaml').exists() and not args.overwrite and progress.winner is None:
         raise UserError(f'{folder}: holds a run already; name another with --experiment, or add --overwrite')
+    words = progress.words = progress.words or _complete(list(words), budget)
     if progress.winner is None:
+        args = parse_args(words)
+        progress.candidates = [Candidate(c.name, c.flags) for c in (CANDIDATES if args.epochs >= 8 else CANDIDATES[:3])]
         _contest(progress, words, args)
         if folder.exists():
             shutil.rmtree(folder)
@@ -184,21 +186,24 @@ def _contest(progress: '_Progress', words: Sequence[str], args: argparse.Namespa
 class _Progress:
     """What an interrupted `fit` goes on from: `fit.json` in the folder of its pilots."""
 
-    def __init__(self, folder: Path, words: Sequence[str], args: argparse.Namespace):
-        self.folder, self.words = folder, list(words)
-        self.candidates = [Candidate(c.name, c.flags) for c in (CANDIDATES if args.epochs >= 8 else CANDIDATES[:3])]
+    def __init__(self, folder: Path, asked: Sequence[str]):
+        self.folder, self.asked = folder, list(asked)
+        self.words: list[str] = []
+        self.candidates: list[Candidate] = []
         self.winner: Optional[Candidate] = None
         file = folder / 'fit.json'
         state = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
-        if state.get('words') != self.words:
+        if state.get('asked') != self.asked:
             shutil.rmtree(folder, ignore_errors=True)  # of another fit
         else:
+            self.words = state['words']
             self.candidates = [Candidate(**{**c, 'flags': tuple(c['flags'])}) for c in state['candidates']]
             self.winner = next((c for c in self.candidates if c.name == state['winner']), None)
 
     def write(self) -> None:
         state = dict(
-            words=self.words, winner=self.winner and self.winner.name, candidates=[asdict(c) for c in self.candidates])
+            asked=self.asked, words=self.words, winner=self.winner and self.winner.name,
+            candidates=[asdict(c) for c in self.candidates])
         write_text(self.folder / 'fit.json', json.dumps(state, indent=1))
 
 
@@ -271,8 +276,13 @@ def _train(
     start = time.monotonic()
     folder = output / (experiment or _slug(candidate))
     until = ['--stop-epoch', str(stop)] if stop else []
-    _run([*COMMON, *candidate.flags, *words, *until, '--resume', 'auto'], folder, quiet=bool(stop))
-    candidate.epochs, candidate.metric, candidate.loss = _best(folder)
+    try:
+        _run([*COMMON, *candidate.flags, *words, *until, '--resume', 'auto'], folder, quiet=bool(stop))
+        candidate.epochs, candidate.metric, candidate.loss = _best(folder)
+    except UserError as e:
+        if not stop or 'not finite' not in str(e):
+            raise
+        candidate.metric, candidate.loss = float('-inf'), float('inf')  # its LR is too high for these data
     candidate.seconds += time.monotonic() - start
     if stop:
         print(f'{candidate.name}: {candidate.metric:.2f} after {candidate.epochs} epochs', flush=True)
