@@ -19,7 +19,8 @@ from timm_amf.files import write_text
 from timm_amf.yaml_text import MAX_NUMBER, load_yaml
 
 __all__ = [
-    'SECTIONS', 'KeyValues', 'derived_flags', 'find_config', 'list_recipes', 'nearest', 'read_config', 'save_args',
+    'SECTIONS', 'KeyValues', 'args_content', 'derived_flags', 'find_config', 'list_recipes', 'load_yaml', 'nearest',
+    'read_config', 'save_args',
 ]
 
 # What a Plan's section meant without these keys in runs whose args.yaml has a key `explicit`.
@@ -216,14 +217,17 @@ def save_args(args: argparse.Namespace, path: Union[str, Path]) -> None:
         args: Result of `parse_args`.
         path: File to write.
     """
+    write_text(path, yaml.safe_dump(args_content(args), default_flow_style=False))
+
+
+def args_content(args: argparse.Namespace) -> dict[str, Any]:
+    """What `save_args` writes: flags that are set, and sections, without secrets."""
     left_out = {'recipe', 'explicit', 'config', 'data', *derived_flags(args)}
     flags = {key: value for key, value in vars(args).items() if key not in left_out and value is not None}
     if 'model' not in args.explicit:
         flags.pop('model', None)
     # Where there is a section `plan`, the flag of the same name is empty: `parse_args` sees to it.
-    content = {**flags, **args.recipe}
-    text = yaml.safe_dump(_for_yaml(content), default_flow_style=False)
-    write_text(path, text)
+    return _for_yaml({**flags, **args.recipe})
 
 
 def _for_yaml(value: Any) -> Any:

@@ -8,10 +8,8 @@ approximate and what it says is never more than likely.
 import argparse
 import copy
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -19,7 +17,8 @@ import yaml
 from timm.models import is_model_in_modules
 
 from timm_amf.engine import build
-from timm_amf.engine.options import build_parser, resolve_lr, save_args
+from timm_amf.engine.config_file import args_content
+from timm_amf.engine.options import build_parser, resolve_lr
 from timm_amf.errors import UserError
 from timm_amf.models.parts import Part, part_cfg
 from timm_amf.models.sources import check_source
@@ -506,11 +505,8 @@ def config_text(args: argparse.Namespace, plan: Plan, header: Sequence[str]) -> 
     skip = {*_LR_FLAGS, *_NOT_WRITTEN, *plan_flags(), 'data', 'weight_decay'}
     chosen = {name: getattr(args, name) for name in {'model', *args.explicit} - skip}
     recipe = {**({'data': args.recipe['data']} if 'data' in args.recipe else {}), 'plan': plan.to_dict()}
-    options = argparse.Namespace(**chosen, recipe=recipe, explicit=set(chosen))
-    with tempfile.TemporaryDirectory(prefix='timm_amf-') as folder:
-        path = Path(folder) / 'args.yaml'
-        save_args(options, path)
-        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+    content = args_content(argparse.Namespace(**chosen, recipe=recipe, explicit=set(chosen)))
+    content = yaml.safe_load(yaml.safe_dump(content))  # sorted at every level
     first, last = ('model', 'data_dir', 'pretrained'), ('data', 'plan')
     keys = [*(k for k in first if k in content), *(k for k in content if k not in (*first, *last))]
     content = {key: content[key] for key in [*keys, *(k for k in last if k in content)]}
