@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest_engine import rows
 from PIL import Image
@@ -310,3 +311,76 @@ def test_damaged_weights_are_named(run, tmp_path, flag, content):
 def test_weights_are_as_readable_as_other_files(run):
     folder = run('first', base=PLAIN)
     assert {oct(p.stat().st_mode & 0o777) for p in folder.rglob('*') if p.is_file()} == {'0o644'}
+
+
+# -- what a first reader broke ----------------------------------------------------------------------------------------
+
+
+def test_another_run_is_not_resumed_over_this_one(run):
+    first, second = run('first', base=PLAIN), run('second', '--seed', '1', base=PLAIN)
+    before = contents(second)
+    with pytest.raises(UserError, match='second: holds a run already'):
+        run('second', '--resume', str(first), '--epochs', '3', base=PLAIN)
+    assert contents(second) == before
+    shutil.rmtree(second / 'last')
+    shutil.rmtree(second / 'last.old')
+    with pytest.raises(UserError, match='second: holds a run already'):  # what is left of it is a run, too
+        run('second', base=PLAIN)
+
+
+def test_a_folder_that_is_removed_stops_the_run(run, monkeypatch):
+    original = loop.Trainer.evaluate
+
+    def remove(self):
+        shutil.rmtree(self.folder)
+        return original(self)
+
+    monkeypatch.setattr(loop.Trainer, 'evaluate', remove)
+    with pytest.raises(UserError, match='first: was removed or emptied while the run was writing there'):
+        run('first', base=PLAIN)
+
+
+def test_a_best_file_that_is_gone_is_not_named(run, capsys, caplog):
+    folder = run('first', base=PLAIN)
+    (folder / 'model_best.safetensors').unlink()
+    run('first', '--resume', 'auto', '--epochs', '3', base=PLAIN)
+    assert (folder / 'model_best.safetensors').exists() and 'is gone' in caplog.text
+    assert 'after epoch 3' in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_damage_is_seen_by_evaluation_too(run):
+    folder = run('first', base=PLAIN)
+    flip(folder / 'last/model.safetensors', 0.9)
+    with pytest.raises(UserError, match=r'last/model.safetensors: is damaged'):
+        evaluate_runs([folder], RunOptions(weights='last'))
+
+
+def test_a_classifier_that_does_not_train_is_not_zero(run, tmp_path, colours):
+    data = colours('data', 'train', ('red', 'green', 'blue'))
+    colours('data', 'val', ('red', 'green', 'blue'))
+    torch.manual_seed(0)
+    save_file(timm.create_model('test_resnet').state_dict(), tmp_path / 'w.safetensors')
+    flags = ['--pretrained-path', str(tmp_path / 'w.safetensors'), '--epochs', '1', '--freeze', 'head']
+    folder = run('first', *flags, base=PLAIN, data=[data])
+    assert load_file(folder / 'model_best.safetensors')['fc.weight'].any()
+    with pytest.raises(UserError, match='--head-start zero: the classifier does not train'):
+        run('second', *flags, '--head-start', 'zero', base=PLAIN, data=[data])
+    # A classifier of the same classes is kept, and one of a run is evaluated by its names wherever it comes from.
+    trained = run('third', '--epochs', '15', base=PLAIN, data=[data]) / 'model_best.safetensors'
+    kept = run('fourth', '--pretrained-path', str(trained), '--lr', '1e-30', '--epochs', '1', base=PLAIN, data=[data])
+    assert float(rows(kept / 'summary.csv')[0]['eval_top1']) == 100
+    os.rename(f'{data}/train/red', f'{data}/train/a')
+    os.rename(f'{data}/val/red', f'{data}/val/a')
+    for flag in ('--pretrained-path', '--initial-checkpoint'):
+        with pytest.raises(UserError, match="class 'a' is not among the 3 classes"):
+            run('fifth', flag, str(trained), '--eval-only', base=PLAIN, data=[data])
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--model-ema-decay', '0.9'], '--model-ema-decay: has no effect without --model-ema'),
+    (['--publish-license', 'mit'], '--publish-license: has no effect without --publish'),
+    (['--mean', 'nan'], '--mean: must be finite'), (['--lr', 'inf'], '--lr: must be finite'),
+])
+def test_flags_without_effect_and_numbers_that_are_none(run, flags, message):
+    with pytest.raises(UserError, match=message):
+        run('first', *flags, base=PLAIN)
