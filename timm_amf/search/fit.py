@@ -316,4 +316,5 @@ def main(argv: Sequence[str]) -> None:
     found = _fit(words, own.budget)
     run = found.folder
     print(f'{found}\n\nNext: timm-amf evaluate {run}')
-    print(f'      timm-amf export {run}\n      timm-amf publish {run} OWNER/NAME')
+    print(f'      timm-amf export {run} --format onnx')
+    print(f'      timm-amf publish {run} --repo-id OWNER/NAME --license ID')
