@@ -17,9 +17,8 @@ import shutil
 import time
 from pathlib import Path
 
-import yaml
-
 import train_amf
+from timm_amf.engine.checkpoint import read_state
 from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs
 from timm_amf.search import fit
 
@@ -114,7 +113,7 @@ def run(args: argparse.Namespace, words: list[str], method: str, seed: int, scra
     val, lr, folder, seconds = best
     total = time.monotonic() - start
     test = evaluate_runs([folder], RunOptions(split='test'))[0]
-    identity = yaml.safe_load((folder / 'last' / 'state.json').read_text(encoding='utf-8'))['identity']
+    identity = read_state(folder / 'last')['identity']
     return dict(lr=lr, images=identity['samples'], val=round(val, 2), test=round(test.top1, 2), test_images=test.images,
                 seconds=round(seconds, 1), seconds_all=round(total, 1))
 

@@ -108,17 +108,16 @@ def _one_line(what: Union[str, Path], remedy: str) -> Iterator[None]:
 
 def _sync(path: Path) -> None:
     path.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner may read
-    handle = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    _fsync(path, os.O_RDWR)
 
 
 def _sync_folder(path: Path) -> None:
-    if os.name == 'nt':  # which has no handles of folders
-        return
-    handle = os.open(path, os.O_RDONLY)
+    if os.name != 'nt':  # which has no handles of folders
+        _fsync(path, os.O_RDONLY)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:

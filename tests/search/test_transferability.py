@@ -191,7 +191,7 @@ class TestFixedFeatures:
         test = clusters(301, 10, 4, spread=0.8)
         grid = (1e-3, 1e-1, 10.)
         accuracy, c = tr.fixed_feature_accuracy(x, y, *test, grid=grid)
-        held = tr._held_out(y, 0.25, 0)
+        held = tr.held_out(y, 0.25, 0)
 
         def score(c, fit, score):
             scaler = StandardScaler().fit(fit[0])
@@ -204,7 +204,7 @@ class TestFixedFeatures:
 
     def test_held_out_part(self):
         y = np.array([0] * 8 + [1] * 2 + [2] * 40)
-        held = tr._held_out(y, 0.25, 0)
+        held = tr.held_out(y, 0.25, 0)
         assert [held[y == k].sum() for k in range(3)] == [2, 1, 10]
 
     def test_noise_is_at_chance_and_separable_is_not(self):

@@ -101,9 +101,10 @@ def _open_class_folders(component: Component, folder: str) -> Source:
     names: dict[str, str] = {}
     for path in images:
         name = unicodedata.normalize('NFC', os.path.basename(path))
-        parent = os.path.dirname(path)
-        outer = next((other for other in images if other != path and path.startswith(other + os.sep)), None)
-        if outer is not None:
+        parent = outer = os.path.dirname(path)
+        while len(outer) > len(folder) and outer not in images:
+            outer = os.path.dirname(outer)
+        if outer in images:
             raise UserError(f'{where}: {outer} holds images and, in {path}, a class of its own; move one of them')
         if name in names and not component.class_map:
             raise UserError(f'{where}: {names[name]} and {path} are two classes of one name; rename one of them')

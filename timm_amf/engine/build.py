@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from timm.data import Mixup, resolve_data_config
-from timm.data.loader import adapt_to_chs
 from timm.data.mixup import mixup_target
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import load_checkpoint, safe_model_name
@@ -132,7 +131,7 @@ def build_data(
 def known_classes(args: argparse.Namespace, resume: Optional[Path]) -> Optional[list[str]]:
     """The classes of the weights that a run goes on with or only evaluates, in the order of their outputs.
 
-    A run that starts from other weights has the classes of its data; if these are the same in another order, theirs.
+    None for a run that starts anew, whose classes are those of its data.
     """
     if resume is not None:
         return read_class_names(resume / 'model.safetensors')
@@ -178,17 +177,18 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
 
 
 def _create(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    overlay = _cfg_overlay(args) or None
     create = functools.partial(
         timm.create_model,
         args.model,
         pretrained=args.pretrained,
         num_classes=args.num_classes or num_classes,
-        pretrained_cfg_overlay=_cfg_overlay(args) or None,
+        pretrained_cfg_overlay=overlay,
         **_model_kwargs(args),
     )
     of_timm = ':' not in args.model and timm.model_entrypoint(args.model.split('.')[0]).__module__.startswith('timm.')
     if args.pretrained and of_timm:  # composites see to the weights of their parts
-        cfg = part_cfg(Part(args.model, 0, dict(pretrained_cfg_overlay=_cfg_overlay(args) or None)))
+        cfg = part_cfg(Part(args.model, 0, dict(pretrained_cfg_overlay=overlay)))
         try:
             check_source(args.model, cfg)
         except UserError as e:
@@ -281,12 +281,11 @@ def place_model(model: nn.Module, args: argparse.Namespace, accelerator: Acceler
 def build_loaders(args: argparse.Namespace, model: nn.Module, train: Mixture, val: Mixture, accelerator: Accelerator):
     """The loaders of training and validation, with timm's transforms at the model's resolution and statistics."""
     config = resolve_data_config(vars(args), model=model, verbose=False)
-    mean, std = (adapt_to_chs(config[name], config['input_size'][0]) for name in ('mean', 'std'))
     _check_size(model, args.model, config['input_size'])
     common = dict(
         input_size=config['input_size'],
-        mean=mean,
-        std=std,
+        mean=config['mean'],
+        std=config['std'],
         seed=args.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,

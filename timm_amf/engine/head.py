@@ -21,9 +21,8 @@ from timm_amf.engine.run_folder import eval_loader
 from timm_amf.errors import UserError
 from timm_amf.tuning import Resolved
 
-__all__ = ['HEAD_STARTS', 'logistic_regression', 'probe_features', 'start_head']
+__all__ = ['held_out', 'logistic_regression', 'probe_features', 'start_head']
 
-HEAD_STARTS = ('timm', 'zero', 'probe')
 # Inverse L2 penalties of the regression on standardised features.
 C_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1., 10.)
 
@@ -149,7 +148,7 @@ def logistic_regression(
     mean, scale = features.mean(0), features.std(0)
     scale[scale == 0] = 1.
     kept = (features - mean) / scale
-    held = _quarter(labels, seed)
+    held = held_out(labels, 0.25, seed)
     classes, best, accuracy, worse = np.unique(labels), grid[len(grid) // 2], -1., 0
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # penalties so weak that the solver does not converge are not chosen
@@ -169,11 +168,11 @@ def logistic_regression(
     return weight.astype(np.float32), bias.astype(np.float32), best
 
 
-def _quarter(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Mask (N,) of a quarter of each class, one image at least and all but one at most."""
+def held_out(labels: np.ndarray, part: float, seed: int) -> np.ndarray:
+    """Mask (N,) of a share of each class, one image at least and all but one at most."""
     rng = np.random.default_rng(seed)
     held = np.zeros(len(labels), dtype=bool)
     for k in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == k))
-        held[members[:min(max(1, round(len(members) / 4)), len(members) - 1)]] = True
+        held[members[:min(max(1, round(part * len(members))), len(members) - 1)]] = True
     return held

@@ -471,15 +471,22 @@ class Trainer:
             return None
         return self.evaluate_now()
 
+    @property
+    def _evaluates_ema(self) -> bool:
+        return self.task.has_ema() and not self.args.model_ema_force_cpu
+
+    @property
+    def evaluated_model(self) -> torch.nn.Module:
+        """The bare model that `evaluate_now` looks at: the moving average where there is one on the device."""
+        return self.task.ema_model if self._evaluates_ema else self.task.model
+
     def evaluate_now(self) -> dict[str, Any]:
         """Evaluate the current weights."""
-        use_ema = self.task.has_ema() and not self.args.model_ema_force_cpu
-        module = self.task.get_trainable_module(ema=use_ema)
+        module = self.task.get_trainable_module(ema=self._evaluates_ema)
         record = self._record_of_epoch()
         # Processes may hold different numbers of batches: evaluate without the reducer around the model.
         module = module.module if isinstance(module, DistributedDataParallel) else module
-        model = self.task.ema_model if use_ema else self.task.model
-        with self._evaluation(model):
+        with self._evaluation(self.evaluated_model):
             metrics = evaluate(module, self.val_loader, self.accelerator, record, progress=self._progress)
         if record is None or not record.count:
             return dict(metrics, policy={}, headline='')

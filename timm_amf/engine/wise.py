@@ -34,9 +34,8 @@ def mix_with_start(trainer: Trainer) -> str:
     Returns:
         What it came to, on one line.
     """
-    args, folder, task = trainer.args, trainer.folder, trainer.task
+    args, folder, model = trainer.args, trainer.folder, trainer.evaluated_model
     start, best, tuned = (folder / f'model_{name}.safetensors' for name in ('start', 'best', 'tuned'))
-    model = task.ema_model if task.has_ema() and not args.model_ema_force_cpu else task.model
     first, last = load_file(start), load_file(best)
     found = []
     for share in SHARES:

@@ -13,6 +13,7 @@ from typing import Optional, Union
 
 import numpy as np
 
+from timm_amf.engine.head import held_out
 from timm_amf.errors import UserError
 from timm_amf.search.features import Features
 
@@ -126,7 +127,7 @@ def fixed_feature_accuracy(
 
     original = np.unique(labels)
     kept, labels = check_features(features, labels)
-    held = _held_out(labels, part, seed)
+    held = held_out(labels, part, seed)
     model = make_pipeline(StandardScaler(), LogisticRegression(warm_start=True, max_iter=300, tol=1e-3))
     best, accuracy, worse = None, -1., 0
     with warnings.catch_warnings():
@@ -146,16 +147,6 @@ def fixed_feature_accuracy(
     varies = np.ptp(np.asarray(features, dtype=np.float64), axis=0) > 0
     codes = np.where(np.isin(eval_labels, original), np.searchsorted(original, eval_labels), -1)
     return 100 * float(model.score(_as_features(eval_features)[:, varies], codes)), best
-
-
-def _held_out(labels: np.ndarray, part: float, seed: int) -> np.ndarray:
-    """Mask (N,) of a share of each class, one image at least and all but one at most."""
-    rng = np.random.default_rng(seed)
-    held = np.zeros(len(labels), dtype=bool)
-    for k in range(labels.max() + 1):
-        members = rng.permutation(np.flatnonzero(labels == k))
-        held[members[:min(max(1, round(part * len(members))), len(members) - 1)]] = True
-    return held
 
 
 def fisher_score(features: np.ndarray, labels: np.ndarray, shrinkage: Shrinkage = 'ledoit_wolf') -> float:
