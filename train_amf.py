@@ -78,7 +78,8 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
     accelerator.print(describe_depths(model, table), end='')
     if args.dry_run:
         return
-    start = copy.deepcopy(model.state_dict()) if args.wise_ft and resume is None else None
+    keeps_start = args.wise_ft or args.head_start == 'probe'
+    start = copy.deepcopy(model.state_dict()) if keeps_start and resume is None else None
     if resume is not None:
         trainer.resume(resume)
     elif args.head_start == 'probe' and not args.eval_only:
@@ -96,7 +97,7 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
     def begin() -> None:
         if accelerator.is_main_process:
             prepare_folder(folder, resume)
-            if args.wise_ft:
+            if keeps_start:
                 prepare_mix(folder, start)
             save_args(args, folder / 'args.yaml')
             plan.to_yaml(folder / 'plan.yaml')

@@ -43,7 +43,7 @@ def mix_with_start(trainer: Trainer) -> str:
             name: torch.lerp(first[name], tensor, share) if tensor.is_floating_point() else tensor
             for name, tensor in last.items()}
         model.load_state_dict(mixed)
-        metrics = trainer.evaluate_now()
+        metrics = trainer.start if share == 0 and trainer.start is not None else trainer.evaluate_now()
         metric = metrics[args.eval_metric]
         found.append((-metric if trainer.decreasing else metric, -metrics['loss'], share, metric, mixed))
     *_, share, metric, mixed = max(found, key=lambda entry: entry[:3])

@@ -4,13 +4,11 @@
     timm-amf fit photos --model convnext_tiny.fb_in22k --budget 30
 
 It measures instead of asking. A logistic regression on the frozen features is the floor and the start of every
-candidate; candidates are ordinary command lines of `timm-amf train`, which differ in what trains and how fast. They
-train side by side for a few epochs, the better half goes on, and the last trains to the end; then the weights between
-its start and its end that validate best are kept, so that it never ends below the floor on the validation images. What
-is left is an ordinary run: `args.yaml` repeats the training of the winner, and `fit.csv` says what was tried.
-
-Successive halving: Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization",
-2016.
+candidate; candidates are ordinary command lines of `timm-amf train`, which differ in how fast what depth trains. Each
+gets a pilot: a whole training, schedule and all, of a tenth of the epochs, because a long one that is cut off early says
+of every high LR only that it has not come down yet. The best trains in full; then the weights between its start and its
+best epoch that validate best are kept, so that it never ends below the floor on the validation images. What is left is
+an ordinary run: `args.yaml` repeats the training of the winner, and `fit.csv` says what was tried.
 """
 import argparse
 import contextlib
@@ -43,7 +41,7 @@ MODEL = 'tf_efficientnet_lite0'
 # Of all candidates: what is measured to fine-tune well from a logistic regression (docs/fit.md).
 COMMON = (
     '--head-start', 'probe', '--norms', 'frozen', '--opt', 'adamw', '--weight-decay', '0.01', '--sched', 'cosine',
-    '--sched-on-updates', '--warmup-epochs', '0.5', '--wise-ft')
+    '--sched-on-updates', '--warmup-epochs', '0.5')
 
 
 @dataclass
@@ -53,23 +51,23 @@ class Candidate:
     Attributes:
         name: Its name.
         flags: Its own flags of `timm-amf train`.
-        epochs: Epochs that it was trained for.
-        metric: Its best validation metric so far (`--eval-metric`), and the loss of that epoch.
-        seconds: What it took.
+        pilot: Validation metric of its pilot (`--eval-metric`), None without one, and the loss.
+        metric: Of the winner, that of the best epoch of its whole training.
+        seconds: What both took.
     """
     name: str
     flags: tuple[str, ...]
-    epochs: int = 0
-    metric: float = float('nan')
-    loss: float = float('nan')
+    pilot: Optional[float] = None
+    loss: Optional[float] = None
+    metric: Optional[float] = None
     seconds: float = 0.
 
 
+# The first is what few epochs get, which pay for no pilots.
 CANDIDATES = (
-    Candidate('all, LR 3e-4', ('--lr', '3e-4')),
-    Candidate('all, LR 1e-4', ('--lr', '1e-4')),
     Candidate('layer decay 0.75, LR 1e-3', ('--lr', '1e-3', '--layer-decay', '0.75')),
-    Candidate('layer decay 0.75, LR 3e-4', ('--lr', '3e-4', '--layer-decay', '0.75')),
+    Candidate('all, LR 3e-4', ('--lr', '3e-4')),
+    Candidate('all, LR 1e-3', ('--lr', '1e-3')),
 )
 
 
@@ -101,22 +99,22 @@ class Fit:
         """Write the table as CSV."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator='\n')
-        writer.writerow(['candidate', 'flags', 'epochs', 'metric', 'loss', 'seconds', 'winner'])
-        writer.writerow(['frozen features', '', 0, self.floor, '', '', ''])
+        writer.writerow(['candidate', 'flags', 'pilot', 'pilot_loss', 'metric', 'seconds', 'winner'])
+        writer.writerow(['frozen features', '', '', '', self.floor, '', ''])
         for c in self.candidates:
-            row = [c.name, ' '.join(c.flags), c.epochs, c.metric, c.loss, round(c.seconds, 1), c is self.winner]
-            writer.writerow(row)
+            writer.writerow(
+                [c.name, ' '.join(c.flags), c.pilot, c.loss, c.metric, round(c.seconds, 1), c is self.winner])
         write_text(path, text.getvalue())
 
     def __str__(self) -> str:
         width = max(len(c.name) for c in self.candidates)
-        lines = [f'{"":{width}}  epochs  validation   minutes']
-        lines += [f'{"frozen features":{width}}  {"":6}  {self.floor:10.2f}']
-        for candidate in self.candidates:
-            star = ' *' if candidate is self.winner else ''
-            lines.append(f'{candidate.name:{width}}  {candidate.epochs:6}  {candidate.metric:10.2f}  '
-                         f'{candidate.seconds / 60:8.1f}{star}')
-        return '\n'.join([*lines, f'{"kept":{width}}  {"":6}  {self.metric:10.2f}'])
+        lines = [f'{"":{width}}  pilot  validation   minutes']
+        lines += [f'{"frozen features":{width}}  {"":5}  {self.floor:10.2f}']
+        for c in self.candidates:
+            pilot, metric = ('' if value is None else f'{value:.2f}' for value in (c.pilot, c.metric))
+            star = ' *' if c is self.winner else ''
+            lines.append(f'{c.name:{width}}  {pilot:>5}  {metric:>10}  {c.seconds / 60:8.1f}{star}')
+        return '\n'.join([*lines, f'{"kept":{width}}  {"":5}  {self.metric:10.2f}'])
 
 
 def fit(
@@ -153,13 +151,12 @@ def _fit(words: Sequence[str], budget: Optional[float]) -> Fit:
     words = progress.words = progress.words or _complete(list(words), budget)
     if progress.winner is None:
         args = parse_args(words)
-        progress.candidates = [Candidate(c.name, c.flags) for c in (CANDIDATES if args.epochs >= 8 else CANDIDATES[:3])]
+        progress.candidates = [Candidate(c.name, c.flags) for c in CANDIDATES]
         _contest(progress, words, args)
         if folder.exists():
             shutil.rmtree(folder)
-        os.rename(progress.folder / _slug(progress.winner), folder)
     winner = progress.winner
-    _train(winner, words, folder.parent, None, folder.name)
+    _train(winner, words, folder.parent, folder.name)
     floor = read_state(folder / 'last')['start'][args.eval_metric]
     with open(folder / 'mix.csv', newline='', encoding='utf-8') as file:
         kept = next(float(row['metric']) for row in csv.DictReader(file) if row['kept'] == 'True')
@@ -170,16 +167,17 @@ def _fit(words: Sequence[str], budget: Optional[float]) -> Fit:
 
 
 def _contest(progress: '_Progress', words: Sequence[str], args: argparse.Namespace) -> None:
-    """Train all candidates for a few epochs, the better half for some more, and name the winner."""
-    left, rungs = list(progress.candidates), _rungs(args.epochs, len(progress.candidates))
+    """Give all candidates a pilot and name the best; where the epochs pay for none, the first."""
     sign = -1 if args.eval_metric == 'loss' else 1
-    for epochs in rungs:
-        for candidate in left:
-            _train(candidate, words, progress.folder, epochs)
-            progress.write()
-        ranked = sorted(left, key=lambda c: (sign * c.metric, -c.loss), reverse=True)
-        left = ranked[:1] if epochs == rungs[-1] else ranked[:(len(left) + 1) // 2]
-    progress.winner = left[0]
+    epochs = _pilot_epochs(args.epochs)
+    start = progress.folder / _slug(progress.candidates[0]) / 'model_start.safetensors'
+    for candidate in progress.candidates if epochs else ():
+        # They share the features' classifier, which the first one fits.
+        own = ['--initial-checkpoint', str(start), '--head-start', 'timm'] if start.exists() else []
+        _train(candidate, [*words, *own, '--epochs', str(epochs), '--val-interval', str(epochs)], progress.folder)
+        progress.write()
+    progress.winner = max(
+        progress.candidates, key=lambda c: (sign * c.pilot, -c.loss)) if epochs else progress.candidates[0]
     progress.write()
 
 
@@ -248,10 +246,9 @@ def _affordable(words: Sequence[str], budget: float) -> int:
     return round(60 * budget / (1.5 * (time.monotonic() - start)))
 
 
-def _rungs(epochs: int, candidates: int) -> list[int]:
-    """Epochs after which the better half of the candidates goes on."""
-    first = max(1, round(0.1 * epochs))
-    return [first] if candidates < 4 else [first, 2 * first]
+def _pilot_epochs(epochs: int) -> int:
+    """Epochs of each candidate's pilot: with all of them a third of the training at most."""
+    return epochs // (3 * len(CANDIDATES))
 
 
 def _slug(candidate: Candidate) -> str:
@@ -265,37 +262,31 @@ def _run(words: Sequence[str], folder: Path, quiet: bool) -> None:
         train([*words, *where])
 
 
-def _train(
-        candidate: Candidate,
-        words: Sequence[str],
-        output: Path,
-        stop: Optional[int],
-        experiment: Optional[str] = None,
-) -> None:
-    """Train a candidate to an epoch, or to its end."""
-    start = time.monotonic()
-    folder = output / (experiment or _slug(candidate))
-    until = ['--stop-epoch', str(stop)] if stop else []
+def _train(candidate: Candidate, words: Sequence[str], output: Path, experiment: Optional[str] = None) -> None:
+    """Train a candidate: its pilot, or as the experiment that is left."""
+    start, folder = time.monotonic(), output / (experiment or _slug(candidate))
+    mix = ['--wise-ft'] if experiment else []
     try:
-        _run([*COMMON, *candidate.flags, *words, *until, '--resume', 'auto'], folder, quiet=bool(stop))
-        candidate.epochs, candidate.metric, candidate.loss = _best(folder)
+        _run([*COMMON, *candidate.flags, *words, *mix, '--resume', 'auto'], folder, quiet=not experiment)
+        metric, loss = _best(folder)
     except UserError as e:
-        if not stop or 'not finite' not in str(e):
+        if experiment or 'not finite' not in str(e):
             raise
-        candidate.metric, candidate.loss = float('-inf'), float('inf')  # its LR is too high for these data
+        metric, loss = float('-inf'), float('inf')  # its LR is too high for these data
+    if experiment:
+        candidate.metric = metric
+    else:
+        candidate.pilot, candidate.loss = metric, loss
+        print(f'pilot of {candidate.name}: {metric:.2f}', flush=True)
     candidate.seconds += time.monotonic() - start
-    if stop:
-        print(f'{candidate.name}: {candidate.metric:.2f} after {candidate.epochs} epochs', flush=True)
 
 
-def _best(folder: Path) -> tuple[int, float, float]:
-    """Epochs of a run, and of the best one metric and loss."""
+def _best(folder: Path) -> tuple[float, float]:
+    """The metric and the loss of a run's best epoch."""
     name = load_yaml(folder / 'args.yaml').get('eval_metric', 'top1')
     with open(folder / 'summary.csv', newline='', encoding='utf-8') as file:
-        rows = [row for row in csv.DictReader(file) if row['eval_loss']]
-    metrics = [(float(row[f'eval_{name}']), float(row['eval_loss'])) for row in rows]
-    metric, loss = min(metrics) if name == 'loss' else max(metrics, key=lambda pair: (pair[0], -pair[1]))
-    return int(rows[-1]['epoch']) + 1, metric, loss
+        rows = [(float(row[f'eval_{name}']), float(row['eval_loss'])) for row in csv.DictReader(file) if row['eval_loss']]
+    return min(rows) if name == 'loss' else max(rows, key=lambda pair: (pair[0], -pair[1]))
 
 
 def main(argv: Sequence[str]) -> None:
