@@ -252,7 +252,7 @@ def effective_defaults(parser):
     for cls in (Plan, Schedule):
         for field, _, dest in plan_args._flags(cls):
             values[dest] = getattr(cls(), field.name)
-    rules = dict(lr_base=0.1, lr_base_size=256, lr_base_scale='', warmup_lr=1e-5, min_lr=0.)
+    rules = dict(warmup_epochs=5, lr_base=0.1, lr_base_size=256, lr_base_scale='', warmup_lr=1e-5, min_lr=0.)
     return values | rules | dict(model='resnet50', checkpoint_hist=10)
 
 
@@ -772,3 +772,22 @@ def test_trackers(monkeypatch):
         trackers(['none'], True)
     with pytest.raises(UserError, match='tracker comet_ml: not installed; pip install comet-ml'):
         trackers(['comet_ml'])
+
+
+def test_weights_of_parts_have_flat_flags():
+    """They are the keywords that timm.create_model takes, and keep what else is in them."""
+    def kwargs(*words):
+        args = parse_args(['.', '--model', 'amf_resnet18x2', *words])
+        assert args.pretrained and args.backbone_weights is None and args.policy_weights is None
+        return args.model_kwargs
+
+    def file(name, **others):
+        return {**others, 'pretrained_cfg_overlay': {'file': name}}
+
+    assert kwargs('--backbone-weights', 'a', '--policy-weights', 'p') == {
+        'backbone_kwargs': file('a'), 'policy_kwargs': file('p')}
+    assert kwargs('--backbone-weights', 'a', 'b') == {'backbone_kwargs': [file('a'), file('b')]}
+    own = ['--model-kwargs', "backbone_kwargs=[{'x':1},{'x':2}]"]
+    assert kwargs('--backbone-weights', 'a', *own) == {'backbone_kwargs': [file('a', x=1), file('a', x=2)]}
+    with pytest.raises(UserError, match='3 files for 2 branches'):
+        kwargs('--backbone-weights', 'a', 'b', 'c', *own)

@@ -119,7 +119,7 @@ def test_a_field_is_declared_once():
 def test_timms_flags_alone_make_timms_plan():
     plan = plan_from_args(parse(lr=0.1), ROLES, 0.1)
     assert plan.lr == 0.1 and plan.epochs == 300 and plan.schedule.sched == 'cosine'
-    assert plan.schedule.warmup_epochs == 5 and plan.role_schedule('head').warmup_scale == pytest.approx(1e-4)
+    assert plan.schedule.warmup_epochs is None and plan.role_schedule('head').warmup_scale == pytest.approx(1e-4)
     assert plan.roles == {}
 
 

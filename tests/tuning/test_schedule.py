@@ -128,3 +128,20 @@ def test_plateau_decays_on_its_metric_and_its_state_is_restored():
 def test_a_schedule_that_cannot_be():
     with pytest.raises(UserError, match='wsd'):
         GroupScheduler(optimizer_for(('head', 1.)), Plan(epochs=5, schedule=Schedule(sched='wsd', decay_epochs=50)))
+
+
+@pytest.mark.parametrize('given, epochs, warmup', [(None, 300, 5), (None, 20, 2), (None, 5, 0.5), (4, 20, 4)])
+def test_a_warm_up_counts_updates_and_is_a_tenth_of_the_run_at_most(given, epochs, warmup):
+    """Linear over its updates; where it ends, the LRs are timm's again, which change once an epoch."""
+    plan = Plan(epochs=epochs, schedule=Schedule(sched='cosine', warmup_epochs=given, warmup_scale=0.1))
+    scheduler = GroupScheduler(optimizer_for(('head', 0.02)), plan, updates_per_epoch=4)
+    group, updates = scheduler.optimizer.param_groups[0], 0
+    for epoch in range(epochs):
+        for _ in range(4):
+            scheduler.step_update(updates)
+            done = updates / 4
+            t = done if epoch < warmup else epoch
+            wanted = 0.1 + 0.9 * done / warmup if done < warmup else 0.5 * (1 + math.cos(math.pi * t / epochs))
+            assert group['lr'] == pytest.approx(0.02 * wanted, rel=1e-12), (epoch, updates)
+            updates += 1
+        scheduler.step(epoch + 1)

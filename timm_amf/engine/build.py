@@ -187,6 +187,8 @@ def _create(args: argparse.Namespace, num_classes: int) -> nn.Module:
         **_model_kwargs(args),
     )
     of_timm = ':' not in args.model and timm.model_entrypoint(args.model.split('.')[0]).__module__.startswith('timm.')
+    if of_timm and args.model_kwargs.keys() & {'backbone_kwargs', 'policy_kwargs'}:
+        raise UserError(f'--backbone-weights, --policy-weights: {args.model} has no such parts; give --pretrained-path')
     if args.pretrained and of_timm:  # composites see to the weights of their parts
         cfg = part_cfg(Part(args.model, 0, dict(pretrained_cfg_overlay=overlay)))
         try:

@@ -143,10 +143,15 @@ class Trainer:
             optimizer, plan, self.updates_per_epoch, plateau_mode='min' if self.decreasing else 'max')
         self.total_epochs = self.scheduler.total_epochs
         self.epochs = min(self.total_epochs, args.stop_epoch or self.total_epochs)
-        if plan.schedule.warmup_epochs >= self.total_epochs > 0 and plan.schedule.sched != 'constant':
+        warmup = plan.schedule.warmup_epochs or 0
+        if warmup >= self.total_epochs > 0 and plan.schedule.sched != 'constant':
             _logger.warning(
                 'The warm-up of %g epochs is as long as the run of %g: its LR stays below %g; lower --warmup-epochs.',
-                plan.schedule.warmup_epochs, self.total_epochs, plan.lr)
+                warmup, self.total_epochs, plan.lr)
+        if self.updates_per_epoch < 5 and accelerator.is_main_process:
+            _logger.warning(
+                'An epoch has %d updates, of %d images: lower --batch-size (%d).', self.updates_per_epoch,
+                len(train_loader.dataset), args.batch_size)
         if self.epochs and min(group['start_epoch'] for group in optimizer.param_groups) > 0:
             raise UserError('plan: nothing trains in epoch 0; set start_epoch of at least one role to 0')
         check_takes(

@@ -47,6 +47,10 @@ RUN_FLAGS = (
     ('--head-start', str, None, 'classifier to start from: timm draws it, zero, or probe: a logistic regression on the '
      'features (default: zero for a new classifier on pretrained weights, else timm)',
      {'choices': ('timm', 'zero', 'probe')}),
+    ('--backbone-weights', str, None, 'weights file of the backbone of a composite, or one for each branch; sets '
+     '--pretrained', {'nargs': '+', 'metavar': 'FILE'}),
+    ('--policy-weights', str, None, 'weights file of the policy network of a composite; sets --pretrained',
+     {'metavar': 'FILE'}),
     ('--wise-ft', bool, False, 'at the end mix the weights of the start and the best ones, in the shares that validate '
      'best'),
     ('--branch-loss', float, 0., "weight of an extra loss on each branch's own logits (AMF, MultiTune)"),
@@ -199,6 +203,7 @@ def _settle(args: argparse.Namespace, given: Container[str], defaults: Mapping) 
     args.data = None
     if args.pretrained_path:
         args.pretrained = True
+    _settle_part_weights(args)
     if args.plan:
         args.recipe.pop('plan', None)  # the file that the flag names takes its place
     if args.device == 'cpu':
@@ -215,6 +220,28 @@ def _settle(args: argparse.Namespace, given: Container[str], defaults: Mapping) 
         if args.loss not in (None, 'bce'):
             raise UserError(f'--bce-loss and --loss {args.loss}: give one')
         args.loss = 'bce'
+
+
+def _settle_part_weights(args: argparse.Namespace) -> None:
+    """Bring the weights files of a composite's parts where `timm.create_model` takes them: into the model's keywords."""
+    def with_file(kwargs: Optional[Mapping[str, Any]], file: str) -> dict[str, Any]:
+        overlay = (kwargs or {}).get('pretrained_cfg_overlay') or {}
+        return {**(kwargs or {}), 'pretrained_cfg_overlay': {**overlay, 'file': os.path.expanduser(file)}}
+
+    if args.policy_weights:
+        args.model_kwargs['policy_kwargs'] = with_file(args.model_kwargs.get('policy_kwargs'), args.policy_weights)
+    if args.backbone_weights:
+        given, files = args.model_kwargs.get('backbone_kwargs'), args.backbone_weights
+        if isinstance(given, (list, tuple)) or len(files) > 1:
+            given = given if isinstance(given, (list, tuple)) else [given] * len(files)
+            files = files if len(files) > 1 else files * len(given)
+            if len(given) != len(files):
+                raise UserError(f'--backbone-weights: {len(files)} files for {len(given)} branches; give one for each')
+            args.model_kwargs['backbone_kwargs'] = [with_file(kwargs, file) for kwargs, file in zip(given, files)]
+        else:
+            args.model_kwargs['backbone_kwargs'] = with_file(given, files[0])
+    args.pretrained = bool(args.pretrained or args.policy_weights or args.backbone_weights)
+    args.policy_weights = args.backbone_weights = None
 
 
 def _check_applicable(args: argparse.Namespace, defaults: Mapping) -> None:

@@ -53,7 +53,9 @@ class Schedule:
     it is in its declaration.
     """
     sched: str = setting('cosine', 'shape of the schedule', choices=SCHEDULES, policy=True)
-    warmup_epochs: float = setting(5, 'epochs of linear warm-up', low=0, policy=True)
+    warmup_epochs: Optional[float] = setting(
+        None, "epochs of linear warm-up, which counts updates (default: timm's 5, at most a tenth of the run)", low=0,
+        policy=True)
     warmup_scale: Optional[float] = setting(
         None, "fraction of the LR at which the warm-up starts; null is timm's 1e-5, of the Plan's LR",
         low=0, high=1, flag='')

@@ -25,12 +25,14 @@ class _Shape:
             on_updates: bool,
             plateau_mode: str,
     ):
+        if schedule.warmup_epochs is None:
+            schedule = schedule.replace(warmup_epochs=min(5, epochs / 10))
         self.unit = updates_per_epoch if on_updates else 1
         self.on_updates = on_updates
         self.start = start_epoch * self.unit
         self.warmup = schedule.warmup_epochs * self.unit
         self.hold = round(schedule.hold_epochs * self.unit)  # timm's noise wants whole times
-        self.is_plateau = schedule.sched == 'plateau'
+        self.is_plateau, self.noisy = schedule.sched == 'plateau', schedule.noise is not None
         length = max(1, epochs - start_epoch - int(schedule.hold_epochs))
         self._proxy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.)
         try:
@@ -63,6 +65,10 @@ class _Shape:
         elif not (self.is_plateau and t == 0):  # timm's plateau takes any step as the end of an epoch
             self._scheduler.step(t, metric)
         return self._proxy.param_groups[0]['lr']
+
+    def warms_up(self, epoch: float) -> bool:
+        """Whether an epoch, given with its fraction, is one of those in which the LR rises with each update."""
+        return self.start <= epoch < self.start + math.ceil(self.warmup) and not (self.is_plateau or self.noisy)
 
     def state_dict(self) -> dict[str, Any]:
         if not self.is_plateau:
@@ -112,7 +118,7 @@ class GroupScheduler:
     Args:
         optimizer: Optimiser over the groups of `timm_amf.param_groups`.
         plan: The Plan of the groups.
-        updates_per_epoch: Optimiser updates an epoch; needed with `plan.sched_on_updates`.
+        updates_per_epoch: Optimiser updates an epoch; needed for `step_update`.
         plateau_mode: `max` or `min`: the direction in which the metric of `plateau` improves.
 
     Attributes:
@@ -130,7 +136,7 @@ class GroupScheduler:
             plateau_mode: str = 'max',
     ):
         self.optimizer = optimizer
-        self.on_updates = plan.sched_on_updates
+        self.on_updates, self.updates_per_epoch = plan.sched_on_updates, updates_per_epoch
         self._shapes: dict[tuple[str, int], _Shape] = {}
         self._keys = []
         for group in optimizer.param_groups:
@@ -161,9 +167,18 @@ class GroupScheduler:
             self._set(epoch, metric)
 
     def step_update(self, num_updates: int) -> None:
-        """Set the LRs of an update, if the Plan steps on updates; `num_updates` is the number of updates done."""
+        """Set the LRs of an update: of all groups if the Plan steps on updates, else of those that warm up.
+
+        Args:
+            num_updates: The number of updates done.
+        """
         if self.on_updates:
             self._set(num_updates)
+            return
+        epoch = num_updates / self.updates_per_epoch
+        for group, key, lr in zip(self.optimizer.param_groups, self._keys, self._lrs):
+            if self._shapes[key].warms_up(epoch):
+                group['lr'] = lr * self._shapes[key].factor(epoch)
 
     def _set(self, t: float, metric: Optional[float] = None) -> None:
         try:
