@@ -5,8 +5,12 @@
 A set is a folder of splits of class folders, and the most images taken of each class. Where it has no `test`, its
 validation images are the test images, and a fifth of the training images validates. All methods have the same images,
 size, batches, augmentation and epochs. Each LR of a method's grid is trained, the best on the validation images is
-chosen, and the test images are looked at once. An interrupted table goes on where it stopped. docs/results.md has its
-figures.
+chosen, and the test images are looked at once. An interrupted table goes on where it stopped.
+
+    python benchmarks/transfer.py --report
+
+prints the tables of docs/results.md from the CSV: mean and deviation over the seeds, cost, and average rank. `fastai`
+is fastai's `fine_tune` with its own head (pip install fastai), on the same images in the same augmentation.
 """
 import argparse
 import contextlib
@@ -14,18 +18,26 @@ import csv
 import io
 import os
 import shutil
+import statistics
 import time
 from pathlib import Path
 
+import timm
+import torch
+from accelerate import Accelerator
+
 import train_amf
+from timm_amf.engine import build
 from timm_amf.engine.checkpoint import read_state
 from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs
+from timm_amf.engine.options import parse_args
 from timm_amf.search import fit
 
 _FROM_PROBE = ('--head-start', 'probe', '--norms', 'frozen', '--opt', 'adamw', '--weight-decay', '0.01',
                '--sched-on-updates', '--warmup-epochs', '0.5')
 _SGD = ('--opt', 'sgd', '--weight-decay', '1e-4', '--warmup-epochs', '0')
 _ADAMW = ('--opt', 'adamw', '--weight-decay', '0.01', '--warmup-epochs', '0')
+_BASE = 'AdamW, probe, norms frozen'  # whose one training is the unit of cost
 _SGD_LRS = ('0.001', '0.005', '0.02')
 _ADAM_LRS = ('1e-4', '3e-4', '1e-3')
 
@@ -40,11 +52,20 @@ METHODS = {
     'AdamW, probe, norms trained': (
         (*_ADAMW, '--head-start', 'probe', '--sched-on-updates', '--warmup-epochs', '0.5'), _ADAM_LRS),
     'AdamW, probe, norms frozen': (_FROM_PROBE, _ADAM_LRS),
+    'last block': ((*_FROM_PROBE, '--role', 'backbone.train=[-1,tail]'), _ADAM_LRS),
     'last 2 blocks': ((*_FROM_PROBE, '--role', 'backbone.train=[-2,-1,tail]'), _ADAM_LRS),
+    'last 3 blocks': ((*_FROM_PROBE, '--role', 'backbone.train=[-3,-2,-1,tail]'), _ADAM_LRS),
     'L2-SP': ((*_FROM_PROBE, '--l2sp-alpha', '0.01'), _ADAM_LRS),
+    'low blocks slower': ((*_FROM_PROBE, '--low-blocks', '8', '--low-lr-scale', '0.1'), _ADAM_LRS),
     'layer decay 0.75': ((*_FROM_PROBE, '--layer-decay', '0.75'), _ADAM_LRS),
-    'SpotTune': ((*_FROM_PROBE,), ('1e-4', '3e-4')),
-    'AMF': ((*_FROM_PROBE, '--branch-loss', '1'), ('1e-4', '3e-4')),
+    'twice the epochs': (_FROM_PROBE, _ADAM_LRS),
+    'ensemble of two': (_FROM_PROBE, _ADAM_LRS),
+    'SpotTune': (_FROM_PROBE, _ADAM_LRS),
+    "SpotTune, timm's start": ((*_SGD, '--head-start', 'timm'), _SGD_LRS),
+    'SpotTune global-3': ((*_FROM_PROBE, '--global-k', '3'), _ADAM_LRS),
+    'MultiTune': ((*_FROM_PROBE, '--branch-loss', '1'), _ADAM_LRS),
+    'AMF': ((*_FROM_PROBE, '--branch-loss', '1'), _ADAM_LRS),
+    'fastai': ((), ('5e-4', '2e-3', '8e-3')),
     'fit': ((), ()),
 }
 COLUMNS = (
@@ -54,16 +75,14 @@ COLUMNS = (
 
 def model_flags(args: argparse.Namespace, method: str) -> list[str]:
     """Flags that name the network of a method, with its pretrained weights."""
-    part = f"dict(pretrained_cfg_overlay=dict(file='{args.weights}'))" if args.weights else 'dict()'
-    policy = [f'policy={args.policy}', f"policy_kwargs=dict(pretrained_cfg_overlay=dict(file='{args.policy_weights}'))"]
-    policy = policy if args.policy else []
-    if method == 'SpotTune':
-        kwargs = [f'backbone={args.model}', f'backbone_kwargs={part}', *policy]
-        return ['--model', 'spottune', '--pretrained', '--model-kwargs', *kwargs]
-    if method == 'AMF':
-        kwargs = [f"backbones=('{args.model}','{args.model}')", f'backbone_kwargs={part}', *policy]
-        return ['--model', 'amf', '--pretrained', '--model-kwargs', *kwargs]
-    return ['--model', args.model, '--pretrained', *(['--pretrained-path', args.weights] if args.weights else [])]
+    kind = next((k for k in ('SpotTune', 'AMF', 'MultiTune') if method.startswith(k)), None)
+    if kind is None:
+        return ['--model', args.model, '--pretrained', *(['--pretrained-path', args.weights] if args.weights else [])]
+    names = f"backbones=('{args.model}','{args.model}')" if kind != 'SpotTune' else f'backbone={args.model}'
+    policy = [f'policy={args.policy}'] if args.policy and kind != 'MultiTune' else []
+    files = ['--backbone-weights', args.weights] if args.weights else []
+    files += ['--policy-weights', args.policy_weights] if policy and args.policy_weights else []
+    return ['--model', kind.lower(), '--pretrained', '--model-kwargs', names, *policy, *files]
 
 
 def data_flags(text: str) -> tuple[str, list[str]]:
@@ -91,6 +110,7 @@ def best_of(folder: Path) -> float:
 def run(args: argparse.Namespace, words: list[str], method: str, seed: int, scratch: Path) -> dict:
     """Train every LR of a method, and test the best."""
     flags, lrs = METHODS[method]
+    own = ['--epochs', str(2 * args.epochs)] if method == 'twice the epochs' else []
     common = [
         *model_flags(args, method), *words, '--img-size', str(args.img_size), '-b', str(args.batch_size), '--epochs',
         str(args.epochs), '--seed', str(seed), '--tracker', 'none', '-j', str(args.workers), '--cache-images',
@@ -99,29 +119,147 @@ def run(args: argparse.Namespace, words: list[str], method: str, seed: int, scra
     if method == 'fit':
         with contextlib.redirect_stdout(io.StringIO()):
             found = fit._fit([*common, '--output', str(scratch), '--experiment', 'fit', '--overwrite'], None)
-        best = (found.metric, found.winner.name, found.folder, found.winner.seconds)
+        best = (found.metric, found.winner.name, found.folder, time.monotonic() - start)
     elif method == 'frozen features':  # an epoch that changes nothing
         seconds = train([*common, *flags, '--lr', '1e-30', '--epochs', '1'], scratch / 'frozen')
         best = (best_of(scratch / 'frozen'), '', scratch / 'frozen', seconds)
+    elif method == 'fastai':
+        return fastai_row([*common, '--val-split', 'validation'], lrs, args, seed)
     else:
         tried = []
         for lr in lrs:
             folder = scratch / f'lr-{lr}'
-            seconds = train([*common, *flags, '--lr', lr], folder)
+            seconds = train([*common, *flags, '--lr', lr, *own], folder)
             tried.append((best_of(folder), lr, folder, seconds))
-        best = max(tried, key=lambda entry: entry[0])
+        tried.sort(key=lambda entry: -entry[0])
+        best = tried[0]
     val, lr, folder, seconds = best
     total = time.monotonic() - start
-    test = evaluate_runs([folder], RunOptions(split='test'))[0]
+    if method == 'ensemble of two':
+        (_, lr, one, seconds), (_, other, two, more) = tried[:2]
+        val, test = (next(row for row in evaluate_runs([one, two], RunOptions(split=split), ensemble=True)
+                          if row.run.startswith('ensemble')) for split in ('validation', 'test'))
+        lr, seconds, val = f'{lr} and {other}', seconds + more, val.top1
+    else:
+        test = evaluate_runs([folder], RunOptions(split='test'))[0]
     identity = read_state(folder / 'last')['identity']
     return dict(lr=lr, images=identity['samples'], val=round(val, 2), test=round(test.top1, 2), test_images=test.images,
                 seconds=round(seconds, 1), seconds_all=round(total, 1))
 
 
+class _Batches:
+    """One of our loaders as fastai takes one."""
+
+    def __init__(self, loader):
+        self.loader, self.epoch, self.dataset, self.device = loader, 0, loader.dataset, torch.device('cpu')
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self):
+        self.loader.set_epoch(self.epoch, 0)
+        self.epoch += 1
+        return ((batch.input, batch.target) for batch in self.loader)
+
+    def to(self, device):
+        return self
+
+
+def fastai_row(words: list[str], lrs: tuple[str, ...], args: argparse.Namespace, seed: int) -> dict:
+    """fastai's `fine_tune` of the same network: an epoch of its head, then one cycle of all of it."""
+    from fastai.callback.schedule import Learner
+    from fastai.data.core import DataLoaders
+    from fastai.losses import CrossEntropyLossFlat
+    from fastai.vision.learner import TimmBody, apply_init, create_head
+
+    options = parse_args(words)
+    accelerator = Accelerator(cpu=args.cpu)
+    train_set, val_set = build.build_data(options, accelerator)
+    tested = parse_args([*words, '--val-split', 'test'])
+    test_set = build.build_data(tested, accelerator)[1]
+    start, tried = time.monotonic(), []
+    for lr in lrs:
+        build.seed_step(seed, 0, 0, 0)
+        overlay = dict(pretrained_cfg_overlay=dict(file=args.weights)) if args.weights else {}
+        body = timm.create_model(args.model, pretrained=True, num_classes=0, global_pool='', **overlay)
+        head = apply_init(create_head(body.num_features, train_set.num_classes))
+        model = torch.nn.Sequential(TimmBody(body), head)
+        model.pretrained_cfg = model.default_cfg = body.pretrained_cfg
+        train_loader, val_loader = build.build_loaders(options, model, train_set, val_set, accelerator)
+        loaders = DataLoaders(_Batches(train_loader), _Batches(val_loader))
+        learner = Learner(
+            loaders, model, CrossEntropyLossFlat(), path=args.scratch, splitter=lambda m: [
+                list(part.parameters()) for part in m])
+        began = time.monotonic()
+        with learner.no_bar(), learner.no_logging():
+            learner.fine_tune(args.epochs - 1, float(lr))
+        seconds = time.monotonic() - began
+        test_loader = build.build_loaders(tested, model, train_set, test_set, accelerator)[1]
+        tried.append((accuracy(model, val_loader), lr, seconds, accuracy(model, test_loader)))
+        for loader in (train_loader, val_loader, test_loader):
+            loader.close()
+    val, lr, seconds, test = max(tried, key=lambda entry: entry[0])
+    return dict(lr=lr, images=len(train_set), val=round(val, 2), test=round(test, 2), test_images=len(test_set),
+                seconds=round(seconds, 1), seconds_all=round(time.monotonic() - start, 1))
+
+
+@torch.inference_mode()
+def accuracy(model: torch.nn.Module, loader) -> float:
+    model.eval()
+    right = sum(int((model(batch.input).argmax(1) == batch.target).sum()) for batch in loader)
+    return 100 * right / len(loader.dataset)
+
+
+def report(rows: list[dict]) -> str:
+    """The tables in Markdown, one for each backbone and budget: methods by average rank of their test accuracy."""
+    lines = []
+    for key in sorted({(row['model'], row['img_size'], int(row['epochs'])) for row in rows}):
+        own = [row for row in rows if (row['model'], row['img_size'], int(row['epochs'])) == key]
+        sets = sorted({row['set'] for row in own})
+        found = {}
+        for row in own:
+            found.setdefault((row['method'], row['set']), []).append(row)
+        # Ranks are of the methods that have every set, on the seeds that all of them have.
+        methods = [m for m in METHODS if all((m, s) in found for s in sets)]
+        places: dict[str, list[float]] = {m: [] for m in methods}
+        for name in sets:
+            seeds = set.intersection(*({r['seed'] for r in found[m, name]} for m in methods))
+            for seed in seeds:
+                score = {m: next(float(r['test']) for r in found[m, name] if r['seed'] == seed) for m in methods}
+                for m in methods:
+                    above = sum(v > score[m] for v in score.values())
+                    places[m].append(1 + above + (sum(v == score[m] for v in score.values()) - 1) / 2)
+        lines += [f'**{key[0]}, {key[1]} px, {key[2]} epochs**', '',
+                  f'| method | {" | ".join(sets)} | cost | with all LRs | average rank |',
+                  '|---' * (len(sets) + 4) + '|']
+        for m in sorted((m for m in METHODS if any((m, s) in found for s in sets)),
+                        key=lambda m: statistics.mean(places[m]) if places.get(m) else len(METHODS)):
+            cells, costs = [], []
+            for name in sets:
+                cells.append(_cell(found.get((m, name), [])))
+                base = found.get((_BASE, name), [])
+                for row in found.get((m, name), []):
+                    plain = [float(r['seconds']) for r in base if r['seed'] == row['seed']]
+                    costs += [(float(row['seconds']) / p, float(row['seconds_all']) / p) for p in plain]
+            cost = [f'{statistics.mean(c):.2f}' for c in zip(*costs)] if costs else ['', '']
+            rank = f'{statistics.mean(places[m]):.1f}' if places.get(m) else ''
+            lines.append(f'| {m} | {" | ".join([*cells, *cost, rank])} |')
+        lines.append('')
+    return '\n'.join(lines)
+
+
+def _cell(rows: list[dict]) -> str:
+    if not rows:
+        return ''
+    values = [float(row['test']) for row in rows]
+    spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.1f}{spread} ({len(values)})'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('--set', action='append', required=True, metavar='NAME=DIR[,N]', help='a set, and the most images a class')
+    add('--set', action='append', default=[], metavar='NAME=DIR[,N]', help='a set, and the most images a class')
     add('--model', default='tf_efficientnet_lite0')
     add('--weights', default='', metavar='FILE', help='its pretrained weights (default: from the Hub)')
     add('--policy', default='', metavar='NAME', help="policy network of AMF and SpotTune (default: the model's)")
@@ -136,11 +274,15 @@ def main() -> None:
     add('--csv', type=Path, default=Path('benchmarks/transfer.csv'))
     add('--scratch', type=Path, default=Path('output/transfer'))
     add('--minutes', type=float, default=float('inf'), help='begin no further row after so long')
+    add('--report', action='store_true', help='print the tables of the CSV, and leave')
     args = parser.parse_args()
     rows = []
     if args.csv.exists():
         with open(args.csv, newline='', encoding='utf-8') as file:
             rows = list(csv.DictReader(file))
+    if args.report:
+        print(report(rows))
+        return
     done = {tuple(row[key] for key in COLUMNS[:6]) for row in rows}
     started = time.monotonic()
     for seed in args.seeds:

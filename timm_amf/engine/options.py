@@ -223,7 +223,7 @@ def _settle(args: argparse.Namespace, given: Container[str], defaults: Mapping) 
 
 
 def _settle_part_weights(args: argparse.Namespace) -> None:
-    """Bring the weights files of a composite's parts where `timm.create_model` takes them: into the model's keywords."""
+    """Bring the weights files of a composite's parts where `timm.create_model` takes them, the model's keywords."""
     def with_file(kwargs: Optional[Mapping[str, Any]], file: str) -> dict[str, Any]:
         overlay = (kwargs or {}).get('pretrained_cfg_overlay') or {}
         return {**(kwargs or {}), 'pretrained_cfg_overlay': {**overlay, 'file': os.path.expanduser(file)}}

@@ -5,10 +5,10 @@
 
 It measures instead of asking. A logistic regression on the frozen features is the floor and the start of every
 candidate; candidates are ordinary command lines of `timm-amf train`, which differ in how fast what depth trains. Each
-gets a pilot: a whole training, schedule and all, of a tenth of the epochs, because a long one that is cut off early says
-of every high LR only that it has not come down yet. The best trains in full; then the weights between its start and its
-best epoch that validate best are kept, so that it never ends below the floor on the validation images. What is left is
-an ordinary run: `args.yaml` repeats the training of the winner, and `fit.csv` says what was tried.
+gets a pilot: a whole training, schedule and all, of a tenth of the epochs, because a long one that is cut off early
+says of every high LR only that it has not come down yet. The best trains in full; then the weights between its start
+and its best epoch that validate best are kept, so that it never ends below the floor on the validation images. What is
+left is an ordinary run: `args.yaml` repeats the training of the winner, and `fit.csv` says what was tried.
 """
 import argparse
 import contextlib
@@ -285,8 +285,9 @@ def _best(folder: Path) -> tuple[float, float]:
     """The metric and the loss of a run's best epoch."""
     name = load_yaml(folder / 'args.yaml').get('eval_metric', 'top1')
     with open(folder / 'summary.csv', newline='', encoding='utf-8') as file:
-        rows = [(float(row[f'eval_{name}']), float(row['eval_loss'])) for row in csv.DictReader(file) if row['eval_loss']]
-    return min(rows) if name == 'loss' else max(rows, key=lambda pair: (pair[0], -pair[1]))
+        rows = [row for row in csv.DictReader(file) if row['eval_loss']]
+    found = [(float(row[f'eval_{name}']), float(row['eval_loss'])) for row in rows]
+    return min(found) if name == 'loss' else max(found, key=lambda pair: (pair[0], -pair[1]))
 
 
 def main(argv: Sequence[str]) -> None:
