@@ -29,7 +29,7 @@ from timm_amf.engine.run import claim_folder, find_resume, prepare_folder
 from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
 from timm_amf.engine.wise import mix_with_start, prepare_mix
 from timm_amf.errors import UserError, run_command, without_traceback_flag
-from timm_amf.models.method import RunSettings
+from timm_amf.models.method import RunSettings, method_of
 from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args, resolve
 
 
@@ -69,8 +69,11 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
         start_head(model, args, train_set, accelerator, table)
     optimizer = create_optimizer(model, table)
     mixup = build.build_mixup(args, model.num_classes)
+    branch_loss = args.branch_loss
+    if branch_loss is None:  # without it, a branch that fits the images first leaves the others no gradient
+        branch_loss = float('branch_loss' in method_of(model).takes)
     task = AdaptiveTask(
-        model, RunSettings(plan, args.branch_loss, args.policy_balance), device=accelerator.device,
+        model, RunSettings(plan, branch_loss, args.policy_balance), device=accelerator.device,
         criterion_kwargs=criterion_kwargs(args, soft_targets=mixup is not None))
     trainer = Trainer(args, accelerator, task, table, optimizer, train_loader, val_loader, folder, mixup)
 

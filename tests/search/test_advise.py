@@ -77,7 +77,7 @@ def test_mixture_on_two_sides(advise_cli, images, weights, monkeypatch):
     code, text, path = advise_cli(*data, '--policy', 'none')
     assert code == 0, text
     content = yaml.safe_load(path.read_text())
-    assert content['model'] == 'multitune' and content['branch_loss'] == 1.
+    assert content['model'] == 'multitune' and 'branch_loss' not in content
     assert content['model_kwargs']['backbones'] == ['test_resnet'] * 2
     lrs = {g['role']: g['lr'] for g in dry_run(path)}
     assert lrs['branch.0'] < lrs['branch.1'] and lrs['head'] == 0.004

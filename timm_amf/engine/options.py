@@ -53,7 +53,8 @@ RUN_FLAGS = (
      {'metavar': 'FILE'}),
     ('--wise-ft', bool, False, 'at the end mix the weights of the start and the best ones, in the shares that validate '
      'best'),
-    ('--branch-loss', float, 0., "weight of an extra loss on each branch's own logits (AMF, MultiTune)"),
+    ('--branch-loss', float, None, "weight of an extra loss on each branch's own logits (AMF, MultiTune; default: 1, in "
+     "recipes of the paper 0)"),
     ('--policy-balance', float, 0., "weight of a penalty on branches that get more than their share of the policy's "
      'weight on average (AMF)'),
     ('--routing-eps', float, None, 'evaluate an AMF without the branches whose weight for an image is below this, and '

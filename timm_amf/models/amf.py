@@ -296,8 +296,8 @@ class AMF(Method, nn.Module):
         """The mean loss of the branches on their own, and the importance loss of Shazeer et al., 2017, equation 6.
 
         The first keeps a branch learning after a faster sibling has fitted the training set; the second, the squared
-        coefficient of variation of the mean weights over the batch, works against a policy that ignores a branch. Both
-        are 0 by default, as in the paper.
+        coefficient of variation of the mean weights over the batch, works against a policy that ignores a branch. The
+        paper has neither.
         """
         loss = 0.
         if settings.branch_loss:

@@ -461,13 +461,10 @@ def _build_plan(args: argparse.Namespace, target: Target, followed: dict[str, An
     short = plan.epochs < _SHORT
     if 'policy' in target.roles:
         plan = plan.with_role('policy', lr=_POLICY_LR_SHORT if short else _POLICY_LR)
-    if target.is_composite and short and 'branch_loss' not in args.explicit:
-        args.branch_loss = 1.
-        args.explicit.add('branch_loss')
-        policy = f'the policy has an LR of {_POLICY_LR_SHORT:g} and ' if 'policy' in target.roles else ''
-        notes.append(
-            f'For {plan.epochs} epochs {policy}each branch has a loss of its own (docs/results.md); the AMF paper '
-            f'trains for about a thousand.')
+        if short:
+            notes.append(
+                f'For {plan.epochs} epochs the policy has an LR of {_POLICY_LR_SHORT:g} (docs/results.md); the AMF paper '
+                f'trains for about a thousand.')
     plan = plan.updated({'lr': max(lrs)})
     if not any(c.decision.suited for c in followed.values()):
         notes.append(f'L2 (weight decay {plan.weight_decay:g}) is that of the flags: the paper does not say its own.')
