@@ -36,6 +36,11 @@ from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, 
 def train(argv: Optional[Sequence[str]] = None) -> None:
     """Parse, build, loop; raises `Interrupted` after a signal, with the checkpoint written."""
     args = parse_args(argv)
+    if args.finds_plan:
+        from timm_amf.search.fit import fit_words  # which calls this with the Plans that it tries
+
+        print(fit_words([*(sys.argv[1:] if argv is None else argv), '--plan', '']))
+        return
     if args.publish:
         from timm_amf.hub.publish import check_flags  # what it takes is imported only where it is asked for
 

@@ -118,7 +118,7 @@ def run(args: argparse.Namespace, words: list[str], method: str, seed: int, scra
     start = time.monotonic()
     if method == 'fit':
         with contextlib.redirect_stdout(io.StringIO()):
-            found = fit._fit([*common, '--output', str(scratch), '--experiment', 'fit', '--overwrite'], None)
+            found = fit.fit_words([*common, '--output', str(scratch), '--experiment', 'fit', '--overwrite'])
         best = (found.metric, found.winner.name, found.folder, time.monotonic() - start)
     elif method == 'frozen features':  # an epoch that changes nothing
         seconds = train([*common, *flags, '--lr', '1e-30', '--epochs', '1'], scratch / 'frozen')

@@ -99,8 +99,14 @@ def test_an_interrupted_fit_goes_on(words, tmp_path, monkeypatch, capsys):
 def test_the_twin_in_python(images, weights, tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     result = fit(
-        str(images), 'test_resnet', img_size=32, cpu=True, workers=0, pretrained_path=weights, epochs=2,
+        str(images), 'test_resnet', img_size=32, cpu=True, workers=0, batch_size=8, pretrained_path=weights, epochs=2,
         output=str(tmp_path), experiment='run')
+    with open(tmp_path / 'run' / 'summary.csv') as file:
+        rows = file.read()
+    train_amf.train([
+        str(images), '--plan', 'auto', *FLAGS, '--pretrained-path', weights, '--epochs', '2', '--output', str(tmp_path),
+        '--experiment', 'auto'])
+    assert (tmp_path / 'auto' / 'summary.csv').read_text() == rows
     assert result.metric >= result.floor and result.winner in result.candidates
     assert result.model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
 

@@ -53,8 +53,8 @@ RUN_FLAGS = (
      {'metavar': 'FILE'}),
     ('--wise-ft', bool, False, 'at the end mix the weights of the start and the best ones, in the shares that validate '
      'best'),
-    ('--branch-loss', float, None, "weight of an extra loss on each branch's own logits (AMF, MultiTune; default: 1, in "
-     "recipes of the paper 0)"),
+    ('--branch-loss', float, None, "weight of an extra loss on each branch's own logits (AMF, MultiTune; default: 1, "
+     "in recipes of the paper 0)"),
     ('--policy-balance', float, 0., "weight of a penalty on branches that get more than their share of the policy's "
      'weight on average (AMF)'),
     ('--routing-eps', float, None, 'evaluate an AMF without the branches whose weight for an image is below this, and '
@@ -205,6 +205,7 @@ def _settle(args: argparse.Namespace, given: Container[str], defaults: Mapping) 
     if args.pretrained_path:
         args.pretrained = True
     _settle_part_weights(args)
+    args.finds_plan, args.plan = args.plan == 'auto', '' if args.plan == 'auto' else args.plan
     if args.plan:
         args.recipe.pop('plan', None)  # the file that the flag names takes its place
     if args.device == 'cpu':

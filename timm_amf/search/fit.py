@@ -35,7 +35,7 @@ from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import write_text
 from timm_amf.yaml_text import load_yaml
 
-__all__ = ['Candidate', 'Fit', 'fit', 'main']
+__all__ = ['Candidate', 'Fit', 'fit', 'fit_words', 'main']
 
 MODEL = 'tf_efficientnet_lite0'
 # Of all candidates: what is measured to fine-tune well from a logistic regression (docs/fit.md).
@@ -137,10 +137,11 @@ def fit(
     from timm_amf.search.keywords import words_of
 
     words = [data_dir] if data_dir is not None else []
-    return _fit([*words, '--model', model, *words_of(build_parser(), options)], budget)
+    return fit_words([*words, '--model', model, *words_of(build_parser(), options)], budget)
 
 
-def _fit(words: Sequence[str], budget: Optional[float]) -> Fit:
+def fit_words(words: Sequence[str], budget: Optional[float] = None) -> Fit:
+    """`fit` by the words of a command line."""
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UserError('fit runs in one process; start it without accelerate launch or torchrun')
     args = parse_args(words)
@@ -305,7 +306,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f'--budget: must be above 0, not {own.budget:g}')
     if not any(word.split('=')[0] in ('--model', '--config', '-c') for word in words):
         words = [*words, '--model', MODEL]
-    found = _fit(words, own.budget)
+    found = fit_words(words, own.budget)
     run = found.folder
     print(f'{found}\n\nNext: timm-amf evaluate {run}')
     print(f'      timm-amf export {run} --format onnx')

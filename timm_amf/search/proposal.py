@@ -463,8 +463,8 @@ def _build_plan(args: argparse.Namespace, target: Target, followed: dict[str, An
         plan = plan.with_role('policy', lr=_POLICY_LR_SHORT if short else _POLICY_LR)
         if short:
             notes.append(
-                f'For {plan.epochs} epochs the policy has an LR of {_POLICY_LR_SHORT:g} (docs/results.md); the AMF paper '
-                f'trains for about a thousand.')
+                f'For {plan.epochs} epochs the policy has an LR of {_POLICY_LR_SHORT:g} (docs/results.md); the AMF '
+                f'paper trains for about a thousand.')
     plan = plan.updated({'lr': max(lrs)})
     if not any(c.decision.suited for c in followed.values()):
         notes.append(f'L2 (weight decay {plan.weight_decay:g}) is that of the flags: the paper does not say its own.')

@@ -56,7 +56,8 @@ def add_plan_args(parser: argparse.ArgumentParser) -> None:
     """Add the group `Plan parameters`: the flags of the fields of Plan, Schedule and RolePlan."""
     group = parser.add_argument_group('Plan parameters', 'How the model, and each of its roles, is fine-tuned.')
     add = group.add_argument
-    add('--plan', default='', metavar='FILE', help='read a Plan (plan.yaml of a run, or a recipe); flags override it')
+    add('--plan', default='', metavar='FILE', help='read a Plan (plan.yaml of a run, or a recipe); '
+        'flags override it; auto: the one that timm-amf fit finds')
     for cls, prefix, whose in (
             (Plan, '', ''), (Schedule, '', ''), (RolePlan, '', 'backbone or each branch: '),
             (RolePlan, 'policy_', 'policy: '), (Schedule, 'policy_', 'policy: ')):
