@@ -14,6 +14,7 @@ from .decathlon import open_labelled
 from .iterable import open_iterable
 from .sources import ArraySource, FileSource, ReaderSource, Source, class_names, first_line
 from .spec import SPLIT_NAMES, Component, DataSpec, split_of
+from .table import is_table, open_table
 
 __all__ = ['open_source']
 
@@ -59,6 +60,8 @@ def open_source(component: Component, split: str, spec: DataSpec) -> Source:
         raise UserError(
             f'data component {component.name!r}: unknown dataset {component.dataset!r}; leave it out for a folder, or '
             f'begin it with torch/, decathlon/, hfds/, hfids/, tfds/ or wds/')
+    if is_table(component.root):
+        return open_table(component, component.split_name(split))
     return _open_folder(component, component.split_name(split))
 
 
@@ -124,7 +127,8 @@ def _open_class_folders(component: Component, folder: str) -> Source:
     if not samples:
         remedy = f'check the names in {component.class_map}' if images else 'put each into the folder of its class'
         raise UserError(f'{where}: no images of any class in {folder}; {remedy}')
-    return FileSource(class_names(index), [s[2] for s in samples], [s[1] for s in samples])
+    root = os.path.expanduser(component.root)
+    return FileSource(class_names(index), [s[2] for s in samples], [s[1] for s in samples], root)
 
 
 def _class_folders(component: Component, folder: str, where: str) -> dict[str, list[str]]:

@@ -44,17 +44,36 @@ class Source:
     def filename(self, index: int) -> str:
         raise NotImplementedError
 
+    def relative_name(self, index: int) -> str:
+        """The file name from the dataset's folder on, with `/`: the same wherever the folder lies."""
+        return self.filename(index)
+
     def signature(self, index: int) -> str:
         """Changes when the image changes: what a cache is keyed by."""
         raise NotImplementedError
 
 
 class FileSource(Source):
-    """Images in files."""
+    """Images in files.
 
-    def __init__(self, classes: list[str], targets: Any, paths: list[str]):
+    Args:
+        root: Folder of the dataset.
+        columns: Of a table, its columns by name, a text for each image.
+    """
+
+    def __init__(
+            self,
+            classes: list[str],
+            targets: Any,
+            paths: list[str],
+            root: str = '',
+            columns: Optional[dict[str, list[str]]] = None,
+    ):
         super().__init__(classes, targets)
         self.paths = paths
+        self.root = root
+        self.columns = columns or {}
+        self._relative_folders: dict[str, str] = {}
 
     def open(self, index: int) -> BinaryIO:
         path = self.paths[index]
@@ -64,6 +83,14 @@ class FileSource(Source):
 
     def filename(self, index: int) -> str:
         return str(self.paths[index])
+
+    def relative_name(self, index: int) -> str:
+        folder, name = os.path.split(self.paths[index])
+        if folder not in self._relative_folders:
+            inside = os.path.relpath(folder, self.root or os.curdir).replace(os.sep, '/')
+            outside = not self.root or inside.split('/')[0] == '..'
+            self._relative_folders[folder] = os.path.abspath(folder) if outside else inside
+        return name if self._relative_folders[folder] == '.' else f'{self._relative_folders[folder]}/{name}'
 
     def signature(self, index: int) -> str:
         path = self.paths[index]

@@ -28,6 +28,7 @@ from torch import nn
 
 from timm_amf.data import create_datasets, data_spec_from_args
 from timm_amf.data.spec import DEFAULT_SPLITS, SPLIT_NAMES
+from timm_amf.data.table import is_table, read_table
 from timm_amf.engine.build import input_channels
 from timm_amf.engine.checkpoint import read_state
 from timm_amf.engine.options import build_parser, parse_args
@@ -235,6 +236,7 @@ def _unsplit(spec) -> bool:
     roots = [os.path.expanduser(c.root or '') for c in spec.components if not c.dataset and not c.splits]
     names = {*SPLIT_NAMES['val'], DEFAULT_SPLITS['val']}
     return bool(roots) and all(
+        'split' not in read_table(root, root) if is_table(root) else
         os.path.isdir(root) and not any(os.path.exists(os.path.join(root, name)) for name in names) for root in roots)
 
 
