@@ -20,6 +20,7 @@ from typing import Optional
 
 from accelerate import Accelerator
 
+from timm_amf.data.shares import write_splits
 from timm_amf.engine import build
 from timm_amf.engine.checkpoint import set_class_names
 from timm_amf.engine.head import start_head
@@ -60,6 +61,7 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, resume: Optional[Path]) -> None:
+    args.split_file = str(resume.parent / 'split.csv') if resume else None
     train_set, val_set = build.build_data(args, accelerator, build.known_classes(args, resume))
     model = build.build_model(args, train_set.num_classes)
     set_class_names(model, train_set.class_names)
@@ -109,6 +111,8 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
                 prepare_mix(folder, start)
             save_args(args, folder / 'args.yaml')
             plan.to_yaml(folder / 'plan.yaml')
+            if train_set.drawn and not (folder / 'split.csv').exists():
+                write_splits(folder / 'split.csv', train_set.drawn)
         accelerator.wait_for_everyone()
         build.start_trackers(args, accelerator, plan)
 

@@ -1,8 +1,6 @@
 """A mixture: one dataset made of named components, in which every sample knows its component."""
 import copy
-import hashlib
 import logging
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
@@ -13,6 +11,7 @@ from PIL import Image
 from timm_amf.errors import UserError
 
 from .datasets import open_source
+from .shares import Drawn, draw_splits, groups_of, splits_in_file
 from .sources import Source, read_image
 from .spec import Component, DataSpec
 
@@ -33,6 +32,7 @@ class Mixture(torch.utils.data.Dataset):
         targets: Class of each sample, (N,) int64.
         component_of: Component of each sample, (N,) int64.
         transform: Called with the Pillow image of each sample, or None.
+        drawn: The splits of each component that were drawn from its training images; empty where none were.
         cache: Where images are read instead of from their files (`timm_amf.data.cache`), or None.
     """
 
@@ -55,6 +55,7 @@ class Mixture(torch.utils.data.Dataset):
         self.input_img_mode = input_img_mode
         self.transform = transform
         self.cache: Any = None
+        self.drawn: list[Drawn] = []
         self._sources = [source for _, source, _, _ in parts]
         self._part = np.concatenate([np.full(len(p[2]), i, dtype=np.int32) for i, p in enumerate(parts)])
         self._local = np.concatenate([p[2] for p in parts]).astype(np.int64)
@@ -188,16 +189,36 @@ def _create(
     parts = []
     for name in splits:
         for i, component in enumerate(spec.components):
-            shared = bool(spec.val_share) and name != 'test'
-            source = _open(spec, i, 'train' if shared else name, opened)
-            targets = _align(source, all_classes[i], component, name)
-            chosen = _select(targets, len(classes[i]), component, name)
-            _check_classes(targets[chosen], targets, classes[i], component, name)
-            if shared:
-                chosen = chosen[_held_out(source, targets, chosen, spec.val_share) == (name == 'val')]
+            origin = 'train' if name in spec.shares else name
+            source = _open(spec, i, origin, opened)
+            targets = _align(source, all_classes[i], component, origin)
+            if spec.shares and origin == 'train':
+                if (i, None) not in opened:
+                    opened[i, None] = _draw(spec, i, source, targets, classes[i])
+                chosen = opened[i, None].chosen[opened[i, None].splits == name]
+            else:
+                chosen = _select(targets, len(classes[i]), component, name)
+                _check_classes(targets[chosen], targets, classes[i], component, name)
             parts.append((i, source, chosen, labels[targets[chosen] + offsets[i]]))
     mode = spec.input_img_mode or {1: 'L', 4: 'RGBA'}.get(in_chans, 'RGB')
-    return Mixture([c.name for c in spec.components], own_names, class_to_component, parts, input_img_mode=mode)
+    mixture = Mixture([c.name for c in spec.components], own_names, class_to_component, parts, input_img_mode=mode)
+    mixture.drawn = [opened[i, None] for i in range(len(spec.components)) if (i, None) in opened]
+    return mixture
+
+
+def _draw(spec: DataSpec, i: int, source: Source, targets: np.ndarray, classes: list[str]) -> Drawn:
+    """The splits of the training images of a component: as a run's file has them, or by the shares."""
+    component = spec.components[i]
+    if spec.split_file:
+        chosen = np.flatnonzero((targets >= 0) & (targets < len(classes)))
+        splits = splits_in_file(spec.split_file, component.name, source, chosen)
+        chosen, splits = chosen[splits != ''], splits[splits != '']
+    else:
+        chosen = _select(targets, len(classes), component, 'train')
+        _check_classes(targets[chosen], targets, classes, component, 'train')
+        groups = groups_of(source, chosen, spec.group, f'data component {component.name!r}') if spec.group else ()
+        splits = draw_splits(source, targets, chosen, spec.shares, groups)
+    return Drawn(component.name, source, chosen, splits, [classes[target] for target in targets[chosen]])
 
 
 def _open(spec: DataSpec, i: int, split: str, opened: dict) -> Source:
@@ -315,17 +336,6 @@ def _select(targets: np.ndarray, num_classes: int, component: Component, split: 
     if number is not None:
         keep &= rank < skip + number
     return np.flatnonzero(keep)
-
-
-def _held_out(source: Source, targets: np.ndarray, chosen: np.ndarray, share: float) -> np.ndarray:
-    """Which of the chosen images validate: a share of each class, one at least, never all, by a hash of their names."""
-    paths = [source.filename(index).replace(os.sep, '/').split('/')[-2:] for index in chosen.tolist()]
-    order = np.argsort([hashlib.sha256('/'.join(path).encode()).hexdigest() for path in paths], kind='stable')
-    held = np.zeros(len(chosen), dtype=bool)
-    for label in np.unique(targets[chosen]):
-        members = order[targets[chosen][order] == label]
-        held[members[:min(max(1, round(share * len(members))), len(members) - 1)]] = True
-    return held
 
 
 def _check_classes(

@@ -138,6 +138,9 @@ class ReaderSource(Source):
     def filename(self, index: int) -> str:
         return f'{self.name}[{index}] ({self.reader.filename(index) or "no file name"})'
 
+    def relative_name(self, index: int) -> str:
+        return f'{os.path.basename(self.name)}[{index}]'
+
     def signature(self, index: int) -> str:
         return f'{self.name}\0{self.version}\0{index}'
 

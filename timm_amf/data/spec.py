@@ -1,5 +1,6 @@
 """What a mixture is made of: plain data, read from YAML (the `data:` section of a recipe) or from flags."""
 import argparse
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -101,6 +102,10 @@ class DataSpec:
         cache_dir: Where iterable datasets are kept once read. None: `timm_amf` in the user's cache folder.
         val_share: Share of the training images of each class that is the validation split instead, in [0, 1). It is
             drawn by the names of the images, so that moved or copied folders are split alike. 0: the dataset's own.
+        test_share: The same of the test split; both together are below 1.
+        group: Images of one group stay on one side of these splits: a column of the table, or a regular expression
+            with one group that is searched in the path relative to the root. None: each image by itself.
+        split_file: The `split.csv` of a run, which says what was drawn then. None: draw.
     """
     components: tuple[Component, ...]
     download: bool = False
@@ -109,12 +114,22 @@ class DataSpec:
     trust_remote_code: bool = False
     cache_dir: Optional[str] = None
     val_share: float = 0.
+    test_share: float = 0.
+    group: Optional[str] = None
+    split_file: Optional[str] = None
 
     def __post_init__(self):
         object.__setattr__(self, 'components', tuple(self.components))
-        if isinstance(self.val_share, bool) or not isinstance(self.val_share, (int, float)) or not (
-                0 <= self.val_share < 1):
-            raise UserError(f'data: val_share must be at least 0 and below 1, not {self.val_share!r}')
+        for name in ('val_share', 'test_share'):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+                raise UserError(f'data: {name} must be at least 0 and below 1, not {share!r}')
+        if self.val_share + self.test_share >= 1:
+            raise UserError(
+                f'data: val_share {self.val_share:g} and test_share {self.test_share:g} leave nothing to train on; '
+                f'together they must be below 1')
+        if self.group is not None and not self.shares:
+            raise UserError('data: --group has no effect without --val-share or --test-share; add one, or leave it out')
         if not self.components:
             raise UserError('data: no component; give a folder (--data-dir), a dataset (--dataset) or components')
         if not isinstance(self.num_samples, Mapping):
@@ -123,6 +138,11 @@ class DataSpec:
         for name in names:
             if names.count(name) > 1:
                 raise UserError(f'data: two components are named {name!r}; give each its own name')
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of each split that is drawn from the training images."""
+        return {split: share for split, share in (('val', self.val_share), ('test', self.test_share)) if share}
 
     @classmethod
     def from_mapping(cls, data: Mapping, defaults: Optional[Mapping] = None) -> 'DataSpec':
@@ -136,7 +156,9 @@ class DataSpec:
         if not isinstance(data, Mapping):
             raise UserError(f'data: expected a mapping with components or a preset, not {data!r}')
         data = dict(data)
-        common_keys = ('download', 'input_img_mode', 'num_samples', 'trust_remote_code', 'cache_dir', 'val_share')
+        common_keys = (
+            'download', 'input_img_mode', 'num_samples', 'trust_remote_code', 'cache_dir', 'val_share', 'test_share',
+            'group')
         common = {key: data.pop(key) for key in common_keys if key in data}
         defaults = {k: v for k, v in (defaults or {}).items() if v is not None}
         if 'preset' in data:
@@ -185,6 +207,13 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--val-share', type=float, metavar='X', default=None,
         help='Share of the training images, of each class, that is the validation split, where there is none.')
+    group.add_argument(
+        '--test-share', type=float, metavar='X', default=None,
+        help='The same for the test split, which evaluate --split test reads.')
+    group.add_argument(
+        '--group', metavar='COLUMN|REGEX', default=None,
+        help='Images of one group stay on one side of the splits that the shares draw: a column of the table, or a '
+             "regular expression with one group, searched in the path: '(clip\\d+)_'.")
     group.add_argument(
         '--cache-images', action='store_true', default=False,
         help='Decode and shrink the training images once and read them from a cache on disk.')
@@ -243,6 +272,9 @@ def data_spec_from_args(args: argparse.Namespace, section: Optional[Mapping] = N
         trust_remote_code=spec.trust_remote_code or bool(get('dataset_trust_remote_code')),
         cache_dir=get('cache_dir') or spec.cache_dir,
         val_share=spec.val_share if get('val_share') is None else args.val_share,
+        test_share=spec.test_share if get('test_share') is None else args.test_share,
+        group=get('group') or spec.group,
+        split_file=get('split_file') if os.path.isfile(get('split_file') or '') else None,
     )
 
 

@@ -126,5 +126,6 @@ def _rows_of_split(splits: Optional[list[str]], number: int, split: str, where: 
         rows = [row for row, other in enumerate(roles) if other == role]
     if not rows:
         there = ', '.join(f'{count} {name}' for name, count in Counter(splits or ()).items()) or 'no rows'
-        raise UserError(f'{where}: no rows of split {split!r} (there: {there}); add some, or draw it with --val-share 0.2')
+        raise UserError(
+            f'{where}: no rows of split {split!r} (there: {there}); add some, or draw it with --val-share 0.2')
     return rows

@@ -117,15 +117,16 @@ def build_data(
     if splits[1] in splits[0].split('+'):
         _logger.warning('--val-split %s is trained on: its accuracy says nothing', splits[1])
     # The main process reads the images; the others find on the disk what it found.
+    drawn = ['test'] if spec.test_share and 'test' not in '+'.join(splits).split('+') else []
     with accelerator.local_main_process_first():
-        datasets = create_datasets(spec, splits, input_channels(args), class_names)
+        datasets = create_datasets(spec, (*splits, *drawn), input_channels(args), class_names)
         if args.check_images:
             for dataset in datasets:
                 check_images(
                     dataset, args.skip_bad_images, args.cache_dir, args.workers, accelerator.is_local_main_process)
     if datasets[0].num_classes < 2:
         raise UserError(f'data: there is one class, {datasets[0].class_names[0]!r}: nothing to tell it from; add one')
-    return datasets
+    return datasets[:2]
 
 
 def known_classes(args: argparse.Namespace, resume: Optional[Path]) -> Optional[list[str]]:

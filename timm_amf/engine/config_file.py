@@ -222,7 +222,7 @@ def save_args(args: argparse.Namespace, path: Union[str, Path]) -> None:
 
 def args_content(args: argparse.Namespace) -> dict[str, Any]:
     """What `save_args` writes: flags that are set, and sections, without secrets."""
-    left_out = {'recipe', 'explicit', 'config', 'data', 'finds_plan', *derived_flags(args)}
+    left_out = {'recipe', 'explicit', 'config', 'data', 'finds_plan', 'split_file', *derived_flags(args)}
     flags = {key: value for key, value in vars(args).items() if key not in left_out and value is not None}
     if 'model' not in args.explicit:
         flags.pop('model', None)

@@ -73,6 +73,7 @@ def read_run(run: Union[str, Path], flags: Sequence[str] = ()) -> argparse.Names
     without = [word for flag in begun for word in (flag, '')]
     args = parse_args(['--config', str(Path(run) / 'args.yaml'), *without, '--tracker', 'none', *flags])
     args.pretrained = False
+    args.split_file = str(Path(run) / 'split.csv')
     return args
 
 
