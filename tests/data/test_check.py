@@ -100,3 +100,32 @@ def test_what_reading_would_wait_for_or_does_not_know(make_folder, tmp_path):
     reasons = dict(check_images(data, True, tmp_path / 'cache'))
     assert reasons[str(root / 'train' / 'a' / 'x.png')] == 'no file'
     assert 'floating point' in reasons[str(root / 'train' / 'b' / 'x.png')]
+
+
+def test_copies_in_other_splits_are_counted(make_folder, tmp_path, caplog):
+    root = make_folder(number=3, size=(200, 150))
+    for label, index in (('a', 0), ('b', 1), ('c', 2)):  # the images of the two splits are the same ones
+        for i in range(3):
+            if i != index:
+                Image.effect_noise((200, 150), 90 + 7 * i + ord(label)).save(root / 'val' / label / f'{i}.png')
+    Image.open(root / 'train' / 'b' / '1.png').resize((120, 90)).save(root / 'val' / 'b' / '1.png')
+    for name in ('train', 'val'):  # without structure, nothing looks the same
+        Image.new('RGB', (20, 20), (len(name), 0, 0)).save(root / name / 'a' / 'flat.png')
+
+    def checked(skip=False):
+        spec = DataSpec((Component('x', root=str(root)),))
+        parts = [create_dataset(spec, name) for name in ('train', 'val')]
+        for part in parts:
+            check_images(part, skip, cache_dir=tmp_path / 'cache')
+        caplog.clear()
+        check_module.warn_of_copies(parts[0], {'val': parts[1]})
+        return caplog.text
+
+    assert 'val has 2 copies of training images and 1 that look the same' in checked()
+    assert checked() == checked() and checked().count('WARNING') == 1  # remembered
+    assert f'{root}/val/a/0.png and {root}/train/a/0.png' in checked()
+    (root / 'train' / 'a' / '1.png').write_bytes(b'')
+    assert 'val has 2 copies' in checked(skip=True)
+    for path in (root / 'val').glob('*/[0-2].png'):
+        Image.effect_noise((200, 150), 200).save(path)
+    assert checked(skip=True) == ''

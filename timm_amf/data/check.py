@@ -1,7 +1,10 @@
-"""Find the images that cannot be read before training starts, not in the middle of the night."""
+"""Find the images that cannot be read before training starts, not in the middle of the night; and copies of images."""
 import contextlib
+import hashlib
+import io
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
 
@@ -17,7 +20,7 @@ from .mixture import Mixture
 from .sources import as_shown
 from .storage import cache_folder
 
-__all__ = ['BadImage', 'check_images']
+__all__ = ['BadImage', 'check_images', 'warn_of_copies']
 
 _logger = logging.getLogger(__name__)
 _SHOWN = 10
@@ -52,7 +55,8 @@ def check_images(
     """
     if dataset.in_memory:
         return []
-    reasons = _remembered(dataset, cache_dir, workers, progress)
+    reasons, hashes = _remembered(dataset, cache_dir, workers, progress)
+    dataset.hashes = np.array(hashes, dtype=np.uint64).reshape(-1, 2)
     bad = [BadImage(dataset.filename(index), reason) for index, reason in reasons.items()]
     if not bad:
         return bad
@@ -70,29 +74,60 @@ def check_images(
     return bad
 
 
+def warn_of_copies(train: Mixture, others: Mapping[str, Mixture]) -> None:
+    """Warn of images of other splits that are in training too: equal bytes, or equal difference hashes.
+
+    Args:
+        train: After `check_images`.
+        others: By the names of their splits; those that have images of `train` itself, as files, are left out.
+    """
+    found, example = [], ''
+    for name, other in others.items():
+        if train.hashes is None or other.hashes is None or train.count_shared(other):
+            continue
+        equal, alike = (np.isin(other.hashes[:, i], train.hashes[:, i]) & (other.hashes[:, i] != 0) for i in (0, 1))
+        alike &= ~equal
+        if not (equal | alike).any():
+            continue
+        found.append(f'{name} has {equal.sum()} copies of training images and {alike.sum()} that look the same')
+        if not example:
+            column = 0 if equal.any() else 1
+            index = int(np.flatnonzero((equal, alike)[column])[0])
+            twin = int(np.flatnonzero(train.hashes[:, column] == other.hashes[index, column])[0])
+            example = f'{other.filename(index)} and {train.filename(twin)}'
+    if found:
+        _logger.warning(
+            f'data: {"; ".join(found)}, such as {example}: an accuracy on them is too high; remove them, or keep '
+            f'them on one side with --group.')
+
+
 def _remembered(
         dataset: Mixture,
         cache_dir: Union[str, Path, None],
         workers: int,
         progress: bool,
-) -> dict[int, str]:
-    """Reason by index of the bad images, from an earlier check of the same files if there was one."""
+) -> tuple[dict[int, str], list]:
+    """Reason by index of the bad images, and the hashes of all, from an earlier check of the same files if there was
+    one.
+    """
     # Named by the files' names, sizes and times.
-    name = fingerprint(dataset, f'check 2 {dataset.input_img_mode}')
-    path = cache_folder(cache_dir, f'checked-{name}') / 'bad.json'
+    name = fingerprint(dataset, f'check 3 {dataset.input_img_mode}')
+    path = cache_folder(cache_dir, f'checked-{name}') / 'images.json'
     with contextlib.suppress(OSError, ValueError):
-        return {int(k): v for k, v in json.loads(path.read_text(encoding='utf-8')).items()}
-    results = enumerate(map_samples(_Readable(dataset), workers, 'Checking images', progress))
-    found = {index: reason for index, reason in results if reason}
+        state = json.loads(path.read_text(encoding='utf-8'))
+        return {int(k): v for k, v in state['bad'].items()}, state['hashes']
+    results = list(map_samples(_Readable(dataset), workers, 'Checking images', progress))
+    bad = {index: reason for index, (reason, _) in enumerate(results) if reason}
+    hashes = [pair for _, pair in results]
     try:
-        write_text(path, json.dumps(found), 'set --cache-dir')
+        write_text(path, json.dumps(dict(bad=bad, hashes=hashes)), 'set --cache-dir')
     except UserError as e:
         _logger.warning(f'The check of the images is not remembered: {e}')
-    return found
+    return bad, hashes
 
 
 class _Readable(torch.utils.data.Dataset):
-    """For each image, why it cannot be read, or ''."""
+    """For each image, why it cannot be read, or '', and its hashes: of its bytes, and of what it shows; 0 for none."""
 
     def __init__(self, dataset: Mixture):
         self.dataset = dataset
@@ -100,27 +135,33 @@ class _Readable(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> tuple[str, tuple[int, int]]:
         source, local = self.dataset.source(index)
         if source.in_memory:
-            return ''
+            return '', (0, 0)
         try:
             with source.open(local) as file:
-                _read(file, self.dataset.input_img_mode)
+                return '', _hashes(file.read(), self.dataset.input_img_mode)
         except FileNotFoundError:
-            return 'no such file'
+            reason = 'no such file'
         except UnidentifiedImageError:  # its own message names the file, badly
-            return 'not an image'
+            reason = 'not an image'
         except Exception as e:  # Pillow's plugins raise whatever they like
-            return str(e).splitlines()[0] if str(e) else type(e).__name__
-        return ''
+            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        return reason, (0, 0)
 
 
-def _read(file, mode: Optional[str]) -> None:
-    """Decode all of an image as `Mixture.load` does; a JPEG at an eighth of its size, which still reads every byte."""
-    if file.seek(0, 2) == 0:
+def _hashes(content: bytes, mode: Optional[str]) -> tuple[int, int]:
+    """64 bits of SHA-256, and the 64-bit difference hash: whether each of 9x8 greys is darker than its right neighbour.
+
+    All of the image is decoded as `Mixture.load` does; a JPEG at an eighth of its size, which still reads every byte.
+    """
+    if not content:
         raise OSError('empty file')
-    file.seek(0)
-    with Image.open(file) as image:
-        image.draft('RGB', (max(1, image.width // 8), max(1, image.height // 8)))
-        as_shown(image, mode)
+    with Image.open(io.BytesIO(content)) as image:
+        image.draft('RGB', (max(36, image.width // 8), max(32, image.height // 8)))
+        greys = np.asarray(as_shown(image, mode).convert('L').resize((9, 8), Image.Resampling.BILINEAR))
+    darker = np.packbits(greys[:, :-1] < greys[:, 1:]).tobytes()
+    if len(set(darker)) < 3:  # plain, stripes or a chequerboard: what many images have in common
+        darker = b''
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], 'big'), int.from_bytes(darker, 'big')

@@ -33,6 +33,7 @@ class Mixture(torch.utils.data.Dataset):
         component_of: Component of each sample, (N,) int64.
         transform: Called with the Pillow image of each sample, or None.
         drawn: The splits of each component that were drawn from its training images; empty where none were.
+        hashes: Of each image those that `check_images` finds, (N, 2) uint64, or None.
         cache: Where images are read instead of from their files (`timm_amf.data.cache`), or None.
     """
 
@@ -56,6 +57,7 @@ class Mixture(torch.utils.data.Dataset):
         self.transform = transform
         self.cache: Any = None
         self.drawn: list[Drawn] = []
+        self.hashes: Optional[np.ndarray] = None
         self._sources = [source for _, source, _, _ in parts]
         self._part = np.concatenate([np.full(len(p[2]), i, dtype=np.int32) for i, p in enumerate(parts)])
         self._local = np.concatenate([p[2] for p in parts]).astype(np.int64)
@@ -116,6 +118,7 @@ class Mixture(torch.utils.data.Dataset):
         indices = np.asarray(indices, dtype=np.int64)
         for name in ('_part', '_local', 'component_of', 'targets'):
             setattr(chosen, name, getattr(self, name)[indices])
+        chosen.hashes = None if self.hashes is None else self.hashes[indices]
         return chosen
 
     def count_shared(self, other: 'Mixture') -> int:
