@@ -27,7 +27,7 @@ from timm_amf.engine.head import start_head
 from timm_amf.engine.loop import Trainer
 from timm_amf.engine.options import parse_args, resolve_lr, save_args
 from timm_amf.engine.run import claim_folder, find_resume, prepare_folder
-from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
+from timm_amf.engine.task import AdaptiveTask, create_criterion
 from timm_amf.engine.wise import mix_with_start, prepare_mix
 from timm_amf.errors import UserError, run_command, without_traceback_flag
 from timm_amf.models.method import RunSettings, method_of
@@ -81,7 +81,7 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
         branch_loss = float('branch_loss' in method_of(model).takes)
     task = AdaptiveTask(
         model, RunSettings(plan, branch_loss, args.policy_balance), device=accelerator.device,
-        criterion_kwargs=criterion_kwargs(args, soft_targets=mixup is not None))
+        criterion=create_criterion(args, mixup is not None, train_set))
     trainer = Trainer(args, accelerator, task, table, optimizer, train_loader, val_loader, folder, mixup)
 
     accelerator.print(describe_groups(optimizer.param_groups))

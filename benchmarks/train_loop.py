@@ -26,7 +26,7 @@ from timm_amf.data.sampler import StepSampler
 from timm_amf.engine.build import build_accelerator
 from timm_amf.engine.loop import Trainer
 from timm_amf.engine.options import parse_args
-from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
+from timm_amf.engine.task import AdaptiveTask, create_criterion
 from timm_amf.tuning import create_optimizer, model_roles, plan_from_args, resolve
 
 RATIO_LIMIT, OVERHEAD_LIMIT = 1.02, 0.3
@@ -136,7 +136,7 @@ def create_trainer(model: nn.Module, loader: PreloadedLoader, args, folder: str)
     options = parse_args([*argv, '--mixed-precision', args.mixed_precision, *['--cpu'] * (args.device.type == 'cpu')])
     accelerator = build_accelerator(options)
     table = resolve(model, plan_from_args(options, model_roles(model), options.lr))
-    task = AdaptiveTask(model, device=accelerator.device, criterion_kwargs=criterion_kwargs(options, False))
+    task = AdaptiveTask(model, device=accelerator.device, criterion=create_criterion(options, False))
     return Trainer(
         options, accelerator, task, table, create_optimizer(model, table), loader, loader, Path(folder))
 

@@ -1,5 +1,6 @@
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from timm_amf.data.sampler import EvalSampler, StepSampler
@@ -81,3 +82,25 @@ def test_evaluation_has_each_once_in_order(num_samples, world_size):
     for step in range(len(parts[0])):
         total = sum(len(part[step]) for part in parts if step < len(part))
         assert all(key.step_size == total for part in parts if step < len(part) for key in part[step])
+
+
+@pytest.mark.parametrize('epoch_repeats', [0, 2])
+def test_classes_equally_often(epoch_repeats):
+    classes = np.repeat([0, 1, 3], [50, 7, 1])  # class 2 has no image
+    sampler = StepSampler(58, 8, epoch_repeats=epoch_repeats, classes=classes)
+    passes = max(1, epoch_repeats)
+    keys = [key for step in sampler for key in step]
+    assert len(keys) == 58 * passes and len({(key.index, key.repeat) for key in keys}) == len(keys)
+    counts = np.bincount(classes[[key.index for key in keys]])
+    assert counts[2] == 0 and all(19 * passes <= counts[label] <= 20 * passes for label in (0, 1, 3))
+    of_class = Counter(key.index for key in keys[:58] if classes[key.index] == 1)
+    assert set(of_class.values()) <= {2, 3}  # all of a class in turn
+    assert keys == [key for step in sampler for key in step]
+    sampler.set_epoch(1)
+    other = list(sampler)
+    assert [key.index for step in other for key in step] != [key.index for key in keys]
+    sampler.set_epoch(1, 3)
+    assert list(sampler) == other[3:]
+    two = [list(StepSampler(58, 4, rank=r, world_size=2, epoch_repeats=epoch_repeats, classes=classes)) for r in (0, 1)]
+    together = [sorted(a + b, key=lambda key: key.position) for a, b in zip(*two)]
+    assert [key for step in together for key in step] == keys

@@ -291,6 +291,7 @@ def create_loader(
         num_aug_repeats: float = 0,
         num_aug_splits: int = 0,
         epoch_repeats: float = 0,
+        balanced_classes: bool = False,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
         img_dtype: torch.dtype = torch.float32,
@@ -312,6 +313,7 @@ def create_loader(
         device: Where batches go.
         workers: Worker processes; 0 loads in the main process.
         epoch_repeats: Passes over the dataset in an epoch.
+        balanced_classes: Draw each class equally often.
         img_dtype: Type of the normalised images.
         channels_last: Give the images in this memory format.
         transform_kwargs: Of timm's `create_transform`: crops, flips, augmentation, interpolation.
@@ -339,7 +341,9 @@ def create_loader(
         erasing = SeededRandomErasing(
             re_prob, mode=re_mode, max_count=re_count, num_splits=clean, device=device, seed=seed)
     if is_training:
-        sampler = StepSampler(len(dataset), batch_size, seed, rank, world_size, num_aug_repeats, epoch_repeats)
+        sampler = StepSampler(
+            len(dataset), batch_size, seed, rank, world_size, num_aug_repeats, epoch_repeats,
+            dataset.targets if balanced_classes else None)
     else:
         sampler = EvalSampler(len(dataset), batch_size, rank, world_size)
     return SeededLoader(

@@ -1,7 +1,7 @@
 """Which samples make up each step, on each process: a pure function of (seed, epoch, step)."""
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch.utils.data
@@ -45,6 +45,8 @@ class StepSampler(torch.utils.data.Sampler):
             length (timm's `--aug-repeats`; "Augment your batch", https://arxiv.org/abs/1901.09335). 0: off.
         epoch_repeats: Passes over the dataset in an epoch, each with its own permutation (timm's `--epoch-repeats`,
             which timm heeds for iterable datasets only). 0 or 1: one pass.
+        classes: Class of each sample: draw each class equally often in a pass of the same length, its samples in turn
+            in a random order, instead of each sample once. None: each once.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class StepSampler(torch.utils.data.Sampler):
             world_size: int = 1,
             aug_repeats: float = 0,
             epoch_repeats: float = 0,
+            classes: Optional[np.ndarray] = None,
     ):
         if num_samples < world_size:
             raise UserError(f'data: {num_samples} training images for {world_size} processes; use fewer processes')
@@ -65,6 +68,7 @@ class StepSampler(torch.utils.data.Sampler):
         self.rank = rank
         self.world_size = world_size
         self.aug_repeats = aug_repeats
+        self.members = None if classes is None else [np.flatnonzero(classes == label) for label in np.unique(classes)]
         self.draws = int(num_samples * max(1., epoch_repeats))
         # A step needs a sample for each process; with a batch size of one that can take one sample more in a step.
         self.steps = min(math.ceil(self.draws / (batch_size * world_size)), self.draws // world_size)
@@ -100,7 +104,13 @@ class StepSampler(torch.utils.data.Sampler):
         """(index, number of earlier draws of it) for each draw of the epoch."""
         indices, repeats = [], []
         for number in range(math.ceil(self.draws / self.num_samples)):
-            order = np.random.default_rng((self.seed, self.epoch, number)).permutation(self.num_samples)
+            rng = np.random.default_rng((self.seed, self.epoch, number))
+            if self.members is not None:
+                order, repeat = self._balanced(rng)
+                indices.append(order)
+                repeats.append(repeat + number * self.num_samples)
+                continue
+            order = rng.permutation(self.num_samples)
             repeat = np.zeros(self.num_samples, dtype=np.int64)
             if self.aug_repeats > 1:
                 which = (np.arange(self.num_samples) // self.aug_repeats).astype(np.int64)
@@ -109,6 +119,17 @@ class StepSampler(torch.utils.data.Sampler):
             indices.append(order)
             repeats.append(repeat + number * math.ceil(max(1, self.aug_repeats)))
         return np.concatenate(indices)[:self.draws], np.concatenate(repeats)[:self.draws]
+
+    def _balanced(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """A pass of each class equally often: their numbers differ by one at most."""
+        number, more = divmod(self.num_samples, len(self.members))
+        sizes = number + (rng.permutation(len(self.members)) < more)
+        drawn = [
+            np.concatenate([rng.permutation(members) for _ in range(math.ceil(size / len(members)))])[:size]
+            for members, size in zip(self.members, sizes)]
+        rounds = [np.arange(size) // len(members) for members, size in zip(self.members, sizes)]
+        order = rng.permutation(self.num_samples)
+        return np.concatenate(drawn)[order], np.concatenate(rounds)[order]
 
 
 class EvalSampler(torch.utils.data.Sampler):

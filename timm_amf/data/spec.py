@@ -179,7 +179,7 @@ class DataSpec:
     def to_mapping(self) -> dict[str, Any]:
         """Plain data that `from_mapping` reads back, without what is default."""
         components = [{k: v for k, v in asdict(c).items() if v not in (None, '', {})} for c in self.components]
-        rest = {k: v for k, v in asdict(self).items() if k != 'components' and v}
+        rest = {k: v for k, v in asdict(self).items() if k not in ('components', 'split_file') and v}
         return {'components': components, **rest}
 
 

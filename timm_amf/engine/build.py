@@ -319,6 +319,7 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, train: Mixture, va
         num_aug_repeats=args.aug_repeats,
         num_aug_splits=args.aug_splits,
         epoch_repeats=args.epoch_repeats,
+        balanced_classes=args.class_sampling == 'balanced',
         interpolation=args.train_interpolation or config['interpolation'],
     )
     if args.cache_images:

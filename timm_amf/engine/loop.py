@@ -230,6 +230,7 @@ class Trainer:
             grad_accum_steps=self.args.grad_accum_steps,
             steps=self.steps,
             processes=self.accelerator.num_processes,
+            class_sampling=self.args.class_sampling,
         )
 
     def _check_same_run(self, source: Path, state: dict[str, Any]) -> None:

@@ -141,6 +141,13 @@ def _check_loss(args: argparse.Namespace) -> None:
         _fail('aug_splits', 'cannot be combined with mixup and cutmix; leave one of them out')
     if (args.split_bn or args.resplit) and not args.aug_splits:
         _fail('split_bn' if args.split_bn else 'resplit', 'needs --aug-splits')
+    if args.class_weight and (args.loss not in (None, 'ce', 'bce') or args.jsd_loss):
+        loss = args.loss or 'jsd'
+        _fail('class_weight', f'--loss {loss} takes no weights of classes; use ce or bce, or --class-sampling balanced')
+    if args.class_weight and args.class_sampling:
+        _fail('class_weight', 'and --class-sampling would balance twice; give one')
+    if args.class_sampling and args.aug_repeats > 1:
+        _fail('class_sampling', 'cannot be combined with --aug-repeats; leave one of them out')
     for dest in ('bce_sum', 'bce_target_thresh', 'bce_pos_weight'):
         if getattr(args, dest) not in (None, False) and args.loss != 'bce':
             _fail(dest, 'only the binary cross-entropy has it; add --bce-loss')
@@ -165,6 +172,8 @@ def _check_paths(args: argparse.Namespace) -> None:
         path = getattr(args, dest)
         if path and not os.path.isfile(path):
             _fail(dest, f'{path} is not a file; check the path')
+    if args.class_weight not in (None, '', 'balanced') and not os.path.isfile(args.class_weight):
+        _fail('class_weight', f'{args.class_weight} is neither balanced nor a file; check the path')
     if args.output and os.path.exists(args.output) and not os.path.isdir(args.output):
         _fail('output', f'{args.output} is a file; name a folder')
 

@@ -53,6 +53,10 @@ RUN_FLAGS = (
      {'metavar': 'FILE'}),
     ('--wise-ft', bool, False, 'at the end mix the weights of the start and the best ones, in the shares that validate '
      'best'),
+    ('--class-weight', str, None, 'weight of each class in the loss: balanced, or a CSV file with columns class and '
+     'weight', {'metavar': 'balanced|FILE'}),
+    ('--class-sampling', str, None, 'balanced: draw each class equally often in an epoch',
+     {'choices': ('balanced',)}),
     ('--branch-loss', float, None, "weight of an extra loss on each branch's own logits (AMF, MultiTune; default: 1, "
      "in recipes of the paper 0)"),
     ('--policy-balance', float, 0., "weight of a penalty on branches that get more than their share of the policy's "
@@ -194,7 +198,7 @@ def _settle(args: argparse.Namespace, given: Container[str], defaults: Mapping) 
             if one in given and other not in given:  # the command line wins over the file here, too
                 setattr(args, other, defaults[other])
     for name in ('data', 'data_dir', 'output', 'resume', 'initial_checkpoint', 'pretrained_path', 'plan', 'class_map',
-                 'cache_dir'):
+                 'cache_dir', 'class_weight'):
         if isinstance(getattr(args, name), str):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     if args.data and args.data_dir and args.data != args.data_dir:

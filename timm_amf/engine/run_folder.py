@@ -69,7 +69,7 @@ def read_run(run: Union[str, Path], flags: Sequence[str] = ()) -> argparse.Names
     """
     if not is_run(run):
         raise UserError(f'{run}: no args.yaml there; give the folder of a run')
-    begun = ('--initial-checkpoint', '--pretrained-path', '--resume', '--plan')
+    begun = ('--initial-checkpoint', '--pretrained-path', '--resume', '--plan', '--class-weight')
     without = [word for flag in begun for word in (flag, '')]
     args = parse_args(['--config', str(Path(run) / 'args.yaml'), *without, '--tracker', 'none', *flags])
     args.pretrained = False

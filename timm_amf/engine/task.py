@@ -1,14 +1,19 @@
 """The training task: the model's forward pass with the loss, in timm's frame."""
 import argparse
+import math
 from typing import Optional
 
 import torch
+from timm.loss import create_classification_loss
 from timm.task import ClassificationTask
 from torch import nn
 
+from timm_amf.data import Mixture
+from timm_amf.data.table import read_table
+from timm_amf.errors import UserError
 from timm_amf.models.method import RunSettings, check_takes, method_of
 
-__all__ = ['AdaptiveTask', 'TrainForward', 'criterion_kwargs']
+__all__ = ['AdaptiveTask', 'TrainForward', 'WeightedCrossEntropy', 'class_weights', 'create_criterion']
 
 
 class TrainForward(nn.Module):
@@ -76,12 +81,86 @@ class AdaptiveTask(ClassificationTask):
         return dict(parts, loss=loss)
 
 
-def criterion_kwargs(args: argparse.Namespace, soft_targets: bool) -> dict:
-    """timm's loss flags as arguments of `timm.loss.create_classification_loss`."""
+class WeightedCrossEntropy(nn.Module):
+    """Cross-entropy with a weight for each class, averaged over the images.
+
+    `nn.CrossEntropyLoss` divides by the sum of the weights in the batch, so that an image would count by its company.
+
+    Args:
+        weight: Of each class.
+        smoothing: Of the labels; not of soft targets, which are smoothed already.
+    """
+
+    def __init__(self, weight: torch.Tensor, smoothing: float = 0.):
+        super().__init__()
+        self.register_buffer('weight', weight)
+        self.smoothing = smoothing
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        smoothing = 0. if target.is_floating_point() else self.smoothing
+        total = nn.functional.cross_entropy(
+            x, target, self.weight.to(x.dtype), reduction='sum', label_smoothing=smoothing)
+        return total / len(x)
+
+
+def create_criterion(args: argparse.Namespace, soft_targets: bool, train: Optional[Mixture] = None) -> nn.Module:
+    """The loss of timm's flags, with `--class-weight`.
+
+    Args:
+        args: Options.
+        soft_targets: Whether mixup or cutmix makes them.
+        train: The training images, which the weights of classes are of.
+
+    Raises:
+        UserError: If the weights do not fit the classes.
+    """
     loss = args.loss or ('bce' if args.bce_loss else 'jsd' if args.jsd_loss else 'ce')
+    weight = class_weights(args.class_weight, train, args.num_classes) if args.class_weight else None
+    if weight is not None and loss == 'ce':
+        return WeightedCrossEntropy(weight, args.smoothing)
     kwargs = dict(loss_type=loss, smoothing=args.smoothing, soft_targets=soft_targets)
     if loss == 'bce':
-        kwargs.update(bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight)
+        kwargs.update(
+            bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight,
+            class_weight=weight)
     if loss == 'jsd':
         kwargs.update(jsd_splits=args.aug_splits)
-    return kwargs
+    return create_classification_loss(**kwargs)
+
+
+def class_weights(choice: str, train: Mixture, num_classes: Optional[int] = None) -> torch.Tensor:
+    """Weight of each output in the loss.
+
+    Args:
+        choice: `balanced`, n / (k * n_c) as scikit-learn for n images of k classes, or a CSV file `class,weight` with
+            a row for each class.
+        train: The training images.
+        num_classes: Outputs of the model, where they are more than the classes of the data; the others weigh 1.
+
+    Raises:
+        UserError: If the file does not fit the classes.
+    """
+    weights = torch.ones(max(num_classes or 0, train.num_classes))
+    if choice == 'balanced':
+        counts = torch.from_numpy(train.class_counts())
+        there = counts.nonzero().squeeze(1)
+        weights[there] = (len(train) / (len(there) * counts[there])).float()
+        return weights
+    where = f'--class-weight: {choice}'
+    columns = read_table(choice, where)
+    if not {'class', 'weight'} <= set(columns):
+        raise UserError(f'{where}: the columns are class and weight, not {", ".join(columns) or "none"}')
+    given = dict(zip(columns['class'], columns['weight']))
+    unknown, missing = ([name for name in one if name not in set(two)] for one, two in (
+        (given, train.class_names), (train.class_names, given)))
+    if unknown or missing:
+        text = f'no class is named {unknown[0]!r}' if unknown else f'class {missing[0]!r} has no weight'
+        raise UserError(f'{where}: {text}; give a row for each of the {train.num_classes} classes')
+    for i, name in enumerate(train.class_names):
+        try:
+            weights[i] = float(given[name])
+        except ValueError:
+            weights[i] = math.nan
+        if not 0 <= weights[i] < math.inf:
+            raise UserError(f'{where}: the weight of class {name!r} is {given[name]!r}; give a number of at least 0')
+    return weights

@@ -27,7 +27,7 @@ from timm_amf.data import DataSpec, Mixture, create_dataset, data_spec_from_args
 from timm_amf.engine import build
 from timm_amf.engine.loop import Trainer
 from timm_amf.engine.options import build_parser, parse_args, resolve_lr
-from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
+from timm_amf.engine.task import AdaptiveTask, create_criterion
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing
 from timm_amf.models.method import RunSettings
@@ -280,7 +280,7 @@ def _random_init_accuracy(
     mixup = build.build_mixup(options, model.num_classes)
     task = AdaptiveTask(
         model, RunSettings(plan), device=accelerator.device,
-        criterion_kwargs=criterion_kwargs(options, soft_targets=mixup is not None))
+        criterion=create_criterion(options, mixup is not None, train))
     with tempfile.TemporaryDirectory(prefix='timm_amf-') as folder, contextlib.redirect_stdout(io.StringIO()):
         trainer = Trainer(
             options, accelerator, task, table, create_optimizer(model, table), *loaders, Path(folder), mixup)

@@ -24,7 +24,7 @@ from timm_amf.engine.evaluate import Tally, reduce_tensors
 from timm_amf.engine.loop import Trainer
 from timm_amf.engine.memory import saved_bytes
 from timm_amf.engine.run import find_resume, prepare_folder
-from timm_amf.engine.task import AdaptiveTask, criterion_kwargs
+from timm_amf.engine.task import AdaptiveTask, create_criterion
 from timm_amf.errors import UserError
 from timm_amf.files import write_text
 from timm_amf.models.blocks import Units, classifiers, probe_units
@@ -311,7 +311,7 @@ class CandidateRuns:
         common = dataclasses.replace(plan, roles={})
         task = AdaptiveTask(
             model, RunSettings(common), device=self.accelerator.device,
-            criterion_kwargs=criterion_kwargs(args, soft_targets=mixup is not None))
+            criterion=create_criterion(args, mixup is not None, stage.train_loader.dataset))
         own_args = argparse.Namespace(**{
             **vars(args), 'model_ema': False, 'start_epoch': None, 'stop_epoch': None, 'save_epochs': (),
             'no_progress': not self.progress or args.no_progress, 'checkpoint_hist': None})
