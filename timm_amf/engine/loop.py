@@ -257,6 +257,7 @@ class Trainer:
                 leaves everything as it was.
         """
         self._begin = begin
+        self._stop_early()  # as the run did that is resumed
         if begin is not None and self.epoch and self.epoch >= self.epochs:
             begin()  # a resumed run in which nothing is left to train
         try:
@@ -517,12 +518,29 @@ class Trainer:
         self.save([])
         if self.accelerator.is_main_process:
             print(self._line(epoch, train, val, lrs, best), flush=True)
+        self._stop_early()
         stop = self.signals.received or 0
         if self.accelerator.num_processes > 1:
             stop = int(gather(torch.tensor([stop], device=self.accelerator.device)).max())
         if stop and self.epoch < self.epochs:
             raise Interrupted(
                 stop, f'stopped after epoch {epoch + 1}; {self.checkpoints.last} is complete: go on with --resume auto')
+
+    def _stop_early(self) -> None:
+        """Make the epochs so far all of them where the last `--early-stop` brought nothing better.
+
+        It follows from what a checkpoint holds, so a resumed run stops at the same epoch.
+        """
+        patience, best = self.args.early_stop, self.checkpoints.best_epoch
+        if not patience or self.epoch >= self.epochs or self.epoch % max(self.args.val_interval, 1):
+            return
+        stop = best is not None and self.epoch - 1 - best >= patience
+        if self.accelerator.num_processes > 1:  # the first process alone keeps the best epoch
+            stop = bool(gather(torch.tensor([stop], device=self.accelerator.device))[0])
+        if stop:
+            self.epochs = self.total_epochs = self.epoch
+            self.accelerator.print(
+                f'early stop: {self.args.eval_metric} is no better than after epoch {best + 1}, {patience} epochs ago')
 
     def save(self, holders) -> None:
         """Write `last/`: the state at this moment, from which a resumed run gives the same bits."""

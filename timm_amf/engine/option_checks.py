@@ -17,7 +17,7 @@ _BOUNDS = {
     **dict.fromkeys((
         'batch_size', 'validation_batch_size', 'grad_accum_steps', 'num_classes', 'img_size', 'in_chans', 'input_size',
         'lr_base_size', 'train_num_samples', 'val_num_samples', 'recount', 'log_interval',
-        'val_interval', 'checkpoint_hist', 'train_batches_per_epoch',
+        'val_interval', 'checkpoint_hist', 'early_stop', 'train_batches_per_epoch',
     ), (1, None)),
     **dict.fromkeys((
         'start_epoch', 'stop_epoch', 'epoch_repeats', 'mixup_off_epoch', 'lr_base', 'warmup_lr', 'min_lr', 'clip_grad',

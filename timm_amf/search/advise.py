@@ -55,8 +55,8 @@ _RANDOM_LR = 0.05  # of SGD, at batch 32: far enough from bad for every network 
 # What training from random weights takes over from no options, besides all that a Plan's own flags set.
 _RESET = (
     'pretrained', 'pretrained_path', 'initial_checkpoint', 'resume',
-    'eval_only', 'dry_run', 'start_epoch', 'stop_epoch', 'component', 'data_preset', 'data_dir', 'dataset',
-    'log_wandb', 'branch_loss', 'policy_balance', 'routing_eps', 'num_classes',
+    'eval_only', 'dry_run', 'start_epoch', 'stop_epoch', 'early_stop', 'component', 'data_preset', 'data_dir',
+    'dataset', 'log_wandb', 'branch_loss', 'policy_balance', 'routing_eps', 'num_classes',
 )
 _OPTIMIZER = {'opt', 'momentum', 'weight_decay', 'opt_eps', 'opt_betas', 'opt_kwargs'}
 

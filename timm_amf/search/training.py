@@ -313,8 +313,8 @@ class CandidateRuns:
             model, RunSettings(common), device=self.accelerator.device,
             criterion=create_criterion(args, mixup is not None, stage.train_loader.dataset))
         own_args = argparse.Namespace(**{
-            **vars(args), 'model_ema': False, 'start_epoch': None, 'stop_epoch': None, 'save_epochs': (),
-            'no_progress': not self.progress or args.no_progress, 'checkpoint_hist': None})
+            **vars(args), 'model_ema': False, 'start_epoch': None, 'stop_epoch': None, 'early_stop': None,
+            'save_epochs': (), 'no_progress': not self.progress or args.no_progress, 'checkpoint_hist': None})
         trainer = CandidateTrainer(
             own_args, self.accelerator, task, resolve(model, common), optimizer, stage.train_loader, stage.val_loader,
             folder, mixup)

@@ -1,0 +1,40 @@
+"""A run stops when nothing gets better, at the same epoch whether it is resumed or not."""
+import pytest
+from conftest_engine import assert_same_run, rows
+
+from timm_amf import UserError
+from timm_amf.engine import loop
+from timm_amf.engine.options import parse_args
+
+TOP1 = [10, 30, 20, 30, 25, 40, 50, 60]
+
+
+@pytest.fixture
+def early(run, monkeypatch):
+    """Run 8 epochs whose accuracies are `TOP1`."""
+    original = loop.Trainer.evaluate_now
+    monkeypatch.setattr(loop.Trainer, 'evaluate_now', lambda self: {**original(self), 'top1': TOP1[self.epoch]})
+    return lambda name, *flags: run(name, '--epochs', '8', *flags)
+
+
+def test_it_stops_and_a_resumed_run_too(early, capsys):
+    whole = early('whole', '--early-stop', '3')
+    assert len(rows(whole / 'summary.csv')) == 5  # epoch 2 was the best of them
+    out = capsys.readouterr().out
+    assert 'early stop: top1 is no better than after epoch 2, 3 epochs ago' in out and 'best top1 30.000' in out
+    parts = early('parts', '--early-stop', '3', '--stop-epoch', '3')
+    assert len(rows(parts / 'summary.csv')) == 3
+    assert_same_run(whole, early('parts', '--early-stop', '3', '--resume', 'auto'))
+    assert_same_run(whole, early('parts', '--early-stop', '3', '--resume', 'auto'))  # nothing left to train
+    assert len(rows(early('parts', '--early-stop', '4', '--resume', 'auto') / 'summary.csv')) == 8
+
+
+def test_epochs_without_evaluation_do_not_end_a_run(early):
+    run = early('some', '--early-stop', '3', '--val-interval', '2')  # 30, 30, 40, 60
+    assert len(rows(run / 'summary.csv')) == 8
+    assert len(rows(early('two', '--early-stop', '1', '--val-interval', '2') / 'summary.csv')) == 4
+
+
+def test_a_number_that_is_none(folders):
+    with pytest.raises(UserError, match='--early-stop: must be at least 1'):
+        parse_args([str(folders), '--model', 'test_resnet', '--early-stop', '0'])
