@@ -137,3 +137,11 @@ def test_components_of_equal_paths(make_folder, tmp_path):
     again = create_datasets(replace(data, split_file=str(tmp_path / 'split.csv')))
     for one, two in zip((train, val), again):
         assert [one.filename(i) for i in range(len(one))] == [two.filename(i) for i in range(len(two))]
+
+
+def test_the_file_beside_the_images_is_a_table_of_them(plain):
+    drawn = create_datasets(spec(plain, val_share=0.2, test_share=0.2), ROLES)
+    write_splits(plain / 'split.csv', drawn[0].drawn)
+    listed = create_datasets(spec(plain / 'split.csv'), ROLES)
+    assert [names(part) for part in listed] == [names(part) for part in drawn]
+    assert listed[0].class_names == drawn[0].class_names

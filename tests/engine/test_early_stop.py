@@ -1,6 +1,7 @@
 """A run stops when nothing gets better, at the same epoch whether it is resumed or not."""
 import pytest
-from conftest_engine import assert_same_run, rows
+from conftest_engine import SMALL, assert_same_run, rows
+from test_train import torchrun
 
 from timm_amf import UserError
 from timm_amf.engine import loop
@@ -38,3 +39,11 @@ def test_epochs_without_evaluation_do_not_end_a_run(early):
 def test_a_number_that_is_none(folders):
     with pytest.raises(UserError, match='--early-stop: must be at least 1'):
         parse_args([str(folders), '--model', 'test_resnet', '--early-stop', '0'])
+
+
+@pytest.mark.slow
+def test_two_processes_agree(components, tmp_path):
+    """Only the first knows the best epoch."""
+    flags = ['--lr', '1e-9', '--early-stop', '1', '--val-share', '0.2', '--class-sampling', 'balanced']
+    out = torchrun(tmp_path, 2, *SMALL, *components, *flags, '--epochs', '20', '--experiment', 'two')
+    assert out.count('early stop') == 1 and len(rows(tmp_path / 'two' / 'summary.csv')) < 20

@@ -539,8 +539,9 @@ class Trainer:
             stop = bool(gather(torch.tensor([stop], device=self.accelerator.device))[0])
         if stop:
             self.epochs = self.total_epochs = self.epoch
-            self.accelerator.print(
-                f'early stop: {self.args.eval_metric} is no better than after epoch {best + 1}, {patience} epochs ago')
+            if self.accelerator.is_main_process:
+                name, ago = self.args.eval_metric, self.epoch - 1 - best
+                print(f'early stop: {name} is no better than after epoch {best + 1}, {ago} epochs ago')
 
     def save(self, holders) -> None:
         """Write `last/`: the state at this moment, from which a resumed run gives the same bits."""
