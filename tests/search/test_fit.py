@@ -72,7 +72,7 @@ def test_fit(words, tmp_path, capsys):
 
 
 def test_an_interrupted_fit_goes_on(words, tmp_path, monkeypatch, capsys):
-    assert main([*words, '--epochs', '9']) == 0
+    assert main([*words, '--epochs', '16']) == 0
     whole = tmp_path / 'whole'
     (tmp_path / 'run').rename(whole)
     original, calls = fit.__globals__['_run'], []
@@ -84,7 +84,7 @@ def test_an_interrupted_fit_goes_on(words, tmp_path, monkeypatch, capsys):
         return original(*args, **kwargs)
 
     monkeypatch.setitem(fit.__globals__, '_run', stopped)
-    codes = [main([*words, '--epochs', '9']) for _ in range(3)]
+    codes = [main([*words, '--epochs', '16']) for _ in range(3)]
     assert codes == [130, 130, 0] and 'the same command goes on' in capsys.readouterr().err
     for name in ('last/model.safetensors', 'model_best.safetensors', 'summary.csv', 'mix.csv'):
         assert (whole / name).read_bytes() == (tmp_path / 'run' / name).read_bytes(), name
@@ -92,7 +92,7 @@ def test_an_interrupted_fit_goes_on(words, tmp_path, monkeypatch, capsys):
         rows = list(csv.DictReader(file))[1:]
     best = max(rows, key=lambda row: (float(row['pilot']), -float(row['pilot_loss'])))
     assert [row['candidate'] for row in rows if row['winner'] == 'True'] == [best['candidate']]
-    assert main([*words, '--epochs', '9']) == 2  # it is complete
+    assert main([*words, '--epochs', '16']) == 2  # it is complete
     assert 'holds a run already' in capsys.readouterr().err
 
 

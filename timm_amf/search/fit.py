@@ -5,7 +5,7 @@
 
 It measures instead of asking. A logistic regression on the frozen features is the floor and the start of every
 candidate; candidates are ordinary command lines of `timm-amf train`, which differ in how fast what depth trains. Each
-gets a pilot: a whole training, schedule and all, of a tenth of the epochs, because a long one that is cut off early
+gets a pilot: a whole training, schedule and all, of an eighth of the epochs, because a long one that is cut off early
 says of every high LR only that it has not come down yet. The best trains in full; then the weights between its start
 and its best epoch that validate best are kept, so that it never ends below the floor on the validation images. What is
 left is an ordinary run: `args.yaml` repeats the training of the winner, and `fit.csv` says what was tried.
@@ -250,8 +250,8 @@ def _affordable(words: Sequence[str], budget: float) -> int:
 
 
 def _pilot_epochs(epochs: int) -> int:
-    """Epochs of each candidate's pilot: with all of them a third of the training at most."""
-    return epochs // (3 * len(CANDIDATES))
+    """Epochs of each candidate's pilot: an eighth of the training's, two at least, for less favours low LRs."""
+    return epochs // 8 if epochs >= 16 else 0
 
 
 def _slug(candidate: Candidate) -> str:
