@@ -12,6 +12,7 @@ __all__ = ['main']
 # Subcommand -> module whose `main(argv)` does it, and what it does.
 _COMMANDS = {
     'fit': ('timm_amf.search.fit', 'fine-tune by measuring: a few ways on your images, the best to the end'),
+    'demo': ('timm_amf.demo', 'fine-tune from real weights on embedded images, in three minutes'),
     'train': ('train_amf', 'fine-tune a model: the flags of train_amf.py'),
     'evaluate': (
         'timm_amf.engine.evaluate_runs', 'evaluate runs from their folders, or a checkpoint with the flags of train'),
