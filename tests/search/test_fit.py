@@ -111,6 +111,23 @@ def test_the_twin_in_python(images, weights, tmp_path, monkeypatch):
     assert result.model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
 
 
+def test_an_unsplit_table_in_groups(words, images, tmp_path):
+    """A fifth validates, whole groups of it, and the run says which."""
+    table = tmp_path / 'images.csv'
+    rows = [f'{path},{path.parent.name},{path.parent.name}{int(path.stem) // 4}' for path in images.glob('*/*.png')]
+    table.write_text('\n'.join(['path,label,clip', *rows]))
+    words[1] = str(table)
+    assert main([*words, '--epochs', '2', '--group', 'clip']) == 0
+    with open(tmp_path / 'run' / 'split.csv', newline='') as file:
+        drawn = list(csv.DictReader(file))
+    sides: dict[str, set] = {}
+    for row in drawn:
+        clip = f'{row["label"]}{int(row["path"].rpartition("/")[2].partition(".")[0]) // 4}'
+        sides.setdefault(clip, set()).add(row['split'])
+    assert len(drawn) == 60 and all(len(splits) == 1 for splits in sides.values())
+    assert 0 < sum(row['split'] in ('val', 'validation') for row in drawn) <= 20
+
+
 @pytest.mark.parametrize('flags, message', [
     (['--budget', '0'], 'must be above 0'), (['--val-share', '1.5'], 'val_share'),
     (['--model', 'nothing_such'], 'is unknown'),

@@ -210,10 +210,11 @@ class _Progress:
 def _complete(words: list[str], budget: Optional[float]) -> list[str]:
     """The flags that the data decide: a validation split, the batch size and the epochs, where they were not given."""
     given = parse_args([*words, '--epochs', '1'])
-    spec = data_spec_from_args(given, given.recipe.get('data'))
-    if given.val_share is None and not spec.val_share and not given.recipe.get('data') and _unsplit(spec):
-        words += ['--val-share', '0.2']
-        given.val_share = 0.2
+    if given.val_share is None and not given.recipe.get('data'):
+        # Groups are of the shares, which are not known yet.
+        if _unsplit(data_spec_from_args(argparse.Namespace(**{**vars(given), 'group': None}))):
+            words += ['--val-share', '0.2']
+            given.val_share = 0.2
     train = create_datasets(
         data_spec_from_args(given, given.recipe.get('data')), ('train',), input_channels(given))[0]
     plain = parse_args(words)
