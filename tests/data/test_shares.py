@@ -39,6 +39,12 @@ def test_a_test_share_beside_a_validation_folder(make_folder):
     assert val.filename(0).split('/')[-3] == 'val' and len(val) == 30
 
 
+def test_a_folder_that_a_share_replaces_is_told(make_folder, caplog):
+    with caplog.at_level(logging.WARNING):
+        create_datasets(spec(make_folder(number=10), val_share=0.2))
+    assert '/val is left out: --val-share draws val from the training images' in caplog.text
+
+
 def test_limits_of_the_training_images_hold_for_what_is_drawn(plain):
     data = spec(plain, val_share=0.5).to_mapping()
     data['components'][0]['per_class'] = {'train': 10}

@@ -1,6 +1,7 @@
 """A mixture: one dataset made of named components, in which every sample knows its component."""
 import copy
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
@@ -13,7 +14,7 @@ from timm_amf.errors import UserError
 from .datasets import open_source
 from .shares import Drawn, draw_splits, groups_of, splits_in_file
 from .sources import Source, read_image
-from .spec import Component, DataSpec
+from .spec import SPLIT_NAMES, Component, DataSpec
 
 __all__ = ['Mixture', 'create_dataset', 'create_datasets']
 
@@ -221,6 +222,12 @@ def _draw(spec: DataSpec, i: int, source: Source, targets: np.ndarray, classes: 
         _check_classes(targets[chosen], targets, classes, component, 'train')
         groups = groups_of(source, chosen, spec.group, f'data component {component.name!r}') if spec.group else ()
         splits = draw_splits(source, targets, chosen, spec.shares, groups)
+        for split in spec.shares:
+            own = [name for name in SPLIT_NAMES[split] if os.path.isdir(os.path.join(component.root or '', name))]
+            if own and not component.dataset:
+                _logger.warning(
+                    f'data component {component.name!r}: {os.path.join(component.root, own[0])} is left out: '
+                    f'--{split}-share draws {split} from the training images.')
     return Drawn(component.name, source, chosen, splits, [classes[target] for target in targets[chosen]])
 
 
