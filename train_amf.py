@@ -105,10 +105,12 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
         return
 
     def begin() -> None:
+        nonlocal start
         if accelerator.is_main_process:
             prepare_folder(folder, resume)
             if keeps_start:
                 prepare_mix(folder, start)
+                start = None  # a copy of the network on the device
             save_args(args, folder / 'args.yaml')
             plan.to_yaml(folder / 'plan.yaml')
             if train_set.drawn and not (folder / 'split.csv').exists():

@@ -1,7 +1,8 @@
 """WiSE-FT: at the end, the weights of the start and of the best epoch mixed in the shares that validate best.
 
 Wortsman et al., "Robust fine-tuning of zero-shot models", 2022. Mixed so, a run never ends below its start on the
-validation images. A run's folder keeps `model_start.safetensors` and, of the best epoch, `model_tuned.safetensors`.
+validation images. A run's folder keeps `model_start.safetensors` (also of a run from a logistic regression that mixes
+nothing) and, of the best epoch, `model_tuned.safetensors`.
 """
 import shutil
 from pathlib import Path
