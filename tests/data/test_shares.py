@@ -45,6 +45,12 @@ def test_a_folder_that_a_share_replaces_is_told(make_folder, caplog):
     assert '/val is left out: --val-share draws val from the training images' in caplog.text
 
 
+def test_groups_that_leave_nothing_are_refused(plain):
+    """Each class one group: training keeps it, and nothing would validate."""
+    with pytest.raises(UserError, match='no image is left for val.*make smaller groups'):
+        create_datasets(spec(plain, val_share=0.2, group='^([ab])/'))
+
+
 def test_limits_of_the_training_images_hold_for_what_is_drawn(plain):
     data = spec(plain, val_share=0.5).to_mapping()
     data['components'][0]['per_class'] = {'train': 10}
@@ -128,7 +134,7 @@ def test_the_file_keeps_what_was_drawn(plain, save, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     create_datasets(kept, ROLES)
     assert '1 of its 40 images' in caplog.text
-    with pytest.raises(UserError, match='none of its 40 images .* remove the file'):
+    with pytest.raises(UserError, match='none of its 40 images .* or a copy of it'):
         (tmp_path / 'other' / 'a').mkdir(parents=True)
         save(tmp_path / 'other' / 'a' / 'z.png')
         create_datasets(replace(kept, components=spec(tmp_path / 'other').components), ROLES)

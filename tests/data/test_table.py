@@ -65,7 +65,7 @@ def test_a_table_that_is_not_there_or_no_text(tmp_path):
     with pytest.raises(UserError, match='No such file'):
         create_datasets(spec(tmp_path / 'none.csv'))
     (tmp_path / 't.csv').write_bytes(b'path,label\n\xff,1\n')
-    with pytest.raises(UserError, match='cannot be read .*utf-8'):
+    with pytest.raises(UserError, match='is not UTF-8 .*save it as UTF-8'):
         create_datasets(spec(tmp_path / 't.csv'))
 
 

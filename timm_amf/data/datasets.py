@@ -198,7 +198,7 @@ def _split_folder(component: Component, split: str) -> str:
     folders = ', '.join(present) or 'no split folders'
     raise UserError(
         f'{where}: no folder for split {split!r} in {root} (there: {folders}); make one'
-        + (', or cut it out of the training images with --{role}-share 0.2' if role in ('val', 'test') else ''))
+        + (f', or cut it out of the training images with --{role}-share 0.2' if role in ('val', 'test') else ''))
 
 
 def _open_torch(component: Component, name: str, split: str, spec: DataSpec) -> Source:

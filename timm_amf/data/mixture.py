@@ -222,13 +222,34 @@ def _draw(spec: DataSpec, i: int, source: Source, targets: np.ndarray, classes: 
         _check_classes(targets[chosen], targets, classes, component, 'train')
         groups = groups_of(source, chosen, spec.group, f'data component {component.name!r}') if spec.group else ()
         splits = draw_splits(source, targets, chosen, spec.shares, groups)
-        for split in spec.shares:
-            own = [name for name in SPLIT_NAMES[split] if os.path.isdir(os.path.join(component.root or '', name))]
-            if own and not component.dataset:
-                _logger.warning(
-                    f'data component {component.name!r}: {os.path.join(component.root, own[0])} is left out: '
-                    f'--{split}-share draws {split} from the training images.')
+        _check_drawn(spec, component, targets[chosen], splits, classes)
     return Drawn(component.name, source, chosen, splits, [classes[target] for target in targets[chosen]])
+
+
+def _check_drawn(
+        spec: DataSpec,
+        component: Component,
+        targets: np.ndarray,
+        splits: np.ndarray,
+        classes: list[str],
+) -> None:
+    """Refuse splits without images, and tell of classes without any and of folders that are left out."""
+    where = f'data component {component.name!r}'
+    for split in spec.shares:
+        there = np.unique(targets[splits == split])
+        if not len(there):
+            groups = f' and --group {spec.group!r} makes one of each; make smaller groups' if spec.group else ''
+            raise UserError(f'{where}: no image is left for {split}: training keeps one of each class{groups}')
+        if len(there) < len(classes):
+            lacking = np.setdiff1d(np.arange(len(classes)), there)
+            _logger.warning(
+                f'{where}: {split} has no images of {len(lacking)} classes, such as {classes[lacking[0]]}, whose only '
+                f'image or group trains.')
+        own = [name for name in SPLIT_NAMES[split] if os.path.isdir(os.path.join(component.root or '', name))]
+        if own and not component.dataset:
+            _logger.warning(
+                f'{where}: {os.path.join(component.root, own[0])} is left out: --{split}-share draws {split} from the '
+                f'training images.')
 
 
 def _open(spec: DataSpec, i: int, split: str, opened: dict) -> Source:

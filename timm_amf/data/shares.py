@@ -147,7 +147,7 @@ def splits_in_file(path: str, component: str, source: Source, chosen: np.ndarray
     if len(missing) == len(listed):
         raise UserError(
             f'{path}: none of its {len(listed)} images of component {component!r} is there; give the folder that the '
-            f'run was trained on, or remove the file to draw the splits anew')
+            f'run was trained on, or a copy of it')
     if missing:
         _logger.warning(
             f'{path}: {len(missing)} of its {len(listed)} images of component {component!r} are gone, such as '

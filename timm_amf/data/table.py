@@ -83,7 +83,9 @@ def read_table(path: str, where: str) -> dict[str, list[str]]:
             columns = dict(zip(header, map(list, zip(*rows)))) if rows else {name: [] for name in header}
         else:
             columns = _read_parquet(path, where)
-    except (OSError, ValueError, csv.Error) as e:  # ValueError: no UTF-8
+    except UnicodeDecodeError as e:
+        raise UserError(f'{where}: is not UTF-8 (byte {e.start}); save it as UTF-8') from e
+    except (OSError, ValueError, csv.Error) as e:
         raise UserError(f'{where}: cannot be read ({getattr(e, "strerror", None) or first_line(e)})') from e
     return {
         str(name).strip().lower(): ['' if value is None or value != value else str(value).strip() for value in values]
@@ -107,7 +109,8 @@ def _column(columns: dict[str, list[str]], names: tuple[str, ...], where: str) -
         if name in columns:
             return columns[name]
     raise UserError(
-        f'{where}: no column {" or ".join(names)} (there: {", ".join(columns) or "none"}); name it in the first line')
+        f'{where}: no column {" or ".join(names)} (there: {", ".join(columns) or "none"}); name it in the first line, '
+        f'with commas between the columns')
 
 
 def _rows_of_split(splits: Optional[list[str]], number: int, split: str, where: str) -> list[int]:
@@ -126,6 +129,6 @@ def _rows_of_split(splits: Optional[list[str]], number: int, split: str, where: 
         rows = [row for row, other in enumerate(roles) if other == role]
     if not rows:
         there = ', '.join(f'{count} {name}' for name, count in Counter(splits or ()).items()) or 'no rows'
-        raise UserError(
-            f'{where}: no rows of split {split!r} (there: {there}); add some, or draw it with --val-share 0.2')
+        draw = '' if role == 'train' else f', or draw it with --{role}-share 0.2'
+        raise UserError(f'{where}: no rows of split {split!r} (there: {there}); add some{draw}')
     return rows

@@ -163,4 +163,6 @@ def class_weights(choice: str, train: Mixture, num_classes: Optional[int] = None
             weights[i] = math.nan
         if not 0 <= weights[i] < math.inf:
             raise UserError(f'{where}: the weight of class {name!r} is {given[name]!r}; give a number of at least 0')
+    if not weights.any():
+        raise UserError(f'{where}: all weights are 0, so nothing would train; give at least one above 0')
     return weights

@@ -65,7 +65,9 @@ def _backbone_parts(
     if backbone_kwargs is None or isinstance(backbone_kwargs, dict):
         backbone_kwargs = [backbone_kwargs or {}] * len(backbones)
     if len(backbone_kwargs) != len(backbones):
-        raise UserError(f'backbone_kwargs has {len(backbone_kwargs)} entries for {len(backbones)} backbones.')
+        raise UserError(
+            f'backbone_kwargs has {len(backbone_kwargs)} entries for {len(backbones)} backbones; give one for each (in '
+            f'commands --backbone-weights FILE...), or one for all.')
     common = {k: v for k, v in common.items() if v is not None}
     return [Part(name, 0, {**common, **kw}) for name, kw in zip(backbones, backbone_kwargs, strict=True)]
 

@@ -21,7 +21,9 @@ _logger = logging.getLogger(__name__)
 _HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
 # Seconds that the Hub gets to answer before a run without network fails.
 _HUB_TIMEOUT = 5.0
-_LOCAL_COPY = "name a local copy with pretrained_cfg_overlay={'file': ...} in its keyword arguments"
+_LOCAL_COPY = (
+    "name a local copy with pretrained_cfg_overlay={'file': ...} in its keyword arguments (in commands "
+    "--backbone-weights and --policy-weights)")
 
 
 def as_names(names: Union[str, Sequence[str], None]) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ from timm_amf.data.table import is_table, read_table
 from timm_amf.engine.build import input_channels
 from timm_amf.engine.checkpoint import read_state
 from timm_amf.engine.options import build_parser, parse_args
-from timm_amf.errors import CommandParser, UserError
+from timm_amf.errors import CommandParser, Interrupted, UserError
 from timm_amf.files import write_text
 from timm_amf.yaml_text import load_yaml
 
@@ -111,7 +111,7 @@ class Fit:
         width = max(len(c.name) for c in self.candidates)
         lines = [f'{"":{width}}  pilot  validation   minutes']
         lines += [f'{"frozen features":{width}}  {"":5}  {self.floor:10.2f}']
-        for c in self.candidates:
+        for c in self.candidates if self.candidates[0].pilot is not None else [self.winner]:
             pilot, metric = ('' if value is None else f'{value:.2f}' for value in (c.pilot, c.metric))
             star = ' *' if c is self.winner else ''
             lines.append(f'{c.name:{width}}  {pilot:>5}  {metric:>10}  {c.seconds / 60:8.1f}{star}')
@@ -146,6 +146,8 @@ def fit_words(words: Sequence[str], budget: Optional[float] = None) -> Fit:
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UserError('fit runs in one process; start it without accelerate launch or torchrun')
     args = parse_args(words)
+    if args.dry_run or args.eval_only:
+        raise UserError('fit trains; leave --dry-run and --eval-only out')
     folder = Path(args.output or 'output/fit') / (args.experiment or Path(args.data_dir or 'mixture').resolve().name)
     progress = _Progress(folder.with_name(f'{folder.name}-pilots'), [*words, str(budget)])
     if (folder / 'args.yaml').exists() and not args.overwrite and progress.winner is None:
@@ -273,6 +275,8 @@ def _train(candidate: Candidate, words: Sequence[str], output: Path, experiment:
     try:
         _run([*COMMON, *candidate.flags, *words, *mix, '--resume', 'auto'], folder, quiet=not experiment)
         metric, loss = _best(folder)
+    except Interrupted as e:
+        raise Interrupted(e.signum, 'stopped; the same command goes on where it stopped') from e
     except UserError as e:
         if experiment or 'not finite' not in str(e):
             raise
