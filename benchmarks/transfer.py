@@ -182,7 +182,8 @@ def fastai_row(words: list[str], lrs: tuple[str, ...], args: argparse.Namespace,
         build.seed_step(seed, 0, 0, 0)
         overlay = dict(pretrained_cfg_overlay=dict(file=args.weights)) if args.weights else {}
         body = timm.create_model(args.model, pretrained=True, num_classes=0, global_pool='', **overlay)
-        head = apply_init(create_head(body.num_features, train_set.num_classes))
+        head = create_head(body.num_features, train_set.num_classes)
+        apply_init(head)
         model = torch.nn.Sequential(TimmBody(body), head)
         model.pretrained_cfg = model.default_cfg = body.pretrained_cfg
         train_loader, val_loader = build.build_loaders(options, model, train_set, val_set, accelerator)
