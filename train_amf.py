@@ -110,11 +110,11 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
             prepare_folder(folder, resume)
             if keeps_start:
                 prepare_mix(folder, start)
-                start = None  # a copy of the network on the device
             save_args(args, folder / 'args.yaml')
             plan.to_yaml(folder / 'plan.yaml')
             if train_set.drawn and not (folder / 'split.csv').exists():
                 write_splits(folder / 'split.csv', train_set.drawn)
+        start = None  # a copy of the network on the device
         accelerator.wait_for_everyone()
         build.start_trackers(args, accelerator, plan)
 

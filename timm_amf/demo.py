@@ -20,8 +20,6 @@ __all__ = ['main', 'demo_weights']
 MODEL = 'tf_efficientnet_lite0'
 _DATA = ['--data-preset', 'demo', '--img-size', '64', '-b', '32', '--hflip', '0', '--scale', '0.5', '1', '-j', '2',
          '--tracker', 'none', '--epochs', '2']
-_START = ['--head-start', 'probe', '--norms', 'frozen', '--opt', 'adamw', '--weight-decay', '0.01',
-          '--sched-on-updates', '--warmup-epochs', '0.2']
 
 
 def demo_weights() -> Path:
@@ -54,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     import train_amf
     from timm_amf.engine.checkpoint import read_state
     from timm_amf.engine.evaluate_runs import evaluate_runs, table
-    from timm_amf.search.fit import fit_words
+    from timm_amf.search.fit import COMMON, fit_words
 
     parser = CommandParser(
         prog='timm-amf demo', description='Fine-tune EfficientNet-Lite0 on the embedded images, in three minutes.')
@@ -67,9 +65,9 @@ def main(argv: Sequence[str]) -> None:
     print('\n2. timm-amf train: an AMF of two, at a low and a high LR, and a policy network that weighs them\n')
     kwargs = [f"backbones=('{MODEL}','{MODEL}')", f'policy={MODEL}', 'policy_input_size=32']
     train_amf.train([
-        *words, *_START, '--model', 'amf', '--model-kwargs', *kwargs, '--backbone-weights', weights, '--policy-weights',
-        weights, '--branch-lr', '1e-4', '1e-3', '--head-lr', '3e-4', '--policy-lr', '1e-3', '--policy-balance', '1',
-        '--experiment', 'amf'])
+        *words, *COMMON, '--warmup-epochs', '0.2', '--model', 'amf', '--model-kwargs', *kwargs, '--backbone-weights',
+        weights, '--policy-weights', weights, '--branch-lr', '1e-4', '1e-3', '--head-lr', '3e-4', '--policy-lr', '1e-3',
+        '--policy-balance', '1', '--experiment', 'amf'])
     amf = Path(output) / 'amf'
     frozen = read_state(found.folder / 'last')['start']
     with open(amf / 'policy.csv', newline='', encoding='utf-8') as file:

@@ -12,7 +12,7 @@ from timm_amf.errors import UserError
 
 from .decathlon import open_labelled
 from .iterable import open_iterable
-from .sources import ArraySource, FileSource, ReaderSource, Source, class_names, first_line
+from .sources import ArraySource, FileSource, ReaderSource, Source, class_index, class_names, first_line
 from .spec import SPLIT_NAMES, Component, DataSpec, split_of
 from .table import is_table, open_table
 
@@ -98,7 +98,6 @@ def _open_class_folders(component: Component, folder: str) -> Source:
     """Images labelled by the folder they lie in, in timm's order; what timm would drop, merge or invent is refused or
     told: classes without images, of one name, or inside one another, hidden folders, and suffixes that are not read.
     """
-    from timm.data.readers.class_map import load_class_map
     where = f'data component {component.name!r}'
     images = _class_folders(component, folder, where)
     names: dict[str, str] = {}
@@ -114,12 +113,7 @@ def _open_class_folders(component: Component, folder: str) -> Source:
         names[name] = path
         if parent != folder and len(names) == 1:
             _logger.warning(f'{where}: classes have the name of the last folder: {path} is {name}.')
-    if component.class_map:
-        index = {unicodedata.normalize('NFC', str(k)): v for k, v in load_class_map(
-            component.class_map, folder).items()}
-    else:
-        # timm leaves names that are equal but for their case in the order of a set; settled by the name, runs agree.
-        index = {name: i for i, name in enumerate(sorted(names, key=lambda name: (natural_key(name), name)))}
+    index = class_index(names, component, folder)
     labels = {path: index.get(unicodedata.normalize('NFC', os.path.basename(path))) for path in images}
     samples = sorted(
         (natural_key(image), image, labels[path]) for path, found in images.items() for image in found

@@ -2,15 +2,20 @@
 import io
 import os
 import unicodedata
+from collections.abc import Iterable
 from typing import Any, BinaryIO, Optional
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from timm.utils.misc import natural_key
 
 from timm_amf.errors import UserError
 
+from .spec import Component
+
 __all__ = [
-    'ArraySource', 'FileSource', 'ReaderSource', 'Source', 'as_shown', 'class_names', 'first_line', 'read_image',
+    'ArraySource', 'FileSource', 'ReaderSource', 'Source', 'as_shown', 'class_index', 'class_names', 'first_line',
+    'read_image',
 ]
 
 
@@ -154,6 +159,15 @@ def read_image(source: Source, index: int, mode: Optional[str]) -> Image.Image:
         raise UserError(
             f'cannot read image {source.filename(index)} ({reason}); mend or remove it, or go on without such images '
             f'with --skip-bad-images') from e
+
+
+def class_index(names: Iterable[str], component: Component, folder: str) -> dict[str, int]:
+    """The index of each class: as the component's class map has it, else in timm's natural order of the names."""
+    from timm.data.readers.class_map import load_class_map
+    if component.class_map:
+        return {unicodedata.normalize('NFC', str(k)): v for k, v in load_class_map(component.class_map, folder).items()}
+    # timm leaves names that are equal but for their case in the order of a set; settled by the name, runs agree.
+    return {name: i for i, name in enumerate(sorted(names, key=lambda name: (natural_key(name), name)))}
 
 
 def class_names(class_to_idx: dict) -> list[str]:

@@ -5,11 +5,9 @@ import unicodedata
 from collections import Counter
 from typing import Optional
 
-from timm.utils.misc import natural_key
-
 from timm_amf.errors import UserError
 
-from .sources import FileSource, class_names, first_line
+from .sources import FileSource, class_index, class_names, first_line
 from .spec import Component, split_of
 
 __all__ = ['is_table', 'open_table', 'read_table']
@@ -29,7 +27,6 @@ def open_table(component: Component, split: str) -> FileSource:
     Raises:
         UserError: If the table cannot be read, or lacks columns, labels, images or the split.
     """
-    from timm.data.readers.class_map import load_class_map
     path = os.path.expanduser(component.root)
     where = f'data component {component.name!r}: {path}'
     columns = read_table(path, where)
@@ -51,15 +48,11 @@ def open_table(component: Component, split: str) -> FileSource:
         raise UserError(
             f'{where}: {len(missing)} of {len(rows)} images are not there, the first is {missing[0]}; paths are '
             f'relative to the folder of the table')
+    index = class_index({labels[row] for row in rows}, component, folder)
     if component.class_map:
-        index = {unicodedata.normalize('NFC', str(k)): v for k, v in load_class_map(
-            component.class_map, folder).items()}
         rows = [row for row in rows if labels[row] in index]
         if not rows:
             raise UserError(f'{where}: no images of any class; check the names in {component.class_map}')
-    else:
-        names = {labels[row] for row in rows}
-        index = {label: i for i, label in enumerate(sorted(names, key=lambda name: (natural_key(name), name)))}
     return FileSource(
         class_names(index), [index[labels[row]] for row in rows], [files[row] for row in rows], folder or os.curdir,
         {name: [values[row] for row in rows] for name, values in columns.items()})
