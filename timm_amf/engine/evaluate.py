@@ -7,13 +7,13 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from timm_amf.models.records import Record
+from timm_amf.models.records import Record, exact_device
 
 __all__ = ['Tally', 'evaluate', 'reduce_tensors']
 
 
 class Tally:
-    """Sums of loss and hits, over all samples and per component, in float64 on the device.
+    """Sums of loss and hits, over all samples and per component, in float64 (see `exact_device`).
 
     Args:
         components: Names of the components of the data.
@@ -23,7 +23,7 @@ class Tally:
     def __init__(self, components: list[str], device: Optional[torch.device] = None):
         self.components = list(components)
         # columns: samples, loss, top-1 hits, top-5 hits
-        self.sums = torch.zeros(len(components), 4, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(components), 4, dtype=torch.float64, device=exact_device(device))
 
     def update(self, output: torch.Tensor, target: torch.Tensor, component: torch.Tensor) -> None:
         """Record a batch: logits (B, classes), class indices (B,), components (B,)."""
@@ -31,7 +31,8 @@ class Tally:
         loss = F.cross_entropy(output, target, reduction='none')
         top = output.topk(min(5, output.shape[1]), dim=1).indices == target[:, None]
         columns = torch.stack([torch.ones_like(loss), loss, top[:, 0].to(loss), top.any(1).to(loss)], dim=1)
-        self.sums.index_add_(0, component, columns.to(self.sums.dtype))
+        where = self.sums.device
+        self.sums.index_add_(0, component.to(where), columns.to(where).to(self.sums.dtype))
 
     def tensors(self) -> list[torch.Tensor]:
         """The accumulators, to be summed over processes in place or saved."""
