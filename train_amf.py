@@ -31,12 +31,18 @@ from timm_amf.engine.task import AdaptiveTask, create_criterion
 from timm_amf.engine.wise import mix_with_start, prepare_mix
 from timm_amf.errors import UserError, run_command, without_traceback_flag
 from timm_amf.models.method import RunSettings, method_of
-from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args, resolve
+from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args
+from timm_amf.tuning.resolve import resolve
 
 
-def train(argv: Optional[Sequence[str]] = None) -> None:
-    """Parse, build, loop; raises `Interrupted` after a signal, with the checkpoint written."""
-    args = parse_args(argv)
+def train(argv: Optional[Sequence[str]] = None, args: Optional[argparse.Namespace] = None) -> None:
+    """Parse, build, loop; raises `Interrupted` after a signal, with the checkpoint written.
+
+    Args:
+        argv: The command line, that of the process if None.
+        args: What `parse_args` made of it, if it did already.
+    """
+    args = args or parse_args(argv)
     if args.finds_plan:
         from timm_amf.search.fit import fit_words  # which calls this with the Plans that it tries
 

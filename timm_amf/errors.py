@@ -86,7 +86,10 @@ def run_command(
     """
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     try:
-        return work() or 0
+        try:
+            return work() or 0
+        finally:
+            sys.stdout.flush()  # here, where a pipe that is closed is no error
     except Interrupted as e:
         print(f'{prog}: {e}', file=sys.stderr)
         return 128 + e.signum

@@ -211,7 +211,7 @@ def check_names(args: argparse.Namespace) -> None:
 def _check_model(name: str) -> None:
     import timm
 
-    import timm_amf  # noqa: F401  registers its models
+    import timm_amf.models  # noqa: F401  registers them
     if name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
         return
     if '/' in name or ':' in name:
