@@ -40,6 +40,7 @@ _MISFITS = re.compile(
 _EXTRAS = {
     'sklearn': 'search', 'scipy': 'search', 'ot': 'search', 'matplotlib': 'report', 'onnx': 'export',
     'onnxruntime': 'export', 'onnxscript': 'export', 'skimage': 'demo', 'tensorboard': 'tensorboard',
+    'datasets': 'data', 'pyarrow': 'data',
 }
 _TOKEN = re.compile(r'\bhf_\w{8,}')
 

@@ -222,7 +222,7 @@ def _check_model(name: str) -> None:
     try:
         timm.models.get_pretrained_cfg(name)
     except RuntimeError as error:  # the tag is wrong
-        known = timm.list_pretrained(f'{name.partition(".")[0]}.*')
+        known = timm.list_models(f'{name.partition(".")[0]}.*', include_tags=True)
         hint = nearest(name, known) or f'; known: {", ".join(known) or "none"}'
         raise UserError(f'--model: {name} has an unknown tag{hint}') from error
 
