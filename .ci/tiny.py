@@ -21,7 +21,8 @@ with tempfile.TemporaryDirectory() as folder:
     command = [sys.executable, '-m', 'timm_amf.cli']
     subprocess.run([
         *command, 'train', f'{folder}/data', '--model', 'amf', '--model-kwargs',
-        "backbones=('test_resnet','test_resnet')", 'policy=test_resnet', '--img-size', '32', '-b', '8', '--epochs', '2', '--workers', '1', '--lr', '0.05', '--cpu',
+        "backbones=('test_resnet','test_resnet')", 'policy=test_resnet',
+        '--img-size', '32', '-b', '8', '--epochs', '2', '--workers', '1', '--lr', '0.05', '--cpu',
         '--output', folder, '--experiment', 'run'], check=True)
     subprocess.run([*command, 'evaluate', f'{folder}/run', '--workers', '0'], check=True)
     subprocess.run([*command, 'export', f'{folder}/run', '--format', 'pt2'], check=True)

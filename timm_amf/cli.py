@@ -25,7 +25,7 @@ _COMMANDS = {
         'timm_amf.search.block_search', 'find the layers, blocks or windows worth tuning, and write a Plan'),
     'decathlon': (
         'timm_amf.engine.submission', 'score test accuracies on the Visual Decathlon, or write its submission file'),
-    'export': ('timm_amf.export', "write a run's model to an ONNX, TorchScript or safetensors file, checked"),
+    'export': ('timm_amf.export', "write a run's model to an ONNX, pt2 or safetensors file, checked"),
     'publish': ('timm_amf.hub.publish', 'publish a run on the Hugging Face Hub'),
 }
 # Those whose words before the first flag are folders, or files, that are there.
