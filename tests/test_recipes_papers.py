@@ -1,10 +1,15 @@
 """What the recipes of the non-binary paper and of SpotTune's Table 2 do to each layer, and what they promise."""
+import importlib.util
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 
 from timm_amf.engine.config_file import list_recipes
 from timm_amf.engine.options import parse_args
+from timm_amf.engine.recipes import read_recipe
+from timm_amf.search.candidates import block_candidates
 from timm_amf.tuning import model_roles, plan_from_args
 from timm_amf.tuning.resolve import resolve
 
@@ -97,6 +102,81 @@ def check_setting_of_section_4(args, plan, mean):
     assert (plan.epochs, plan.momentum, args.batch_size) == (40, 0.9, 32)
     assert plan.schedule.decay_milestones == [15, 30] and plan.schedule.decay_rate == 0.1
     assert args.recipe['expected']['top1'] == {'mean': mean} and args.recipe['expected']['split'] == 'test'
+
+
+# Block-wise paper, Table I: baselines I and II, LW, BW, BWT3, BWT5 and BWSW.
+TABLE_I = {
+    'vgg16': (0.713896, 0.873751, 0.864668, 0.875568, 0.86921, 0.881926, 0.877384),
+    'mobilenetv1_100': (0.828338, 0.875568, 0.847411, 0.877389, 0.875568, 0.883742, 0.879201),
+    'mobilenetv2_100': (0.811081, 0.86921, 0.823797, 0.867393, 0.833787, 0.86921, 0.839237),
+    'mobilenetv3_small_100': (0.30881, 0.762035, 0.438692, 0.790191, 0.516803, 0.648501, 0.667575),
+    'resnetv2_50': (0.778383, 0.828338, 0.857402, 0.848320, 0.86921, 0.868302, 0.849228),
+}
+TF_FLOWERS = (633, 898, 641, 699, 799)
+
+
+@pytest.fixture(scope='module')
+def protocol():
+    path = Path(__file__).parents[1] / 'benchmarks/blockwise_protocol.py'
+    spec = importlib.util.spec_from_file_location('blockwise_protocol', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_table_i_is_of_1101_images(protocol, tmp_path):
+    """The accuracies of the paper are shares of the images on which the protocol validates: 30 % of tf_flowers."""
+    for i, count in enumerate(TF_FLOWERS):
+        for k in range(count):
+            folder = tmp_path / 'flowers' / f'c{i}'
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f'{k}.jpg').touch()
+    protocol.split(tmp_path / 'flowers', tmp_path / 'parts', 0)
+    counts = {part: len(list((tmp_path / 'parts' / part).rglob('*.jpg'))) for part in ('train', 'val')}
+    assert counts == {'train': 2569, 'val': 1101}
+    off = [abs(a * 1101 - round(a * 1101)) / 1101 for row in TABLE_I.values() for a in row]
+    assert len(off) == 35 and max(off) < 5e-6
+    # 10 % of all for the search, which lie in the 70 % that its winners are trained on.
+    assert protocol.OPTIONS['search_share'] * counts['train'] == pytest.approx(0.1 * 3670, abs=1)
+    assert protocol.OPTIONS['final_share'] == 1
+
+
+def test_blocks_of_the_blockwise_paper(protocol):
+    """Five blocks of a VGG, a convolution and its norm each of MobileNetV1 (section III-B)."""
+    assert {m: protocol.cut_of(m) for m in ('vgg16', 'mobilenetv1_100', 'mobilenetv2_100', 'resnetv2_50')} == {
+        'vgg16': 'pooling', 'mobilenetv1_100': 'activation', 'mobilenetv2_100': 'activation',
+        'resnetv2_50': 'activation'}
+    found = {}
+    for name in ('vgg16', 'mobilenetv1_100'):
+        with torch.device('meta'):
+            model = timm.create_model(name)
+        found[name] = block_candidates(model, (3, 64, 64), cut=protocol.cut_of(name), features_only=True)
+    assert [len(c.modules) for c in found['vgg16']] == [2, 2, 3, 3, 3]
+    assert len(found['mobilenetv1_100']) == 27
+    assert protocol.OPTIONS['separate_norms'] and protocol.OPTIONS['search_head'] == 'mlp'
+
+
+@pytest.mark.parametrize('name', TABLE_I)
+def test_blockwise_figures(name):
+    recipe = read_recipe(f'{name}.tf_flowers')
+    if 'mobilenetv3' in name:  # of inputs scaled twice
+        assert not recipe.expected
+        return
+    ways = ('classifier', 'all', 'layer', 'block', 'top3', 'top5', 'window')
+    found = [recipe.expected[f'top1_{way}'] for way in ways]
+    assert found == [{'mean': round(100 * value, 2)} for value in TABLE_I[name]]
+    assert recipe.flags['model'].split('.')[0] == name
+
+
+@pytest.mark.parametrize('name', TABLE_I)
+def test_blockwise_settings(name):
+    """Section V, and where its text has nothing what the search's own protocol takes."""
+    args = parse_args(['--config', f'{name}.tf_flowers', '--data-dir', '.'])
+    plan, data = args.recipe['plan'], args.recipe['data']
+    assert 5 * data['per_class']['val'] == 5 * data['skip']['train'] == pytest.approx(0.3 * 3670, abs=1)
+    assert (plan['opt'], plan['lr'], plan['weight_decay'], plan['epochs']) == ('adam', 1e-4, 0, 50)
+    assert plan['schedule'] == dict(sched='plateau', patience_epochs=10, decay_rate=0.1, warmup_epochs=0)
+    assert (args.batch_size, args.no_aug, args.smoothing, args.pretrained) == (4, True, 0, True)
 
 
 def test_none_is_forgotten():
