@@ -59,15 +59,21 @@ def test_table_6(name):
         kernel = dict(model.named_parameters())[parameter].ndim > 1
         if parameter.startswith('last_linear'):
             assert setting.lr == head
-            assert not kernel or setting.weight_decay == (beta or 1e-4)
+            assert not kernel or setting.weight_decay == (beta or 5e-4)
             continue
         layer = int(parameter.split('.')[1])
         assert setting.lr == pytest.approx(low if layer < low_layers else high)
         assert (parameter.rsplit('.', 1)[0] in anew) == (layer >= 22 - new)
         if kernel:
             assert (setting.l2sp_alpha or None) == (alpha if layer < pulled else None)
-            assert setting.weight_decay == (0. if layer < pulled else beta or 1e-4)
+            assert setting.weight_decay == (0. if layer < pulled else beta or 5e-4)
     assert args.img_size == 299 and args.batch_size == 32
+    # The command of the authors' README, and the defaults of their script.
+    assert plan.epochs == 800 and (plan.opt, plan.momentum, args.smoothing) == ('sgd', 0.9, 0.1)
+    schedule = plan.schedule
+    assert (schedule.sched, schedule.decay_rate, schedule.decay_epochs, schedule.warmup_epochs) == ('step', 0.9, 10, 3)
+    assert schedule.warmup_scale * plan.lr == pytest.approx(1e-4)
+    assert (args.mixup, args.aa, args.reprob, args.remode) == (0.2, 'rand-m9-mstd0.5-inc1', 0.5, 'pixel')
     expected = args.recipe['expected']
     assert expected['top1']['mean'] == mean and expected.get('top1_ensemble', {}).get('mean') == ensemble
 
