@@ -99,6 +99,8 @@ def test_spottune(name):
     assert lrs == {'tuned': 0.01, 'head': 0.01, 'policy': 1e-4}
     assert model.temperature == 5 and len(model.blocks_tuned) == 16
     assert (args.eval_blocks == 'tuned') == name.endswith('tuned_blocks')
+    # Section 3.1: sampled at test time, too, unless one path is for all images.
+    assert args.eval_sampling_seed == (None if name.endswith(('global_k', 'tuned_blocks')) else 0)
     assert plan.global_k == (3 if name.endswith('global_k') else None)
     assert model.pretrained_cfg['hf_hub_id'] == 'timm/resnet50.tv_in1k' and model.pretrained_cfg['crop_pct'] == 0.875
     check_setting_of_section_4(args, plan, SPOTTUNE[name])

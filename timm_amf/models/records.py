@@ -124,12 +124,21 @@ class RoutingRecord(Record):
     """The paths that a routing policy chose.
 
     Columns: `tuned_blocks`, the mean number of tuned blocks an image; `block_0` and on, the share of images that used
-    the tuned copy of a block (SpotTune, figure 3); `images_0` and on, the number of images that used so many tuned
-    blocks (figure 4); with several components the first two of each.
+    the tuned copy of a block (SpotTune, figure 3); `probability_0` and on, the mean probability that the policy gave
+    that copy (0.55 for every image is a share of 1 where the likelier copy is taken); `images_0` and on, the number of
+    images that used so many tuned blocks (figure 4); with several components all but the last of each.
     """
 
     def __init__(self, blocks: int, components: Sequence[str], device: Optional[torch.device] = None):
         super().__init__('shares', [f'block_{i}' for i in range(blocks)], components, device, bins=blocks + 1)
+        self.chances = Record('chances', [f'probability_{i}' for i in range(blocks)], components, device)
+
+    def update(self, parts: dict[str, Tensor], component: Tensor) -> None:
+        super().update(parts, component)
+        self.chances.update(parts, component)
+
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), *self.chances.tensors()]
 
     def values_of(self, parts: dict[str, Tensor]) -> Tensor:
         return super().values_of(parts).round()
@@ -140,7 +149,8 @@ class RoutingRecord(Record):
     def columns(self, component: str, means: list[float]) -> dict[str, Any]:
         tuned = self.means(self.sums.sum(1, keepdim=True))[component][0]
         images = {} if component else {f'images_{i}': int(n) for i, n in enumerate(self.votes.sum(0).tolist())}
-        return {'tuned_blocks': tuned, **super().columns(component, means), **images}
+        chances = self.chances.columns(component, self.chances.means()[component])
+        return {'tuned_blocks': tuned, **super().columns(component, means), **chances, **images}
 
     def headline(self) -> str:
         return f'tuned blocks {self.sums.sum().item() / max(self.count, 1.):.2f}'
