@@ -1,6 +1,6 @@
 """What a model decided for each sample, summed over an epoch: the columns of `policy.csv`."""
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -24,6 +24,8 @@ class Record:
     """
     # Whether a single component has columns beside those of all samples.
     splits_one = False
+    # The rows of the run's evaluations so far, in order; the trainer sets it before it asks for the next.
+    history: Sequence[Mapping[str, Any]] = ()
 
     def __init__(
             self,
@@ -90,7 +92,14 @@ class Record:
 
 
 class PolicyRecord(Record):
-    """The weights that a policy gave to the branches."""
+    """The weights that a policy gave to the branches, and the branch that it so assigned each sample to.
+
+    Columns: `weight_0` and on, the mean weights (AMF, figure 6), also of each component; `assignment_accuracy`, under
+    the matching of components to branches that suits the epoch best. With several components also, of each,
+    `NAME_assigned_0` and on, the percent of its samples whose largest weight is the branch's; `NAME_branch`, the branch
+    that the run's first evaluation matched it to; and `NAME_assignment_accuracy`, the percent of its samples that were
+    assigned to that one (figure 7). These stay with one branch, so a policy that flips falls from 100 to 0 there.
+    """
     splits_one = True
 
     def __init__(self, branches: int, components: Sequence[str], device: Optional[torch.device] = None):
@@ -109,10 +118,21 @@ class PolicyRecord(Record):
         return 100. * hits / max(self.count, 1.)
 
     def row(self, prefix: str = '') -> dict[str, Any]:
-        """Mean weight by branch, over all and by component, and the assignment accuracy."""
+        """Columns of `policy.csv`, each with the prefix."""
         row = super().row(prefix)
         accuracy = self.assignment_accuracy()
         row[f'{prefix}assignment_accuracy'] = '' if accuracy is None else accuracy
+        if accuracy is None:
+            return row
+        shares = (100. * self.votes / self.votes.sum(1, keepdim=True).clamp(min=1)).tolist()
+        matched = dict(best_assignment(self.votes))
+        for c, name in enumerate(self.components):
+            row.update({f'{prefix}{name}_assigned_{i}': share for i, share in enumerate(shares[c])})
+            if not prefix:  # of training images there is no first evaluation
+                key = f'{name}_branch'
+                first = next((r[key] for r in self.history if key in r), matched.get(c, ''))
+                row[key] = first if first == '' else int(first)
+                row[f'{name}_assignment_accuracy'] = '' if first == '' else shares[c][int(first)]
         return row
 
     def headline(self) -> str:
