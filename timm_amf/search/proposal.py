@@ -297,8 +297,8 @@ def _of_part(args: argparse.Namespace, part) -> argparse.Namespace:
 
 # -- The Plan.
 
-# Branches of an AMF: its classifier (AMF paper, section IV-B3), and its policy for long runs (the paper's, about a
-# thousand epochs) and for short ones (docs/results.md).
+# Branches of an AMF: its classifier (AMF paper, section IV-B3), and its policy for long runs (the paper's, of which its
+# figures show the first thousand epochs) and for short ones (docs/results.md).
 _AMF_HEAD_LR = 0.008
 _POLICY_LR, _POLICY_LR_SHORT = 3e-5, 0.003
 _SHORT = 300  # epochs
@@ -464,7 +464,7 @@ def _build_plan(args: argparse.Namespace, target: Target, followed: dict[str, An
         if short:
             notes.append(
                 f'For {plan.epochs} epochs the policy has an LR of {_POLICY_LR_SHORT:g} (docs/results.md); the AMF '
-                f'paper trains for about a thousand.')
+                f'paper shows the first thousand of its own.')
     plan = plan.updated({'lr': max(lrs)})
     if not any(c.decision.suited for c in followed.values()):
         notes.append(f'L2 (weight decay {plan.weight_decay:g}) is that of the flags: the paper does not say its own.')
