@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -36,7 +36,7 @@ from timm_amf.errors import CommandParser, Interrupted, UserError
 from timm_amf.files import write_text
 from timm_amf.yaml_text import load_yaml
 
-__all__ = ['Candidate', 'Fit', 'fit', 'fit_words', 'main']
+__all__ = ['COMMON', 'Candidate', 'Fit', 'complete', 'fit', 'fit_words', 'main']
 
 MODEL = 'tf_efficientnet_lite0'
 # Of all candidates: what is measured to fine-tune well from a logistic regression (docs/fit.md).
@@ -152,7 +152,7 @@ def fit_words(words: Sequence[str], budget: Optional[float] = None) -> Fit:
     progress = _Progress(folder.with_name(f'{folder.name}-pilots'), [*words, str(budget)])
     if (folder / 'args.yaml').exists() and not args.overwrite and progress.winner is None:
         raise UserError(f'{folder}: holds a run already; name another with --experiment, or add --overwrite')
-    words = progress.words = progress.words or _complete(list(words), budget)
+    words = progress.words = progress.words or complete(words, budget)
     if progress.winner is None:
         args = parse_args(words)
         progress.candidates = [Candidate(c.name, c.flags) for c in CANDIDATES]
@@ -209,9 +209,16 @@ class _Progress:
         write_text(self.folder / 'fit.json', json.dumps(state, indent=1))
 
 
-def _complete(words: list[str], budget: Optional[float]) -> list[str]:
-    """The flags that the data decide: a validation split, the batch size and the epochs, where they were not given."""
-    given = parse_args([*words, '--epochs', '1'])
+def complete(words: Sequence[str], budget: Optional[float] = None, data: Optional[Mapping] = None) -> list[str]:
+    """Add what the data decide, where it was not given: a validation split, batch size, epochs; and the weights.
+
+    Args:
+        words: Command line of `timm-amf train`.
+        budget: Minutes that all of `fit` may take, which set the epochs.
+        data: The data, where the command line does not name them, of the form of a recipe's section.
+    """
+    words = list(words)
+    given = parse_args([*words, '--epochs', '1'], data)
     if given.val_share is None and not given.recipe.get('data'):
         # Groups are of the shares, which are not known yet.
         if _unsplit(data_spec_from_args(argparse.Namespace(**{**vars(given), 'group': None}))):
@@ -219,13 +226,13 @@ def _complete(words: list[str], budget: Optional[float]) -> list[str]:
             given.val_share = 0.2
     train = create_datasets(
         data_spec_from_args(given, given.recipe.get('data')), ('train',), input_channels(given))[0]
-    plain = parse_args(words)
+    plain = parse_args(words, data)
     if 'batch_size' not in plain.explicit:
         batch = 32
         while batch > 4 and len(train) < 8 * batch:
             batch //= 2
         words += ['--batch-size', str(batch)]
-    if plain.epochs is None:
+    if plain.epochs is None and 'epochs' not in plain.recipe.get('plan', {}):
         epochs = max(5, min(30, round(10000 / len(train))))
         if budget is not None:
             epochs = max(3, min(100, _affordable(words, budget)))
