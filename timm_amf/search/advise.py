@@ -341,8 +341,8 @@ def _random_init_accuracy(
 ) -> tuple[float, float]:
     """Train the network from random weights (Plested et al., Table 1), with the augmentation of the options.
 
-    The optimiser is SGD with a cosine schedule, a tenth of the epochs of warm-up and an LR of 0.05 at batch 32, unless
-    the options name an LR, with their optimiser: the paper's difference "should still be pronounced even if suboptimal".
+    The optimiser is SGD with a cosine schedule, a tenth of the epochs of warm-up and an LR of 0.05 at batch 32, or that
+    of the options where they name an LR: the paper's difference "should still be pronounced even if suboptimal".
 
     Returns:
         Validation accuracy in percent and mean training loss, both of the last epoch.
