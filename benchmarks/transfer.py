@@ -60,6 +60,7 @@ METHODS = {
     'L2-SP': ((*_FROM_PROBE, '--l2sp-alpha', '0.01'), _ADAM_LRS),
     'low blocks slower': ((*_FROM_PROBE, '--low-blocks', '8', '--low-lr-scale', '0.1'), _ADAM_LRS),
     'layer decay 0.75': ((*_FROM_PROBE, '--layer-decay', '0.75'), _ADAM_LRS),
+    'LoRA of rank 8': ((*_FROM_PROBE, '--lora-rank', '8'), _ADAM_LRS),
     'twice the epochs': (_FROM_PROBE, _ADAM_LRS),
     'ensemble of two': (_FROM_PROBE, _ADAM_LRS),
     'SpotTune': (_FROM_PROBE, _ADAM_LRS),
