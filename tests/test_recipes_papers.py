@@ -1,5 +1,7 @@
 """What the recipes of the non-binary paper and of SpotTune's Table 2 do to each layer, and what they promise."""
 import importlib.util
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import timm
 import torch
 
 from timm_amf.engine.config_file import list_recipes
-from timm_amf.engine.options import parse_args
+from timm_amf.engine.options import parse_args, resolve_lr
 from timm_amf.engine.recipes import read_recipe
 from timm_amf.search.candidates import block_candidates
 from timm_amf.tuning import model_roles, plan_from_args
@@ -123,13 +125,17 @@ TABLE_I = {
 TF_FLOWERS = (633, 898, 641, 699, 799)
 
 
-@pytest.fixture(scope='module')
-def protocol():
-    path = Path(__file__).parents[1] / 'benchmarks/blockwise_protocol.py'
-    spec = importlib.util.spec_from_file_location('blockwise_protocol', path)
+def script(name):
+    path = Path(__file__).parents[1] / f'benchmarks/{name}.py'
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope='module')
+def protocol():
+    return script('blockwise_protocol')
 
 
 def test_table_i_is_of_1101_images(protocol, tmp_path):
@@ -185,6 +191,46 @@ def test_blockwise_settings(name):
     assert (plan['opt'], plan['lr'], plan['weight_decay'], plan['epochs']) == ('adam', 1e-4, 0, 50)
     assert plan['schedule'] == dict(sched='plateau', patience_epochs=10, decay_rate=0.1, warmup_epochs=0)
     assert (args.batch_size, args.no_aug, args.smoothing, args.pretrained) == (4, True, 0, True)
+
+
+PAPERS_PAGE = (Path(__file__).parents[1] / 'docs/papers.md').read_text(encoding='utf-8')
+ROWS = script('paper_rows')
+
+
+@pytest.mark.parametrize('command', [c for c in ROWS.commands() if c.startswith('timm-amf train')])
+def test_the_command_of_a_row(command):
+    """It is one of train_amf.py, and its Plan fits its model."""
+    args = parse_args(ROWS.without(shlex.split(command)[2:], ['--backbone-weights', '--pretrained-path']))
+    with torch.device('meta'):
+        model = timm.create_model(args.model, num_classes=10, **args.model_kwargs)
+    plan = plan_from_args(args, model_roles(model), resolve_lr(args, args.batch_size))
+    assert any(setting.trains for setting in resolve(model, plan).parameters.values())
+
+
+@pytest.mark.parametrize('paper, tables, figures', [
+    ('AMF', 3, 7), ('SpotTune', 3, 5), ('Non-binary', 7, 6), ('Block-wise', 1, 8)])
+def test_every_table_and_figure_has_a_row(paper, tables, figures):
+    section = next(part for part in PAPERS_PAGE.split('\n## ') if part.startswith(paper))
+    named = set(re.findall(r'(?:Table|Figure) \w+', section))
+    for first, joint, last in re.findall(r'Figures (\d+) (and|to) (\d+)', section):
+        numbers = range(int(first), int(last) + 1) if joint == 'to' else (first, last)
+        named |= {f'Figure {number}' for number in numbers}
+    roman = ('I', 'II', 'III') if paper in ('AMF', 'Block-wise') else ('1', '2', '3', '4', '5', '6', '7')
+    assert not {f'Table {number}' for number in roman[:tables]} - named
+    assert not {f'Figure {number}' for number in range(1, figures + 1)} - named
+
+
+def test_a_row_of_the_page_runs():
+    """The smallest networks; `python benchmarks/paper_rows.py` runs all."""
+    chosen = [c for c in ROWS.commands() if 'decathlon_aircraft' in c]
+    assert len(chosen) == 2
+    assert dict(ROWS.run(chosen[:1])) == {chosen[0]: ''}
+
+
+@pytest.mark.slow
+def test_all_rows_of_the_page_run():
+    found = dict(ROWS.run([c for c in ROWS.commands() if 'vgg16' not in c]))
+    assert len(found) > 50 and not any(found.values()), found
 
 
 def test_none_is_forgotten():
