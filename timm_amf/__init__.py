@@ -28,6 +28,7 @@ _PUBLIC = {
     'advise': 'search.advise',
     'search_blocks': 'search.block_search',
     'load': 'hub.load',
+    'predict': 'inference.predict',
     'publish': 'hub.publish',
     'UserError': 'errors',
 }

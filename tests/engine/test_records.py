@@ -62,7 +62,7 @@ def test_tally_against_a_naive_loop():
     output = torch.randn(50, 7, generator=generator)
     target = torch.randint(0, 7, (50,), generator=generator)
     component = torch.randint(0, 3, (50,), generator=generator)
-    tally = Tally(['a', 'b', 'c'])
+    tally = Tally(['a', 'b', 'c'], 7)
     for low in range(0, 50, 8):
         tally.update(output[low:low + 8], target[low:low + 8], component[low:low + 8])
     metrics = tally.metrics()
@@ -82,7 +82,7 @@ def test_tally_against_a_naive_loop():
 
 
 def test_fewer_than_five_classes():
-    tally = Tally(['a'])
+    tally = Tally(['a'], 3)
     tally.update(torch.eye(3), torch.tensor([0, 1, 0]), torch.zeros(3, dtype=torch.int64))
     assert tally.metrics()['top5'] == 100 and tally.metrics()['top1'] == pytest.approx(200 / 3)
 

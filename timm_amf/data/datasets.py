@@ -16,7 +16,7 @@ from .sources import ArraySource, FileSource, ReaderSource, Source, class_index,
 from .spec import SPLIT_NAMES, Component, DataSpec, split_of
 from .table import is_table, open_table
 
-__all__ = ['open_source']
+__all__ = ['open_source', 'split_folders']
 
 _logger = logging.getLogger(__name__)
 
@@ -161,6 +161,11 @@ def _class_folders(component: Component, folder: str, where: str) -> dict[str, l
     return images
 
 
+def split_folders(root: str) -> list[str]:
+    """Names of the folders in it that are splits."""
+    return [n for names in SPLIT_NAMES.values() for n in names if os.path.isdir(os.path.join(root, n))]
+
+
 def _split_folder(component: Component, split: str) -> str:
     """The folder of a split: named so, or by one of timm's synonyms.
 
@@ -186,7 +191,7 @@ def _split_folder(component: Component, split: str) -> str:
             return os.path.normpath(path)
         if os.path.isfile(f'{path}.tar'):
             return f'{path}.tar'
-    present = [n for names in SPLIT_NAMES.values() for n in names if os.path.isdir(os.path.join(root, n))]
+    present = split_folders(root)
     if role == 'train' and not present:
         return root
     folders = ', '.join(present) or 'no split folders'
