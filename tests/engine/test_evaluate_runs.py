@@ -15,8 +15,8 @@ from torchvision import transforms
 
 from timm_amf.cli import main
 from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs
-from timm_amf.inference.evaluate import is_for_runs
 from timm_amf.errors import UserError
+from timm_amf.inference.evaluate import is_for_runs
 
 SIZES = ((50, 40), (40, 44), (41, 60))
 PLAIN = [

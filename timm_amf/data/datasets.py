@@ -178,7 +178,8 @@ def _split_folder(component: Component, split: str) -> str:
         raise UserError(f'{where}: no folder; give --data-dir, or path= of the component')
     root = os.path.expanduser(root)
     if not os.path.exists(root):
-        raise UserError(f'{where}: {root} does not exist; give the folder that holds train/CLASS/image.jpg')
+        here = '' if os.path.isabs(root) else f' in {os.getcwd()}'
+        raise UserError(f'{where}: {root} does not exist{here}; give the folder that holds train/CLASS/image.jpg')
     if os.path.isfile(root):
         if split_of(split) != 'train':
             raise UserError(f'{where}: {root} is one file and has no split {split!r}; give each split in a folder')

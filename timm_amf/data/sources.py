@@ -156,8 +156,8 @@ def read_image(source: Source, index: int, mode: Optional[str]) -> Image.Image:
         return source.load(index, mode)
     except Exception as e:  # Pillow's plugins raise whatever they like
         raise UserError(
-            f'cannot read image {source.filename(index)} ({_reason(e)}); mend or remove it, or go on without such images '
-            f'with --skip-bad-images') from e
+            f'cannot read image {source.filename(index)} ({_reason(e)}); mend or remove it, or go on without such '
+            f'images with --skip-bad-images') from e
 
 
 def why_unreadable(source: Source, index: int, mode: Optional[str]) -> str:

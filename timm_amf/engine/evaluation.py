@@ -128,8 +128,8 @@ class Evaluation:
         return tuple(np.bincount(kind, minlength=len(self.class_names))[:len(self.class_names)] for kind in kinds)
 
     def by_class(self, level: float = 0.95) -> list[dict[str, Any]]:
-        """For each class that has images: `class`, `images`, and in percent `accuracy` (its recall) with Wilson's limits
-        `low` and `high`, `precision` and `f1`.
+        """For each class that has images: `class`, `images`, and in percent `accuracy` (its recall), Wilson's limits of
+        it `low` and `high`, `precision` and `f1`.
         """
         found = []
         for name, images, predicted, hits in zip(self.class_names, *map(np.ndarray.tolist, self._counts())):

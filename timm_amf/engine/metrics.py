@@ -12,22 +12,21 @@ _BINS = 15
 
 
 def class_metrics(support: NDArray, predicted: NDArray, hits: NDArray) -> tuple[NDArray, NDArray]:
-    """Balanced accuracy and macro F1, as scikit-learn has them.
+    """Balanced accuracy and macro F1: the mean recall and the mean F1 score of the classes that have images.
 
-    The first is the mean recall of the classes that have images, the second the mean F1 score of those that have images
-    or were predicted. Classes are the last axis.
+    As scikit-learn's, which counts classes without images that were predicted in its F1, too, unless its `labels` are
+    those that have images. Classes are the last axis.
 
     Args:
         support: Images of each class.
         predicted: Images that were given to it.
         hits: Images of it that were given to it.
     """
-    return _mean_share(hits, support), _mean_share(2 * hits, support + predicted)
-
-
-def _mean_share(part: NDArray, whole: NDArray) -> NDArray:
-    shares = np.divide(part, whole, out=np.zeros(np.shape(part)), where=whole > 0)
-    return 100 * shares.sum(-1) / np.maximum((whole > 0).sum(-1), 1)
+    there = np.maximum((support > 0).sum(-1), 1)
+    scores = ((hits, support), (2 * hits, support + predicted))
+    return tuple(
+        100 * np.divide(part, whole, out=np.zeros(np.shape(part)), where=support > 0).sum(-1) / there
+        for part, whole in scores)
 
 
 def bootstrap(

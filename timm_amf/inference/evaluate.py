@@ -87,7 +87,7 @@ def _details(found: Evaluation, level: float) -> str:
     lines += [[
         row['class'], f'{row["images"]}', f'{row["accuracy"]:.2f}', f'{row["low"]:.2f} to {row["high"]:.2f}',
         f'{row["precision"]:.2f}', f'{row["f1"]:.2f}'] for row in shown]
-    return '\n\n'.join(['', columns(lines, range(1, 6)), *_policy(found.policy())])
+    return '\n\n'.join(['\n' + columns(lines, range(1, 6)), *_policy(found.policy())])
 
 
 def _policy(row: dict[str, Any]) -> Iterable[str]:

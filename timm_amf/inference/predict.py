@@ -8,6 +8,7 @@ evaluation, at its batch size, give its numbers to the bit.
 """
 import csv
 import json
+import logging
 import math
 import os
 import sys
@@ -34,6 +35,8 @@ from timm_amf.inference.sources import Source, add_run_flags, open_model, option
 from timm_amf.models.method import method_of
 
 __all__ = ['UNREADABLE', 'Prediction', 'main', 'predict']
+
+_logger = logging.getLogger(__name__)
 
 # Exit code where some of the images could not be read.
 UNREADABLE = 3
@@ -93,14 +96,18 @@ def _images(paths: Iterable[Union[str, Path]]) -> list[str]:
         if not os.path.isdir(path):
             files.append(path)
             continue
-        found = []
+        there = []
         for folder, inner, names in os.walk(path, followlinks=True):
             inner[:] = [name for name in inner if not name.startswith('.')]
-            found += [
-                os.path.join(folder, name) for name in names
-                if os.path.splitext(name)[1].lower() in suffixes and not name.startswith('.')]
+            there += [os.path.join(folder, name) for name in names if not name.startswith('.')]
+        found = [name for name in there if os.path.splitext(name)[1].lower() in suffixes]
         if not found:
-            raise UserError(f'{path}: no images there ({", ".join(sorted(suffixes))}); name them one by one')
+            raise UserError(f'{path}: no images there ({", ".join(sorted(suffixes))}); name others one by one')
+        if len(found) < len(there):
+            other = min(set(there) - set(found))
+            _logger.warning(
+                f'{path}: {len(there) - len(found)} files left out, such as {other}; name images other than '
+                f'{", ".join(sorted(suffixes))} one by one.')
         files += sorted(found, key=natural_key)
     return files
 

@@ -59,6 +59,8 @@ def open_model(source: Source, options: RunOptions, needs_data: bool = True) -> 
         raise UserError(
             f'{source}: no args.yaml there; give the folder of a run, of a published model, a file .onnx, or '
             f'hf-hub:OWNER/NAME')
+    if needs_data and not options.data_dir and '--dataset' not in options.flags:
+        raise UserError(f'{name}: is no run, and has no images of its own; add --data-dir DIR')
     words = ['--tracker', 'none', *options.flags]
     words += ['--val-split', options.split] if options.split else []
     words += ['--data-dir', options.data_dir or ('' if needs_data else '.')]
