@@ -84,7 +84,7 @@ def expected_calibration_error(confidence: NDArray, hit: NDArray, bins: int = _B
 
 def fit_temperature(log_probs: NDArray, targets: NDArray) -> float:
     """The T with which softmax(log_probs / T) has the smallest mean -log of the target's probability (Guo et al.,
-    section 4.2), between 0.01 and 100.
+    section 4.2), between 0.01 and 100; 1 where there are no images.
 
     The loss is convex in 1 / T; its slope is what the logits are on average more than that of the target.
 
@@ -93,7 +93,7 @@ def fit_temperature(log_probs: NDArray, targets: NDArray) -> float:
         targets: (N,).
     """
     logits, index = torch.as_tensor(log_probs), torch.as_tensor(targets)[:, None]
-    low, high = -2., 2.
+    low, high = (-2., 2.) if len(index) else (0., 0.)
     for _ in range(30):
         middle = (low + high) / 2  # of log10(1 / T)
         expected = (torch.softmax(logits * 10 ** middle, 1) * logits.clamp(min=-1e4)).sum(1)
