@@ -242,7 +242,9 @@ def test_two_processes_train_as_one(run, components, tmp_path):
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one(run, components, tmp_path, capsys):
     first = run('first', '--epochs', '1')
-    flags = ['--initial-checkpoint', str(first / 'model_best.safetensors'), '--eval-only', '-b', '7']
+    flags = [
+        '--initial-checkpoint', str(first / 'model_best.safetensors'), '--eval-only', '-b', '7', '--eval-metric',
+        'macro_f1']
     capsys.readouterr()
     run('e', *flags)
     one = capsys.readouterr().out.splitlines()[-1]
