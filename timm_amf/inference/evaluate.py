@@ -34,8 +34,10 @@ def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     if not 0 < args.confidence < 100:
         raise UserError(f'--confidence: must be between 0 and 100, not {args.confidence:g}')
+    options = options_from(args)
     options = replace(
-        options_from(args), split=args.split, data_dir=args.data_dir, level=args.confidence / 100)
+        options, split=args.split, data_dir=args.data_dir, level=args.confidence / 100,
+        flags=options.flags + ('--skip-bad-images',) * args.skip_bad_images)
     found = evaluations([open_model(run, options) for run in args.runs], options, args.ensemble)
     rows = summary(found, options.level)
     crops = 'ten crops (average of their softmax)' if options.ten_crop else 'one crop'
@@ -66,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         help='folder of a run or of a published model, file .onnx, or hf-hub:OWNER/NAME')
     add('--split', metavar='NAME', help='train, validation, test, ... (default: what each run was validated on)')
     add('--data-dir', metavar='DIR', help='folder of the data (default: where each run had it)')
+    add('--skip-bad-images', action='store_true', help='go on without the images that cannot be read')
     add('--ensemble', action='store_true', help='also the average of the probabilities of all runs')
     add('--confidence', type=float, default=95., metavar='PERCENT', help='of the intervals (default: 95)')
     add('--results-file', metavar='FILE', help='file to write the results to')
