@@ -39,7 +39,8 @@ _MISFITS = re.compile(
 # Distribution -> extra that brings it.
 _EXTRAS = {
     'sklearn': 'search', 'scipy': 'search', 'ot': 'search', 'matplotlib': 'report', 'onnx': 'export',
-    'onnxruntime': 'export', 'onnxscript': 'export', 'skimage': 'demo', 'tensorboard': 'tensorboard',
+    'onnxruntime': 'export', 'onnxscript': 'export', 'skimage': 'demo', 'peft': 'lora',
+    'tensorboard': 'tensorboard',
 }
 _TOKEN = re.compile(r'\bhf_\w{8,}')
 
