@@ -24,6 +24,8 @@ _EXPECTED = {
     'yaml.error.YAMLError': 'is no YAML',
     'safetensors._safetensors_rust.SafetensorError': 'a weights file is damaged or no safetensors file',
     'PIL.Image.DecompressionBombError': 'an image is too large',
+    'sqlalchemy.exc.SQLAlchemyError': 'the database of the sweep cannot be used',
+    'optuna.exceptions.StorageInternalError': 'the database of the sweep cannot be used',
     'zipfile.BadZipFile': 'an archive is damaged',
     'builtins.MemoryError': 'out of memory; lower the batch size',
     'torch.OutOfMemoryError': 'the device is out of memory; lower the batch size',
@@ -40,6 +42,7 @@ _MISFITS = re.compile(
 _EXTRAS = {
     'sklearn': 'search', 'scipy': 'search', 'ot': 'search', 'matplotlib': 'report', 'onnx': 'export',
     'onnxruntime': 'export', 'onnxscript': 'export', 'skimage': 'demo', 'tensorboard': 'tensorboard',
+    'optuna': 'sweep',
 }
 _TOKEN = re.compile(r'\bhf_\w{8,}')
 
