@@ -11,12 +11,11 @@ import contextlib
 import importlib
 import io
 import json
-import logging
 import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -40,7 +39,7 @@ from timm_amf.files import write_text
 from timm_amf.search.keywords import words_of
 from timm_amf.search.proposal import config_text
 from timm_amf.search.sweep_results import Configuration, Sweep, ranked, write_rows
-from timm_amf.search.sweep_space import Space
+from timm_amf.search.sweep_space import Space, pairs, seed_list
 from timm_amf.tuning import Plan
 from timm_amf.tuning.plan_args import common_plan
 
@@ -58,24 +57,6 @@ _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 class _Repeated(Exception):
     """A trial that another one makes needless."""
-
-
-@contextlib.contextmanager
-def _each_once() -> Iterator[None]:
-    """Log no message twice: each run says the same of the same data."""
-    said: set[str] = set()
-    handlers = list(logging.getLogger().handlers)
-
-    def is_new(record: logging.LogRecord) -> bool:
-        return not (record.getMessage() in said or said.add(record.getMessage()))
-
-    for handler in handlers:
-        handler.addFilter(is_new)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(is_new)
 
 
 class _Worker:
@@ -326,26 +307,9 @@ def sweep(
 
 def _sweep(words: Sequence[str], grid: Mapping, space: Mapping, *how: Any) -> Sweep:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings(), _each_once():
+    with warnings.catch_warnings():
         warnings.simplefilter('ignore', ExperimentalWarning)
         return _Worker(Space(words, grid, space), *how).run()
-
-
-def _pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        key, equals, values = text.lstrip('-').partition('=')
-        if not (key and equals and values):
-            raise UserError(f'{flag} {text}: write KEY=VALUES, and the folder of data before the flags')
-        pairs[key] = values
-    return pairs
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        return [int(seed) for seed in text.split(',')]
-    except ValueError:
-        raise UserError(f'--seeds {text}: give whole numbers with commas between') from None
 
 
 def main(argv: Sequence[str]) -> None:
@@ -360,7 +324,7 @@ def main(argv: Sequence[str]) -> None:
     add('--grid', action='extend', nargs='+', default=[], metavar='KEY=V,V', help='values, to combine with all others')
     add('--space', action='extend', nargs='+', default=[], metavar='KEY=RANGE',
         help='what to draw from: LOW:HIGH, log:LOW:HIGH (whole numbers if both limits are), or V,V,...')
-    add('--seeds', type=_seeds, default=[], metavar='N,N', help='train each configuration with each (default: --seed)')
+    add('--seeds', type=seed_list, default=[], metavar='N,N', help='train each configuration with each')
     add('--trials', type=int, metavar='N', help='configurations to draw from a --space (default: 20)')
     add('--pruner', choices=_PRUNERS, default='none', help='end configurations that fall behind (default: %(default)s)')
     add('--storage', metavar='URL', help="database or journal file of Optuna (default: SQLite in the sweep's folder)")
@@ -372,7 +336,7 @@ def main(argv: Sequence[str]) -> None:
     if not any(word.split('=')[0] in ('--model', '--config', '-c') for word in words):
         raise UserError('no model: name one with --model, or a recipe with --config')
     found = _sweep(
-        words, _pairs(own.grid, '--grid'), _pairs(own.space, '--space'), own.seeds, own.trials, own.pruner, own.storage,
+        words, pairs(own.grid, '--grid'), pairs(own.space, '--space'), own.seeds, own.trials, own.pruner, own.storage,
         own.test_split)
     print(f'\n{found}')
     if found.config:

@@ -14,7 +14,7 @@ from timm_amf.engine.config_file import nearest
 from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.errors import UserError
 
-__all__ = ['Space']
+__all__ = ['Space', 'pairs', 'seed_list']
 
 # Flags that are the same for all runs of a sweep.
 _FIXED = ('config', 'output', 'experiment', 'resume', 'overwrite', 'eval_metric', 'dry_run', 'eval_only', 'publish')
@@ -111,3 +111,22 @@ class Space:
             else:
                 words += [f'{flag}={value}'] if action.nargs is None else [flag, *str(value).split()]
         return words + (['--role', *self.args.role_settings, *roles] if roles else [])
+
+
+def pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
+    """What `--grid` or `--space` says, by key."""
+    found = {}
+    for text in texts:
+        key, equals, values = text.lstrip('-').partition('=')
+        if not (key and equals and values):
+            raise UserError(f'{flag} {text}: write KEY=VALUES, and the folder of data before the flags')
+        found[key] = values
+    return found
+
+
+def seed_list(text: str) -> list[int]:
+    """What `--seeds` says."""
+    try:
+        return [int(seed) for seed in text.split(',')]
+    except ValueError:
+        raise UserError(f'--seeds {text}: give whole numbers with commas between') from None
