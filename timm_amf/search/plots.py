@@ -193,12 +193,18 @@ def sweep_figure(found: Sweep) -> 'Figure':
         raise UserError(f'{found.folder}: nothing differs between the configurations, so there is no plot of them')
     wide = min(2, len(keys))
     high = -(-len(keys) // wide)
-    figure = _figure(6.6 * wide, 3.3 * high + 0.6)
+    figure = _figure(6. * wide, 3.3 * high + 0.9)
     panels = figure.subplots(high, wide, sharey=True, squeeze=False).ravel()
     for key, axes in zip(keys, panels):
         _draw_setting(axes, found, key)
     for axes in panels[len(keys):]:
         axes.remove()
+    panels = panels[:len(keys)]
+    if len({tuple(axes.get_legend_handles_labels()[1]) for axes in panels}) == 1:
+        _add_legend(figure, panels)
+    else:
+        for axes in panels:
+            axes.legend(loc='upper left', bbox_to_anchor=(1.01, 1.), fontsize=8, frameon=False)
     text = f'{found.model}: best is {found.best}, {found.metric} {found.best.mean:.2f} on validation images'
     figure.suptitle(_wrapped(text, figure), fontsize=10)
     return figure
@@ -226,7 +232,6 @@ def _draw_setting(axes: 'Axes', found: Sweep, key: str) -> None:
     axes.set_ylabel(f'validation {found.metric}{" (%)" if found.metric.startswith("top") else ""}')
     axes.yaxis.set_tick_params(labelleft=True)
     _plain(axes)
-    axes.legend(loc='upper left', bbox_to_anchor=(1.01, 1.), fontsize=8, frameon=False)
 
 
 def _series(found: Sweep, key: str) -> list[tuple[str, str, list[Configuration]]]:
@@ -255,12 +260,14 @@ def _setting_axis(axes: 'Axes', key: str, values: Sequence) -> Callable[[Any], f
         numbers = {value: float(value) for value in names}
     except ValueError:  # words
         numbers = {value: float(i) for i, value in enumerate(names)}
-        axes.set_xticks(list(numbers.values()), _short_names(names), fontsize=8)
+        slanted = {'rotation': 40, 'ha': 'right', 'rotation_mode': 'anchor'} if sum(map(len, names)) > 60 else {}
+        axes.set_xticks(list(numbers.values()), _short_names(names), fontsize=8, **slanted)
+        axes.set_xlim(-0.5, len(names) - 0.5)
         return numbers.__getitem__
     low, high = min(numbers.values()), max(numbers.values())
     if low > 0 and high / low >= _LOG:
         axes.set_xscale('log')
-    if len(names) <= 6:
+    if len(names) <= 8:
         axes.set_xticks(list(numbers.values()), [shown(value) for value in names])
         axes.set_xticks([], minor=True)
     return numbers.__getitem__

@@ -28,9 +28,9 @@ class Configuration:
         end: `complete`, or how it ended else: `pruned: ...`, `diverged: ...`.
         mean: Of the runs' metrics, None if it is not complete.
         std: Standard deviation over the seeds (ddof 1).
-        low: Lower limit of Student's 95 % interval of the mean over seeds; None, as `std` and `high`, of one seed and
-            where all seeds agree, which would be a width of 0.
-        high: Upper limit.
+        low: Lower limit of Student's 95 % interval of the mean over seeds, 0 at least; None, as `std` and `high`, of
+            one seed and where all seeds agree, which would be a width of 0.
+        high: Upper limit; of percentages 100 at most.
         difference: Of the means, from the best configuration's.
         p: P value of the paired t test against the best, over the seeds; NaN where all differences are the same.
         p_holm: Corrected by Holm for the number of configurations that are compared with the best.
@@ -67,7 +67,8 @@ def ranked(configurations: Sequence[Configuration], metric: str) -> list[Configu
         scores = c.scores(metric)
         c.mean = fmean(scores)
         if len(set(scores)) > 1:
-            c.mean, c.std, c.low, c.high = mean_interval(scores)
+            c.mean, c.std, low, high = mean_interval(scores)
+            c.low, c.high = max(low, 0.), high if metric == 'loss' else min(high, 100.)
     sign = 1 if metric == 'loss' else -1
     complete.sort(key=lambda c: (sign * c.mean, c.number))
     best, others = complete[:1], complete[1:]
