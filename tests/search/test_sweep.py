@@ -123,40 +123,51 @@ def test_a_grid_with_seeds(words, tmp_path, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def _child(words, output, grace):
+def _child(words, output, stalls):
     """A process of a sweep, forked from this one, which has imported all that it takes."""
-    module._HEARTBEAT, module._GRACE = 1, grace
     with open(output, 'w') as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        sys.stdout, sys.stderr = (os.fdopen(n, 'w', buffering=1) for n in (1, 2))
-        os._exit(main(words))
+    sys.stdout, sys.stderr = (os.fdopen(n, 'w', buffering=1) for n in (1, 2))
+    original = train_amf.train
+
+    def train(argv, after_epoch=None):
+        def after(epoch, metric):
+            after_epoch(epoch, metric)
+            if stalls in argv and epoch == 1:
+                output.with_suffix('.stalled').touch()
+                time.sleep(600)
+
+        original(argv, after_epoch and after)
+
+    train_amf.train = train
+    os._exit(main(words))
 
 
-def _start(words, output, grace=60):
-    child = multiprocessing.get_context('fork').Process(target=_child, args=(words, output, grace))
+def _start(words, output, stalls=''):
+    child = multiprocessing.get_context('fork').Process(target=_child, args=(words, output, stalls))
     child.start()
     return child
 
 
 def test_killed_and_resumed(words, tmp_path, monkeypatch):
     """The same command goes on in the run that was killed, and finds what a sweep does that never stopped."""
-    keys = ['--grid', 'lr=0.05,0.001', '--seeds', '0,1', '--epochs', '4']
+    keys = ['--grid', 'lr=0.05,0.001', '--seeds', '0,1', '--epochs', '3']
     assert main([*words, '--experiment', 'whole', *keys]) == 0
     reset_accelerate()
-    folder = tmp_path / 'found'
-    victim, first = folder / 'trial0-seed1', folder / 'trial0-seed0' / 'summary.csv'
-    child = _start([*words, *keys], tmp_path / 'killed.txt')
-    deadline = time.monotonic() + 60
-    while not (victim / 'last').exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(child.pid, signal.SIGKILL)
-    child.join()
-    assert 0 < len(read(victim / 'summary.csv')) < 4, 'not killed in the middle of a run'
-    untouched = first.stat().st_mtime_ns
-
     monkeypatch.setattr(module, '_HEARTBEAT', 1)
     monkeypatch.setattr(module, '_GRACE', 2)
+    child = _start([*words, *keys], tmp_path / 'killed.txt', stalls='trial0-seed1')
+    deadline = time.monotonic() + 60
+    while not (tmp_path / 'killed.stalled').exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    folder = tmp_path / 'found'
+    first = folder / 'trial0-seed0' / 'summary.csv'
+    assert len(read(first)) == 3 and len(read(folder / 'trial0-seed1' / 'summary.csv')) == 2
+    untouched = first.stat().st_mtime_ns
+
     found, resumed = train_amf.find_resume, []
     monkeypatch.setattr(train_amf, 'find_resume', lambda *a: resumed.append((a[1].name, found(*a))) or resumed[-1][1])
     assert main([*words, *keys]) == 0
@@ -282,6 +293,21 @@ def test_mistakes(words, extra, message, tmp_path, capsys):
     err = capsys.readouterr().err.strip().splitlines()
     assert message in err[-1], err
     assert not list((tmp_path / 'found').glob('trial*'))
+
+
+def test_no_model(data, capsys):
+    assert main(['sweep', str(data), '--grid', 'lr=0.1']) == 2
+    assert 'no model: name one with --model' in capsys.readouterr().err
+
+
+def test_without_the_extras(words, quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'matplotlib.backends.backend_agg', None)
+    assert main([*words, '--grid', 'lr=0.1,0.01']) == 0
+    assert 'No figure' in capsys.readouterr().out and (tmp_path / 'found' / 'best.yaml').exists()
+    monkeypatch.setitem(sys.modules, 'optuna', None)
+    monkeypatch.delitem(sys.modules, 'timm_amf.search.sweep')
+    assert main([*words, '--grid', 'lr=0.1,0.01']) == 2
+    assert "this needs optuna; pip install 'timm_amf[sweep]'" in capsys.readouterr().err
 
 
 def test_a_mistake_is_not_in_the_way(words, quick):

@@ -7,6 +7,7 @@ A trial is a configuration: one run folder for each seed, and as its score the m
 validation images. All trials wait in the queue of an Optuna study from the start on, which gives each to one process,
 however many work on it. `GridSampler` would not: it hands out what runs elsewhere once nothing else is left.
 """
+import argparse
 import contextlib
 import importlib
 import io
@@ -23,6 +24,7 @@ from typing import Any, Optional, Union
 
 import optuna
 from filelock import FileLock
+from optuna.distributions import distribution_to_json
 from optuna.exceptions import ExperimentalWarning, TrialPruned
 from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
@@ -31,6 +33,7 @@ from optuna.trial import Trial, TrialState
 
 from timm_amf.data import create_dataset, data_spec_from_args, splits_from_args
 from timm_amf.engine.build import input_channels
+from timm_amf.engine.config_file import args_content
 from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs, table
 from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.engine.run_folder import best_epoch, is_run
@@ -84,6 +87,8 @@ class _Worker:
         self.number: Optional[int] = None  # of the trial that it trains
 
     def _check(self, trials: Optional[int], pruner: str) -> None:
+        if 'model' not in self.args.explicit:
+            raise UserError('no model: name one with --model, or a recipe with --config')
         if int(os.environ.get('WORLD_SIZE', 1)) > 1:
             raise UserError('a process of a sweep trains on one device; start the command several times instead')
         for name, flag in _REFUSED.items():
@@ -126,9 +131,10 @@ class _Worker:
         """The study of the folder's name; its first process makes it and puts all trials in its queue."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name, args = self.folder.name, self.args
-        values = {key: getattr(args, key) for key in sorted(args.explicit - set(_ANYWHERE))}
-        over = {key: repr(over) for key, over in self.space.over.items()}
-        asked = json.loads(json.dumps([values, args.recipe, over, self.seeds], default=str))
+        given = {key: getattr(args, key) for key in args.explicit - set(_ANYWHERE)}
+        given = args_content(argparse.Namespace(**given, recipe=args.recipe, explicit=set(given)))
+        over = {key: distribution_to_json(over) for key, over in self.space.over.items()}
+        asked = json.loads(json.dumps([given, over, self.seeds]))
         with self._lock():
             storage = self._open_storage()
             if args.overwrite:
@@ -271,7 +277,7 @@ class _Worker:
 
 def sweep(
         data_dir: Optional[str] = None,
-        model: str = 'resnet50',
+        model: Optional[str] = None,
         grid: Optional[Mapping[str, Sequence]] = None,
         space: Optional[Mapping[str, Any]] = None,
         seeds: Sequence[int] = (),
@@ -285,7 +291,7 @@ def sweep(
 
     Args:
         data_dir: Folder of the images.
-        model: timm architecture, or a composite.
+        model: timm architecture, or a composite; else the one of `config`.
         grid: Values by key: a flag of `timm-amf train`, or ROLE.FIELD of a Plan. All combinations are trained.
         space: What to draw from by key: `'1e-4:1e-1'`, `'log:1e-4:1e-1'`, `'1:8'` (whole numbers), a list of values,
             or a distribution of Optuna.
@@ -295,13 +301,13 @@ def sweep(
         storage: URL, journal file or storage of Optuna (default: SQLite in the sweep's folder). Processes that name the
             same one, and the same `output` and `experiment`, share the work.
         test_split: Split that the best configuration is evaluated on, once, at the end. None: no split.
-        **options: Flags of `timm-amf train` by name, such as `epochs`, `pretrained`, `output`, `experiment`.
+        **options: Flags of `timm-amf train` by name, such as `epochs`, `pretrained`, `config`, `output`, `experiment`.
 
     Returns:
         What was found: `best`, `plan`, `config`, `configurations`; `print` shows the table.
     """
     words = [str(data_dir)] if data_dir is not None else []
-    words += ['--model', model, *words_of(build_parser(), options)]
+    words += words_of(build_parser(), {**options, **({} if model is None else {'model': model})})
     return _sweep(words, grid or {}, space or {}, seeds, trials, pruner, storage, test_split)
 
 
@@ -333,8 +339,6 @@ def main(argv: Sequence[str]) -> None:
     if own.help:
         parser.print_help()
         return
-    if not any(word.split('=')[0] in ('--model', '--config', '-c') for word in words):
-        raise UserError('no model: name one with --model, or a recipe with --config')
     found = _sweep(
         words, pairs(own.grid, '--grid'), pairs(own.space, '--space'), own.seeds, own.trials, own.pruner, own.storage,
         own.test_split)

@@ -128,7 +128,7 @@ class Sweep:
             rows.append(row)
         text = columns(rows, right=range(len(self.best.values) + 1, len(head)))
         if len(self.best.runs) > 1:
-            text += '\ninterval: Student\'s t over the seeds; p: paired t test against the best, over the seeds'
+            text += "\ninterval: Student's t over the seeds, none where all agree; p: paired t test against the best"
         return '\n\n'.join([text, *filter(None, [self.test]), *self.notes])
 
     def write(self) -> None:
