@@ -32,6 +32,7 @@ from timm_amf.engine.wise import mix_with_start, prepare_mix
 from timm_amf.errors import UserError, run_command, without_traceback_flag
 from timm_amf.models.method import RunSettings, method_of
 from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args, resolve
+from timm_amf.tuning.lora import add_lora, merge_lora
 
 
 def train(
@@ -51,6 +52,11 @@ def train(
 
         print(fit_words([*(sys.argv[1:] if argv is None else argv), '--plan', '']))
         return
+    if args.budget is not None and args.epochs is None:
+        from timm_amf.search.fit import epochs_within
+
+        words = list(sys.argv[1:] if argv is None else argv)
+        args = parse_args([*words, '--epochs', str(epochs_within(words))])
     if args.publish:
         from timm_amf.hub.publish import check_flags  # what it takes is imported only where it is asked for
 
@@ -89,6 +95,10 @@ def _train(
     if resume is None and not args.eval_only:
         build.set_start(model, table, args, train_set.num_classes)
         start_head(model, args, train_set, accelerator, table)
+    keeps_start = (args.wise_ft or args.head_start == 'probe') and not (args.dry_run or args.eval_only)
+    start = copy.deepcopy(model.state_dict()) if keeps_start and resume is None else None
+    if add_lora(model, table, args.seed):
+        table = resolve(model, plan)
     optimizer = create_optimizer(model, table)
     mixup = build.build_mixup(args, model.num_classes)
     branch_loss = args.branch_loss
@@ -103,8 +113,6 @@ def _train(
     accelerator.print(describe_depths(model, table), end='')
     if args.dry_run:
         return
-    keeps_start = args.wise_ft or args.head_start == 'probe'
-    start = copy.deepcopy(model.state_dict()) if keeps_start and resume is None else None
     if resume is not None:
         trainer.resume(resume)
     elif args.head_start == 'probe' and not args.eval_only:
@@ -134,6 +142,8 @@ def _train(
         build.start_trackers(args, accelerator, plan)
 
     trainer.train(begin, after_epoch)
+    for trained in filter(None, (model, task.ema_model)):
+        merge_lora(trained)
     if args.wise_ft and trainer.epoch >= trainer.total_epochs:
         accelerator.print(mix_with_start(trainer))
     trainer.write_compact()

@@ -41,8 +41,8 @@ _MISFITS = re.compile(
 # Distribution -> extra that brings it.
 _EXTRAS = {
     'sklearn': 'search', 'scipy': 'search', 'ot': 'search', 'matplotlib': 'report', 'onnx': 'export',
-    'onnxruntime': 'export', 'onnxscript': 'export', 'skimage': 'demo', 'tensorboard': 'tensorboard',
-    'optuna': 'sweep',
+    'onnxruntime': 'export', 'onnxscript': 'export', 'skimage': 'demo', 'peft': 'lora',
+    'tensorboard': 'tensorboard', 'optuna': 'sweep',
 }
 _TOKEN = re.compile(r'\bhf_\w{8,}')
 

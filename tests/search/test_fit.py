@@ -143,6 +143,17 @@ def test_a_budget_sets_the_epochs(words, tmp_path):
     assert 3 <= epochs <= 100
 
 
+def test_train_within_a_budget(words, tmp_path):
+    """A resumed run keeps its epochs, however fast the machine is then."""
+    plain = ['train', *words[1:], '--val-share', '0.2', '--budget', '0.03']
+    assert main(plain) == 0
+    plan = tmp_path / 'run' / 'plan.yaml'
+    before = timm_amf.Plan.from_yaml(plan).epochs
+    assert 1 <= before
+    assert main([*plain[:-1], '9', '--resume', 'auto']) == 0
+    assert timm_amf.Plan.from_yaml(plan).epochs == before
+
+
 # -- the start --------------------------------------------------------------------------------------------------------
 
 

@@ -222,7 +222,7 @@ class Trainer:
         self.policy_log = CsvLog(self.folder / 'policy.csv', self.epoch)
 
     def _identity(self) -> dict[str, Any]:
-        """What the order and size of the steps follow from."""
+        """What the order and size of the steps, and the loss, follow from."""
         return dict(
             seed=self.args.seed,
             samples=len(self.train_loader.dataset),
@@ -230,13 +230,15 @@ class Trainer:
             grad_accum_steps=self.args.grad_accum_steps,
             steps=self.steps,
             processes=self.accelerator.num_processes,
-            class_sampling=self.args.class_sampling,
+            **{name: getattr(self.args, name) for name in (
+                'class_sampling', 'class_weight', 'val_share', 'test_share', 'group')},
         )
 
     def _check_same_run(self, source: Path, state: dict[str, Any]) -> None:
         differing = [
             f'{name} {state["identity"].get(name)} before, {value} now'
-            for name, value in self._identity().items() if state['identity'].get(name) != value
+            # Earlier versions wrote fewer.
+            for name, value in self._identity().items() if state['identity'].get(name, value) != value
         ]
         if state['plan'] != self.plan.to_dict():
             _logger.warning('%s: has another Plan than this run, which continues with its own', source)

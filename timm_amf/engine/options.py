@@ -59,6 +59,8 @@ RUN_FLAGS = (
      {'choices': ('balanced',)}),
     ('--early-stop', int, None, 'stop when the --eval-metric has not improved for this many epochs',
      {'metavar': 'EPOCHS'}),
+    ('--budget', float, None, 'minutes that it may take, about: they set --epochs where it is not given',
+     {'metavar': 'MINUTES'}),
     ('--branch-loss', float, None, "weight of an extra loss on each branch's own logits (AMF, MultiTune; default: 1, "
      "in recipes of the paper 0)"),
     ('--policy-balance', float, 0., "weight of a penalty on branches that get more than their share of the policy's "

@@ -18,8 +18,9 @@ import io
 import json
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -35,9 +36,10 @@ from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.engine.run_folder import best_epoch
 from timm_amf.errors import CommandParser, Interrupted, UserError
 from timm_amf.files import write_text
+from timm_amf.tuning import Plan
 from timm_amf.yaml_text import load_yaml
 
-__all__ = ['Candidate', 'Fit', 'fit', 'fit_words', 'main']
+__all__ = ['COMMON', 'Candidate', 'Fit', 'complete', 'fit', 'fit_words', 'main']
 
 MODEL = 'tf_efficientnet_lite0'
 # Of all candidates: what is measured to fine-tune well from a logistic regression (docs/fit.md).
@@ -139,10 +141,12 @@ def fit(
     from timm_amf.search.keywords import words_of
 
     words = [data_dir] if data_dir is not None else []
-    return fit_words([*words, '--model', model, *words_of(build_parser(), options)], budget)
+    options['budget'] = budget
+    return fit_words([*words, '--model', model, *words_of(build_parser(), {
+        name: value for name, value in options.items() if value is not None})])
 
 
-def fit_words(words: Sequence[str], budget: Optional[float] = None) -> Fit:
+def fit_words(words: Sequence[str]) -> Fit:
     """`fit` by the words of a command line."""
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UserError('fit runs in one process; start it without accelerate launch or torchrun')
@@ -150,10 +154,10 @@ def fit_words(words: Sequence[str], budget: Optional[float] = None) -> Fit:
     if args.dry_run or args.eval_only:
         raise UserError('fit trains; leave --dry-run and --eval-only out')
     folder = Path(args.output or 'output/fit') / (args.experiment or Path(args.data_dir or 'mixture').resolve().name)
-    progress = _Progress(folder.with_name(f'{folder.name}-pilots'), [*words, str(budget)])
+    progress = _Progress(folder.with_name(f'{folder.name}-pilots'), words)
     if (folder / 'args.yaml').exists() and not args.overwrite and progress.winner is None:
         raise UserError(f'{folder}: holds a run already; name another with --experiment, or add --overwrite')
-    words = progress.words = progress.words or _complete(list(words), budget)
+    words = progress.words = progress.words or complete(words)
     if progress.winner is None:
         args = parse_args(words)
         progress.candidates = [Candidate(c.name, c.flags) for c in CANDIDATES]
@@ -210,9 +214,15 @@ class _Progress:
         write_text(self.folder / 'fit.json', json.dumps(state, indent=1))
 
 
-def _complete(words: list[str], budget: Optional[float]) -> list[str]:
-    """The flags that the data decide: a validation split, the batch size and the epochs, where they were not given."""
-    given = parse_args([*words, '--epochs', '1'])
+def complete(words: Sequence[str], data: Optional[Mapping] = None) -> list[str]:
+    """Add what the data decide, where it was not given: a validation split, batch size, epochs; and the weights.
+
+    Args:
+        words: Command line of `timm-amf train`.
+        data: The data, where the command line does not name them, of the form of a recipe's section.
+    """
+    words = list(words)
+    given = parse_args([*words, '--epochs', '1'], data)
     if given.val_share is None and not given.recipe.get('data'):
         # Groups are of the shares, which are not known yet.
         if _unsplit(data_spec_from_args(argparse.Namespace(**{**vars(given), 'group': None}))):
@@ -220,16 +230,16 @@ def _complete(words: list[str], budget: Optional[float]) -> list[str]:
             given.val_share = 0.2
     train = create_datasets(
         data_spec_from_args(given, given.recipe.get('data')), ('train',), input_channels(given))[0]
-    plain = parse_args(words)
+    plain = parse_args(words, data)
     if 'batch_size' not in plain.explicit:
         batch = 32
         while batch > 4 and len(train) < 8 * batch:
             batch //= 2
         words += ['--batch-size', str(batch)]
-    if plain.epochs is None:
+    if plain.epochs is None and 'epochs' not in plain.recipe.get('plan', {}):
         epochs = max(5, min(30, round(10000 / len(train))))
-        if budget is not None:
-            epochs = max(3, min(100, _affordable(words, budget)))
+        if plain.budget is not None:
+            epochs = max(3, min(100, epochs_within([*COMMON, *words], pilots=1.5)))
         words += ['--epochs', str(epochs)]
     if not plain.initial_checkpoint and not plain.pretrained:
         words.append('--pretrained')
@@ -244,13 +254,24 @@ def _unsplit(spec) -> bool:
         os.path.isdir(root) and not any(os.path.exists(os.path.join(root, name)) for name in names) for root in roots)
 
 
-def _affordable(words: Sequence[str], budget: float) -> int:
-    """Epochs that a budget in minutes pays for, by the time of one."""
+def epochs_within(words: Sequence[str], pilots: float = 1.) -> int:
+    """Epochs that `--budget` pays for, by the time of one; of a run that is resumed, those that it had.
+
+    Args:
+        words: Command line of `timm-amf train`.
+        pilots: Cost of all that is trained, in trainings.
+    """
+    args = parse_args(words)
+    folder = Path(args.output or 'output/train', args.experiment or '') if args.resume == 'auto' else Path(args.resume)
+    before = [base / 'plan.yaml' for base in (folder, folder.parent) if (base / 'plan.yaml').exists()]
+    if args.resume and before:
+        return Plan.from_yaml(before[0]).epochs
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise UserError('--budget: times an epoch in one process; give --epochs')
     start = time.monotonic()
-    folder = Path(parse_args(words).output or 'output/fit').expanduser() / '.timing'
-    _run([*COMMON, *words, '--epochs', '1', '--head-start', 'zero', '--overwrite'], folder, quiet=True)
-    shutil.rmtree(folder)
-    return round(60 * budget / (1.5 * (time.monotonic() - start)))
+    with tempfile.TemporaryDirectory(prefix='timm_amf-') as scratch:
+        _run([*words, '--epochs', '1', '--head-start', 'zero', '--resume', ''], Path(scratch) / 'timing', quiet=True)
+    return max(1, round(60 * args.budget / (pilots * (time.monotonic() - start))))
 
 
 def _pilot_epochs(epochs: int) -> int:
@@ -297,16 +318,17 @@ def main(argv: Sequence[str]) -> None:
         prog='timm-amf fit', add_help=False, allow_abbrev=False, usage='%(prog)s [DIR] [--model NAME] [flags of train]',
         description='Fine-tune a model: measure a few ways on the data, train the best to the end.')
     parser.add_argument('-h', '--help', action='store_true', help='show this; timm-amf train --help shows its flags')
-    parser.add_argument('--budget', type=float, metavar='MINUTES', help='about how long it may take')
+    # Listed here, read with the rest.
+    parser.add_argument('--budget', metavar='MINUTES', help='about how long it may take, pilots included')
     own, words = parser.parse_known_args(argv)
     if own.help:
         parser.print_help()
         return
-    if own.budget is not None and not own.budget > 0:
-        raise UserError(f'--budget: must be above 0, not {own.budget:g}')
+    if own.budget is not None:
+        words = [*words, '--budget', own.budget]
     if not any(word.split('=')[0] in ('--model', '--config', '-c') for word in words):
         words = [*words, '--model', MODEL]
-    found = fit_words(words, own.budget)
+    found = fit_words(words)
     run = found.folder
     print(f'{found}\n\nNext: timm-amf evaluate {run}')
     print(f'      timm-amf export {run} --format onnx')

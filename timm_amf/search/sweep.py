@@ -52,7 +52,7 @@ __all__ = ['main', 'sweep']
 _HEARTBEAT, _GRACE = 15, 60
 _PRUNERS = ('none', 'median', 'hyperband')
 _REFUSED = {'resume': '--resume', 'dry_run': '--dry-run', 'eval_only': '--eval-only', 'publish': '--publish',
-            'finds_plan': '--plan auto'}
+            'finds_plan': '--plan auto', 'budget': '--budget'}
 # What the scores do not follow from.
 _ANYWHERE = ('overwrite', 'no_progress', 'workers', 'output', 'experiment', 'seed', 'tracker')
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -307,7 +307,8 @@ def sweep(
         What was found: `best`, `plan`, `config`, `configurations`; `print` shows the table.
     """
     words = [str(data_dir)] if data_dir is not None else []
-    words += words_of(build_parser(), {**options, **({} if model is None else {'model': model})})
+    options = {name: value for name, value in {'model': model, **options}.items() if value is not None}
+    words += words_of(build_parser(), options)
     return _sweep(words, grid or {}, space or {}, seeds, trials, pruner, storage, test_split)
 
 

@@ -17,7 +17,8 @@ from timm_amf.errors import UserError
 __all__ = ['Space', 'pairs', 'seed_list']
 
 # Flags that are the same for all runs of a sweep.
-_FIXED = ('config', 'output', 'experiment', 'resume', 'overwrite', 'eval_metric', 'dry_run', 'eval_only', 'publish')
+_FIXED = ('config', 'output', 'experiment', 'resume', 'overwrite', 'eval_metric', 'dry_run', 'eval_only', 'publish',
+          'budget')
 _RANGE = re.compile(r'(log:)?([^:,\[\]]+):([^:,\[\]]+)')
 
 
