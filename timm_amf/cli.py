@@ -22,6 +22,7 @@ _COMMANDS = {
         'timm_amf.search.advise', 'measure how well pretrained weights fit the data, and write a Plan'),
     'search': (
         'timm_amf.search.block_search', 'find the layers, blocks or windows worth tuning, and write a Plan'),
+    'sweep': ('timm_amf.search.sweep', 'train over a grid of settings, or by Optuna, and rank them, with tests'),
     'decathlon': (
         'timm_amf.engine.submission', 'score test accuracies on the Visual Decathlon, or write its submission file'),
     'export': ('timm_amf.export', "write a run's model to an ONNX, TorchScript or safetensors file, checked"),
@@ -32,6 +33,7 @@ _INTERRUPTED = {
     'fit': 'interrupted; the same command goes on where it stopped',
     'advise': 'interrupted; features that were finished are kept',
     'search': 'interrupted; the same command goes on where it stopped',
+    'sweep': 'interrupted; the same command goes on where it stopped',
     'publish': 'interrupted; the repository is as it was',
 }
 

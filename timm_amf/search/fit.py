@@ -33,6 +33,7 @@ from timm_amf.data.table import is_table, read_table
 from timm_amf.engine.build import input_channels
 from timm_amf.engine.checkpoint import read_state
 from timm_amf.engine.options import build_parser, parse_args
+from timm_amf.engine.run_folder import best_epoch
 from timm_amf.errors import CommandParser, Interrupted, UserError
 from timm_amf.files import write_text
 from timm_amf.tuning import Plan
@@ -295,7 +296,8 @@ def _train(candidate: Candidate, words: Sequence[str], output: Path, experiment:
     mix = ['--wise-ft'] if experiment else []
     try:
         _run([*COMMON, *candidate.flags, *words, *mix, '--resume', 'auto'], folder, quiet=not experiment)
-        metric, loss = _best(folder)
+        best = best_epoch(folder)
+        metric, loss = best[load_yaml(folder / 'args.yaml').get('eval_metric', 'top1')], best['loss']
     except Interrupted as e:
         raise Interrupted(e.signum, 'stopped; the same command goes on where it stopped') from e
     except UserError as e:
@@ -308,15 +310,6 @@ def _train(candidate: Candidate, words: Sequence[str], output: Path, experiment:
         candidate.pilot, candidate.loss = metric, loss
         print(f'pilot of {candidate.name}: {metric:.2f}', flush=True)
     candidate.seconds += time.monotonic() - start
-
-
-def _best(folder: Path) -> tuple[float, float]:
-    """The metric and the loss of a run's best epoch."""
-    name = load_yaml(folder / 'args.yaml').get('eval_metric', 'top1')
-    with open(folder / 'summary.csv', newline='', encoding='utf-8') as file:
-        rows = [row for row in csv.DictReader(file) if row['eval_loss']]
-    found = [(float(row[f'eval_{name}']), float(row['eval_loss'])) for row in rows]
-    return min(found) if name == 'loss' else max(found, key=lambda pair: (pair[0], -pair[1]))
 
 
 def main(argv: Sequence[str]) -> None:
