@@ -14,7 +14,7 @@ import contextlib
 import copy
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -35,8 +35,17 @@ from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, 
 from timm_amf.tuning.lora import add_lora, merge_lora
 
 
-def train(argv: Optional[Sequence[str]] = None) -> None:
-    """Parse, build, loop; raises `Interrupted` after a signal, with the checkpoint written."""
+def train(
+        argv: Optional[Sequence[str]] = None,
+        after_epoch: Optional[Callable[[int, Optional[float]], None]] = None,
+) -> None:
+    """Parse, build, loop; raises `Interrupted` after a signal, with the checkpoint written.
+
+    Args:
+        argv: Arguments, those of the process if None.
+        after_epoch: Is told each epoch that was trained, from 0, and its `--eval-metric` (None if it was not due), once
+            its checkpoint is written; what it raises ends the training.
+    """
     args = parse_args(argv)
     if args.finds_plan:
         from timm_amf.search.fit import fit_words  # which calls this with the Plans that it tries
@@ -59,14 +68,20 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     # A run that was killed before its first checkpoint begins again.
     over = args.overwrite or (args.resume == 'auto' and resume is None)
     with claim_folder(folder, over, resume) if writes else contextlib.nullcontext():
-        _train(args, accelerator, folder, resume)
+        _train(args, accelerator, folder, resume, after_epoch)
     if args.publish and writes:
         from timm_amf.hub.publish import publish_finished
 
         publish_finished(args, folder)
 
 
-def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, resume: Optional[Path]) -> None:
+def _train(
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        folder: Path,
+        resume: Optional[Path],
+        after_epoch: Optional[Callable[[int, Optional[float]], None]],
+) -> None:
     args.split_file = str(resume.parent / 'split.csv') if resume else None
     train_set, val_set = build.build_data(args, accelerator, build.known_classes(args, resume))
     model = build.build_model(args, train_set.num_classes)
@@ -126,7 +141,7 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
         accelerator.wait_for_everyone()
         build.start_trackers(args, accelerator, plan)
 
-    trainer.train(begin)
+    trainer.train(begin, after_epoch)
     for trained in filter(None, (model, task.ema_model)):
         merge_lora(trained)
     if args.wise_ft and trainer.epoch >= trainer.total_epochs:

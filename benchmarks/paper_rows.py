@@ -89,11 +89,12 @@ def smoke_words(command: str, folder: Path) -> list[str]:
     # Inception's maps vanish below this.
     size = ['--img-size', '128'] if 'inception' in args.model else ['--img-size', '64'] if args.img_size == 224 else []
     words = ['-m', 'timm_amf.cli', verb, '--config', str(folder / 'recipe.yaml'), *words, *SMALL, *size]
-    if verb == 'advise':
+    if verb == 'advise' or 'l2sp' in f'{recipe["plan"]} {words}':  # they refuse a random start, unless it has a file
         save_model(timm.create_model(args.model), str(folder / 'weights.safetensors'))
-        return [*words, '--pretrained-path', f'{folder}/weights.safetensors', '--random-init', '1', '--pilot-epochs',
-                '1', '--source-dir', components[0]['root'] + '/train', '--advice-file', f'{folder}/advice.yaml',
-                '--cache-dir', str(folder)]
+        words += ['--pretrained-path', f'{folder}/weights.safetensors']
+    if verb == 'advise':
+        return [*words, '--random-init', '1', '--pilot-epochs', '1', '--source-dir', components[0]['root'] + '/train',
+                '--advice-file', f'{folder}/advice.yaml', '--cache-dir', str(folder)]
     return [*words, '--output', str(folder), '--experiment', 'run']
 
 

@@ -15,12 +15,14 @@ _COMMANDS = {
     'demo': ('timm_amf.demo', 'fine-tune from real weights on embedded images, in three minutes'),
     'train': ('train_amf', 'fine-tune a model: the flags of train_amf.py'),
     'evaluate': (
-        'timm_amf.engine.evaluate_runs', 'evaluate runs from their folders, or a checkpoint with the flags of train'),
+        'timm_amf.inference.evaluate', 'evaluate runs from their folders, or a checkpoint with the flags of train'),
+    'predict': ('timm_amf.inference.predict', 'classes and probabilities of images, by a run, a model or a file'),
     'models': ('timm_amf.engine.listing', 'list the models, their tags, the recipes, and what is published'),
     'advise': (
         'timm_amf.search.advise', 'measure how well pretrained weights fit the data, and write a Plan'),
     'search': (
         'timm_amf.search.block_search', 'find the layers, blocks or windows worth tuning, and write a Plan'),
+    'sweep': ('timm_amf.search.sweep', 'train over a grid of settings, or by Optuna, and rank them, with tests'),
     'decathlon': (
         'timm_amf.engine.submission', 'score test accuracies on the Visual Decathlon, or write its submission file'),
     'export': ('timm_amf.export', "write a run's model to an ONNX, TorchScript or safetensors file, checked"),
@@ -31,6 +33,7 @@ _INTERRUPTED = {
     'fit': 'interrupted; the same command goes on where it stopped',
     'advise': 'interrupted; features that were finished are kept',
     'search': 'interrupted; the same command goes on where it stopped',
+    'sweep': 'interrupted; the same command goes on where it stopped',
     'publish': 'interrupted; the repository is as it was',
 }
 

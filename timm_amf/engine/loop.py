@@ -251,12 +251,17 @@ class Trainer:
 
     # -- one epoch ----------------------------------------------------------------------------------------------------
 
-    def train(self, begin: Optional[Callable[[], None]] = None) -> None:
+    def train(
+            self,
+            begin: Optional[Callable[[], None]] = None,
+            after_epoch: Optional[Callable[[int, Optional[float]], None]] = None,
+    ) -> None:
         """Train to the last epoch.
 
         Args:
             begin: Makes the folder ready to be written, once the first update has been made: a run that cannot train
                 leaves everything as it was.
+            after_epoch: Called with each epoch and its metric when its checkpoint is there.
         """
         self._begin = begin
         self._stop_early()  # as the run did that is resumed
@@ -265,7 +270,9 @@ class Trainer:
         try:
             with self.signals:
                 while self.epoch < self.epochs:
-                    self.finish_epoch(self.train_epoch(), self.evaluate())
+                    epoch, metric = self.epoch, self.finish_epoch(self.train_epoch(), self.evaluate())
+                    if after_epoch is not None:
+                        after_epoch(epoch, metric)
         except (UserError, Interrupted, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as e:
@@ -502,8 +509,8 @@ class Trainer:
         record.history = self.policy_log.rows
         return dict(metrics, policy=record.row(), headline=record.headline())
 
-    def finish_epoch(self, train: dict[str, Any], val: Optional[dict[str, Any]]) -> None:
-        """Record the epoch, save what it earned, set the next epoch's LRs and report."""
+    def finish_epoch(self, train: dict[str, Any], val: Optional[dict[str, Any]]) -> Optional[float]:
+        """Record the epoch, save what it earned, set the next epoch's LRs and report; returns its `--eval-metric`."""
         if val is not None and self.stops_at_nan and not math.isfinite(val['loss']):
             raise UserError(
                 f'the evaluation loss is not finite after epoch {self.epoch + 1}, which is not saved; {self._remedy}')
@@ -528,6 +535,7 @@ class Trainer:
         if stop and self.epoch < self.epochs:
             raise Interrupted(
                 stop, f'stopped after epoch {epoch + 1}; {self.checkpoints.last} is complete: go on with --resume auto')
+        return metric
 
     def _stop_early(self) -> None:
         """Make the epochs so far all of them where the last `--early-stop` brought nothing better.
@@ -573,6 +581,7 @@ class Trainer:
         row: dict[str, Any] = dict(epoch=epoch, train_loss=train['loss'])
         val = val or {}
         columns = ['loss', 'top1', 'top5', *(f'top1_{name}' for name in self.components if len(self.components) > 1)]
+        columns += ['balanced_accuracy', 'macro_f1']
         row.update({f'eval_{name}': val.get(name, '') for name in columns})
         row['lr'] = self.bare_optimizer.param_groups[0]['lr']
         row.update({f'lr_{role}': lr for role, lr in lrs.items()})
@@ -596,6 +605,8 @@ class Trainer:
     def report(self, val: dict[str, Any]) -> str:
         """The metrics of an evaluation, on one line."""
         parts = [f'eval loss {val["loss"]:.4f} top1 {val["top1"]:.2f} top5 {val["top5"]:.2f}']
+        if self.args.eval_metric not in ('loss', 'top1', 'top5'):
+            parts[0] += f' {self.args.eval_metric} {val[self.args.eval_metric]:.2f}'
         if len(self.components) > 1:
             parts.append(' '.join(f'{name} {val[f"top1_{name}"]:.2f}' for name in self.components))
         if val['headline']:

@@ -300,9 +300,10 @@ class SpotTune(Method, nn.Module):
         if self.fixed_blocks is not None:
             fixed = torch.zeros(len(self._names), device=x.device)
             fixed[list(self.fixed_blocks)] = 1.
+            self._route.logits = None
             return fixed.expand(x.shape[0], -1)
         logits = self.forward_policy(x)
-        self._route.chances = logits.detach().diff(dim=-1)[..., 0].sigmoid()
+        self._route.logits = logits.detach()
         if self.training:
             logits = logits.to(torch.promote_types(self.tuned_share.dtype, torch.float32))  # whatever autocast does
             return straight_through(logits, gumbel_noise(logits), self.temperature)[..., 1]
@@ -350,7 +351,7 @@ class SpotTune(Method, nn.Module):
         return exact
 
     def _decide(self, x: Tensor) -> Decision:
-        routed, self._route.chances = self._routed(x), None
+        routed = self._routed(x)
         decision = Decision(self.forward_shares(x), routed)
         self._route.decision = decision
         return decision
@@ -478,12 +479,12 @@ class SpotTune(Method, nn.Module):
     # -- as a method (see `Method`) -----------------------------------------------------------------------------------
 
     def forward_train(self, x: Tensor, settings: RunSettings) -> dict[str, Tensor]:
-        """`output` (B, num_classes), the decisions `shares` (B, blocks) that led to it, and the `chances` (B, blocks)
-        that the policy gave the tuned copies; the decisions themselves where the path is fixed.
+        """`output` (B, num_classes), the decisions `shares` (B, blocks) that led to it, and the policy's
+        `probabilities` of the tuned copies, of a fixed path 0 or 1.
         """
-        output = self(x)
-        shares, chances = self._route.decision.shares, self._route.chances
-        return dict(output=output, shares=shares, chances=shares if chances is None else chances)
+        output, shares, logits = self(x), self._route.decision.shares, self._route.logits
+        probabilities = shares if logits is None else logits.softmax(-1)[..., 1]
+        return dict(output=output, shares=shares, probabilities=probabilities)
 
     def extra_loss(self, parts, target, criterion, settings: RunSettings) -> Union[Tensor, float]:
         """The losses of global-k, if the Plan asks for them (Section 3.3)."""

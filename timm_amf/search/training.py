@@ -111,7 +111,8 @@ class CandidateTrainer(Trainer):
     @torch.no_grad()
     def evaluate_now(self) -> dict[str, Any]:
         model = self.task.model.eval()
-        tallies = [Tally(self.components, self.accelerator.device) for _ in model.members]
+        classes = self.val_loader.dataset.num_classes
+        tallies = [Tally(self.components, classes, self.accelerator.device) for _ in model.members]
         for batch in self.val_loader:
             with self.accelerator.autocast():
                 outputs = model(batch.input)
