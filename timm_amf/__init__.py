@@ -33,7 +33,9 @@ _PUBLIC = {
     'fit': 'search.fit',
     'advise': 'search.advise',
     'search_blocks': 'search.block_search',
+    'sweep': 'search.sweep',
     'load': 'hub.load',
+    'predict': 'inference.predict',
     'publish': 'hub.publish',
     'UserError': 'errors',
 }

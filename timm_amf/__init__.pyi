@@ -3,11 +3,13 @@ from . import models as models
 from .errors import UserError as UserError
 from .hub.load import load as load
 from .hub.publish import publish as publish
+from .inference.predict import predict as predict
 from .models.blocks import list_blocks as list_blocks
 from .models.global_k import global_k_loss as global_k_loss
 from .search.advise import advise as advise
 from .search.block_search import search_blocks as search_blocks
 from .search.fit import fit as fit
+from .search.sweep import sweep as sweep
 from .tuning.freeze import apply_freeze as apply_freeze
 from .tuning.l2sp import L2SP as L2SP
 from .tuning.optim import create_optimizer as create_optimizer

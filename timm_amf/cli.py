@@ -17,24 +17,27 @@ _COMMANDS = {
     'demo': ('timm_amf.demo', 'fine-tune from real weights on embedded images, in three minutes'),
     'train': ('train_amf', 'fine-tune a model: the flags of train_amf.py'),
     'evaluate': (
-        'timm_amf.engine.evaluate_runs', 'evaluate runs from their folders, or a checkpoint with the flags of train'),
+        'timm_amf.inference.evaluate', 'evaluate runs from their folders, or a checkpoint with the flags of train'),
+    'predict': ('timm_amf.inference.predict', 'classes and probabilities of images, by a run, a model or a file'),
     'models': ('timm_amf.engine.listing', 'list the models, their tags, the recipes, and what is published'),
     'advise': (
         'timm_amf.search.advise', 'measure how well pretrained weights fit the data, and write a Plan'),
     'search': (
         'timm_amf.search.block_search', 'find the layers, blocks or windows worth tuning, and write a Plan'),
+    'sweep': ('timm_amf.search.sweep', 'train over a grid of settings, or by Optuna, and rank them, with tests'),
     'decathlon': (
         'timm_amf.engine.submission', 'score test accuracies on the Visual Decathlon, or write its submission file'),
     'export': ('timm_amf.export', "write a run's model to an ONNX, pt2 or safetensors file, checked"),
     'publish': ('timm_amf.hub.publish', 'publish a run on the Hugging Face Hub'),
 }
 # Those whose words before the first flag are folders, or files, that are there.
-_TAKE_PATHS = ('fit', 'train', 'evaluate', 'search', 'export', 'publish')
+_TAKE_PATHS = ('fit', 'train', 'evaluate', 'predict', 'search', 'sweep', 'export', 'publish')
 # What there is to say after Ctrl-C.
 _INTERRUPTED = {
     'fit': 'interrupted; the same command goes on where it stopped',
     'advise': 'interrupted; features that were finished are kept',
     'search': 'interrupted; the same command goes on where it stopped',
+    'sweep': 'interrupted; the same command goes on where it stopped',
     'publish': 'interrupted; the repository is as it was',
 }
 
@@ -83,7 +86,7 @@ def _run(command: str, argv: Sequence[str]) -> int:
             words.append('--eval-only')
         if name == 'train':
             args = importlib.import_module('timm_amf.engine.options').parse_args(words)  # without torch
-            return importlib.import_module('train_amf').train(words, args)
+            return importlib.import_module('train_amf').train(words, args=args)
         return importlib.import_module(_COMMANDS[name][0]).main(words)
 
     return run_command(f'timm-amf {command}', work, _INTERRUPTED.get(command, 'interrupted'), show_traceback)
@@ -94,7 +97,7 @@ def _check_paths(words: Sequence[str]) -> None:
     if any(word.startswith(('--dataset', '--config', '-c')) for word in words):
         return  # a dataset that is downloaded makes its folder
     for word in itertools.takewhile(lambda word: not word.startswith('-'), words):
-        if not Path(word).expanduser().exists():
+        if not (word.startswith(('hf-hub:', 'hf_hub:')) or Path(word).expanduser().exists()):
             raise UserError(f'{word}: no such file or folder; check the path')
 
 

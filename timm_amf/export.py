@@ -85,9 +85,10 @@ class Exported:
     def __str__(self) -> str:
         data = sorted(_data_files(self.path))
         size = sum(file.stat().st_size for file in (self.path, *data)) / 1e6
+        beside = f', the weights in {data[0].name}' if data else ''
         return (
-            f'{self.path}: {size:.1f} MB{f", the weights in {data[0].name}" if data else ""}; on {sum(self.batches)} random '
-            f'images, in batches of {", ".join(map(str, self.batches))}, its logits differ from the model\'s by at most '
+            f'{self.path}: {size:.1f} MB{beside}; on {sum(self.batches)} random images, in batches '
+            f'of {", ".join(map(str, self.batches))}, its logits differ from the model\'s by at most '
             f'{self.difference:.1e} (largest logit {self.largest:.2g}), with the same class for {self.same_class}')
 
 

@@ -222,7 +222,7 @@ class Trainer:
         self.policy_log = CsvLog(self.folder / 'policy.csv', self.epoch)
 
     def _identity(self) -> dict[str, Any]:
-        """What the order and size of the steps follow from."""
+        """What the order and size of the steps, and the loss, follow from."""
         return dict(
             seed=self.args.seed,
             samples=len(self.train_loader.dataset),
@@ -230,13 +230,15 @@ class Trainer:
             grad_accum_steps=self.args.grad_accum_steps,
             steps=self.steps,
             processes=self.accelerator.num_processes,
-            class_sampling=self.args.class_sampling,
+            **{name: getattr(self.args, name) for name in (
+                'class_sampling', 'class_weight', 'val_share', 'test_share', 'group')},
         )
 
     def _check_same_run(self, source: Path, state: dict[str, Any]) -> None:
         differing = [
             f'{name} {state["identity"].get(name)} before, {value} now'
-            for name, value in self._identity().items() if state['identity'].get(name) != value
+            # Earlier versions wrote fewer.
+            for name, value in self._identity().items() if state['identity'].get(name, value) != value
         ]
         if state['plan'] != self.plan.to_dict():
             _logger.warning('%s: has another Plan than this run, which continues with its own', source)
@@ -249,12 +251,17 @@ class Trainer:
 
     # -- one epoch ----------------------------------------------------------------------------------------------------
 
-    def train(self, begin: Optional[Callable[[], None]] = None) -> None:
+    def train(
+            self,
+            begin: Optional[Callable[[], None]] = None,
+            after_epoch: Optional[Callable[[int, Optional[float]], None]] = None,
+    ) -> None:
         """Train to the last epoch.
 
         Args:
             begin: Makes the folder ready to be written, once the first update has been made: a run that cannot train
                 leaves everything as it was.
+            after_epoch: Called with each epoch and its metric when its checkpoint is there.
         """
         self._begin = begin
         self._stop_early()  # as the run did that is resumed
@@ -263,7 +270,9 @@ class Trainer:
         try:
             with self.signals:
                 while self.epoch < self.epochs:
-                    self.finish_epoch(self.train_epoch(), self.evaluate())
+                    epoch, metric = self.epoch, self.finish_epoch(self.train_epoch(), self.evaluate())
+                    if after_epoch is not None:
+                        after_epoch(epoch, metric)
         except (UserError, Interrupted, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as e:
@@ -497,10 +506,11 @@ class Trainer:
             metrics = evaluate(module, self.val_loader, self.accelerator, record, progress=self._progress)
         if record is None or not record.count:
             return dict(metrics, policy={}, headline='')
+        record.history = self.policy_log.rows
         return dict(metrics, policy=record.row(), headline=record.headline())
 
-    def finish_epoch(self, train: dict[str, Any], val: Optional[dict[str, Any]]) -> None:
-        """Record the epoch, save what it earned, set the next epoch's LRs and report."""
+    def finish_epoch(self, train: dict[str, Any], val: Optional[dict[str, Any]]) -> Optional[float]:
+        """Record the epoch, save what it earned, set the next epoch's LRs and report; returns its `--eval-metric`."""
         if val is not None and self.stops_at_nan and not math.isfinite(val['loss']):
             raise UserError(
                 f'the evaluation loss is not finite after epoch {self.epoch + 1}, which is not saved; {self._remedy}')
@@ -525,6 +535,7 @@ class Trainer:
         if stop and self.epoch < self.epochs:
             raise Interrupted(
                 stop, f'stopped after epoch {epoch + 1}; {self.checkpoints.last} is complete: go on with --resume auto')
+        return metric
 
     def _stop_early(self) -> None:
         """Make the epochs so far all of them where the last `--early-stop` brought nothing better.
@@ -570,6 +581,7 @@ class Trainer:
         row: dict[str, Any] = dict(epoch=epoch, train_loss=train['loss'])
         val = val or {}
         columns = ['loss', 'top1', 'top5', *(f'top1_{name}' for name in self.components if len(self.components) > 1)]
+        columns += ['balanced_accuracy', 'macro_f1']
         row.update({f'eval_{name}': val.get(name, '') for name in columns})
         row['lr'] = self.bare_optimizer.param_groups[0]['lr']
         row.update({f'lr_{role}': lr for role, lr in lrs.items()})
@@ -593,6 +605,8 @@ class Trainer:
     def report(self, val: dict[str, Any]) -> str:
         """The metrics of an evaluation, on one line."""
         parts = [f'eval loss {val["loss"]:.4f} top1 {val["top1"]:.2f} top5 {val["top5"]:.2f}']
+        if self.args.eval_metric not in ('loss', 'top1', 'top5'):
+            parts[0] += f' {self.args.eval_metric} {val[self.args.eval_metric]:.2f}'
         if len(self.components) > 1:
             parts.append(' '.join(f'{name} {val[f"top1_{name}"]:.2f}' for name in self.components))
         if val['headline']:

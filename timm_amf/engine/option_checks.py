@@ -77,6 +77,8 @@ def check_values(args: argparse.Namespace) -> None:
     _check_loss(args)
     if args.eval_only and not (args.pretrained or args.pretrained_path or args.initial_checkpoint or args.resume):
         _fail('eval_only', 'there are no weights to evaluate; add --initial-checkpoint FILE, --resume or --pretrained')
+    if args.budget is not None and not args.budget > 0:
+        _fail('budget', f'must be above 0, not {args.budget:g}')
     if args.routing_eps is not None and not args.eval_only:
         _fail('routing_eps', 'is for evaluation; add --eval-only, or leave it out')
     if args.cpu and args.mixed_precision == 'fp16':
@@ -186,7 +188,9 @@ def _check_data(args: argparse.Namespace) -> None:
             'or a recipe (--config demo)')
     folder = args.dataset in ('', 'folder', 'image_folder') and not mixture
     if folder and not os.path.exists(args.data_dir or ''):
-        _fail('data_dir', f'{args.data_dir or "(none)"} does not exist; name a folder that holds train and validation')
+        given = args.data_dir or '(none)'
+        here = '' if os.path.isabs(given) else f' in {os.getcwd()}'
+        _fail('data_dir', f'{given} does not exist{here}; name a folder that holds train and validation')
 
 
 def check_names(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 What the run began from (pretrained weights, a checkpoint, the file of its Plan) may be gone by now and is not needed.
 """
 import argparse
+import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,8 @@ from timm_amf.tuning import Plan
 from timm_amf.yaml_text import load_yaml
 
 __all__ = [
-    'WEIGHTS', 'OpenRun', 'choose_device', 'eval_loader', 'find_weights', 'is_run', 'load_run', 'open_run', 'read_run',
+    'WEIGHTS', 'OpenRun', 'best_epoch', 'choose_device', 'eval_loader', 'find_weights', 'is_run', 'load_run',
+    'open_run', 'read_run',
 ]
 
 # The weights of a run by the name of the choice, in order of preference; all but the first are in its checkpoint.
@@ -75,6 +77,20 @@ def read_run(run: Union[str, Path], flags: Sequence[str] = ()) -> argparse.Names
     args.pretrained = False
     args.split_file = str(Path(run) / 'split.csv')
     return args
+
+
+def best_epoch(run: Union[str, Path]) -> dict[str, float]:
+    """The validation metrics of a run's best epoch, as its `--eval-metric` has it: of equals that of the least loss.
+
+    Returns:
+        The columns `eval_*` of its `summary.csv`, without that prefix.
+    """
+    name = load_yaml(Path(run) / 'args.yaml').get('eval_metric', 'top1')
+    with open(Path(run) / 'summary.csv', newline='', encoding='utf-8') as file:
+        rows = [
+            {column[5:]: float(value) for column, value in row.items() if column.startswith('eval_') and value}
+            for row in csv.DictReader(file) if row['eval_loss']]
+    return min(rows, key=lambda row: (row['loss'] if name == 'loss' else -row[name], row['loss']))
 
 
 def find_weights(run: Union[str, Path], weights: str = 'best') -> Path:
@@ -184,10 +200,11 @@ def open_run(
         args.data_dir = moved
     data, missing = None, ''
     channels = input_channels(args)
+    names = read_class_names(find_weights(folder, weights))
     try:
-        spec = data_spec_from_args(args, args.recipe.get('data'))
-        names = read_class_names(find_weights(folder, weights))
-        data = create_datasets(spec, splits_from_args(args), channels, names)
+        if need_data or data_dir or not names:
+            spec = data_spec_from_args(args, args.recipe.get('data'))
+            data = create_datasets(spec, splits_from_args(args), channels, names)
     except (UserError, OSError) as e:
         if need_data or data_dir:
             raise
@@ -211,6 +228,7 @@ def eval_loader(
         batch_size: Optional[int] = None,
         workers: Optional[int] = None,
         ten_crop: bool = False,
+        skip_bad: bool = False,
 ) -> SeededLoader:
     """Loader of the images of a run, in order, transformed as the run evaluates.
 
@@ -222,6 +240,7 @@ def eval_loader(
         batch_size: Images at a time. None: the run's.
         workers: Worker processes. None: the run's.
         ten_crop: Ten crops of each image in the place of one: batches are (B, 10, C, H, W).
+        skip_bad: Give black, with class -1, in the place of an image that cannot be read.
 
     Raises:
         UserError: If the run's evaluation shows whole images, of which there are no ten crops.
@@ -238,13 +257,16 @@ def eval_loader(
         crop_mode=config['crop_mode'],
         **common,
     )
-    if not ten_crop:
-        return loader
-    if config['crop_mode'] == 'border':
-        raise UserError('--ten-crop: the run evaluates with crop mode border, which shows whole images; leave it out')
-    resize, _, to_tensor = loader.transform.transforms
-    transform = Compose([resize, TenCrop(config['input_size'][-2:]), _Stacked(to_tensor)])
-    return SeededLoader(data, loader.sampler, transform, seed=None, **common)
+    transform = loader.transform
+    if ten_crop:
+        if config['crop_mode'] == 'border':
+            raise UserError(
+                '--ten-crop: the run evaluates with crop mode border, which shows whole images; leave it out')
+        resize, _, to_tensor = transform.transforms
+        transform = Compose([resize, TenCrop(config['input_size'][-2:]), _Stacked(to_tensor)])
+    if ten_crop or skip_bad:
+        loader = SeededLoader(data, loader.sampler, transform, seed=None, skip_bad=skip_bad, **common)
+    return loader
 
 
 class _Stacked:
