@@ -71,11 +71,10 @@ class Record:
     def update(self, parts: dict[str, Tensor], component: Tensor) -> None:
         """Record a batch: what `forward_train` gave, and the component of each sample (B,)."""
         if self.key in parts:
-            self.add(self.values_of(parts), component)
+            self.add(self.values_of(parts).to(self.sums.device), component.to(self.sums.device))
 
     def add(self, values: Tensor, component: Tensor) -> None:
         """Record the values (B, width) of a batch and the component of each sample (B,)."""
-        values, component = values.to(self.sums.device), component.to(self.sums.device)
         self.sums.index_add_(0, component, values.to(self.sums.dtype))
         votes = F.one_hot(self.bin_of(values), self.votes.shape[1])
         self.votes.index_add_(0, component, votes.to(self.votes.dtype))
