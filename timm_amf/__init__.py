@@ -29,6 +29,7 @@ _PUBLIC = {
     'search_blocks': 'search.block_search',
     'sweep': 'search.sweep',
     'load': 'hub.load',
+    'predict': 'inference.predict',
     'publish': 'hub.publish',
     'UserError': 'errors',
 }

@@ -15,7 +15,8 @@ _COMMANDS = {
     'demo': ('timm_amf.demo', 'fine-tune from real weights on embedded images, in three minutes'),
     'train': ('train_amf', 'fine-tune a model: the flags of train_amf.py'),
     'evaluate': (
-        'timm_amf.engine.evaluate_runs', 'evaluate runs from their folders, or a checkpoint with the flags of train'),
+        'timm_amf.inference.evaluate', 'evaluate runs from their folders, or a checkpoint with the flags of train'),
+    'predict': ('timm_amf.inference.predict', 'classes and probabilities of images, by a run, a model or a file'),
     'models': ('timm_amf.engine.listing', 'list the models, their tags, the recipes, and what is published'),
     'advise': (
         'timm_amf.search.advise', 'measure how well pretrained weights fit the data, and write a Plan'),

@@ -14,8 +14,9 @@ from scipy import stats
 from torchvision import transforms
 
 from timm_amf.cli import main
-from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs, is_for_runs
+from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs
 from timm_amf.errors import UserError
+from timm_amf.inference.evaluate import is_for_runs
 
 SIZES = ((50, 40), (40, 44), (41, 60))
 PLAIN = [
@@ -255,9 +256,10 @@ def test_which_form_is_meant(tmp_path):
     run, data = str(run), str(data)
     assert is_for_runs([run]) and is_for_runs([data, run]) and is_for_runs([run, '--cpu'])
     assert is_for_runs(['typo', '--ten-crop']) and is_for_runs(['--split=test', run]) and is_for_runs(['--help'])
+    assert is_for_runs(['--cpu', run]) and is_for_runs(['runs/typo']) and is_for_runs([])
     assert not is_for_runs([data, '--model', 'resnet18', '--initial-checkpoint', 'x.safetensors'])
     assert not is_for_runs([data, '--model', 'resnet18', '--resume', run])
-    assert not is_for_runs(['--config', 'demo', '--resume', run]) and not is_for_runs([])
+    assert not is_for_runs(['--config', 'demo', '--resume', run])
 
 
 def test_the_flags_of_the_train_script(plain, oblong, tmp_path, capsys):

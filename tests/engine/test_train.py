@@ -46,6 +46,10 @@ def test_the_folder_of_a_run(run, capsys):
         assert float(row['weight_0']) + float(row['weight_1']) == pytest.approx(1)
         assert float(row['stripes_weight_0']) + float(row['stripes_weight_1']) == pytest.approx(1)
         assert 50 <= float(row['assignment_accuracy']) <= 100
+        for name in ('stripes', 'blobs'):  # the matching stays that of the first evaluation
+            assert row[f'{name}_branch'] == policy[0][f'{name}_branch']
+            share = float(row[f'{name}_assigned_{row[f"{name}_branch"]}'])
+            assert float(row[f'{name}_assignment_accuracy']) == pytest.approx(100 * share)
 
     plan = Plan.from_yaml(folder / 'plan.yaml')
     assert plan.role('branch.1').lr == 0.05 and plan.epochs == 3
@@ -242,7 +246,9 @@ def test_two_processes_train_as_one(run, components, tmp_path):
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one(run, components, tmp_path, capsys):
     first = run('first', '--epochs', '1')
-    flags = ['--initial-checkpoint', str(first / 'model_best.safetensors'), '--eval-only', '-b', '7']
+    flags = [
+        '--initial-checkpoint', str(first / 'model_best.safetensors'), '--eval-only', '-b', '7', '--eval-metric',
+        'macro_f1']
     capsys.readouterr()
     run('e', *flags)
     one = capsys.readouterr().out.splitlines()[-1]

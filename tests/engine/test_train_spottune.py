@@ -136,17 +136,22 @@ def test_record_against_a_loop(spottune):
     record = spottune.create_record(['a', 'b'])
     generator = torch.Generator().manual_seed(0)
     blocks = len(spottune.block_names)
-    seen = []
+    seen, likely = [], []
     for size in (5, 3):
         shares = (torch.rand(size, blocks, generator=generator) > 0.5).float()
         component = torch.randint(0, 2, (size,), generator=generator)
-        record.update(dict(shares=shares), component)
+        probabilities = torch.rand(size, blocks, generator=generator)
+        record.update(dict(shares=shares, probabilities=probabilities), component)
         seen += list(zip(component.tolist(), shares.tolist()))
+        likely += list(zip(component.tolist(), probabilities.tolist()))
     row = record.row()
     for i in range(blocks):
         assert row[f'block_{i}'] == pytest.approx(sum(s[i] for _, s in seen) / len(seen))
         of_b = [s[i] for c, s in seen if c == 1]
         assert row[f'b_block_{i}'] == pytest.approx(sum(of_b) / len(of_b))
+        assert row[f'probability_{i}'] == pytest.approx(sum(p[i] for _, p in likely) / len(likely))
+        assert row[f'a_probability_{i}'] == pytest.approx(
+            sum(p[i] for c, p in likely if c == 0) / sum(c == 0 for c, _ in likely))
     for n in range(blocks + 1):
         assert row[f'images_{n}'] == sum(sum(s) == n for _, s in seen)
     assert method_of(timm.create_model('test_resnet')).create_record(['a']) is None

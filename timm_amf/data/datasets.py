@@ -16,7 +16,7 @@ from .sources import ArraySource, FileSource, ReaderSource, Source, class_index,
 from .spec import SPLIT_NAMES, Component, DataSpec, split_of
 from .table import is_table, open_table
 
-__all__ = ['open_source']
+__all__ = ['open_source', 'split_folders']
 
 _logger = logging.getLogger(__name__)
 
@@ -161,6 +161,11 @@ def _class_folders(component: Component, folder: str, where: str) -> dict[str, l
     return images
 
 
+def split_folders(root: str) -> list[str]:
+    """Names of the folders in it that are splits."""
+    return [n for names in SPLIT_NAMES.values() for n in names if os.path.isdir(os.path.join(root, n))]
+
+
 def _split_folder(component: Component, split: str) -> str:
     """The folder of a split: named so, or by one of timm's synonyms.
 
@@ -173,7 +178,8 @@ def _split_folder(component: Component, split: str) -> str:
         raise UserError(f'{where}: no folder; give --data-dir, or path= of the component')
     root = os.path.expanduser(root)
     if not os.path.exists(root):
-        raise UserError(f'{where}: {root} does not exist; give the folder that holds train/CLASS/image.jpg')
+        here = '' if os.path.isabs(root) else f' in {os.getcwd()}'
+        raise UserError(f'{where}: {root} does not exist{here}; give the folder that holds train/CLASS/image.jpg')
     if os.path.isfile(root):
         if split_of(split) != 'train':
             raise UserError(f'{where}: {root} is one file and has no split {split!r}; give each split in a folder')
@@ -186,7 +192,7 @@ def _split_folder(component: Component, split: str) -> str:
             return os.path.normpath(path)
         if os.path.isfile(f'{path}.tar'):
             return f'{path}.tar'
-    present = [n for names in SPLIT_NAMES.values() for n in names if os.path.isdir(os.path.join(root, n))]
+    present = split_folders(root)
     if role == 'train' and not present:
         return root
     folders = ', '.join(present) or 'no split folders'

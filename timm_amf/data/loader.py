@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Optional, Union
 import numpy as np
 import torch
 import torch.utils.data
+from PIL import Image
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.loader import adapt_to_chs
@@ -64,13 +65,22 @@ class SeededSamples(torch.utils.data.Dataset):
         transform: Gives a uint8 tensor (C, H, W); with augmentation splits timm's triple of transforms.
         seed: The run's seed, None for a transform that draws nothing.
         splits: Augmentation splits, 0 for none.
+        skip_bad: Give black in the place of an image that cannot be read, with class -1.
     """
 
-    def __init__(self, dataset: Mixture, transform: Any, seed: Optional[int], splits: int = 0):
+    def __init__(
+            self,
+            dataset: Mixture,
+            transform: Any,
+            seed: Optional[int],
+            splits: int = 0,
+            skip_bad: bool = False,
+    ):
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
         self.splits = splits
+        self.skip_bad = skip_bad
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -86,6 +96,9 @@ class SeededSamples(torch.utils.data.Dataset):
         try:
             images = self._images(key)
         except UserError as e:
+            if self.skip_bad:
+                black = Image.new(self.dataset.input_img_mode or 'RGB', (64, 64))
+                return [self.transform(black)], (-1, int(self.dataset.component_of[key.index]), *key)
             return _Failure(str(e))
         except Exception as e:
             raise RuntimeError(f'{self.dataset.filename(key.index)}: {type(e).__name__}: {e}') from e
@@ -180,6 +193,7 @@ class SeededLoader:
             workers: int = 0,
             pin_memory: bool = False,
             persistent_workers: bool = True,
+            skip_bad: bool = False,
     ):
         self.dataset = dataset
         self.sampler = sampler
@@ -194,7 +208,7 @@ class SeededLoader:
         self.std = torch.tensor([x * 255 for x in std], **stats).view(1, -1, 1, 1)
         self._stream: Any = None
         self._loader = torch.utils.data.DataLoader(
-            SeededSamples(dataset, transform, seed, splits),
+            SeededSamples(dataset, transform, seed, splits, skip_bad),
             batch_sampler=sampler,
             num_workers=workers,
             collate_fn=_Collate(channels_last),

@@ -18,9 +18,13 @@ from timm_amf.files import write_text
 from .sources import FileSource, Source
 from .table import read_table
 
-__all__ = ['Drawn', 'draw_splits', 'groups_of', 'splits_in_file', 'write_splits']
+__all__ = ['Drawn', 'OtherImages', 'draw_splits', 'groups_of', 'splits_in_file', 'write_splits']
 
 _logger = logging.getLogger(__name__)
+
+
+class OtherImages(UserError):
+    """A file of splits lists none of the images that are there."""
 
 
 class Drawn(NamedTuple):
@@ -134,7 +138,7 @@ def splits_in_file(path: str, component: str, source: Source, chosen: np.ndarray
     """The split that a file of `write_splits` has each chosen image in, '' where it has not.
 
     Raises:
-        UserError: If the file cannot be read, or none of its images is there.
+        UserError: If the file cannot be read, or none of its images is there (`OtherImages`).
     """
     columns = read_table(path, path)
     if not {'split', 'path', 'label'} <= set(columns):
@@ -145,7 +149,7 @@ def splits_in_file(path: str, component: str, source: Source, chosen: np.ndarray
     names = [source.relative_name(index).strip() for index in chosen.tolist()]
     missing = set(listed) - set(names)
     if len(missing) == len(listed):
-        raise UserError(
+        raise OtherImages(
             f'{path}: none of its {len(listed)} images of component {component!r} is there; give the folder that the '
             f'run was trained on, or a copy of it')
     if missing:

@@ -15,7 +15,7 @@ from .spec import Component
 
 __all__ = [
     'ArraySource', 'FileSource', 'ReaderSource', 'Source', 'as_shown', 'class_index', 'class_names', 'first_line',
-    'read_image',
+    'read_image', 'why_unreadable',
 ]
 
 
@@ -155,10 +155,22 @@ def read_image(source: Source, index: int, mode: Optional[str]) -> Image.Image:
     try:
         return source.load(index, mode)
     except Exception as e:  # Pillow's plugins raise whatever they like
-        reason = 'not an image' if isinstance(e, UnidentifiedImageError) else first_line(e)
         raise UserError(
-            f'cannot read image {source.filename(index)} ({reason}); mend or remove it, or go on without such images '
-            f'with --skip-bad-images') from e
+            f'cannot read image {source.filename(index)} ({_reason(e)}); mend or remove it, or go on without such '
+            f'images with --skip-bad-images') from e
+
+
+def why_unreadable(source: Source, index: int, mode: Optional[str]) -> str:
+    """What `read_image` says is wrong with an image, in a few words."""
+    try:
+        source.load(index, mode)
+    except Exception as e:
+        return _reason(e)
+    return 'it was not there or not whole'  # and is now
+
+
+def _reason(error: Exception) -> str:
+    return 'not an image' if isinstance(error, UnidentifiedImageError) else first_line(error)
 
 
 def class_index(names: Iterable[str], component: Component, folder: str) -> dict[str, int]:

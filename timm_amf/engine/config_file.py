@@ -6,6 +6,7 @@ parts of the package and are passed on as they are.
 import argparse
 import ast
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -227,7 +228,21 @@ def args_content(args: argparse.Namespace) -> dict[str, Any]:
     if 'model' not in args.explicit:
         flags.pop('model', None)
     # Where there is a section `plan`, the flag of the same name is empty: `parse_args` sees to it.
-    return _for_yaml({**flags, **args.recipe})
+    return _for_yaml(_with_absolute_paths({**flags, **args.recipe}))
+
+
+def _with_absolute_paths(value: Any, key: str = '') -> Any:
+    """Where the images are, also for who asks from another folder: data folders and tables, and class maps."""
+    if isinstance(value, Mapping):
+        return {name: _with_absolute_paths(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_absolute_paths(item, key) for item in value]
+    if key == 'component' and isinstance(value, str):
+        pairs = (part.partition('=') for part in value.split(','))
+        return ','.join(f'{name}{sep}{_with_absolute_paths(item, name.strip())}' for name, sep, item in pairs)
+    if key in ('data_dir', 'root', 'path', 'class_map') and value and os.path.exists(value):
+        return os.path.abspath(value)
+    return value
 
 
 def _for_yaml(value: Any) -> Any:

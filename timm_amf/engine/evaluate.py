@@ -7,41 +7,54 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
+from timm_amf.engine.metrics import class_metrics
 from timm_amf.models.records import Record
 
 __all__ = ['Tally', 'evaluate', 'reduce_tensors']
 
 
 class Tally:
-    """Sums of loss and hits, over all samples and per component, in float64 on the device.
+    """Sums of loss and hits, over all samples, by component and by class, in float64 on the device.
 
     Args:
         components: Names of the components of the data.
+        num_classes: Classes of the data.
         device: Device of the model's outputs.
     """
 
-    def __init__(self, components: list[str], device: Optional[torch.device] = None):
+    def __init__(self, components: list[str], num_classes: int, device: Optional[torch.device] = None):
         self.components = list(components)
         # columns: samples, loss, top-1 hits, top-5 hits
         self.sums = torch.zeros(len(components), 4, dtype=torch.float64, device=device)
+        # rows: samples, predictions, hits; the last column is for outputs that are no class of the data
+        self.classes = torch.zeros(3, num_classes + 1, dtype=torch.float64, device=device)
 
     def update(self, output: torch.Tensor, target: torch.Tensor, component: torch.Tensor) -> None:
         """Record a batch: logits (B, classes), class indices (B,), components (B,)."""
         output = output.detach().float()
         loss = F.cross_entropy(output, target, reduction='none')
-        top = output.topk(min(5, output.shape[1]), dim=1).indices == target[:, None]
+        best = output.topk(min(5, output.shape[1]), dim=1).indices
+        top = best == target[:, None]
         columns = torch.stack([torch.ones_like(loss), loss, top[:, 0].to(loss), top.any(1).to(loss)], dim=1)
         self.sums.index_add_(0, component, columns.to(self.sums.dtype))
+        ones, predicted = self.classes.new_ones(len(target)), best[:, 0].clamp(max=self.classes.shape[1] - 1)
+        for row, index, values in zip(self.classes, (target, predicted, target), (ones, ones, top[:, 0].to(ones))):
+            row.index_add_(0, index, values)
 
     def tensors(self) -> list[torch.Tensor]:
         """The accumulators, to be summed over processes in place or saved."""
-        return [self.sums]
+        return [self.sums, self.classes]
 
     def metrics(self) -> dict[str, float]:
-        """`loss`, `top1` and `top5` (percent), and with several components `top1_<name>` of each."""
+        """`loss`; in percent `top1`, `top5`, `balanced_accuracy` and `macro_f1` (see `class_metrics`), and with several
+        components `top1_<name>` of each.
+        """
         count, loss, top1, top5 = self.sums.sum(0).tolist()
         count = max(count, 1)
-        metrics = dict(loss=loss / count, top1=100 * top1 / count, top5=100 * top5 / count)
+        balanced, f1 = class_metrics(*self.classes[:, :-1].cpu().numpy())
+        metrics = dict(
+            loss=loss / count, top1=100 * top1 / count, top5=100 * top5 / count,
+            balanced_accuracy=float(balanced), macro_f1=float(f1))
         if len(self.components) > 1:
             for name, (n, _, hits, _) in zip(self.components, self.sums.tolist()):
                 metrics[f'top1_{name}'] = 100 * hits / max(n, 1)
@@ -79,7 +92,7 @@ def evaluate(
         The metrics of `Tally`, of all samples, each counted once, the same on every process.
     """
     model.eval()
-    tally = Tally(loader.dataset.components, accelerator.device)
+    tally = Tally(loader.dataset.components, loader.dataset.num_classes, accelerator.device)
     bar = tqdm(loader, desc=description, leave=False, disable=not progress, dynamic_ncols=True)
     for batch in bar:
         with accelerator.autocast():

@@ -506,6 +506,7 @@ class Trainer:
             metrics = evaluate(module, self.val_loader, self.accelerator, record, progress=self._progress)
         if record is None or not record.count:
             return dict(metrics, policy={}, headline='')
+        record.history = self.policy_log.rows
         return dict(metrics, policy=record.row(), headline=record.headline())
 
     def finish_epoch(self, train: dict[str, Any], val: Optional[dict[str, Any]]) -> Optional[float]:
@@ -580,6 +581,7 @@ class Trainer:
         row: dict[str, Any] = dict(epoch=epoch, train_loss=train['loss'])
         val = val or {}
         columns = ['loss', 'top1', 'top5', *(f'top1_{name}' for name in self.components if len(self.components) > 1)]
+        columns += ['balanced_accuracy', 'macro_f1']
         row.update({f'eval_{name}': val.get(name, '') for name in columns})
         row['lr'] = self.bare_optimizer.param_groups[0]['lr']
         row.update({f'lr_{role}': lr for role, lr in lrs.items()})
@@ -603,6 +605,8 @@ class Trainer:
     def report(self, val: dict[str, Any]) -> str:
         """The metrics of an evaluation, on one line."""
         parts = [f'eval loss {val["loss"]:.4f} top1 {val["top1"]:.2f} top5 {val["top5"]:.2f}']
+        if self.args.eval_metric not in ('loss', 'top1', 'top5'):
+            parts[0] += f' {self.args.eval_metric} {val[self.args.eval_metric]:.2f}'
         if len(self.components) > 1:
             parts.append(' '.join(f'{name} {val[f"top1_{name}"]:.2f}' for name in self.components))
         if val['headline']:

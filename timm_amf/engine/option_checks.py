@@ -188,7 +188,9 @@ def _check_data(args: argparse.Namespace) -> None:
             'or a recipe (--config demo)')
     folder = args.dataset in ('', 'folder', 'image_folder') and not mixture
     if folder and not os.path.exists(args.data_dir or ''):
-        _fail('data_dir', f'{args.data_dir or "(none)"} does not exist; name a folder that holds train and validation')
+        given = args.data_dir or '(none)'
+        here = '' if os.path.isabs(given) else f' in {os.getcwd()}'
+        _fail('data_dir', f'{given} does not exist{here}; name a folder that holds train and validation')
 
 
 def check_names(args: argparse.Namespace) -> None:

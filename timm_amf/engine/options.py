@@ -19,7 +19,7 @@ from timm_amf.engine.option_checks import check_names, check_values
 from timm_amf.engine.timm_flags import REFUSED_VALUES, REPLACED, TIMM_FLAGS, why_refused
 from timm_amf.errors import UserError
 
-__all__ = ['build_parser', 'parse_args', 'resolve_lr', 'resolve_trackers', 'save_args']
+__all__ = ['add_flags', 'build_parser', 'parse_args', 'resolve_lr', 'resolve_trackers', 'save_args']
 
 _logger = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ RUN_FLAGS = (
      'tell what that changes'),
     ('--eval-blocks', str, None, "evaluate a SpotTune with the same path for all images: tuned, frozen, or the tuned "
      "blocks' indices with commas between", {'metavar': 'BLOCKS'}),
-    ('--eval-sampling-seed', int, None, 'evaluate a SpotTune with decisions drawn with this seed, as the published '
-     'code does, instead of the likelier ones', {'metavar': 'SEED'}),
+    ('--eval-sampling-seed', int, None, 'evaluate a SpotTune with decisions drawn with this seed, as its paper '
+     'does, instead of the likelier ones', {'metavar': 'SEED'}),
     ('--publish', str, '', 'publish the run on the Hub when it is complete, as timm-amf publish does',
      {'metavar': 'OWNER/NAME'}),
     ('--publish-license', str, '', 'licence of the published weights, as the Hub names it', {'metavar': 'ID'}),
@@ -115,14 +115,15 @@ def build_parser() -> argparse.ArgumentParser:
         '-c', '--config', default='', metavar='FILE',
         help='YAML file that sets any of the flags, or the name of a recipe such as demo')
     for title, rows in TIMM_FLAGS.items():
-        _add_group(parser, title, rows)
+        add_flags(parser, title, rows)
     add_plan_args(parser)
     add_data_args(parser)
-    _add_group(parser, 'Run parameters', RUN_FLAGS)
+    add_flags(parser, 'Run parameters', RUN_FLAGS)
     return parser
 
 
-def _add_group(parser: argparse.ArgumentParser, title: str, rows: Sequence[tuple]) -> None:
+def add_flags(parser: argparse.ArgumentParser, title: str, rows: Sequence[tuple]) -> None:
+    """Add flags of a table such as `TIMM_FLAGS`, in a group of their own."""
     group = parser.add_argument_group(title)
     for names, kind, default, text, *extra in rows:
         keywords = {'default': default, 'help': text, **(extra[0] if extra else {})}

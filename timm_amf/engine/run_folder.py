@@ -200,10 +200,11 @@ def open_run(
         args.data_dir = moved
     data, missing = None, ''
     channels = input_channels(args)
+    names = read_class_names(find_weights(folder, weights))
     try:
-        spec = data_spec_from_args(args, args.recipe.get('data'))
-        names = read_class_names(find_weights(folder, weights))
-        data = create_datasets(spec, splits_from_args(args), channels, names)
+        if need_data or data_dir or not names:
+            spec = data_spec_from_args(args, args.recipe.get('data'))
+            data = create_datasets(spec, splits_from_args(args), channels, names)
     except (UserError, OSError) as e:
         if need_data or data_dir:
             raise
@@ -226,6 +227,7 @@ def eval_loader(
         batch_size: Optional[int] = None,
         workers: Optional[int] = None,
         ten_crop: bool = False,
+        skip_bad: bool = False,
 ) -> SeededLoader:
     """Loader of the images of a run, in order, transformed as the run evaluates.
 
@@ -237,6 +239,7 @@ def eval_loader(
         batch_size: Images at a time. None: the run's.
         workers: Worker processes. None: the run's.
         ten_crop: Ten crops of each image in the place of one: batches are (B, 10, C, H, W).
+        skip_bad: Give black, with class -1, in the place of an image that cannot be read.
 
     Raises:
         UserError: If the run's evaluation shows whole images, of which there are no ten crops.
@@ -253,13 +256,16 @@ def eval_loader(
         crop_mode=config['crop_mode'],
         **common,
     )
-    if not ten_crop:
-        return loader
-    if config['crop_mode'] == 'border':
-        raise UserError('--ten-crop: the run evaluates with crop mode border, which shows whole images; leave it out')
-    resize, _, to_tensor = loader.transform.transforms
-    transform = Compose([resize, TenCrop(config['input_size'][-2:]), _Stacked(to_tensor)])
-    return SeededLoader(data, loader.sampler, transform, seed=None, **common)
+    transform = loader.transform
+    if ten_crop:
+        if config['crop_mode'] == 'border':
+            raise UserError(
+                '--ten-crop: the run evaluates with crop mode border, which shows whole images; leave it out')
+        resize, _, to_tensor = transform.transforms
+        transform = Compose([resize, TenCrop(config['input_size'][-2:]), _Stacked(to_tensor)])
+    if ten_crop or skip_bad:
+        loader = SeededLoader(data, loader.sampler, transform, seed=None, skip_bad=skip_bad, **common)
+    return loader
 
 
 class _Stacked:

@@ -154,7 +154,7 @@ TIMM_FLAGS = {
         ('--output', str, '', 'folder of the experiments', {'metavar': 'DIR'}),
         ('--experiment', str, '', 'name of the experiment, a folder in --output'),
         ('--eval-metric', str, 'top1', 'metric that says which checkpoint is best',
-         {'choices': ('top1', 'top5', 'loss')}),
+         {'choices': ('top1', 'top5', 'loss', 'balanced_accuracy', 'macro_f1')}),
         ('--use-multi-epochs-loader', bool, False, 'keep the workers from epoch to epoch'),
         ('--log-wandb', bool, False, 'log to Weights & Biases, the same as adding it to --tracker'),
         ('--wandb-project', str, None, 'project there'),

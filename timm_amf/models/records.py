@@ -1,6 +1,6 @@
 """What a model decided for each sample, summed over an epoch: the columns of `policy.csv`."""
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -24,6 +24,8 @@ class Record:
     """
     # Whether a single component has columns beside those of all samples.
     splits_one = False
+    # The rows of the run's evaluations so far, in order; the trainer sets it before it asks for the next.
+    history: Sequence[Mapping[str, Any]] = ()
 
     def __init__(
             self,
@@ -37,6 +39,11 @@ class Record:
         self.sums = torch.zeros(len(self.components), len(self.names), dtype=torch.float64, device=device)
         self.votes = torch.zeros(len(self.components), bins, dtype=torch.float64, device=device)
 
+    @property
+    def image_names(self) -> list[str]:
+        """Names of the columns of `values_of`: what a table of images shows."""
+        return self.names
+
     def values_of(self, parts: dict[str, Tensor]) -> Tensor:
         """(B, width) of what is summed."""
         return parts[self.key].detach()
@@ -47,9 +54,11 @@ class Record:
 
     def update(self, parts: dict[str, Tensor], component: Tensor) -> None:
         """Record a batch: what `forward_train` gave, and the component of each sample (B,)."""
-        if self.key not in parts:
-            return
-        values = self.values_of(parts)
+        if self.key in parts:
+            self.add(self.values_of(parts), component)
+
+    def add(self, values: Tensor, component: Tensor) -> None:
+        """Record the values (B, width) of a batch and the component of each sample (B,)."""
         self.sums.index_add_(0, component, values.to(self.sums.dtype))
         votes = F.one_hot(self.bin_of(values), self.votes.shape[1])
         self.votes.index_add_(0, component, votes.to(self.votes.dtype))
@@ -90,7 +99,14 @@ class Record:
 
 
 class PolicyRecord(Record):
-    """The weights that a policy gave to the branches."""
+    """The weights that a policy gave to the branches: `weight_0` and on (AMF, figure 6); `assigned_0` and on, the share
+    of images that weigh a branch most; `assignment_accuracy`, under the matching of components to branches that suits
+    the epoch best.
+
+    Of several components also, of each, `NAME_branch`, the branch that the run's first evaluation matched it to, and
+    `NAME_assignment_accuracy`, the percent of its images that weigh that one most (figure 7). These stay with one
+    branch, so a policy that flips falls from 100 to 0 there.
+    """
     splits_one = True
 
     def __init__(self, branches: int, components: Sequence[str], device: Optional[torch.device] = None):
@@ -98,6 +114,11 @@ class PolicyRecord(Record):
 
     def bin_of(self, values: Tensor) -> Tensor:
         return values.argmax(1)
+
+    def columns(self, component: str, means: list[float]) -> dict[str, Any]:
+        """The mean weights, and the share of images that weigh each branch most."""
+        assigned = {f'assigned_{i}': share for i, share in enumerate(self.means(self.votes)[component])}
+        return {**super().columns(component, means), **assigned}
 
     def assignment_accuracy(self) -> Optional[float]:
         """Percent of samples whose largest weight is that of the branch matched to their component (AMF, section
@@ -109,10 +130,17 @@ class PolicyRecord(Record):
         return 100. * hits / max(self.count, 1.)
 
     def row(self, prefix: str = '') -> dict[str, Any]:
-        """Mean weight by branch, over all and by component, and the assignment accuracy."""
+        """Columns of `policy.csv`, each with the prefix."""
         row = super().row(prefix)
         accuracy = self.assignment_accuracy()
         row[f'{prefix}assignment_accuracy'] = '' if accuracy is None else accuracy
+        if accuracy is not None and not prefix:  # of training images there is no first evaluation
+            matched = dict(best_assignment(self.votes))
+            for c, name in enumerate(self.components):
+                key = f'{name}_branch'
+                first = next((r[key] for r in self.history if key in r), matched.get(c, ''))
+                row[key] = first if first == '' else int(first)
+                row[f'{name}_assignment_accuracy'] = '' if first == '' else 100. * row[f'{name}_assigned_{first}']
         return row
 
     def headline(self) -> str:
@@ -124,23 +152,38 @@ class RoutingRecord(Record):
     """The paths that a routing policy chose.
 
     Columns: `tuned_blocks`, the mean number of tuned blocks an image; `block_0` and on, the share of images that used
-    the tuned copy of a block (SpotTune, figure 3); `images_0` and on, the number of images that used so many tuned
-    blocks (figure 4); with several components the first two of each.
+    the tuned copy of a block (SpotTune, figure 3); `probability_0` and on, the policy's mean probability of it;
+    `images_0` and on, the number of images that used so many tuned blocks (figure 4); with several components all but
+    the last of each.
     """
 
     def __init__(self, blocks: int, components: Sequence[str], device: Optional[torch.device] = None):
         super().__init__('shares', [f'block_{i}' for i in range(blocks)], components, device, bins=blocks + 1)
+        self.probabilities = torch.zeros_like(self.sums)
+
+    @property
+    def image_names(self) -> list[str]:
+        return self.names + [f'probability_{i}' for i in range(len(self.names))]
 
     def values_of(self, parts: dict[str, Tensor]) -> Tensor:
-        return super().values_of(parts).round()
+        return torch.cat([super().values_of(parts).round(), parts['probabilities'].detach()], dim=1)
+
+    def add(self, values: Tensor, component: Tensor) -> None:
+        shares, probabilities = values.chunk(2, dim=1)
+        super().add(shares, component)
+        self.probabilities.index_add_(0, component, probabilities.to(self.sums.dtype))
+
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), self.probabilities]
 
     def bin_of(self, values: Tensor) -> Tensor:
-        return values.sum(1).long()
+        return values.sum(1).round().long()  # the mean over ten crops is no whole number
 
     def columns(self, component: str, means: list[float]) -> dict[str, Any]:
+        likely = {f'probability_{i}': p for i, p in enumerate(self.means(self.probabilities)[component])}
         tuned = self.means(self.sums.sum(1, keepdim=True))[component][0]
         images = {} if component else {f'images_{i}': int(n) for i, n in enumerate(self.votes.sum(0).tolist())}
-        return {'tuned_blocks': tuned, **super().columns(component, means), **images}
+        return {'tuned_blocks': tuned, **super().columns(component, means), **likely, **images}
 
     def headline(self) -> str:
         return f'tuned blocks {self.sums.sum().item() / max(self.count, 1.):.2f}'

@@ -63,9 +63,10 @@ class Route:
 
     def __init__(self):
         self.decision: Optional[Decision] = None
+        self.logits: Optional[Tensor] = None  # of the policy for the batch, None where the path is fixed
 
     def __getstate__(self):
-        return {'decision': None}  # a copied or stored model has decided nothing yet
+        return {'decision': None, 'logits': None}  # a copied or stored model has decided nothing yet
 
 
 class PartOfBlock(AttributeError):

@@ -4,11 +4,11 @@
     timm-amf fit photos --model convnext_tiny.fb_in22k --budget 30
 
 It measures instead of asking. A logistic regression on the frozen features is the floor and the start of every
-candidate; candidates are ordinary command lines of `timm-amf train`, which differ in how fast what depth trains. Each
-gets a pilot: a whole training, schedule and all, of an eighth of the epochs, because a long one that is cut off early
-says of every high LR only that it has not come down yet. The best trains in full; then the weights between its start
-and its best epoch that validate best are kept, so that it never ends below the floor on the validation images. What is
-left is an ordinary run: `args.yaml` repeats the training of the winner, and `fit.csv` says what was tried.
+candidate; candidates are ordinary command lines of `timm-amf train`, which differ in how fast what depth trains. Few
+epochs have time for the last layers only. Many have time for all, unless the pilots object: whole trainings, schedule
+and all, of a sixth of the epochs. The chosen one trains in full; then the weights between its start and its best epoch
+that validate best are kept, so that it never ends below the floor on the validation images. What is left is an ordinary
+run: `args.yaml` repeats the training of the winner, and `fit.csv` says what was tried.
 """
 import argparse
 import contextlib
@@ -27,7 +27,7 @@ from typing import Any, Optional, Union
 
 from torch import nn
 
-from timm_amf.data import create_datasets, data_spec_from_args
+from timm_amf.data import create_datasets, data_spec_from_args, splits_from_args
 from timm_amf.data.spec import DEFAULT_SPLITS, SPLIT_NAMES
 from timm_amf.data.table import is_table, read_table
 from timm_amf.engine.build import input_channels
@@ -67,10 +67,9 @@ class Candidate:
     seconds: float = 0.
 
 
-# The first is what few epochs get, which pay for no pilots.
+# For few epochs, which pay for no pilots, and for many.
 CANDIDATES = (
     Candidate('layer decay 0.75, LR 1e-3', ('--lr', '1e-3', '--layer-decay', '0.75')),
-    Candidate('all, LR 3e-4', ('--lr', '3e-4')),
     Candidate('all, LR 1e-3', ('--lr', '1e-3')),
 )
 
@@ -176,8 +175,7 @@ def fit_words(words: Sequence[str]) -> Fit:
 
 
 def _contest(progress: '_Progress', words: Sequence[str], args: argparse.Namespace) -> None:
-    """Give all candidates a pilot and name the best; where the epochs pay for none, the first."""
-    sign = -1 if args.eval_metric == 'loss' else 1
+    """Give all candidates a pilot and choose; where the epochs pay for none, the first."""
     epochs = _pilot_epochs(args.epochs)
     start = progress.folder / _slug(progress.candidates[0]) / 'model_start.safetensors'
     for candidate in progress.candidates if epochs else ():
@@ -185,9 +183,23 @@ def _contest(progress: '_Progress', words: Sequence[str], args: argparse.Namespa
         own = ['--initial-checkpoint', str(start), '--head-start', 'timm'] if start.exists() else []
         _train(candidate, [*words, *own, '--epochs', str(epochs), '--val-interval', str(epochs)], progress.folder)
         progress.write()
-    progress.winner = max(
-        progress.candidates, key=lambda c: (sign * c.pilot, -c.loss)) if epochs else progress.candidates[0]
+    progress.winner = _choose(progress.candidates, args) if epochs else progress.candidates[0]
     progress.write()
+
+
+def _choose(candidates: Sequence[Candidate], args: argparse.Namespace) -> Candidate:
+    """The last candidate, which moves the features most, unless its pilot is behind by two standard errors.
+
+    A short training favours what moves them least, so that the better pilot is not the better training (docs/fit.md).
+    """
+    if args.eval_metric == 'loss':
+        return min(candidates, key=lambda c: c.pilot)
+    split = splits_from_args(args)[1]
+    spec = data_spec_from_args(args, args.recipe.get('data'))
+    images = len(create_datasets(spec, (split,), input_channels(args))[0])
+    best = max(c.pilot for c in candidates)
+    error = 100 * (max(best / 100 * (1 - best / 100), 0.) / images) ** 0.5
+    return next(c for c in reversed(candidates) if c.pilot >= best - 2 * error)
 
 
 class _Progress:
@@ -275,8 +287,8 @@ def epochs_within(words: Sequence[str], pilots: float = 1.) -> int:
 
 
 def _pilot_epochs(epochs: int) -> int:
-    """Epochs of each candidate's pilot: an eighth of the training's, two at least, for less favours low LRs."""
-    return epochs // 8 if epochs >= 16 else 0
+    """Epochs of each candidate's pilot: a sixth of the training's, two at least, for less favours low LRs."""
+    return epochs // 6 if epochs >= 12 else 0
 
 
 def _slug(candidate: Candidate) -> str:

@@ -1,0 +1,1 @@
+"""Asking trained models: `timm-amf evaluate` and `timm-amf predict`."""

@@ -1,0 +1,150 @@
+"""What `evaluate` and `predict` ask: the folder of a run, a published model, an exported ONNX file."""
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from torch import nn
+
+from timm_amf.data.sources import first_line
+from timm_amf.engine.checkpoint import class_names
+from timm_amf.engine.opened import Opened, RunOptions, open_trained
+from timm_amf.engine.options import add_flags, parse_args
+from timm_amf.engine.run_folder import WEIGHTS, choose_device, is_run, open_run
+from timm_amf.engine.timm_flags import TIMM_FLAGS
+from timm_amf.errors import UserError
+from timm_amf.hub.load import load
+
+__all__ = ['add_run_flags', 'open_model', 'options_from']
+
+# Flags of timm's that say which images there are, and how they are shown to the network.
+_OF_DATA = ('--dataset', '--dataset-download', '--class-map', '--input-key', '--target-key')
+_OF_IMAGES = (
+    '--input-img-mode', '--img-size', '--input-size', '--crop-pct', '--mean', '--std', '--interpolation',
+    '--device-modules')
+_ROWS = [row for rows in TIMM_FLAGS.values() for row in rows if row[0] in (*_OF_DATA, *_OF_IMAGES)]
+
+Source = Union[str, Path, nn.Module]
+
+
+def open_model(source: Source, options: RunOptions, needs_data: bool = True) -> Opened:
+    """Opens what can be asked about images.
+
+    Args:
+        source: Folder of a run, folder of a published model, `hf-hub:OWNER/NAME`, a file of `timm-amf export --format
+            onnx`, or a model with `label_names` in its `pretrained_cfg`.
+        options: What of a run differs.
+        needs_data: Whether the images that a run was trained on must be there.
+
+    Raises:
+        UserError: If it is none of these.
+    """
+    path = Path(source) if isinstance(source, (str, Path)) else Path()
+    if is_run(path) and not (path / 'config.json').is_file():
+        opened = open_trained(path, options, needs_data)
+        if opened.class_names is None and not needs_data:  # of an older version: its data have the names
+            names = open_run(path, options.weights, need_data=False).class_names
+            opened = replace(opened, class_names=names and list(names))
+        return opened
+    if options.weights != 'best':
+        raise UserError(f'--weights {options.weights}: {source} is no run, with one set of weights; leave it out')
+    if isinstance(source, nn.Module):
+        model, name = source.eval(), type(source).__name__
+    elif path.suffix == '.onnx':
+        model, name = OnnxModel(path), str(path)
+    elif (path / 'config.json').is_file() or str(source).startswith(('hf-hub:', 'hf_hub:')):
+        model, name = load(source), str(source)
+    else:
+        raise UserError(
+            f'{source}: no args.yaml there; give the folder of a run, of a published model, a file .onnx, or '
+            f'hf-hub:OWNER/NAME')
+    if needs_data and not options.data_dir and '--dataset' not in options.flags:
+        raise UserError(f'{name}: is no run, and has no images of its own; add --data-dir DIR')
+    words = ['--tracker', 'none', *options.flags]
+    words += ['--val-split', options.split] if options.split else []
+    words += ['--data-dir', options.data_dir or ('' if needs_data else '.')]
+    args = parse_args(words)
+    args.in_chans = model.pretrained_cfg['input_size'][0]
+    return Opened(name, args, lambda num_classes: model, class_names(model))
+
+
+class OnnxModel(nn.Module):
+    """A file of `timm-amf export --format onnx`, run by ONNX Runtime on the CPU.
+
+    Raises:
+        UserError: If it cannot be run, or has no description of its input.
+    """
+
+    def __init__(self, path: Path):
+        import onnxruntime
+
+        super().__init__()
+        self.path = path
+        if not path.is_file():
+            raise UserError(f'{path}: no such file; timm-amf export RUN --format onnx writes one')
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        except Exception as e:  # the runtime has exceptions of its own
+            raise UserError(f'{path}: is no ONNX file that can be run ({first_line(e)}); export it again') from e
+        given = self.session.get_modelmeta().custom_metadata_map
+        config: dict[str, Any] = {key: given.get(key) for key in ('interpolation', 'crop_mode')}
+        try:
+            for key in ('input_size', 'mean', 'std', 'crop_pct', 'num_classes'):
+                config[key] = json.loads(given[key])
+            names = json.loads(given.get('class_names', 'null'))
+        except (KeyError, ValueError) as e:
+            raise UserError(
+                f'{path}: does not say how to prepare an image ({first_line(e)}); export it with timm-amf') from e
+        self.num_classes = config['num_classes']
+        self.pretrained_cfg = {**config, 'label_names': names}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            found = self.session.run(None, {self.session.get_inputs()[0].name: x.cpu().numpy()})[0]
+        except Exception as e:  # of a size that the file is not for
+            raise UserError(f'{self.path}: cannot be run on these images ({first_line(e)})') from e
+        return torch.from_numpy(found).to(x.device)
+
+
+# -- the flags of both commands ---------------------------------------------------------------------------------------
+
+
+def add_run_flags(parser: argparse.ArgumentParser, data: bool = True) -> None:
+    """Add what says how a model is asked, and which data there are."""
+    add = parser.add_argument
+    add('--weights', choices=tuple(WEIGHTS), default='best',
+        help='of the best epoch; of the last, the moving average if there is one; the moving average; what the average '
+             'is of (default: %(default)s)')
+    add('--ten-crop', action='store_true', help='average over four corners and the centre, and their mirror images')
+    add('--blocks', metavar='BLOCKS', help='path through a SpotTune: tuned, frozen, policy, or blocks as in 0,3,5')
+    add('--sampling-seed', type=int, metavar='N', help="draw a SpotTune's decisions with this seed")
+    add('-b', '--batch-size', type=int, metavar='N', help="images at a time, ten crops being ten (default: the run's)")
+    add('-j', '--workers', type=int, metavar='N', help="worker processes (default: the run's)")
+    add('--cpu', action='store_true', help='use no GPU')
+    add('--device', choices=('cpu', 'cuda'), help='cpu acts as --cpu')
+    add('--amp', action='store_true', help='compute in --amp-dtype (default: in float32, whatever the run trained in)')
+    add('--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='default: %(default)s')
+    rows = [row for row in _ROWS if data or row[0] in _OF_IMAGES]
+    add_flags(parser, "Images (timm's; default: the run's)", rows)
+
+
+def options_from(args: argparse.Namespace) -> RunOptions:
+    """The options of the flags, which are checked."""
+    for name, low in (('batch_size', 1), ('workers', 0), ('sampling_seed', 0)):
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise UserError(f'--{name.replace("_", "-")}: must be at least {low}, not {value}')
+    cpu = args.cpu or args.device == 'cpu'
+    if args.amp and args.amp_dtype == 'float16' and choose_device(cpu).type == 'cpu':
+        raise UserError('--amp: float16 needs a GPU; on the CPU add --amp-dtype bfloat16')
+    words: list[str] = []
+    for name, _, default, *_ in _ROWS:
+        value = getattr(args, name[2:].replace('-', '_'), default)
+        if value != default:
+            words += [name] if value is True else [name, *map(str, value if isinstance(value, list) else [value])]
+    return RunOptions(
+        weights=args.weights, ten_crop=args.ten_crop, blocks=args.blocks, sampling_seed=args.sampling_seed,
+        batch_size=args.batch_size, workers=args.workers, cpu=cpu,
+        precision=getattr(torch, args.amp_dtype) if args.amp else None, flags=tuple(words))
