@@ -78,7 +78,8 @@ def svg(figure: 'Figure', name: str, title: str) -> str:
     file = io.BytesIO()
     with _drawing(name):
         figure.savefig(file, format='svg', transparent=True, metadata={'Date': None})
-    text = re.sub(r'.*?(?=<svg)|<metadata>.*?</metadata>', '', file.getvalue().decode(), flags=re.DOTALL)
+    text = file.getvalue().decode().partition('<svg ')[2]
+    text = '<svg ' + re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{name}-', text)
     for i, colour in enumerate(LIGHT):
         text = re.sub(colour, f'var(--s{i})', text, flags=re.IGNORECASE)
@@ -301,7 +302,10 @@ def _images(chart: Chart, thumbnail: Thumbnail, across: int = 8) -> 'Figure':
     """A sheet of images; the page shows them otherwise."""
     count = len(chart.table['image'])
     figure = _figure(1.3 * across, 1.75 * max(1, -(-count // across)))
-    every = figure.subplots(max(1, -(-count // across)), across, squeeze=False).flat
+    figure.set_layout_engine('none')  # it takes a second for so many axes, and there is nothing to align
+    every = figure.subplots(
+        max(1, -(-count // across)), across, squeeze=False, gridspec_kw=dict(
+            left=0.01, right=0.99, bottom=0.01, top=0.88, hspace=0.45)).flat
     for axes in every:
         axes.set_axis_off()
     for axes, index, text in zip(every, chart.table['image'], chart.table['text']):
