@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -93,7 +94,7 @@ def environment(processes: int, device: torch.device) -> dict[str, Any]:
     """Where a run runs: the command without tokens, versions, hardware."""
     cuda = device.type == 'cuda'
     return dict(
-        command=[TOKEN.sub('hf_...', word) for word in sys.argv],
+        command=TOKEN.sub('hf_...', shlex.join(sys.argv)),
         versions=dict(
             timm_amf=__version__, timm=timm.__version__, torch=str(torch.__version__),
             python=platform.python_version()),

@@ -26,7 +26,9 @@ from timm_amf.models.method import method_of
 from timm_amf.tuning import Plan, describe_depths, param_groups, resolve
 from timm_amf.yaml_text import load_yaml
 
-__all__ = ['Section', 'Table', 'Told', 'compared', 'curves', 'model_sections', 'read_told', 'results_of', 'setting']
+__all__ = [
+    'Section', 'Table', 'Told', 'compared', 'curves', 'differences', 'model_sections', 'read_told', 'results_of', 'setting',
+]
 
 _ERRORS = 25
 _CONFUSIONS = 10
@@ -158,8 +160,7 @@ def setting(told: Told, model: Optional[nn.Module], name: str = '') -> Section:
         parts += [line for line in describe_depths(model, plan).splitlines() if line]
     facts = [('folder', str(told.folder))]
     if about.get('command'):
-        program, *words = about['command']
-        facts.append(('command', shlex.join([Path(program).name, *words])))
+        facts.append(('command', str(about['command'])))
     facts.append(('the same run', f'train_amf.py --config {shlex.quote(str(told.folder / "args.yaml"))}'))
     for title in ('versions', 'hardware'):
         found = about.get(title) or {}
@@ -362,20 +363,25 @@ def compared(every: Sequence[Told], found: Sequence[Evaluation]) -> Section:
             table[name] = [values.get(epoch, math.nan) for epoch in epochs]
         section.parts.append(Chart(
             column, title, 'After each epoch.', 'lines', table, x='epoch', y=y, range=(0, 100) if y else None))
-    rows = []
+    if len(found) > 1:
+        section.parts.append(differences(found))
+    return section
+
+
+def differences(found: Sequence[Evaluation]) -> Table:
+    """Differences of the accuracy of evaluations from that of the first, paired over the images."""
+    rows, first = [], found[0]
     for one in found[1:]:
-        first = found[0]
+        name = f'{one.run} less {first.run}'
         same = (one.paths, one.class_names, one.targets.tolist()) == (
             first.paths, first.class_names, first.targets.tolist())
-        if not same:
-            rows.append((f'{one.run} less {first.run}', 'not the same images and classes', '', ''))
-        elif len(one.paths) > 1:
-            differences = 100 * (one.hit.astype(float) - first.hit)
-            mean, _, low, high = mean_interval(differences.tolist())
-            rows.append((f'{one.run} less {first.run}', f'{mean:+.2f}', f'{low:+.2f} to {high:+.2f}',
-                         f'{int((differences > 0).sum())} and {int((differences < 0).sum())}'))
-    if rows:
-        section.parts.append(Table(
-            "Differences of top-1 accuracy, percentage points, paired over the images (Student's t interval)",
-            ('runs', 'difference', '95 % interval', 'images that one of them alone gets right'), rows))
-    return section
+        if not same or len(one.paths) < 2:
+            rows.append((name, '', 'not the same images and classes' if not same else 'one image', ''))
+            continue
+        points = 100 * (one.hit.astype(float) - first.hit)
+        mean, _, low, high = mean_interval(points.tolist())
+        rows.append((
+            name, f'{mean:+.2f}', f'{low:+.2f} to {high:+.2f}', f'{(points > 0).sum()} and {(points < 0).sum()}'))
+    return Table(
+        "Differences of top-1 accuracy, percentage points, paired over the images (Student's t interval)",
+        ('runs', 'difference', '95 % interval', 'images that one of them alone gets right'), rows)

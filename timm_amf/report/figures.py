@@ -237,7 +237,7 @@ def _heat(chart: Chart) -> 'Figure':
     figure = _figure(side + label + 1.6, side + 0.075 * max(map(len, columns)) + 1.)
     axes = figure.subplots()
     rows, places = np.nonzero(matrix)
-    strength = 0.06 + 0.62 * shares[rows, places]
+    strength = 0.15 + 0.53 * shares[rows, places]
     axes.add_collection(PatchCollection(
         [Rectangle((c - 0.5, r - 0.5), 1, 1) for r, c in zip(rows, places)],
         facecolor=[to_rgba(LIGHT[0], s) for s in strength], edgecolor='none'))
@@ -252,7 +252,7 @@ def _heat(chart: Chart) -> 'Figure':
     axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(names) - 0.5, -0.5), aspect='equal')
     axes.set(xlabel=chart.x, ylabel=chart.y)
     axes.legend(
-        [Patch(facecolor=to_rgba(LIGHT[0], 0.06 + 0.62 * s)) for s in (0.1, 0.5, 1)], ['10 %', '50 %', '100 %'],
+        [Patch(facecolor=to_rgba(LIGHT[0], 0.15 + 0.53 * s)) for s in (0.1, 0.5, 1)], ['10 %', '50 %', '100 %'],
         title='of the row', loc='upper left', bbox_to_anchor=(1, 1), alignment='left')
     return figure
 
