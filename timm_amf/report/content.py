@@ -27,7 +27,8 @@ from timm_amf.tuning import Plan, describe_depths, param_groups, resolve
 from timm_amf.yaml_text import load_yaml
 
 __all__ = [
-    'Section', 'Table', 'Told', 'compared', 'curves', 'differences', 'model_sections', 'read_told', 'results_of', 'setting',
+    'Section', 'Table', 'Told', 'compared', 'curves', 'differences', 'model_sections', 'read_told', 'results_of',
+    'setting',
 ]
 
 _ERRORS = 25
