@@ -85,7 +85,8 @@ def svg(figure: 'Figure', name: str, title: str) -> str:
         text = re.sub(colour, f'var(--s{i})', text, flags=re.IGNORECASE)
     for colour, variable in ((_INK, 'var(--ink)'), ('#000000', 'var(--ink)'), (_GRID, 'var(--grid)')):
         text = text.replace(colour, variable)
-    return text.replace('<svg ', f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
+    own = f'style="--own: {72 * figure.get_figwidth():.0f}pt"'
+    return text.replace('<svg ', f'<svg {own} role="img" aria-label="{html.escape(title)}" ', 1)
 
 
 def png(figure: 'Figure') -> bytes:
