@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, Optional
 
-__all__ = ['CommandParser', 'Interrupted', 'UserError', 'run_command', 'without_traceback_flag']
+__all__ = ['TOKEN', 'CommandParser', 'Interrupted', 'UserError', 'run_command', 'without_traceback_flag']
 
 # Exceptions that are no defect of this package, by module and name, since importing their modules takes seconds.
 _EXPECTED = {
@@ -42,9 +42,10 @@ _MISFITS = re.compile(
 _EXTRAS = {
     'sklearn': 'search', 'scipy': 'search', 'ot': 'search', 'matplotlib': 'report', 'onnx': 'export',
     'onnxruntime': 'export', 'onnxscript': 'export', 'skimage': 'demo', 'peft': 'lora',
-    'tensorboard': 'tensorboard', 'optuna': 'sweep',
+    'tensorboard': 'tensorboard', 'optuna': 'sweep', 'datasets': 'data', 'pyarrow': 'data',
 }
-_TOKEN = re.compile(r'\bhf_\w{8,}')
+# A token of the Hub's, which nothing that is written or printed may show.
+TOKEN = re.compile(r'\bhf_\w{8,}')
 
 
 class UserError(Exception):
@@ -89,8 +90,11 @@ def run_command(
     """
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     try:
-        with _each_once():
-            return work() or 0
+        try:
+            with _each_once():
+                return work() or 0
+        finally:
+            sys.stdout.flush()  # here, where a pipe that is closed is no error
     except Interrupted as e:
         print(f'{prog}: {e}', file=sys.stderr)
         return 128 + e.signum
@@ -161,7 +165,7 @@ def _explain(error: BaseException) -> Optional[str]:
 
 
 def _one_line(text: str) -> str:
-    return _TOKEN.sub('hf_...', ' '.join(text.split()))[:600]
+    return TOKEN.sub('hf_...', ' '.join(text.split()))[:600]
 
 
 def _write_traceback(error: BaseException) -> str:
@@ -169,7 +173,7 @@ def _write_traceback(error: BaseException) -> str:
     try:
         with tempfile.NamedTemporaryFile(
                 'w', prefix='timm_amf-traceback-', suffix='.txt', delete=False, encoding='utf-8') as file:
-            file.write(_TOKEN.sub('hf_...', text))
+            file.write(TOKEN.sub('hf_...', text))
         return file.name
     except OSError:
         return 'no file, since none can be written (--traceback shows it)'

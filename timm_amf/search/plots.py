@@ -205,7 +205,7 @@ def sweep_figure(found: Sweep) -> 'Figure':
     else:
         for axes in panels:
             axes.legend(loc='upper left', bbox_to_anchor=(1.01, 1.), fontsize=8, frameon=False)
-    text = f'{found.model}: best is {found.best}, {found.metric} {found.best.mean:.2f} on validation images'
+    text = f'{found.model}: best is {found.best}, {found.metric} {found.best.mean:.2f}'
     figure.suptitle(_wrapped(text, figure), fontsize=10)
     return figure
 
@@ -229,7 +229,7 @@ def _draw_setting(axes: 'Axes', found: Sweep, key: str) -> None:
         axes.plot(
             [place(c.values[key]) for c in ended], [0.03] * len(ended), transform=axes.get_xaxis_transform(),
             marker='x', color='#707070', label='pruned or diverged', zorder=3, **_POINT)
-    axes.set_ylabel(f'validation {found.metric}{" (%)" if found.metric.startswith("top") else ""}')
+    axes.set_ylabel(f'validation {found.metric}{"" if found.metric == "loss" else " (%)"}')
     axes.yaxis.set_tick_params(labelleft=True)
     _plain(axes)
 
