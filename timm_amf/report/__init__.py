@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 from PIL import Image
 from torch import nn
