@@ -14,7 +14,7 @@ import contextlib
 import copy
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -33,12 +33,25 @@ from timm_amf.engine.wise import mix_with_start, prepare_mix
 from timm_amf.errors import UserError, run_command, without_traceback_flag
 from timm_amf.files import write_text
 from timm_amf.models.method import RunSettings, method_of
-from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args, resolve
+from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args
+from timm_amf.tuning.lora import add_lora, merge_lora
+from timm_amf.tuning.resolve import resolve
 
 
-def train(argv: Optional[Sequence[str]] = None) -> None:
-    """Parse, build, loop; raises `Interrupted` after a signal, with the checkpoint written."""
-    args = parse_args(argv)
+def train(
+        argv: Optional[Sequence[str]] = None,
+        after_epoch: Optional[Callable[[int, Optional[float]], None]] = None,
+        args: Optional[argparse.Namespace] = None,
+) -> None:
+    """Parse, build, loop; raises `Interrupted` after a signal, with the checkpoint written.
+
+    Args:
+        argv: Arguments, those of the process if None.
+        after_epoch: Is told each epoch that was trained, from 0, and its `--eval-metric` (None if it was not due), once
+            its checkpoint is written; what it raises ends the training.
+        args: What `parse_args` made of the arguments, if it did already.
+    """
+    args = args or parse_args(argv)
     if args.report:
         from timm_amf.report import check_installed, report  # what it takes is imported only where it is asked for
 
@@ -51,6 +64,11 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
         if args.report:
             print(report([found.folder]))
         return
+    if args.budget is not None and args.epochs is None:
+        from timm_amf.search.fit import epochs_within
+
+        words = list(sys.argv[1:] if argv is None else argv)
+        args = parse_args([*words, '--epochs', str(epochs_within(words))])
     if args.publish:
         from timm_amf.hub.publish import check_flags  # what it takes is imported only where it is asked for
 
@@ -62,7 +80,7 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     # A run that was killed before its first checkpoint begins again.
     over = args.overwrite or (args.resume == 'auto' and resume is None)
     with claim_folder(folder, over, resume) if writes else contextlib.nullcontext():
-        _train(args, accelerator, folder, resume)
+        _train(args, accelerator, folder, resume, after_epoch)
     if args.report and writes:
         print(report([folder]))
     if args.publish and writes:
@@ -71,7 +89,13 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
         publish_finished(args, folder)
 
 
-def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, resume: Optional[Path]) -> None:
+def _train(
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        folder: Path,
+        resume: Optional[Path],
+        after_epoch: Optional[Callable[[int, Optional[float]], None]],
+) -> None:
     args.split_file = str(resume.parent / 'split.csv') if resume else None
     train_set, val_set = build.build_data(args, accelerator, build.known_classes(args, resume))
     model = build.build_model(args, train_set.num_classes)
@@ -85,6 +109,10 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
     if resume is None and not args.eval_only:
         build.set_start(model, table, args, train_set.num_classes)
         start_head(model, args, train_set, accelerator, table)
+    keeps_start = (args.wise_ft or args.head_start == 'probe') and not (args.dry_run or args.eval_only)
+    start = copy.deepcopy(model.state_dict()) if keeps_start and resume is None else None
+    if add_lora(model, table, args.seed):
+        table = resolve(model, plan)
     optimizer = create_optimizer(model, table)
     mixup = build.build_mixup(args, model.num_classes)
     branch_loss = args.branch_loss
@@ -99,8 +127,6 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
     accelerator.print(describe_depths(model, table), end='')
     if args.dry_run:
         return
-    keeps_start = args.wise_ft or args.head_start == 'probe'
-    start = copy.deepcopy(model.state_dict()) if keeps_start and resume is None else None
     if resume is not None:
         trainer.resume(resume)
     elif args.head_start == 'probe' and not args.eval_only:
@@ -131,7 +157,9 @@ def _train(args: argparse.Namespace, accelerator: Accelerator, folder: Path, res
         accelerator.wait_for_everyone()
         build.start_trackers(args, accelerator, plan)
 
-    trainer.train(begin)
+    trainer.train(begin, after_epoch)
+    for trained in filter(None, (model, task.ema_model)):
+        merge_lora(trained)
     if args.wise_ft and trainer.epoch >= trainer.total_epochs:
         accelerator.print(mix_with_start(trainer))
     trainer.write_compact()

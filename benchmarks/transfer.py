@@ -2,10 +2,11 @@
 
     python benchmarks/transfer.py --set dtd=DIR --set flowers=DIR,80 --model tf_efficientnet_lite0 --weights FILE
 
-A set is a folder of splits of class folders, and the most images taken of each class. Where it has no `test`, its
-validation images are the test images, and a fifth of the training images validates. All methods have the same images,
-size, batches, augmentation and epochs. Each LR of a method's grid is trained, the best on the validation images is
-chosen, and the test images are looked at once. An interrupted table goes on where it stopped.
+A set is a folder of splits of class folders, and the most images taken of each class; a mixture is several with `+`
+between. Where a folder has no `test`, its validation images are the test images, and a fifth of the training images
+validates. All methods have the same images, size, batches, augmentation and epochs. With the first seed each LR of a
+method's grid is trained, and the best on the validation images is chosen; other seeds take this LR. The test images are
+looked at once. An interrupted table goes on where it stopped.
 
     python benchmarks/transfer.py --report
 
@@ -15,6 +16,7 @@ is fastai's `fine_tune` with its own head (pip install fastai), on the same imag
 import argparse
 import contextlib
 import csv
+import importlib
 import io
 import os
 import shutil
@@ -58,6 +60,7 @@ METHODS = {
     'L2-SP': ((*_FROM_PROBE, '--l2sp-alpha', '0.01'), _ADAM_LRS),
     'low blocks slower': ((*_FROM_PROBE, '--low-blocks', '8', '--low-lr-scale', '0.1'), _ADAM_LRS),
     'layer decay 0.75': ((*_FROM_PROBE, '--layer-decay', '0.75'), _ADAM_LRS),
+    'LoRA of rank 8': ((*_FROM_PROBE, '--lora-rank', '8'), _ADAM_LRS),
     'twice the epochs': (_FROM_PROBE, _ADAM_LRS),
     'ensemble of two': (_FROM_PROBE, _ADAM_LRS),
     'SpotTune': (_FROM_PROBE, _ADAM_LRS),
@@ -86,12 +89,16 @@ def model_flags(args: argparse.Namespace, method: str) -> list[str]:
 
 
 def data_flags(text: str) -> tuple[str, list[str]]:
-    name, _, rest = text.partition('=')
-    root, _, number = rest.partition(',')
-    component = f'name={name},path={root}' + (f',per_class={number}' if number else '')
-    if os.path.isdir(os.path.join(root, 'test')):
-        return name, ['--component', component]
-    return name, ['--component', f'{component},splits.test=val', '--val-share', '0.2']
+    name, _, folders = text.partition('=')
+    words, tested = [], []
+    for folder in folders.split('+'):
+        root, _, number = folder.partition(',')
+        tested.append(os.path.isdir(os.path.join(root, 'test')))
+        words += ['--component', f'name={os.path.basename(os.path.normpath(root))},path={root}'
+                  + (f',per_class={number}' if number else '') + ('' if tested[-1] else ',splits.test=val')]
+    if any(tested) and not all(tested):
+        raise SystemExit(f'{text}: only some of these folders have a split `test`')
+    return name, words if all(tested) else [*words, '--val-share', '0.2']
 
 
 def train(words: list[str], folder: Path) -> float:
@@ -107,9 +114,10 @@ def best_of(folder: Path) -> float:
         return max(float(row['eval_top1']) for row in csv.DictReader(file))
 
 
-def run(args: argparse.Namespace, words: list[str], method: str, seed: int, scratch: Path) -> dict:
-    """Train every LR of a method, and test the best."""
+def run(args: argparse.Namespace, words: list[str], method: str, seed: int, scratch: Path, chosen: str) -> dict:
+    """Train every LR of a method, or those chosen with an earlier seed, and test the best."""
     flags, lrs = METHODS[method]
+    lrs = chosen.split(' and ') if chosen and lrs else lrs
     own = ['--epochs', str(2 * args.epochs)] if method == 'twice the epochs' else []
     common = [
         *model_flags(args, method), *words, '--img-size', str(args.img_size), '-b', str(args.batch_size), '--epochs',
@@ -124,7 +132,8 @@ def run(args: argparse.Namespace, words: list[str], method: str, seed: int, scra
         seconds = train([*common, *flags, '--lr', '1e-30', '--epochs', '1'], scratch / 'frozen')
         best = (best_of(scratch / 'frozen'), '', scratch / 'frozen', seconds)
     elif method == 'fastai':
-        return fastai_row([*common, '--val-split', 'validation'], lrs, args, seed)
+        row = fastai_row([*common, '--val-split', 'validation'], lrs, args, seed)
+        return {**row, 'seconds_all': ''} if chosen else row
     else:
         tried = []
         for lr in lrs:
@@ -144,7 +153,7 @@ def run(args: argparse.Namespace, words: list[str], method: str, seed: int, scra
         test = evaluate_runs([folder], RunOptions(split='test'))[0]
     identity = read_state(folder / 'last')['identity']
     return dict(lr=lr, images=identity['samples'], val=round(val, 2), test=round(test.top1, 2), test_images=test.images,
-                seconds=round(seconds, 1), seconds_all=round(total, 1))
+                seconds=round(seconds, 1), seconds_all='' if chosen else round(total, 1))
 
 
 class _Batches:
@@ -241,8 +250,11 @@ def report(rows: list[dict]) -> str:
                 base = found.get((_BASE, name), [])
                 for row in found.get((m, name), []):
                     plain = [float(r['seconds']) for r in base if r['seed'] == row['seed']]
-                    costs += [(float(row['seconds']) / p, float(row['seconds_all']) / p) for p in plain]
-            cost = [f'{statistics.mean(c):.2f}' for c in zip(*costs)] if costs else ['', '']
+                    costs += [[float(row[key]) / p if row[key] else None for key in ('seconds', 'seconds_all')]
+                              for p in plain]
+            # The median, for a machine that does something else now and then.
+            cost = [statistics.median([c for c in column if c is not None]) for column in zip(*costs)]
+            cost = [f'{c:.2f}' for c in cost] or ['', '']
             rank = f'{statistics.mean(places[m]):.1f}' if places.get(m) else ''
             lines.append(f'| {m} | {" | ".join([*cells, *cost, rank])} |')
         lines.append('')
@@ -262,6 +274,7 @@ def main() -> None:
     add = parser.add_argument
     add('--set', action='append', default=[], metavar='NAME=DIR[,N]', help='a set, and the most images a class')
     add('--model', default='tf_efficientnet_lite0')
+    add('--import', dest='module', metavar='MODULE', help='import this first: it registers a model that timm lacks')
     add('--weights', default='', metavar='FILE', help='its pretrained weights (default: from the Hub)')
     add('--policy', default='', metavar='NAME', help="policy network of AMF and SpotTune (default: the model's)")
     add('--policy-weights', default='', metavar='FILE')
@@ -284,6 +297,8 @@ def main() -> None:
     if args.report:
         print(report(rows))
         return
+    if args.module:
+        importlib.import_module(args.module)
     done = {tuple(row[key] for key in COLUMNS[:6]) for row in rows}
     started = time.monotonic()
     for seed in args.seeds:
@@ -294,7 +309,9 @@ def main() -> None:
                 if key in done or time.monotonic() - started > 60 * args.minutes:
                     continue
                 shutil.rmtree(args.scratch, ignore_errors=True)
-                row = dict(zip(COLUMNS, key), **run(args, words, method, seed, args.scratch))
+                first = [row['lr'] for row in rows if tuple(row[k] for k in COLUMNS[:5]) == key[:5]][:1]
+                row = dict(zip(COLUMNS, key), **run(args, words, method, seed, args.scratch, *first or ['']))
+                rows.append(row)
                 new = not args.csv.exists()
                 with open(args.csv, 'a', newline='', encoding='utf-8') as file:
                     writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')

@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, Optional
 
 __all__ = ['TOKEN', 'CommandParser', 'Interrupted', 'UserError', 'run_command', 'without_traceback_flag']
@@ -24,6 +24,8 @@ _EXPECTED = {
     'yaml.error.YAMLError': 'is no YAML',
     'safetensors._safetensors_rust.SafetensorError': 'a weights file is damaged or no safetensors file',
     'PIL.Image.DecompressionBombError': 'an image is too large',
+    'sqlalchemy.exc.SQLAlchemyError': 'the database of the sweep cannot be used',
+    'optuna.exceptions.StorageInternalError': 'the database of the sweep cannot be used',
     'zipfile.BadZipFile': 'an archive is damaged',
     'builtins.MemoryError': 'out of memory; lower the batch size',
     'torch.OutOfMemoryError': 'the device is out of memory; lower the batch size',
@@ -38,8 +40,9 @@ _MISFITS = re.compile(
     r'|more than 1 value per channel|Kernel size|Sizes of tensors|out of memory|enforce fail at alloc', re.IGNORECASE)
 # Distribution -> extra that brings it.
 _EXTRAS = {
-    'sklearn': 'search', 'scipy': 'search', 'ot': 'search', 'matplotlib': 'report', 'jinja2': 'report',
-    'onnx': 'export', 'onnxruntime': 'export', 'onnxscript': 'export', 'skimage': 'demo', 'tensorboard': 'tensorboard',
+    'sklearn': 'search', 'scipy': 'search', 'ot': 'search', 'matplotlib': 'report', 'onnx': 'export',
+    'onnxruntime': 'export', 'onnxscript': 'export', 'skimage': 'demo', 'peft': 'lora',
+    'tensorboard': 'tensorboard', 'optuna': 'sweep', 'datasets': 'data', 'pyarrow': 'data',
 }
 # A token of the Hub's, which nothing that is written or printed may show.
 TOKEN = re.compile(r'\bhf_\w{8,}')
@@ -87,7 +90,11 @@ def run_command(
     """
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     try:
-        return work() or 0
+        try:
+            with _each_once():
+                return work() or 0
+        finally:
+            sys.stdout.flush()  # here, where a pipe that is closed is no error
     except Interrupted as e:
         print(f'{prog}: {e}', file=sys.stderr)
         return 128 + e.signum
@@ -114,6 +121,24 @@ def run_command(
 def without_traceback_flag(argv: Sequence[str]) -> tuple[list[str], bool]:
     """The arguments without `--traceback`, and whether it was there."""
     return [word for word in argv if word != '--traceback'], '--traceback' in argv
+
+
+@contextlib.contextmanager
+def _each_once() -> Iterator[None]:
+    """Log no message twice: the runs of `fit` or `sweep` say the same of the same data."""
+    said: set[str] = set()
+    handlers = list(logging.getLogger().handlers)
+
+    def is_new(record: logging.LogRecord) -> bool:
+        return not (record.getMessage() in said or said.add(record.getMessage()))
+
+    for handler in handlers:
+        handler.addFilter(is_new)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_new)
 
 
 def _explain(error: BaseException) -> Optional[str]:

@@ -121,7 +121,7 @@ def test_copies_in_other_splits_are_counted(make_folder, tmp_path, caplog):
         check_module.warn_of_copies(parts[0], {'val': parts[1]})
         return caplog.text
 
-    assert 'val has 2 copies of training images and 1 that look the same' in checked()
+    assert 'val has copies of training images (2) and images that look like one of training (1)' in checked()
     assert checked() == checked() and checked().count('WARNING') == 1  # remembered
     assert f'{root}/val/a/0.png and {root}/train/a/0.png' in checked()
     (root / 'train' / 'a' / '1.png').write_bytes(b'')

@@ -46,6 +46,16 @@ def moved(folder: Path) -> bytes:
 
 # -- what comes back --------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize('name', ('amf', 'global_k'))
+def test_a_repository_is_asked_about_images(client, hub, staged, runs, folders, name):
+    put(hub, staged(name))
+    images = sorted((folders / 'blobs/val/class1').iterdir())
+    for one, two in zip(
+            timm_amf.predict(f'hf-hub:{REPO}', images), timm_amf.predict(runs(name), images), strict=True):
+        assert one.labels == two.labels and one.probabilities == two.probabilities
+        assert one.decisions == two.decisions != {}  # of global-k the one path of all images
+
+
 @pytest.mark.parametrize('name', ('amf', 'multitune', 'spottune', 'plain'))
 def test_a_model_and_what_made_it(client, hub, staged, runs, name):
     commit, run = put(hub, staged(name)), runs(name)

@@ -115,8 +115,14 @@ def test_images_of_another_folder(run_of_colours, tmp_path, capsys, caplog):
     assert evaluated(drawn, tmp_path / 'split') == (18, metrics)
     moved = shutil.copytree(data / 'train', tmp_path / 'moved')
     assert evaluated(drawn, moved) == (6, (own.loss, own.top1, own.macro_f1))
+    (flat / 'red/new0.png').write_text('no image')
+    words = ['evaluate', str(drawn), '--data-dir', str(flat), '--cpu']
+    assert main(words) == 2
+    assert 'new0.png (not an image); mend or remove it, or go on without' in capsys.readouterr().err
+    assert main([*words, '--skip-bad-images']) == 0
+    assert capsys.readouterr().out.splitlines()[2].split()[1] == '17'
     (flat / 'red').rename(flat / 'rouge')
-    assert main(['evaluate', str(drawn), '--data-dir', str(flat), '--cpu']) == 2
+    assert main(words) == 2
     assert "class 'rouge' is not among the 3 classes" in capsys.readouterr().err
 
 

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 import timm_amf
 from timm_amf import cli
-from timm_amf.engine.options import parse_args
 from timm_amf.errors import UserError
 from timm_amf.search import advise as module
 from timm_amf.search.proposal import decide
@@ -22,7 +21,8 @@ def advise_cli(tmp_path, flags, capsys):
     """advise_cli(*flags) -> (exit code, what it printed, its file)."""
     def run(*extra, base=flags):
         path = tmp_path / 'advice.yaml'
-        code = cli.main(['advise', *base, '--advice-file', str(path), '--overwrite', *extra])
+        pilots = [] if '--pilot-epochs' in extra else ['--pilot-epochs', '0']
+        code = cli.main(['advise', *base, '--advice-file', str(path), '--overwrite', *pilots, *extra])
         captured = capsys.readouterr()
         return code, captured.out + captured.err, path
     return run
@@ -49,8 +49,10 @@ def test_plain_model(advise_cli, images, monkeypatch):
         assert word in text
     groups = dry_run(path)
     assert {g['l2sp_alpha'] for g in groups} == {0., 0.01}
-    assert {g['lr'] for g in groups if g['role'] == 'backbone'} == {0.00125}  # 0.0025 at batch 32, here 16
-    assert {g['lr'] for g in groups if g['role'] == 'head'} == {0.005}
+    assert {g['lr'] for g in groups} == {1e-4}  # no pilots: the low LR of Table 7's left side
+    content = yaml.safe_load(path.read_text())
+    assert (content['head_start'], content['plan']['opt']) == ('probe', 'adamw')  # the start of `fit`
+    assert content['plan']['norms'] == 'frozen'
 
 
 def test_unsuited(advise_cli, images, monkeypatch):
@@ -59,15 +61,34 @@ def test_unsuited(advise_cli, images, monkeypatch):
     assert code == 0, text
     assert 'lr' not in yaml.safe_load(path.read_text())  # or it would be the Plan's
     groups = dry_run(path)
-    assert {g['lr'] for g in groups if g['role'] == 'backbone'} == {0.0125, 0.005}
+    assert {g['lr'] for g in groups if g['role'] == 'backbone'} == {7., 2.8}
     assert {g['l2sp_alpha'] for g in groups} == {0.} and {g['weight_decay'] for g in groups} == {0., 3e-4}
 
 
-def test_adamw(advise_cli, images, monkeypatch):
+@pytest.mark.parametrize('alone', [True, False])
+def test_pilots_decide(advise_cli, images, monkeypatch, alone):
+    """The LR is the best of three, and the settings of Table 7 stay only where they are of use."""
     sided(monkeypatch, colours=True)
-    _, text, path = advise_cli(str(images / 'colours'), '--opt', 'adamw', '--lr', '1e-3')
-    assert 'those of SGD' in text
-    assert {round(g['lr'], 9) for g in dry_run(path) if g['role'] == 'backbone'} == {1e-4}
+    tried = []
+
+    def train(options, plan, accelerator):
+        settings = plan.role('backbone')
+        tried.append((plan.lr, settings.reinit_blocks, options.epochs))
+        top1 = 50 + (plan.lr == 0.003) + 2 * (settings.reinit_blocks == 0) * (1 if alone else -1)
+        return dict(top1=top1, loss=1., train_loss=1.)
+    monkeypatch.setattr(module, '_short_training', train)
+    code, text, path = advise_cli(str(images / 'colours'), '--opt', 'sgd', '--lr', '1e-2', '--pilot-epochs', '3')
+    assert code == 0, text
+    assert tried == [(0.001, 1, 3), (0.003, 1, 3), (0.01, 1, 3), (0.003, 0, 3)]
+    plan = timm_amf.Plan.from_yaml(path)
+    assert plan.lr == 0.003 and plan.role('backbone').reinit_blocks == (0 if alone else 1)
+    assert f'LR 0.003, {"without " if alone else ""}the settings of Table 7: {53 if alone else 51}.00' in text
+
+
+def test_pilots_train(advise_cli, images):
+    code, text, path = advise_cli(str(images / 'colours'), '--pilot-epochs', '1')
+    assert code == 0 and text.count('colours under test_resnet, LR') == 4, text
+    assert {g['lr'] for g in dry_run(path) if g['role'] == 'backbone'} <= {1e-4, 3e-4, 1e-3, 4e-4, 1.2e-4, 4e-5}
 
 
 def test_mixture_on_two_sides(advise_cli, images, weights, monkeypatch):
@@ -80,7 +101,7 @@ def test_mixture_on_two_sides(advise_cli, images, weights, monkeypatch):
     assert content['model'] == 'multitune' and 'branch_loss' not in content
     assert content['model_kwargs']['backbones'] == ['test_resnet'] * 2
     lrs = {g['role']: g['lr'] for g in dry_run(path)}
-    assert lrs['branch.0'] < lrs['branch.1'] and lrs['head'] == 0.004
+    assert lrs['branch.0'] < lrs['branch.1'] == lrs['head']
     code, text, _ = advise_cli(*data, '--policy', 'test_vit')
     assert code == 2 and '--policy test_vit' in text  # its weights are not at hand
 
@@ -98,14 +119,15 @@ def test_amf(advise_cli, images, weights, monkeypatch):
         '--model', 'amf', '--model-kwargs', "backbones=('test_resnet','test_resnet')", 'policy=test_resnet',
         f"backbone_kwargs={{'pretrained_cfg_overlay': {{'file': '{weights}'}}}}",
         f"policy_kwargs={{'pretrained_cfg_overlay': {{'file': '{weights}'}}}}"]
-    base = ['--img-size', '32', '-b', '32', '--workers', '0', '--cpu', '--tracker', 'none', '--epochs', '400']
+    base = ['--img-size', '32', '-b', '32', '--workers', '0', '--cpu', '--tracker', 'none', '--epochs', '400',
+            '--opt', 'sgd']
     data = [f'--component=name={n},path={images / n}' for n in ('noise', 'colours')]
     code, text, path = advise_cli(*data, *kwargs, base=base)
     assert code == 0, text
     lrs = {}
     for group in dry_run(path):
         lrs.setdefault(group['role'], set()).add(group['lr'])
-    assert lrs == {'branch.0': {0.025, 0.01}, 'branch.1': {0.0025}, 'head': {0.008}, 'policy': {3e-5}}
+    assert lrs == {'branch.0': {0.02, 0.008}, 'branch.1': {0.002}, 'head': {0.02}, 'policy': {3e-5}}
 
 
 def test_file_is_not_replaced_unasked(tmp_path, flags, images, capsys):
@@ -120,7 +142,8 @@ def test_keeps_a_plan_that_was_given(advise_cli, images, tmp_path, monkeypatch):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text(yaml.safe_dump(dict(plan=dict(
         epochs=7, opt='sgd', schedule=dict(sched='tanh'), roles=dict(backbone=dict(low_blocks=2, freeze_bn=True))))))
-    _, text, path = advise_cli(str(images / 'colours'), '-c', str(recipe))
+    code, text, path = advise_cli(str(images / 'colours'), '-c', str(recipe))
+    assert code == 0, text
     plan = timm_amf.Plan.from_yaml(path)
     assert plan.schedule.sched == 'tanh' and plan.epochs == 2  # a flag wins
     assert plan.roles['backbone'].freeze_bn and plan.roles['backbone'].low_blocks == 0
@@ -147,11 +170,12 @@ def test_ranks():
 
 def _component(top1, log_me):
     measures = Measures(dict(fixed_top1=top1, log_me=log_me))
-    return module.ComponentAdvice('x', 'net', measures, decide(dict(fixed_accuracy=50.)))
+    return module.ComponentAdvice('x', 'net', measures, decide(dict(fixed_accuracy=50.)), {}, [])
 
 
 def test_python(images, weights, tmp_path):
-    options = dict(pretrained_path=str(weights), img_size=32, batch_size=16, workers=0, cpu=True, progress=False)
+    options = dict(pretrained_path=str(weights), img_size=32, batch_size=16, workers=0, cpu=True, progress=False,
+                   pilot_epochs=0)
     advice = timm_amf.advise('test_resnet', images / 'colours', source_dir=images / 'noise', **options)
     assert set(advice.measures['colours']) == {
         'fixed_top1', 'fixed_accuracy', 'fisher', 'log_me', 'leep', 'nce', 'h_score', 'trans_rate', 'emd'}
@@ -167,12 +191,13 @@ def test_python(images, weights, tmp_path):
 def test_random_init(images, flags, monkeypatch):
     """A short training says nothing against the features; a long one decides."""
     def run(*extra):
-        own, rest = module._own_parser().parse_known_args([str(images / 'colours'), *flags, *extra])
-        return module._advise(own, [parse_args(rest)]).components[0].measures
+        words = [str(images / 'colours'), *flags, '--pilot-epochs', '0', *extra]
+        own, rest = module._own_parser().parse_known_args(words)
+        return module._advise(own, module._runs(rest, [])).components[0].measures
 
     short = run('--random-init', '1')
     assert 'random_minus_fixed' not in short.values and 'more --random-init' in short.missing['random_minus_fixed']
-    long = run('--random-init', '12', '--lr', '0.05', '--no-aug')
+    long = run('--random-init', '12', '--no-aug')
     assert long.values['random_minus_fixed'] == pytest.approx(long.values['random_init'] - long.values['fixed_top1'])
 
 

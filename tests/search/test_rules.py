@@ -55,25 +55,19 @@ def test_words(value, word):
 def test_settings_of_the_papers_network():
     """On a network of the paper's depth, Tables 3 to 6 come back."""
     def settings(name):
-        return body_settings(decide(PAPER[name].measures), PAPER_BLOCKS, 1.)
+        return body_settings(decide(PAPER[name].measures), PAPER_BLOCKS)
 
     dtd, cars = settings('DTD'), settings('Cars')
     assert dtd == dict(
-        lr=0.002, low_blocks=0, reinit_blocks=1, l2sp_alpha=0.001, l2sp_blocks=14, weight_decay=0.001)
+        low_blocks=0, reinit_blocks=1, l2sp_alpha=0.001, l2sp_blocks=14, weight_decay=0.001)
     assert settings('Caltech-256-30')['l2sp_blocks'] == PAPER_BLOCKS - 1  # all that keep their weights
-    assert cars == dict(lr=0.025, low_blocks=8, low_lr_scale=pytest.approx(0.4), reinit_blocks=0, l2sp_alpha=0.)
+    assert cars == dict(low_blocks=8, low_lr_scale=pytest.approx(0.4), reinit_blocks=0, l2sp_alpha=0.)
 
 
 @pytest.mark.parametrize('blocks', [0, 1, 2, 3, 12, 60])
 def test_settings_fit_any_depth(blocks):
     for name, s in PAPER.items():
-        settings = body_settings(decide(s.measures), blocks, 2.)
+        settings = body_settings(decide(s.measures), blocks)
         assert settings['low_blocks'] <= blocks, name
         assert settings['reinit_blocks'] + settings.get('l2sp_blocks', 0) <= blocks
         assert settings['reinit_blocks'] < max(blocks, 1)
-        assert settings['lr'] == 2 * s.lr
-
-
-def test_other_optimisers_have_their_own_lr():
-    assert body_settings(decide(PAPER['Cars'].measures), 10, 4., high_lr=1e-3)['lr'] == 1e-3
-    assert body_settings(decide(PAPER['DTD'].measures), 10, 4., high_lr=1e-3)['lr'] == pytest.approx(1e-4)

@@ -89,7 +89,9 @@ def warn_of_copies(train: Mixture, others: Mapping[str, Mixture]) -> None:
         alike &= ~equal
         if not (equal | alike).any():
             continue
-        found.append(f'{name} has {equal.sum()} copies of training images and {alike.sum()} that look the same')
+        counts = [f'{what} ({n.sum()})' for n, what in (
+            (equal, 'copies of training images'), (alike, 'images that look like one of training')) if n.any()]
+        found.append(f'{name} has {" and ".join(counts)}')
         if not example:
             column = 0 if equal.any() else 1
             index = int(np.flatnonzero((equal, alike)[column])[0])

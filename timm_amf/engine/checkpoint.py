@@ -26,6 +26,7 @@ from torch import nn
 from timm_amf.errors import UserError
 from timm_amf.files import replacing, whole_folder
 from timm_amf.tuning.l2sp import L2SP
+from timm_amf.tuning.lora import merged_state
 
 __all__ = [
     'Checkpointer', 'check_digests', 'class_names', 'load_weights', 'read_class_names', 'read_state',
@@ -111,22 +112,22 @@ def _parse_names(text: str, path: Union[str, Path]) -> list[str]:
     raise UserError(f'{path}: is damaged: its names of classes are no list of texts')
 
 
-def _write_module(module: nn.Module, path: Path) -> None:
+def _write_module(module: nn.Module, path: Path, state: Optional[Mapping[str, torch.Tensor]] = None) -> None:
     # One entry of metadata only: safetensors writes several in random order.
     names = class_names(module)
     metadata = {'format': 'pt'} if names is None else {'class_names': json.dumps(names)}
-    save_file(_contiguous(module.state_dict()), path, metadata=metadata)
+    save_file(_contiguous(module.state_dict() if state is None else state), path, metadata=metadata)
 
 
 def save_weights(module: nn.Module, path: Union[str, Path]) -> None:
-    """Write a module's weights as safetensors, whole or not at all; equal weights give equal files.
+    """Write a module's weights as safetensors, adapters merged, whole or not at all; equal weights give equal files.
 
     Raises:
         UserError: If a weight is not finite, or the disk is full or not writable; a file that was there before stays as
             it was.
     """
     with replacing(path, _REMEDY) as temporary:
-        _write_module(module, temporary)
+        _write_module(module, temporary, merged_state(module))
 
 
 def save_tensors(named: Mapping[str, torch.Tensor], path: Union[str, Path]) -> None:

@@ -3,7 +3,7 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev
 
-__all__ = ['mean_interval', 't_quantile', 'wilson_interval']
+__all__ = ['holm', 'mean_interval', 'paired_p', 't_quantile', 'wilson_interval']
 
 
 def wilson_interval(hits: float, count: float, level: float = 0.95) -> tuple[float, float]:
@@ -59,6 +59,41 @@ def t_quantile(p: float, freedom: int) -> float:
         angle = (low + high) / 2
         low, high = (angle, high) if _within(angle, freedom) < within else (low, angle)
     return math.sqrt(freedom) * math.tan((low + high) / 2)
+
+
+def paired_p(one: Sequence[float], other: Sequence[float]) -> float:
+    """P value of Student's paired test, two-sided: that pairs with no difference on average are this far apart.
+
+    Args:
+        one: Values of several runs, two at least.
+        other: Values of the runs that they are paired with, of the same seeds, say.
+
+    Returns:
+        0 to 1; NaN where all differences are the same, of which the test knows no spread.
+    """
+    differences = [a - b for a, b in zip(one, other)]
+    deviation = stdev(differences)
+    if deviation <= 1e-9 * max(map(abs, (*one, *other))):  # rounding
+        return math.nan
+    t = fmean(differences) / (deviation / math.sqrt(len(differences)))
+    freedom = len(differences) - 1
+    return 1 - _within(math.atan(abs(t) / math.sqrt(freedom)), freedom)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values corrected for their number (Holm, "A simple sequentially rejective multiple test procedure", 1979).
+
+    All that are at most x together reject a true hypothesis with a probability of at most x.
+
+    Args:
+        p_values: Of each comparison; NaN, of one that was no test, counts as a comparison and stays NaN.
+    """
+    order = sorted(range(len(p_values)), key=lambda i: (math.isnan(p_values[i]), p_values[i]))
+    corrected, highest = [math.nan] * len(p_values), 0.
+    for rank, i in enumerate(order):
+        if not math.isnan(p_values[i]):
+            highest = corrected[i] = max(highest, min(1., (len(order) - rank) * p_values[i]))
+    return corrected
 
 
 def _within(angle: float, freedom: int) -> float:

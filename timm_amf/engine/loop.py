@@ -27,7 +27,7 @@ from timm_amf.engine.evaluate import evaluate, reduce_tensors
 from timm_amf.engine.task import AdaptiveTask
 from timm_amf.errors import Interrupted, UserError
 from timm_amf.models.method import check_takes, method_of
-from timm_amf.models.records import Record
+from timm_amf.models.records import Record, exact_device
 from timm_amf.tuning import GroupScheduler, Resolved, apply_freeze
 
 __all__ = ['Signals', 'Trainer']
@@ -62,17 +62,17 @@ class Signals:
 
 
 class _TrainMeter:
-    """Sum of the loss over samples, on the device, and the first step whose loss was not finite."""
+    """Sum of the loss over samples, and the first step whose loss was not finite."""
 
     def __init__(self, device: torch.device, first_step: int = 0):
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2, dtype=torch.float64, device=exact_device(device))
         self._loss, self._samples = self.sums.unbind()  # views
         self._unseen: list[torch.Tensor] = []
         self._first_unseen = first_step
 
     def update(self, loss: torch.Tensor, samples: int) -> None:
         loss = loss.detach()
-        self._loss.add_(loss, alpha=samples)
+        self._loss.add_(loss.to(self.sums.device), alpha=samples)
         self._samples.add_(samples)
         self._unseen.append(loss)
 
@@ -223,7 +223,7 @@ class Trainer:
         self.speed_log = CsvLog(self.folder / 'speed.csv', self.epoch)  # what no two runs have alike
 
     def _identity(self) -> dict[str, Any]:
-        """What the order and size of the steps follow from."""
+        """What the order and size of the steps, and the loss, follow from."""
         return dict(
             seed=self.args.seed,
             samples=len(self.train_loader.dataset),
@@ -231,13 +231,15 @@ class Trainer:
             grad_accum_steps=self.args.grad_accum_steps,
             steps=self.steps,
             processes=self.accelerator.num_processes,
-            class_sampling=self.args.class_sampling,
+            **{name: getattr(self.args, name) for name in (
+                'class_sampling', 'class_weight', 'val_share', 'test_share', 'group')},
         )
 
     def _check_same_run(self, source: Path, state: dict[str, Any]) -> None:
         differing = [
             f'{name} {state["identity"].get(name)} before, {value} now'
-            for name, value in self._identity().items() if state['identity'].get(name) != value
+            # Earlier versions wrote fewer.
+            for name, value in self._identity().items() if state['identity'].get(name, value) != value
         ]
         if state['plan'] != self.plan.to_dict():
             _logger.warning('%s: has another Plan than this run, which continues with its own', source)
@@ -250,12 +252,17 @@ class Trainer:
 
     # -- one epoch ----------------------------------------------------------------------------------------------------
 
-    def train(self, begin: Optional[Callable[[], None]] = None) -> None:
+    def train(
+            self,
+            begin: Optional[Callable[[], None]] = None,
+            after_epoch: Optional[Callable[[int, Optional[float]], None]] = None,
+    ) -> None:
         """Train to the last epoch.
 
         Args:
             begin: Makes the folder ready to be written, once the first update has been made: a run that cannot train
                 leaves everything as it was.
+            after_epoch: Called with each epoch and its metric when its checkpoint is there.
         """
         self._begin = begin
         self._stop_early()  # as the run did that is resumed
@@ -264,7 +271,9 @@ class Trainer:
         try:
             with self.signals:
                 while self.epoch < self.epochs:
-                    self.finish_epoch(self.train_epoch(), self.evaluate())
+                    epoch, metric = self.epoch, self.finish_epoch(self.train_epoch(), self.evaluate())
+                    if after_epoch is not None:
+                        after_epoch(epoch, metric)
         except (UserError, Interrupted, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as e:
@@ -498,10 +507,11 @@ class Trainer:
             metrics = evaluate(module, self.val_loader, self.accelerator, record, progress=self._progress)
         if record is None or not record.count:
             return dict(metrics, policy={}, headline='')
+        record.history = self.policy_log.rows
         return dict(metrics, policy=record.row(), headline=record.headline())
 
-    def finish_epoch(self, train: dict[str, Any], val: Optional[dict[str, Any]]) -> None:
-        """Record the epoch, save what it earned, set the next epoch's LRs and report."""
+    def finish_epoch(self, train: dict[str, Any], val: Optional[dict[str, Any]]) -> Optional[float]:
+        """Record the epoch, save what it earned, set the next epoch's LRs and report; returns its `--eval-metric`."""
         if val is not None and self.stops_at_nan and not math.isfinite(val['loss']):
             raise UserError(
                 f'the evaluation loss is not finite after epoch {self.epoch + 1}, which is not saved; {self._remedy}')
@@ -526,6 +536,7 @@ class Trainer:
         if stop and self.epoch < self.epochs:
             raise Interrupted(
                 stop, f'stopped after epoch {epoch + 1}; {self.checkpoints.last} is complete: go on with --resume auto')
+        return metric
 
     def _stop_early(self) -> None:
         """Make the epochs so far all of them where the last `--early-stop` brought nothing better.

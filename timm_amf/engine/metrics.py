@@ -94,7 +94,7 @@ def fit_temperature(log_probs: NDArray, targets: NDArray) -> float:
     """
     logits, index = torch.as_tensor(log_probs), torch.as_tensor(targets)[:, None]
     low, high = (-2., 2.) if len(index) else (0., 0.)
-    for _ in range(30):
+    for _ in range(20):
         middle = (low + high) / 2  # of log10(1 / T)
         expected = (torch.softmax(logits * 10 ** middle, 1) * logits.clamp(min=-1e4)).sum(1)
         slope = (expected - logits.gather(1, index)[:, 0]).double().mean()

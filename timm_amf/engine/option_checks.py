@@ -77,6 +77,8 @@ def check_values(args: argparse.Namespace) -> None:
     _check_loss(args)
     if args.eval_only and not (args.pretrained or args.pretrained_path or args.initial_checkpoint or args.resume):
         _fail('eval_only', 'there are no weights to evaluate; add --initial-checkpoint FILE, --resume or --pretrained')
+    if args.budget is not None and not args.budget > 0:
+        _fail('budget', f'must be above 0, not {args.budget:g}')
     if args.routing_eps is not None and not args.eval_only:
         _fail('routing_eps', 'is for evaluation; add --eval-only, or leave it out')
     if args.cpu and args.mixed_precision == 'fp16':
@@ -213,7 +215,7 @@ def check_names(args: argparse.Namespace) -> None:
 def _check_model(name: str) -> None:
     import timm
 
-    import timm_amf  # noqa: F401  registers its models
+    import timm_amf.models  # noqa: F401  registers them
     if name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
         return
     if '/' in name or ':' in name:
@@ -224,7 +226,7 @@ def _check_model(name: str) -> None:
     try:
         timm.models.get_pretrained_cfg(name)
     except RuntimeError as error:  # the tag is wrong
-        known = timm.list_pretrained(f'{name.partition(".")[0]}.*')
+        known = timm.list_models(f'{name.partition(".")[0]}.*', include_tags=True)
         hint = nearest(name, known) or f'; known: {", ".join(known) or "none"}'
         raise UserError(f'--model: {name} has an unknown tag{hint}') from error
 

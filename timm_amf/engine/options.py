@@ -59,6 +59,8 @@ RUN_FLAGS = (
      {'choices': ('balanced',)}),
     ('--early-stop', int, None, 'stop when the --eval-metric has not improved for this many epochs',
      {'metavar': 'EPOCHS'}),
+    ('--budget', float, None, 'minutes that it may take, about: they set --epochs where it is not given',
+     {'metavar': 'MINUTES'}),
     ('--branch-loss', float, None, "weight of an extra loss on each branch's own logits (AMF, MultiTune; default: 1, "
      "in recipes of the paper 0)"),
     ('--policy-balance', float, 0., "weight of a penalty on branches that get more than their share of the policy's "
@@ -67,8 +69,8 @@ RUN_FLAGS = (
      'tell what that changes'),
     ('--eval-blocks', str, None, "evaluate a SpotTune with the same path for all images: tuned, frozen, or the tuned "
      "blocks' indices with commas between", {'metavar': 'BLOCKS'}),
-    ('--eval-sampling-seed', int, None, 'evaluate a SpotTune with decisions drawn with this seed, as the published '
-     'code does, instead of the likelier ones', {'metavar': 'SEED'}),
+    ('--eval-sampling-seed', int, None, 'evaluate a SpotTune with decisions drawn with this seed, as its paper '
+     'does, instead of the likelier ones', {'metavar': 'SEED'}),
     ('--report', bool, False, 'draw a page of the run when it is complete, as timm-amf report does'),
     ('--publish', str, '', 'publish the run on the Hub when it is complete, as timm-amf publish does',
      {'metavar': 'OWNER/NAME'}),

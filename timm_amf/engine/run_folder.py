@@ -3,6 +3,7 @@
 What the run began from (pretrained weights, a checkpoint, the file of its Plan) may be gone by now and is not needed.
 """
 import argparse
+import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,8 @@ from timm_amf.tuning import Plan
 from timm_amf.yaml_text import load_yaml
 
 __all__ = [
-    'WEIGHTS', 'OpenRun', 'choose_device', 'eval_loader', 'find_weights', 'is_run', 'load_run', 'open_run', 'read_run',
+    'WEIGHTS', 'OpenRun', 'best_epoch', 'choose_device', 'eval_loader', 'find_weights', 'is_run', 'load_run',
+    'open_run', 'read_run',
 ]
 
 # The weights of a run by the name of the choice, in order of preference; all but the first are in its checkpoint.
@@ -75,6 +77,20 @@ def read_run(run: Union[str, Path], flags: Sequence[str] = ()) -> argparse.Names
     args.pretrained = False
     args.split_file = str(Path(run) / 'split.csv')
     return args
+
+
+def best_epoch(run: Union[str, Path]) -> dict[str, float]:
+    """The validation metrics of a run's best epoch, as its `--eval-metric` has it: of equals that of the least loss.
+
+    Returns:
+        The columns `eval_*` of its `summary.csv`, without that prefix.
+    """
+    name = load_yaml(Path(run) / 'args.yaml').get('eval_metric', 'top1')
+    with open(Path(run) / 'summary.csv', newline='', encoding='utf-8') as file:
+        rows = [
+            {column[5:]: float(value) for column, value in row.items() if column.startswith('eval_') and value}
+            for row in csv.DictReader(file) if row['eval_loss']]
+    return min(rows, key=lambda row: (row['loss'] if name == 'loss' else -row[name], row['loss']))
 
 
 def find_weights(run: Union[str, Path], weights: str = 'best') -> Path:
@@ -200,7 +216,8 @@ def open_run(
 
 
 def choose_device(cpu: bool = False) -> torch.device:
-    return torch.device('cuda' if torch.cuda.is_available() and not cpu else 'cpu')
+    gpu = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    return torch.device('cpu' if cpu else gpu)
 
 
 def eval_loader(

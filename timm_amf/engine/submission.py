@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Optional, Union
 
 import numpy as np
-import torch
 from timm.data import resolve_data_config
-from torch import nn
 
 from timm_amf.data import Mixture, data_spec_from_args
 from timm_amf.data.decathlon import (
@@ -24,7 +22,7 @@ from timm_amf.data.decathlon import (
     domain_name,
     open_domain,
 )
-from timm_amf.engine.run_folder import choose_device, eval_loader, load_run, read_run
+from timm_amf.engine.opened import Opened, RunOptions, open_trained
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing
 from timm_amf.yaml_text import load_yaml
@@ -72,11 +70,10 @@ def predict_run(
     Raises:
         UserError: If the folder holds no such run, or the data are missing, damaged or those of another challenge.
     """
-    args = read_run(run, ['--data-dir', data_dir] if data_dir else [])
-    source = _open(args, Path(run), data_dir, split)
-    model = load_run(args, run, len(source.category_ids), weights)
-    device = choose_device(cpu or args.cpu)
-    predicted = _predict(model.to(device), source, args, device, batch_size, workers)
+    options = RunOptions(data_dir=data_dir, weights=weights, cpu=cpu, batch_size=batch_size, workers=workers)
+    opened = open_trained(run, options)
+    source = _open(opened.args, Path(run), data_dir, split)
+    predicted = _predict(opened, source, options)
     accuracy = 100 * float((predicted == source.targets).mean()) if source.labelled else None
     ids = [source.category_ids[i] for i in predicted.tolist()]
     return Predictions(source.domain, source.image_ids, ids, accuracy)
@@ -93,28 +90,18 @@ def _open(args: argparse.Namespace, run: Path, data_dir: Optional[str], split: s
     return open_domain(data_dir or components[0].root, domain, split, str(run))
 
 
-@torch.inference_mode()
-def _predict(
-        model: nn.Module,
-        source: DecathlonSource,
-        args: argparse.Namespace,
-        device: torch.device,
-        batch_size: Optional[int],
-        workers: Optional[int],
-) -> np.ndarray:
+def _predict(opened: Opened, source: DecathlonSource, options: RunOptions) -> np.ndarray:
     """Class index of each image, in the source's order."""
-    channels = resolve_data_config(vars(args), model=model, verbose=False)['input_size'][0]
-    count = len(source)
+    count, classes = len(source), len(source.category_ids)
+    model = opened.load(classes)
+    channels = resolve_data_config(vars(opened.args), model=model, verbose=False)['input_size'][0]
     data = Mixture(
         [source.domain], source.classes, [0] * len(source.classes), [(0, source, np.arange(count), source.targets)],
         input_img_mode='L' if channels == 1 else 'RGB')
-    loader = eval_loader(args, model, data, device, batch_size, workers)
     predicted = np.full(count, -1)
-    for batch in loader:
+    for batch in opened.answers(model, data, options):
         # A model with more outputs than the domain has classes may not answer beyond them.
-        logits = model(batch.input)[:, :len(source.category_ids)]
-        predicted[batch.index.cpu().numpy()] = logits.argmax(1).cpu().numpy()
-    loader.close()
+        predicted[batch.index.numpy()] = batch.log_probs[:, :classes].argmax(1).numpy()
     return predicted
 
 

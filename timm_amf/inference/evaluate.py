@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -13,7 +14,7 @@ from timm_amf.engine.evaluate_runs import evaluations, summary, table
 from timm_amf.engine.evaluation import Evaluation, Row, short, top_k
 from timm_amf.engine.opened import RunOptions
 from timm_amf.errors import CommandParser, UserError
-from timm_amf.files import write_text
+from timm_amf.files import replacing, write_text
 from timm_amf.inference.sources import add_run_flags, open_model, options_from
 from timm_amf.text import columns
 
@@ -34,9 +35,16 @@ def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     if not 0 < args.confidence < 100:
         raise UserError(f'--confidence: must be between 0 and 100, not {args.confidence:g}')
+    options = options_from(args)
     options = replace(
-        options_from(args), split=args.split, data_dir=args.data_dir, level=args.confidence / 100)
-    found = evaluations([open_model(run, options) for run in args.runs], options, args.ensemble)
+        options, split=args.split, data_dir=args.data_dir, level=args.confidence / 100,
+        flags=options.flags + ('--skip-bad-images',) * args.skip_bad_images)
+    with replacing(args.predictions, 'name another file') if args.predictions else nullcontext() as file:
+        if file:
+            file.touch()  # before any work
+        found = evaluations([open_model(run, options) for run in args.runs], options, args.ensemble)
+        if file:
+            file.write_text(_csv(dict(run=e.run, **row) for e in found for row in prediction_rows(e)), encoding='utf-8')
     rows = summary(found, options.level)
     crops = 'ten crops (average of their softmax)' if options.ten_crop else 'one crop'
     print(f'{options.split or "validation"} split, {crops}, {options.weights} weights')
@@ -47,9 +55,6 @@ def main(argv: Sequence[str]) -> None:
         print(_details(found[-1], options.level))
     if args.results_file:
         _write_results(rows, found, options, Path(args.results_file), args.results_format)
-    if args.predictions:
-        predictions = [dict(run=e.run, **row) for e in found for row in prediction_rows(e)]
-        _write_csv(Path(args.predictions), predictions, '--predictions')
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         help='folder of a run or of a published model, file .onnx, or hf-hub:OWNER/NAME')
     add('--split', metavar='NAME', help='train, validation, test, ... (default: what each run was validated on)')
     add('--data-dir', metavar='DIR', help='folder of the data (default: where each run had it)')
+    add('--skip-bad-images', action='store_true', help='go on without the images that cannot be read')
     add('--ensemble', action='store_true', help='also the average of the probabilities of all runs')
     add('--confidence', type=float, default=95., metavar='PERCENT', help='of the intervals (default: 95)')
     add('--results-file', metavar='FILE', help='file to write the results to')
@@ -143,22 +149,19 @@ def _write_results(
     results = [{**asdict(row), 'top1_std': '' if row.top1_std is None else row.top1_std, **settings} for row in rows]
     classes = [dict(run=e.run, **row) for e in found for row in e.by_class(options.level)]
     policy = [dict(run=e.run, **e.policy()) for e in found if e.record is not None]
+    remedy = 'name another --results-file; the results are above'
     if format == 'json' or not format and path.suffix == '.json':
-        text = json.dumps(dict(results=results, classes=classes, policy=policy), indent=2) + '\n'
-        write_text(path, text, _ANOTHER.format('--results-file'))
+        write_text(path, json.dumps(dict(results=results, classes=classes, policy=policy), indent=2) + '\n', remedy)
         return
     for name, part in (('', results), ('.classes', classes), ('.policy', policy)):
         if part:
-            _write_csv(path.with_name(f'{path.stem}{name}{path.suffix}'), part, '--results-file')
+            write_text(path.with_name(f'{path.stem}{name}{path.suffix}'), _csv(part), remedy)
 
 
-_ANOTHER = 'name another {}; the results are above'
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]], flag: str) -> None:
-    text = io.StringIO()
-    # Of runs of several kinds a row has some of the columns.
+def _csv(rows: Iterable[dict[str, Any]]) -> str:
+    """Rows of which each may have some of the columns, as those of models of several kinds."""
+    rows, text = list(rows), io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
-    write_text(path, text.getvalue(), _ANOTHER.format(flag))
+    return text.getvalue()

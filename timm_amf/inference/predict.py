@@ -21,7 +21,7 @@ from typing import Any, Optional, TextIO, Union
 import numpy as np
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.data.readers import get_img_extensions
-from timm.utils.misc import natural_key
+from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import nn
 
 from timm_amf.data import Mixture, data_spec_from_args
@@ -89,26 +89,19 @@ def predict(
 
 def _images(paths: Iterable[Union[str, Path]]) -> list[str]:
     """Files as they are, and the images of folders in timm's order."""
-    suffixes, files = get_img_extensions(as_set=True), []
+    suffixes, files = ', '.join(sorted(get_img_extensions())), []
     for path in map(os.path.expanduser, map(str, paths)):
         if not os.path.exists(path):
             raise UserError(f'{path}: no such file or folder; give images, or folders of images')
-        if not os.path.isdir(path):
-            files.append(path)
-            continue
-        there = []
-        for folder, inner, names in os.walk(path, followlinks=True):
-            inner[:] = [name for name in inner if not name.startswith('.')]
-            there += [os.path.join(folder, name) for name in names if not name.startswith('.')]
-        found = [name for name in there if os.path.splitext(name)[1].lower() in suffixes]
-        if not found:
-            raise UserError(f'{path}: no images there ({", ".join(sorted(suffixes))}); name others one by one')
-        if len(found) < len(there):
-            other = min(set(there) - set(found))
-            _logger.warning(
-                f'{path}: {len(there) - len(found)} files left out, such as {other}; name images other than '
-                f'{", ".join(sorted(suffixes))} one by one.')
-        files += sorted(found, key=natural_key)
+        found = [path]
+        if os.path.isdir(path):
+            found = [name for name, _ in find_images_and_targets(path)[0] if not os.path.basename(name).startswith('.')]
+            others = sum(len(names) for _, _, names in os.walk(path, followlinks=True)) - len(found)
+            if not found:
+                raise UserError(f'{path}: no images there ({suffixes}); name others one by one')
+            if others:
+                _logger.warning(f'{path}: {others} files left out that are not {suffixes}; name images one by one.')
+        files += found
     return files
 
 
@@ -122,23 +115,20 @@ def _predictions(
 ) -> Iterator[Prediction]:
     spec = data_spec_from_args(opened.args, opened.args.recipe.get('data'))
     mode = spec.input_img_mode or {1: 'L', 4: 'RGBA'}.get(input_channels(opened.args), 'RGB')
-    nothing = np.zeros(len(files), dtype=np.int64)
-    source = FileSource(['image'], nothing, files)
-    data = Mixture(['images'], ['image'], [0], [(0, source, np.arange(len(files)), nothing)], mode)
+    targets = np.zeros(len(files), dtype=np.int64)
+    source = FileSource(['image'], targets, files)
+    data = Mixture(['images'], ['image'], [0], [(0, source, np.arange(len(files)), targets)], mode)
     record, label = method_of(model).create_record(data.components), _label(opened, model)
     decided = [] if record is None else record.image_names
     for batch in opened.answers(model, data, options, skip_bad=True, progress=progress):
+        bad = batch.target.numpy() < 0
         indices, probabilities = top_k(batch.log_probs.numpy(), topk)
-        for row, index in enumerate(batch.index.tolist()):
-            decisions = [] if batch.decisions is None else batch.decisions[row].numpy()
-            found = Prediction(
-                files[index], [label(i) for i in indices[row].tolist()], list(probabilities[row]),
-                dict(zip(decided, decisions)))
-            if batch.target[row] < 0:  # what the network said of the black in its place
-                nothing = [math.nan] * len(found.labels), dict.fromkeys(found.decisions, math.nan)
-                found = Prediction(
-                    files[index], [''] * len(found.labels), *nothing, why_unreadable(source, index, mode))
-            yield found
+        decisions = np.empty((len(bad), 0)) if batch.decisions is None else batch.decisions.numpy().copy()
+        probabilities[bad] = decisions[bad] = math.nan  # they are of the black in its place
+        for i, is_bad, classes, p, d in zip(batch.index.tolist(), bad, indices.tolist(), probabilities, decisions):
+            yield Prediction(
+                files[i], ['' if is_bad else label(k) for k in classes], list(map(short, p)),
+                dict(zip(decided, map(short, d))), why_unreadable(source, i, mode) if is_bad else '')
 
 
 def _label(opened: Opened, model: nn.Module) -> Callable[[int], str]:
@@ -165,7 +155,7 @@ def main(argv: Sequence[str]) -> int:
     add('--output', '--results-file', metavar='FILE', help='file to write (default: what is printed)')
     add('--format', '--results-format', choices=('table', 'csv', 'json'),
         help='default: by the name of the file, else table')
-    add_run_flags(parser)
+    add_run_flags(parser, data=False)
     args = parser.parse_args(argv)
     if args.topk < 1:
         raise UserError(f'--topk: must be at least 1, not {args.topk}')
@@ -176,8 +166,10 @@ def main(argv: Sequence[str]) -> int:
         file = open(temporary, 'w', newline='', encoding='utf-8') if temporary else nullcontext(sys.stdout)
         with file as out:
             images, bad = _write(found, format, out)
-    where = f'; {args.output}' if args.output else ''
-    print(f'{images} images, {bad} of them could not be read{where}', file=sys.stderr)
+    if args.output:
+        print(f'{args.output}: {images} images')
+    if bad:
+        print(f'timm-amf predict: {bad} of {images} images could not be read', file=sys.stderr)
     return UNREADABLE if bad else 0
 
 
@@ -207,8 +199,7 @@ def _row(prediction: Prediction) -> dict[str, Any]:
     k = len(prediction.labels)
     names = {f'label_{i}' if k > 1 else 'label': name for i, name in enumerate(prediction.labels)}
     numbers = {f'prob_{i}' if k > 1 else 'prob': p for i, p in enumerate(prediction.probabilities)}
-    numbers = {
-        name: None if prediction.error else short(value) for name, value in {**numbers, **prediction.decisions}.items()}
+    numbers = {name: None if math.isnan(x) else x for name, x in {**numbers, **prediction.decisions}.items()}
     return dict(filename=prediction.path, **names, **numbers, error=prediction.error)
 
 
@@ -217,6 +208,6 @@ def _line(prediction: Prediction) -> str:
     if prediction.error:
         return f'{prediction.path}  cannot be read: {prediction.error}'
     line = ', '.join(f'{name} {p:.3f}' for name, p in zip(prediction.labels, prediction.probabilities))
-    kind = next(iter(prediction.decisions), '').rpartition('_')[0]
-    values = [f'{value:.3g}' for name, value in prediction.decisions.items() if name.rpartition('_')[0] == kind]
-    return f'{prediction.path}  {line}' + (f'  {kind} {" ".join(values)}' if values else '')
+    kinds = [name.rpartition('_')[0] or name for name in prediction.decisions]  # weight, or block and probability
+    values = [f'{x:.3g}' for kind, x in zip(kinds, prediction.decisions.values()) if kind == kinds[0]]
+    return '  '.join([prediction.path, line, *([' '.join([kinds[0], *values])] if kinds else [])])

@@ -19,11 +19,12 @@ from timm_amf.hub.load import load
 
 __all__ = ['add_run_flags', 'open_model', 'options_from']
 
-# Flags of timm's that say which images there are and how they are shown to the network.
+# Flags of timm's that say which images there are, and how they are shown to the network.
+_OF_DATA = ('--dataset', '--dataset-download', '--class-map', '--input-key', '--target-key')
 _OF_IMAGES = (
-    '--dataset', '--dataset-download', '--class-map', '--input-img-mode', '--input-key', '--target-key', '--img-size',
-    '--input-size', '--crop-pct', '--mean', '--std', '--interpolation', '--device-modules')
-_IMAGE_FLAGS = [row for rows in TIMM_FLAGS.values() for row in rows if row[0] in _OF_IMAGES]
+    '--input-img-mode', '--img-size', '--input-size', '--crop-pct', '--mean', '--std', '--interpolation',
+    '--device-modules')
+_ROWS = [row for rows in TIMM_FLAGS.values() for row in rows if row[0] in (*_OF_DATA, *_OF_IMAGES)]
 
 Source = Union[str, Path, nn.Module]
 
@@ -110,8 +111,8 @@ class OnnxModel(nn.Module):
 # -- the flags of both commands ---------------------------------------------------------------------------------------
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what says how a model is asked."""
+def add_run_flags(parser: argparse.ArgumentParser, data: bool = True) -> None:
+    """Add what says how a model is asked, and which data there are."""
     add = parser.add_argument
     add('--weights', choices=tuple(WEIGHTS), default='best',
         help='of the best epoch; of the last, the moving average if there is one; the moving average; what the average '
@@ -125,7 +126,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add('--device', choices=('cpu', 'cuda'), help='cpu acts as --cpu')
     add('--amp', action='store_true', help='compute in --amp-dtype (default: in float32, whatever the run trained in)')
     add('--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='default: %(default)s')
-    add_flags(parser, "Images (timm's; default: the run's)", _IMAGE_FLAGS)
+    rows = [row for row in _ROWS if data or row[0] in _OF_IMAGES]
+    add_flags(parser, "Images (timm's; default: the run's)", rows)
 
 
 def options_from(args: argparse.Namespace) -> RunOptions:
@@ -138,8 +140,8 @@ def options_from(args: argparse.Namespace) -> RunOptions:
     if args.amp and args.amp_dtype == 'float16' and choose_device(cpu).type == 'cpu':
         raise UserError('--amp: float16 needs a GPU; on the CPU add --amp-dtype bfloat16')
     words: list[str] = []
-    for name, _, default, *_ in _IMAGE_FLAGS:
-        value = getattr(args, name[2:].replace('-', '_'))
+    for name, _, default, *_ in _ROWS:
+        value = getattr(args, name[2:].replace('-', '_'), default)
         if value != default:
             words += [name] if value is True else [name, *map(str, value if isinstance(value, list) else [value])]
     return RunOptions(

@@ -1,19 +1,34 @@
 """What a model decided for each sample, summed over an epoch: the columns of `policy.csv`."""
+import functools
 import itertools
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['PolicyRecord', 'Record', 'RoutingRecord', 'best_assignment']
+__all__ = ['PolicyRecord', 'Record', 'RoutingRecord', 'best_assignment', 'exact_device']
+
+_logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def exact_device(device: Optional[torch.device]) -> Optional[torch.device]:
+    """Where sums in float64 live: on the device, so that they cost no synchronisation, unless it has no float64."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):  # Apple's GPUs
+        _logger.warning('The device %s has no float64: sums of losses and records are kept on the CPU.', device)
+        return torch.device('cpu')
+    return device
 
 
 class Record:
     """Means, over all samples and by component, of what `forward_train` gives for each sample.
 
-    Sums are float64 and live on the device, so that recording costs no synchronisation.
+    Sums are float64, see `exact_device`.
 
     Args:
         key: Which part of `forward_train` it reads, (B, width).
@@ -24,6 +39,8 @@ class Record:
     """
     # Whether a single component has columns beside those of all samples.
     splits_one = False
+    # The rows of the run's evaluations so far, in order; the trainer sets it before it asks for the next.
+    history: Sequence[Mapping[str, Any]] = ()
 
     def __init__(
             self,
@@ -34,6 +51,7 @@ class Record:
             bins: int = 1,
     ):
         self.key, self.names, self.components = key, list(names), list(components)
+        device = exact_device(device)
         self.sums = torch.zeros(len(self.components), len(self.names), dtype=torch.float64, device=device)
         self.votes = torch.zeros(len(self.components), bins, dtype=torch.float64, device=device)
 
@@ -57,6 +75,7 @@ class Record:
 
     def add(self, values: Tensor, component: Tensor) -> None:
         """Record the values (B, width) of a batch and the component of each sample (B,)."""
+        values, component = values.to(self.sums.device), component.to(self.sums.device)
         self.sums.index_add_(0, component, values.to(self.sums.dtype))
         votes = F.one_hot(self.bin_of(values), self.votes.shape[1])
         self.votes.index_add_(0, component, votes.to(self.votes.dtype))
@@ -97,8 +116,13 @@ class Record:
 
 
 class PolicyRecord(Record):
-    """The weights that a policy gave to the branches: `weight_0` and on; `assigned_0` and on, the share of images that
-    weigh a branch most (AMF, figure 7).
+    """The weights that a policy gave to the branches: `weight_0` and on (AMF, figure 6); `assigned_0` and on, the share
+    of images that weigh a branch most; `assignment_accuracy`, under the matching of components to branches that suits
+    the epoch best.
+
+    Of several components also, of each, `NAME_branch`, the branch that the run's first evaluation matched it to, and
+    `NAME_assignment_accuracy`, the percent of its images that weigh that one most (figure 7). These stay with one
+    branch, so a policy that flips falls from 100 to 0 there.
     """
     splits_one = True
 
@@ -123,10 +147,17 @@ class PolicyRecord(Record):
         return 100. * hits / max(self.count, 1.)
 
     def row(self, prefix: str = '') -> dict[str, Any]:
-        """Mean weight by branch, over all and by component, and the assignment accuracy."""
+        """Columns of `policy.csv`, each with the prefix."""
         row = super().row(prefix)
         accuracy = self.assignment_accuracy()
         row[f'{prefix}assignment_accuracy'] = '' if accuracy is None else accuracy
+        if accuracy is not None and not prefix:  # of training images there is no first evaluation
+            matched = dict(best_assignment(self.votes))
+            for c, name in enumerate(self.components):
+                key = f'{name}_branch'
+                first = next((r[key] for r in self.history if key in r), matched.get(c, ''))
+                row[key] = first if first == '' else int(first)
+                row[f'{name}_assignment_accuracy'] = '' if first == '' else 100. * row[f'{name}_assigned_{first}']
         return row
 
     def headline(self) -> str:

@@ -1,4 +1,8 @@
-"""`timm-amf advise`: measure how well pretrained weights fit the data, and propose a Plan by the paper's Table 7.
+"""`timm-amf advise`: measure how well pretrained weights fit the data, and propose a Plan.
+
+What to re-initialise, to slow down and to hold near its start is proposed by the paper's Table 7, from measures of
+features. Which LR, and whether these settings are of use at all, is measured by pilots: short trainings of each
+component by itself, with a schedule of their own, from the start that `timm-amf fit` has.
 
     timm-amf advise DIR --model resnet50
     timm-amf advise --config amf.yaml --random-init 30 --advice-file plan.yaml
@@ -18,13 +22,16 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import numpy as np
+import torch
 from accelerate import Accelerator
+from torch import nn
 
 from timm_amf.data import DataSpec, Mixture, create_dataset, data_spec_from_args
 from timm_amf.engine import build
+from timm_amf.engine.head import start_head
 from timm_amf.engine.loop import Trainer
 from timm_amf.engine.options import build_parser, parse_args, resolve_lr
 from timm_amf.engine.task import AdaptiveTask, create_criterion
@@ -32,33 +39,58 @@ from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing
 from timm_amf.models.method import RunSettings
 from timm_amf.search.features import FeatureNet, Features, extract_features
-from timm_amf.search.keywords import parse_keywords
+from timm_amf.search.fit import COMMON, complete
+from timm_amf.search.keywords import keyword_words
 from timm_amf.search.proposal import (
-    PAPER,
     RULES,
     Decision,
     Target,
+    body_settings,
     decide,
+    is_sgd,
     plan_flags,
     propose,
     read_target,
     sureness,
+    without_advised,
 )
 from timm_amf.search.transferability import LABELS, RANKING, Measures, class_means, measure
 from timm_amf.text import columns
-from timm_amf.tuning import Plan, create_optimizer, model_roles, plan_from_args
+from timm_amf.tuning import Plan, create_optimizer, plan_from_args
 from timm_amf.tuning.resolve import resolve
+from timm_amf.tuning.roles import role_blocks
 
 __all__ = ['Advice', 'ComponentAdvice', 'advise', 'main']
 
 _RANDOM_LR = 0.05  # of SGD, at batch 32: far enough from bad for every network with batch norm
+_ADAM_LR, _SGD_LR = 1e-3, 0.02  # the highest of the pilots' three; that of SGD at batch 32
 # What training from random weights takes over from no options, besides all that a Plan's own flags set.
 _RESET = (
     'pretrained', 'pretrained_path', 'initial_checkpoint', 'resume',
     'eval_only', 'dry_run', 'start_epoch', 'stop_epoch', 'early_stop', 'component', 'data_preset', 'data_dir',
-    'dataset', 'log_wandb', 'branch_loss', 'policy_balance', 'routing_eps', 'num_classes',
+    'dataset', 'log_wandb', 'branch_loss', 'policy_balance', 'routing_eps', 'num_classes', 'head_start', 'wise_ft',
 )
 _OPTIMIZER = {'opt', 'momentum', 'weight_decay', 'opt_eps', 'opt_betas', 'opt_kwargs'}
+
+
+@dataclass
+class Pilot:
+    """A short training.
+
+    Attributes:
+        lr: Its LR.
+        by_rules: With the settings of Table 7, or with none.
+        top1: Validation accuracy in percent; None where it was not trained.
+        loss: Validation loss.
+    """
+    lr: float
+    by_rules: bool
+    top1: Optional[float] = None
+    loss: Optional[float] = None
+
+    def __str__(self) -> str:
+        return f'LR {self.lr:g}, {"" if self.by_rules else "without "}the settings of Table 7: ' + (
+            'not measured' if self.top1 is None else f'{self.top1:.2f}')
 
 
 @dataclass
@@ -70,11 +102,20 @@ class ComponentAdvice:
         network: The network.
         measures: What was measured.
         decision: The side of Table 7 that it is on.
+        settings: Settings of the network's role, besides the LR.
+        pilots: What was tried, the best first; where nothing was, the LR that is taken.
     """
     name: str
     network: str
     measures: Measures
     decision: Decision
+    settings: dict[str, Any]
+    pilots: list[Pilot]
+
+    @property
+    def lr(self) -> float:
+        """The LR that is proposed."""
+        return self.pilots[0].lr
 
 
 @dataclass
@@ -111,7 +152,7 @@ class Advice:
                 for c in self.components if c.network == self.components[0].network}
 
     def __str__(self) -> str:
-        parts = [_component_table(c.name, c.network, c.measures, c.decision) for c in self.components]
+        parts = [_component_table(c) for c in self.components]
         if self.ranking:
             parts.insert(0, _ranking_table(self.ranking))
         parts.append(_plan_table(self.model, self.plan, {role: c.name for role, c in self.roles.items()}))
@@ -131,6 +172,9 @@ def _own_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add('-h', '--help', action='store_true', help='show this; timm-amf train --help shows the flags of train_amf.py')
     add('--models', metavar='A,B=FILE,...', help='rank these backbones (=FILE: of these weights), and advise the best')
+    add('--pilot-epochs', type=int, metavar='N',
+        help='epochs of each pilot, four for each component and network (default: an eighth of --epochs, 2 at least); '
+             '0 for none, and an LR by Table 7')
     add('--source-dir', metavar='DIR', help='folder of images of the source data by class, for the EMD similarity')
     add('--random-init', type=int, default=0, metavar='EPOCHS',
         help="train the network from random weights, too: the paper's best measure, and dear")
@@ -154,14 +198,9 @@ def _split_models(text: Optional[str]) -> list[tuple[str, str]]:
 
 def _advise(own: argparse.Namespace, runs: Sequence[argparse.Namespace], progress: bool = True) -> Advice:
     """Advice for the flags of `advise`, and of train_amf.py: of one run, or one for each of `--models`."""
-    if own.random_init < 0:
-        raise UserError(f'--random-init: must be at least 0, not {own.random_init}')
-    if 'model' not in runs[0].explicit:
-        raise UserError('no model: name one with --model, several with --models, or a recipe with --config')
-    for args in runs:
-        if not args.initial_checkpoint:
-            args.pretrained = True
-            args.explicit.add('pretrained')
+    for name, value in (('random-init', own.random_init), ('pilot-epochs', own.pilot_epochs or 0)):
+        if value < 0:
+            raise UserError(f'--{name}: must be at least 0, not {value}')
     accelerator = build.build_accelerator(_quiet(runs[0]))
     if accelerator.num_processes > 1:
         raise UserError('advise runs in one process; start it without accelerate launch or torchrun')
@@ -219,19 +258,72 @@ def _measure_network(
         for dataset, split in ((train, 'train'), (val, 'val'))]
     source = _source_means(net, own.source_dir, progress) if own.source_dir else None
     spec = data_spec_from_args(plain, plain.recipe.get('data'))
+    blocks = len(role_blocks(_bare(plain, train.num_classes), 'backbone'))
     advices = []
     for index, name in enumerate(train.components):
         features, evaluation = (split.of_component(index) for split in splits)
+        single = DataSpec(**{**vars(spec), 'components': (spec.components[index],)})
         scratch = None
         if own.random_init:
-            single = DataSpec(**{**vars(spec), 'components': (spec.components[index],)})
             scratch = functools.partial(_random_init_accuracy, plain, single, own.random_init, accelerator)
         try:
             measures = measure(features, evaluation, train.class_names, source, scratch)
         except UserError as e:
             raise UserError(f'data component {name!r}: {e}') from e
-        advices.append(ComponentAdvice(name, net.name, measures, decide(measures.values)))
+        decision = decide(measures.values)
+        settings = body_settings(decision, blocks)
+        pilots = _pilots(plain, single, own.pilot_epochs, decision, settings, accelerator)
+        advices.append(ComponentAdvice(
+            name, net.name, measures, decision, settings if pilots[0].by_rules else {}, pilots))
     return advices
+
+
+def _pilots(
+        args: argparse.Namespace,
+        data: DataSpec,
+        epochs: Optional[int],
+        decision: Decision,
+        settings: Mapping[str, Any],
+        accelerator: Accelerator,
+) -> list[Pilot]:
+    """Train the settings with three LRs, and the best LR without them; the best first."""
+    batch = args.batch_size * args.grad_accum_steps
+    options = without_advised(args)
+    whole = plan_from_args(options, ['backbone', 'head'], 1.)
+    high = _SGD_LR * batch / 32 if is_sgd(whole.opt) else _ADAM_LR
+    if 'lr' in args.explicit or 'lr_base' in args.explicit:
+        high = resolve_lr(args, batch)
+    if epochs == 0:
+        return [Pilot(high / 10 if decision.suited else high, True)]
+    options.epochs = epochs or max(2, whole.epochs // 8)
+    options.recipe = {'data': data.to_mapping()}
+
+    def run(lr: float, by_rules: bool) -> Pilot:
+        plan = plan_from_args(options, ['backbone', 'head'], lr)
+        plan = plan.with_role('backbone', **settings) if by_rules else plan
+        try:
+            metrics = _short_training(options, plan, accelerator)
+        except UserError as e:
+            if 'not finite' not in str(e):
+                raise
+            metrics = dict(top1=float('-inf'), loss=float('inf'))  # its LR is too high for these data
+        pilot = Pilot(lr, by_rules, metrics['top1'], metrics['loss'])
+        print(f'{data.components[0].name} under {args.model}, {pilot}', file=sys.stderr)
+        return pilot
+
+    def place(pilot: Pilot) -> tuple[float, float]:
+        return -pilot.top1, pilot.loss
+
+    found = [run(float(f'{high * share:.3g}'), True) for share in (0.1, 0.3, 1.)]
+    found.append(run(min(found, key=place).lr, False))
+    return sorted(found, key=place)
+
+
+def _bare(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    bare = copy.copy(args)
+    bare.pretrained, bare.initial_checkpoint = False, ''
+    with torch.device('meta'):
+        return build.build_model(bare, num_classes)
 
 
 def _source_means(net: FeatureNet, folder: str, progress: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -249,9 +341,8 @@ def _random_init_accuracy(
 ) -> tuple[float, float]:
     """Train the network from random weights (Plested et al., Table 1), with the augmentation of the options.
 
-    The optimiser is SGD with a cosine schedule, a tenth of the epochs of warm-up and an LR of 0.05 at batch 32, unless
-    the options name an optimiser and an LR of their own: the paper's difference "should still be pronounced even if
-    suboptimal".
+    The optimiser is SGD with a cosine schedule, a tenth of the epochs of warm-up and an LR of 0.05 at batch 32, or that
+    of the options where they name an LR: the paper's difference "should still be pronounced even if suboptimal".
 
     Returns:
         Validation accuracy in percent and mean training loss, both of the last epoch.
@@ -262,21 +353,26 @@ def _random_init_accuracy(
     for name in (*_RESET, *plan_flags() - _OPTIMIZER):
         setattr(options, name, copy.deepcopy(defaults[name]))
     batch = args.batch_size * args.grad_accum_steps
-    if 'lr' not in args.explicit:
-        options.lr = _RANDOM_LR * batch / 32
-    if 'opt' not in args.explicit:
-        options.opt, options.momentum, options.weight_decay = 'sgd', 0.9, 1e-4
-    elif 'lr' not in args.explicit:
+    if 'lr' in args.explicit:
         options.lr = resolve_lr(args, batch)
+    else:
+        options.lr, options.opt, options.momentum, options.weight_decay = _RANDOM_LR * batch / 32, 'sgd', 0.9, 1e-4
     options.sched, options.epochs, options.warmup_epochs = 'cosine', epochs, epochs // 10
     options.min_lr, options.warmup_lr = 0., 0.
     options.recipe = {'data': data.to_mapping()}
-    options.checkpoint_hist = None
+    metrics = _short_training(options, plan_from_args(options, ['backbone', 'head'], options.lr), accelerator)
+    return metrics['top1'], metrics['train_loss']
+
+
+def _short_training(options: argparse.Namespace, plan: Plan, accelerator: Accelerator) -> dict[str, float]:
+    """Train by a Plan and leave nothing; the metrics of the last epoch."""
+    options = argparse.Namespace(**{**vars(options), 'checkpoint_hist': None, 'wise_ft': False, 'split_file': None})
     train, val = build.build_data(options, accelerator)
     model = build.place_model(build.build_model(options, train.num_classes), options, accelerator)
     loaders = build.build_loaders(options, model, train, val, accelerator)
-    plan = plan_from_args(options, model_roles(model), options.lr)
     table = resolve(model, plan)
+    build.set_start(model, table, options, train.num_classes)
+    start_head(model, options, train, accelerator, table)
     mixup = build.build_mixup(options, model.num_classes)
     task = AdaptiveTask(
         model, RunSettings(plan), device=accelerator.device,
@@ -285,12 +381,13 @@ def _random_init_accuracy(
         trainer = Trainer(
             options, accelerator, task, table, create_optimizer(model, table), *loaders, Path(folder), mixup)
         while trainer.epoch < trainer.epochs:
-            trained, evaluated = trainer.train_epoch(), trainer.evaluate()
+            trained = trainer.train_epoch()
+            evaluated = trainer.evaluate() if trainer.epoch + 1 == trainer.epochs else None
             trainer.finish_epoch(trained, evaluated)
     for loader in loaders:
         loader.close()
     accelerator.free_memory()
-    return evaluated['top1'], trained['loss']
+    return {**evaluated, 'train_loss': trained['loss']}
 
 
 def _rank(found: Sequence[tuple[str, Sequence[ComponentAdvice]]]) -> list[tuple[str, float, dict[str, float]]]:
@@ -318,8 +415,9 @@ _ORDER = (
 )
 
 
-def _component_table(name: str, network: str, measures: Measures, decision: Decision) -> str:
-    """Two tables: what each measure says, and what each rule then says, and how surely."""
+def _component_table(advice: ComponentAdvice) -> str:
+    """Tables: what each measure says; what each rule then says, and how surely; and the pilots."""
+    name, network, measures, decision = advice.name, advice.network, advice.measures, advice.decision
     votes = {vote.measure: vote for vote in decision.votes}
     rows = [('measure', 'value', 'sides part at', 'speaks for', 'weight')]
     for key in _ORDER:
@@ -346,8 +444,9 @@ def _component_table(name: str, network: str, measures: Measures, decision: Deci
             f'{rule.support:.0%}', ', '.join(names[True]), ', '.join(names[False])))
     title = f'{name} under {network}: {measures.images} training images, {measures.classes} classes'
     verdict = f'The pretrained weights are {side}, {sureness(decision.sure)} ({decision.sure:.2f}); nearest of the ' \
-              f"paper's data sets: {decision.like} (LR {PAPER[decision.like].lr:g})"
-    return '\n'.join([title, columns(rows), verdict, columns(rules)])
+              f"paper's data sets: {decision.like}"
+    tried = ['Pilots, validation accuracy, the best first:', *(f'  {pilot}' for pilot in advice.pilots)]
+    return '\n'.join([title, columns(rows), verdict, columns(rules), *(tried if len(tried) > 2 else ())])
 
 
 def _plan_table(model: str, plan: Plan, followed: Mapping[str, str]) -> str:
@@ -371,6 +470,23 @@ def _ranking_table(ranking: Sequence[tuple[str, float, Mapping[str, float]]]) ->
 
 # -- From Python, and as a command.
 
+def _runs(
+        words: Sequence[str],
+        models: Sequence[tuple[str, str]],
+        data: Optional[Mapping] = None,
+) -> list[argparse.Namespace]:
+    """The options of each model: a recipe has a start of its own, others have that of `fit`."""
+    recipe = any(word.split('=')[0] in ('--config', '-c') for word in words)
+    words = [*(() if recipe else COMMON), *words]
+    if models:
+        words = [*words, '--model', models[0][0]]
+    if 'model' not in parse_args(words, data).explicit:
+        raise UserError('no model: name one with --model, several with --models, or a recipe with --config')
+    words = complete(words, data=data)
+    named = [['--model', name, *(['--pretrained-path', file] if file else [])] for name, file in models]
+    return [parse_args([*words, *extra], data) for extra in named or [[]]]
+
+
 def advise(
         model: Optional[str] = None,
         data_dir: Union[str, Path, None] = None,
@@ -378,6 +494,7 @@ def advise(
         models: Union[str, Sequence[str], None] = None,
         source_dir: Union[str, Path, None] = None,
         random_init: int = 0,
+        pilot_epochs: Optional[int] = None,
         source_classifier: bool = True,
         policy: Optional[str] = None,
         progress: bool = True,
@@ -392,6 +509,7 @@ def advise(
         models: Backbones to rank, each a name or `name=file of weights`; the Plan is for the best.
         source_dir: Folder of images of the source data by class, for the EMD domain similarity.
         random_init: Epochs of training from random weights, 0 for none.
+        pilot_epochs: Epochs of each pilot, 0 for none; an eighth of `epochs` and two at least where it is not given.
         source_classifier: The weights hold the classifier of the source data.
         policy: Policy network of an AMF that is proposed for a plain model; `none` for MultiTune.
         progress: Show bars.
@@ -402,10 +520,10 @@ def advise(
     """
     models = _split_models(models if models is None or isinstance(models, str) else ','.join(models))
     own = argparse.Namespace(
-        source_dir=source_dir, random_init=random_init, no_source_classifier=not source_classifier, policy=policy)
-    options.update(model=model, data_dir=data_dir)
-    named = [dict(model=name, pretrained_path=file or None) for name, file in models]
-    return _advise(own, [parse_keywords(config, {**options, **extra}) for extra in named or [{}]], progress)
+        source_dir=source_dir, random_init=random_init, pilot_epochs=pilot_epochs,
+        no_source_classifier=not source_classifier, policy=policy)
+    words, data = keyword_words(config, dict(options, model=model, data_dir=data_dir))
+    return _advise(own, _runs(words, models, data), progress)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -416,9 +534,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         return
     if os.path.exists(own.advice_file) and '--overwrite' not in rest:
         raise UserError(f'{own.advice_file} exists; add --overwrite, or name another with --advice-file')
-    named = [['--model', name, *(['--pretrained-path', file] if file else [])]
-             for name, file in _split_models(own.models)]
-    advice = _advise(own, [parse_args([*rest, *extra]) for extra in named or [[]]])
+    advice = _advise(own, _runs(rest, _split_models(own.models)))
     advice.to_yaml(own.advice_file)
     print(advice)
     print(f'\nRun it: timm-amf train --config {own.advice_file}')

@@ -4,11 +4,11 @@
     timm-amf fit photos --model convnext_tiny.fb_in22k --budget 30
 
 It measures instead of asking. A logistic regression on the frozen features is the floor and the start of every
-candidate; candidates are ordinary command lines of `timm-amf train`, which differ in how fast what depth trains. Each
-gets a pilot: a whole training, schedule and all, of an eighth of the epochs, because a long one that is cut off early
-says of every high LR only that it has not come down yet. The best trains in full; then the weights between its start
-and its best epoch that validate best are kept, so that it never ends below the floor on the validation images. What is
-left is an ordinary run: `args.yaml` repeats the training of the winner, and `fit.csv` says what was tried.
+candidate; candidates are ordinary command lines of `timm-amf train`, which differ in how fast what depth trains. Few
+epochs have time for the last layers only. Many have time for all, unless the pilots object: whole trainings, schedule
+and all, of a sixth of the epochs. The chosen one trains in full; then the weights between its start and its best epoch
+that validate best are kept, so that it never ends below the floor on the validation images. What is left is an ordinary
+run: `args.yaml` repeats the training of the winner, and `fit.csv` says what was tried.
 """
 import argparse
 import contextlib
@@ -18,25 +18,28 @@ import io
 import json
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
 from torch import nn
 
-from timm_amf.data import create_datasets, data_spec_from_args
+from timm_amf.data import create_datasets, data_spec_from_args, splits_from_args
 from timm_amf.data.spec import DEFAULT_SPLITS, SPLIT_NAMES
 from timm_amf.data.table import is_table, read_table
 from timm_amf.engine.build import input_channels
 from timm_amf.engine.checkpoint import read_state
 from timm_amf.engine.options import build_parser, parse_args
+from timm_amf.engine.run_folder import best_epoch
 from timm_amf.errors import CommandParser, Interrupted, UserError
 from timm_amf.files import write_text
+from timm_amf.tuning import Plan
 from timm_amf.yaml_text import load_yaml
 
-__all__ = ['Candidate', 'Fit', 'fit', 'fit_words', 'main']
+__all__ = ['COMMON', 'Candidate', 'Fit', 'complete', 'fit', 'fit_words', 'main']
 
 MODEL = 'tf_efficientnet_lite0'
 # Of all candidates: what is measured to fine-tune well from a logistic regression (docs/fit.md).
@@ -64,10 +67,9 @@ class Candidate:
     seconds: float = 0.
 
 
-# The first is what few epochs get, which pay for no pilots.
+# For few epochs, which pay for no pilots, and for many.
 CANDIDATES = (
     Candidate('layer decay 0.75, LR 1e-3', ('--lr', '1e-3', '--layer-decay', '0.75')),
-    Candidate('all, LR 3e-4', ('--lr', '3e-4')),
     Candidate('all, LR 1e-3', ('--lr', '1e-3')),
 )
 
@@ -138,10 +140,12 @@ def fit(
     from timm_amf.search.keywords import words_of
 
     words = [data_dir] if data_dir is not None else []
-    return fit_words([*words, '--model', model, *words_of(build_parser(), options)], budget)
+    options['budget'] = budget
+    return fit_words([*words, '--model', model, *words_of(build_parser(), {
+        name: value for name, value in options.items() if value is not None})])
 
 
-def fit_words(words: Sequence[str], budget: Optional[float] = None) -> Fit:
+def fit_words(words: Sequence[str]) -> Fit:
     """`fit` by the words of a command line."""
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UserError('fit runs in one process; start it without accelerate launch or torchrun')
@@ -149,10 +153,10 @@ def fit_words(words: Sequence[str], budget: Optional[float] = None) -> Fit:
     if args.dry_run or args.eval_only:
         raise UserError('fit trains; leave --dry-run and --eval-only out')
     folder = Path(args.output or 'output/fit') / (args.experiment or Path(args.data_dir or 'mixture').resolve().name)
-    progress = _Progress(folder.with_name(f'{folder.name}-pilots'), [*words, str(budget)])
+    progress = _Progress(folder.with_name(f'{folder.name}-pilots'), words)
     if (folder / 'args.yaml').exists() and not args.overwrite and progress.winner is None:
         raise UserError(f'{folder}: holds a run already; name another with --experiment, or add --overwrite')
-    words = progress.words = progress.words or _complete(list(words), budget)
+    words = progress.words = progress.words or complete(words)
     if progress.winner is None:
         args = parse_args(words)
         progress.candidates = [Candidate(c.name, c.flags) for c in CANDIDATES]
@@ -171,8 +175,7 @@ def fit_words(words: Sequence[str], budget: Optional[float] = None) -> Fit:
 
 
 def _contest(progress: '_Progress', words: Sequence[str], args: argparse.Namespace) -> None:
-    """Give all candidates a pilot and name the best; where the epochs pay for none, the first."""
-    sign = -1 if args.eval_metric == 'loss' else 1
+    """Give all candidates a pilot and choose; where the epochs pay for none, the first."""
     epochs = _pilot_epochs(args.epochs)
     start = progress.folder / _slug(progress.candidates[0]) / 'model_start.safetensors'
     for candidate in progress.candidates if epochs else ():
@@ -180,9 +183,23 @@ def _contest(progress: '_Progress', words: Sequence[str], args: argparse.Namespa
         own = ['--initial-checkpoint', str(start), '--head-start', 'timm'] if start.exists() else []
         _train(candidate, [*words, *own, '--epochs', str(epochs), '--val-interval', str(epochs)], progress.folder)
         progress.write()
-    progress.winner = max(
-        progress.candidates, key=lambda c: (sign * c.pilot, -c.loss)) if epochs else progress.candidates[0]
+    progress.winner = _choose(progress.candidates, args) if epochs else progress.candidates[0]
     progress.write()
+
+
+def _choose(candidates: Sequence[Candidate], args: argparse.Namespace) -> Candidate:
+    """The last candidate, which moves the features most, unless its pilot is behind by two standard errors.
+
+    A short training favours what moves them least, so that the better pilot is not the better training (docs/fit.md).
+    """
+    if args.eval_metric == 'loss':
+        return min(candidates, key=lambda c: c.pilot)
+    split = splits_from_args(args)[1]
+    spec = data_spec_from_args(args, args.recipe.get('data'))
+    images = len(create_datasets(spec, (split,), input_channels(args))[0])
+    best = max(c.pilot for c in candidates)
+    error = 100 * (max(best / 100 * (1 - best / 100), 0.) / images) ** 0.5
+    return next(c for c in reversed(candidates) if c.pilot >= best - 2 * error)
 
 
 class _Progress:
@@ -209,9 +226,15 @@ class _Progress:
         write_text(self.folder / 'fit.json', json.dumps(state, indent=1))
 
 
-def _complete(words: list[str], budget: Optional[float]) -> list[str]:
-    """The flags that the data decide: a validation split, the batch size and the epochs, where they were not given."""
-    given = parse_args([*words, '--epochs', '1'])
+def complete(words: Sequence[str], data: Optional[Mapping] = None) -> list[str]:
+    """Add what the data decide, where it was not given: a validation split, batch size, epochs; and the weights.
+
+    Args:
+        words: Command line of `timm-amf train`.
+        data: The data, where the command line does not name them, of the form of a recipe's section.
+    """
+    words = list(words)
+    given = parse_args([*words, '--epochs', '1'], data)
     if given.val_share is None and not given.recipe.get('data'):
         # Groups are of the shares, which are not known yet.
         if _unsplit(data_spec_from_args(argparse.Namespace(**{**vars(given), 'group': None}))):
@@ -219,16 +242,16 @@ def _complete(words: list[str], budget: Optional[float]) -> list[str]:
             given.val_share = 0.2
     train = create_datasets(
         data_spec_from_args(given, given.recipe.get('data')), ('train',), input_channels(given))[0]
-    plain = parse_args(words)
+    plain = parse_args(words, data)
     if 'batch_size' not in plain.explicit:
         batch = 32
         while batch > 4 and len(train) < 8 * batch:
             batch //= 2
         words += ['--batch-size', str(batch)]
-    if plain.epochs is None:
+    if plain.epochs is None and 'epochs' not in plain.recipe.get('plan', {}):
         epochs = max(5, min(30, round(10000 / len(train))))
-        if budget is not None:
-            epochs = max(3, min(100, _affordable(words, budget)))
+        if plain.budget is not None:
+            epochs = max(3, min(100, epochs_within([*COMMON, *words], pilots=1.5)))
         words += ['--epochs', str(epochs)]
     if not plain.initial_checkpoint and not plain.pretrained:
         words.append('--pretrained')
@@ -243,18 +266,29 @@ def _unsplit(spec) -> bool:
         os.path.isdir(root) and not any(os.path.exists(os.path.join(root, name)) for name in names) for root in roots)
 
 
-def _affordable(words: Sequence[str], budget: float) -> int:
-    """Epochs that a budget in minutes pays for, by the time of one."""
+def epochs_within(words: Sequence[str], pilots: float = 1.) -> int:
+    """Epochs that `--budget` pays for, by the time of one; of a run that is resumed, those that it had.
+
+    Args:
+        words: Command line of `timm-amf train`.
+        pilots: Cost of all that is trained, in trainings.
+    """
+    args = parse_args(words)
+    folder = Path(args.output or 'output/train', args.experiment or '') if args.resume == 'auto' else Path(args.resume)
+    before = [base / 'plan.yaml' for base in (folder, folder.parent) if (base / 'plan.yaml').exists()]
+    if args.resume and before:
+        return Plan.from_yaml(before[0]).epochs
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise UserError('--budget: times an epoch in one process; give --epochs')
     start = time.monotonic()
-    folder = Path(parse_args(words).output or 'output/fit').expanduser() / '.timing'
-    _run([*COMMON, *words, '--epochs', '1', '--head-start', 'zero', '--overwrite'], folder, quiet=True)
-    shutil.rmtree(folder)
-    return round(60 * budget / (1.5 * (time.monotonic() - start)))
+    with tempfile.TemporaryDirectory(prefix='timm_amf-') as scratch:
+        _run([*words, '--epochs', '1', '--head-start', 'zero', '--resume', ''], Path(scratch) / 'timing', quiet=True)
+    return max(1, round(60 * args.budget / (pilots * (time.monotonic() - start))))
 
 
 def _pilot_epochs(epochs: int) -> int:
-    """Epochs of each candidate's pilot: an eighth of the training's, two at least, for less favours low LRs."""
-    return epochs // 8 if epochs >= 16 else 0
+    """Epochs of each candidate's pilot: a sixth of the training's, two at least, for less favours low LRs."""
+    return epochs // 6 if epochs >= 12 else 0
 
 
 def _slug(candidate: Candidate) -> str:
@@ -274,7 +308,8 @@ def _train(candidate: Candidate, words: Sequence[str], output: Path, experiment:
     mix = ['--wise-ft'] if experiment else []
     try:
         _run([*COMMON, *candidate.flags, *words, *mix, '--resume', 'auto'], folder, quiet=not experiment)
-        metric, loss = _best(folder)
+        best = best_epoch(folder)
+        metric, loss = best[load_yaml(folder / 'args.yaml').get('eval_metric', 'top1')], best['loss']
     except Interrupted as e:
         raise Interrupted(e.signum, 'stopped; the same command goes on where it stopped') from e
     except UserError as e:
@@ -289,31 +324,23 @@ def _train(candidate: Candidate, words: Sequence[str], output: Path, experiment:
     candidate.seconds += time.monotonic() - start
 
 
-def _best(folder: Path) -> tuple[float, float]:
-    """The metric and the loss of a run's best epoch."""
-    name = load_yaml(folder / 'args.yaml').get('eval_metric', 'top1')
-    with open(folder / 'summary.csv', newline='', encoding='utf-8') as file:
-        rows = [row for row in csv.DictReader(file) if row['eval_loss']]
-    found = [(float(row[f'eval_{name}']), float(row['eval_loss'])) for row in rows]
-    return min(found) if name == 'loss' else max(found, key=lambda pair: (pair[0], -pair[1]))
-
-
 def main(argv: Sequence[str]) -> None:
     """`timm-amf fit`."""
     parser = CommandParser(
         prog='timm-amf fit', add_help=False, allow_abbrev=False, usage='%(prog)s [DIR] [--model NAME] [flags of train]',
         description='Fine-tune a model: measure a few ways on the data, train the best to the end.')
     parser.add_argument('-h', '--help', action='store_true', help='show this; timm-amf train --help shows its flags')
-    parser.add_argument('--budget', type=float, metavar='MINUTES', help='about how long it may take')
+    # Listed here, read with the rest.
+    parser.add_argument('--budget', metavar='MINUTES', help='about how long it may take, pilots included')
     own, words = parser.parse_known_args(argv)
     if own.help:
         parser.print_help()
         return
-    if own.budget is not None and not own.budget > 0:
-        raise UserError(f'--budget: must be above 0, not {own.budget:g}')
+    if own.budget is not None:
+        words = [*words, '--budget', own.budget]
     if not any(word.split('=')[0] in ('--model', '--config', '-c') for word in words):
         words = [*words, '--model', MODEL]
-    found = fit_words(words, own.budget)
+    found = fit_words(words)
     run = found.folder
     print(f'{found}\n\nNext: timm-amf evaluate {run}')
     print(f'      timm-amf export {run} --format onnx')

@@ -3,16 +3,24 @@ import argparse
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.errors import UserError
 
-__all__ = ['parse_keywords', 'words_of']
+__all__ = ['keyword_words', 'parse_keywords', 'words_of']
 
 
 def parse_keywords(config: Union[str, Path, None], options: Mapping[str, Any]) -> argparse.Namespace:
-    """What `parse_args` gives for the flags that the keywords name.
+    """What `parse_args` gives for the flags that the keywords name; see `keyword_words`."""
+    return parse_args(*keyword_words(config, options))
+
+
+def keyword_words(
+        config: Union[str, Path, None],
+        options: Mapping[str, Any],
+) -> tuple[list[str], Optional[Mapping[str, Any]]]:
+    """The command line that the keywords stand for, and the data where they are given as a mapping.
 
     Args:
         config: Recipe or YAML file that sets options; the keywords win.
@@ -21,7 +29,7 @@ def parse_keywords(config: Union[str, Path, None], options: Mapping[str, Any]) -
     options = {name: value for name, value in options.items() if value is not None}
     data = options.pop('data') if isinstance(options.get('data'), Mapping) else None
     words = [] if config is None else ['--config', str(config)]
-    return parse_args([*words, *words_of(build_parser(), options)], data)
+    return [*words, *words_of(build_parser(), options)], data
 
 
 def words_of(parser: argparse.ArgumentParser, options: Mapping[str, Any]) -> list[str]:

@@ -1,22 +1,26 @@
-"""What a block-wise search found, as plots: accuracy by position (the paper's Figs. 4 to 6).
+"""What a search found, as plots.
+
+Of a block-wise search accuracy by position (the paper's Figs. 4 to 6); of a sweep accuracy by LR, or what else differs
+(AMF, Fig. 4; non-binary transfer learning, Figs. 1 to 6).
 
 Everything is drawn with matplotlib's objects, without pyplot: no window system is needed, and the figures of a notebook
 stay as they are.
 """
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 
 from timm_amf.errors import UserError
 from timm_amf.files import replacing
 from timm_amf.search.results import BASELINES, CandidateResult, SearchResults, labelled, title
+from timm_amf.search.sweep_results import Configuration, Sweep, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ['plot_search', 'search_figure']
+__all__ = ['plot_search', 'plot_sweep', 'search_figure', 'sweep_figure']
 
 # Okabe and Ito, "Color universal design" (2008): told apart with any colour vision. Their yellow is too faint on white.
 _BLACK, _ORANGE, _SKY, _GREEN, _BLUE, _RED, _PURPLE = (
@@ -32,6 +36,11 @@ _LABEL_WIDTH, _MARGIN, _ENTRY_WIDTH = 0.14, 0.9, 2.1
 _LETTERS = 11  # of a title, to the inch
 _LONGEST_LABEL = 30  # characters
 _SLANTED = 20  # labels, beyond which they stand upright
+# Of the lines of a panel of a sweep; there are no more than these.
+_SERIES = (
+    (_BLUE, 'o', 'solid'), (_ORANGE, 's', (0, (6, 2))), (_GREEN, '^', (0, (1, 1))), (_PURPLE, 'D', (0, (5, 1, 1, 1))),
+    (_SKY, 'v', (0, (3, 1))), (_BLACK, 'P', 'solid'))
+_LOG = 8  # ratio of the largest to the least value, from which an axis is logarithmic
 
 
 def plot_search(results: SearchResults, path: Union[str, Path], level: float = 0.95) -> None:
@@ -156,6 +165,112 @@ def _finish_panel(axes: 'Axes', way: str, winner: CandidateResult) -> None:
     axes.set_ylabel('top-1 accuracy (%)')
     axes.set_xlabel('from the input (left) to the output (right)', fontsize=8)
     _plain(axes)
+
+
+def plot_sweep(found: Sweep, path: Union[str, Path]) -> None:
+    """Draw the metric by each setting that differs.
+
+    Args:
+        found: A sweep.
+        path: A name with `.png` or `.svg`; the file is whole or not there.
+    """
+    _check_suffix(path)
+    _save(sweep_figure(found), path)
+
+
+def sweep_figure(found: Sweep) -> 'Figure':
+    """The figure of `plot_sweep`: a panel for each setting that has two values.
+
+    A line joins the means of configurations that differ in the panel's setting alone. Of a mixture the lines are its
+    components', with all other settings as in the best configuration. Where settings were drawn from a range, nothing
+    differs alone, and points have no lines.
+
+    Args:
+        found: A sweep.
+    """
+    keys = [key for key in found.best.values if len({c.values[key] for c in found.configurations}) > 1]
+    if not keys:
+        raise UserError(f'{found.folder}: nothing differs between the configurations, so there is no plot of them')
+    wide = min(2, len(keys))
+    high = -(-len(keys) // wide)
+    figure = _figure(6. * wide, 3.3 * high + 0.9)
+    panels = figure.subplots(high, wide, sharey=True, squeeze=False).ravel()
+    for key, axes in zip(keys, panels):
+        _draw_setting(axes, found, key)
+    for axes in panels[len(keys):]:
+        axes.remove()
+    panels = panels[:len(keys)]
+    if len({tuple(axes.get_legend_handles_labels()[1]) for axes in panels}) == 1:
+        _add_legend(figure, panels)
+    else:
+        for axes in panels:
+            axes.legend(loc='upper left', bbox_to_anchor=(1.01, 1.), fontsize=8, frameon=False)
+    text = f'{found.model}: best is {found.best}, {found.metric} {found.best.mean:.2f}'
+    figure.suptitle(_wrapped(text, figure), fontsize=10)
+    return figure
+
+
+def _draw_setting(axes: 'Axes', found: Sweep, key: str) -> None:
+    place = _setting_axis(axes, key, [c.values[key] for c in sorted(found.configurations, key=lambda c: c.number)])
+    series = _series(found, key)
+    for (label, metric, members), (colour, marker, line) in zip(series, _SERIES):
+        members = sorted(members, key=lambda c: place(c.values[key]))
+        if len(members[0].runs) > 1:
+            axes.plot(
+                [place(c.values[key]) for c in members for _ in c.runs], [y for c in members for y in c.scores(metric)],
+                color=colour, marker=marker, markersize=3.5, linestyle='none', alpha=0.4, markeredgewidth=0, zorder=2)
+        means = [sum(c.scores(metric)) / len(c.runs) for c in members]
+        axes.plot(
+            [place(c.values[key]) for c in members], means, color=colour, marker=marker, markersize=5.5, linewidth=1.5,
+            linestyle=line if label else 'none', label=label or 'configuration', zorder=3)
+    axes.plot([place(found.best.values[key])], [found.best.mean], label='best', zorder=4, **_STAR)
+    ended = [c for c in found.configurations if c.mean is None]
+    if ended:  # at the foot of the panel: they have no score
+        axes.plot(
+            [place(c.values[key]) for c in ended], [0.03] * len(ended), transform=axes.get_xaxis_transform(),
+            marker='x', color='#707070', label='pruned or diverged', zorder=3, **_POINT)
+    axes.set_ylabel(f'validation {found.metric}{"" if found.metric == "loss" else " (%)"}')
+    axes.yaxis.set_tick_params(labelleft=True)
+    _plain(axes)
+
+
+def _series(found: Sweep, key: str) -> list[tuple[str, str, list[Configuration]]]:
+    """(label, metric, configurations) of each line of a panel; without a label, of points that no line joins."""
+    groups: dict[tuple, list[Configuration]] = {}
+    complete = [c for c in found.configurations if c.mean is not None]
+    for c in complete:
+        groups.setdefault(tuple(item for item in c.values.items() if item[0] != key), []).append(c)
+    alone = next(iter(groups.values()))  # with the best
+    parts = [name for name in next(iter(found.best.runs.values())) if name.startswith(f'{found.metric}_')]
+    if len(alone) > 1 and 1 < len(parts) < len(_SERIES):
+        return [('all', found.metric, alone), *((name[len(found.metric) + 1:], name, alone) for name in parts)]
+    if len(groups) > len(_SERIES) or max(map(len, groups.values())) == 1:
+        return [('', found.metric, complete)]
+    series = [
+        (' '.join(f'{name}={shown(value)}' for name, value in others) or 'mean', found.metric, members)
+        for others, members in groups.items()]
+    return sorted(series, key=lambda item: min(c.number for c in item[2]))
+
+
+def _setting_axis(axes: 'Axes', key: str, values: Sequence) -> Callable[[Any], float]:
+    """Set up the axis of a setting; where on it a value is."""
+    axes.set_xlabel(key)
+    names = list(dict.fromkeys(values))
+    try:
+        numbers = {value: float(value) for value in names}
+    except ValueError:  # words
+        numbers = {value: float(i) for i, value in enumerate(names)}
+        slanted = {'rotation': 40, 'ha': 'right', 'rotation_mode': 'anchor'} if sum(map(len, names)) > 60 else {}
+        axes.set_xticks(list(numbers.values()), _short_names(names), fontsize=8, **slanted)
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        return numbers.__getitem__
+    low, high = min(numbers.values()), max(numbers.values())
+    if low > 0 and high / low >= _LOG:
+        axes.set_xscale('log')
+    if len(names) <= 8:
+        axes.set_xticks(list(numbers.values()), [shown(value) for value in names])
+        axes.set_xticks([], minor=True)
+    return numbers.__getitem__
 
 
 def _figure(width: float, height: float) -> 'Figure':

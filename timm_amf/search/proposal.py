@@ -18,7 +18,7 @@ from timm.models import is_model_in_modules
 
 from timm_amf.engine import build
 from timm_amf.engine.config_file import args_content
-from timm_amf.engine.options import build_parser, resolve_lr
+from timm_amf.engine.options import build_parser
 from timm_amf.errors import UserError
 from timm_amf.models.parts import Part, part_cfg
 from timm_amf.models.sources import check_source
@@ -27,13 +27,11 @@ from timm_amf.tuning.roles import model_roles, role_blocks
 
 __all__ = [
     'PAPER', 'PAPER_BLOCKS', 'RULES', 'Decision', 'PaperSet', 'Proposal', 'Rule', 'Target', 'Vote', 'body_settings',
-    'config_text', 'decide', 'plan_flags', 'propose', 'read_target', 'sureness',
+    'config_text', 'decide', 'is_sgd', 'plan_flags', 'propose', 'read_target', 'sureness', 'without_advised',
 ]
 
 # Inception-v4 counts `features.0` to `features.21`; "new layers" 1, 2 and 3 are the classifier and 0, 1, 2 of these.
 PAPER_BLOCKS = 22
-# The paper does not tell its batch size. The same authors' AMF paper has 32, with the same network and the same LRs.
-PAPER_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -297,13 +295,9 @@ def _of_part(args: argparse.Namespace, part) -> argparse.Namespace:
 
 # -- The Plan.
 
-# Branches of an AMF: its classifier (AMF paper, section IV-B3), and its policy for long runs (the paper's, about a
-# thousand epochs) and for short ones (docs/results.md).
-_AMF_HEAD_LR = 0.008
+# Of the policy of an AMF that SGD trains: for long runs (the paper's, a thousand epochs and more) and for short ones.
 _POLICY_LR, _POLICY_LR_SHORT = 3e-5, 0.003
 _SHORT = 300  # epochs
-# Table 6 has a separate LR for the classifier once, 0.01; the LR of well-suited weights would train a new one slowly.
-_HEAD_LR = 0.01
 _POLICY = 'resnet10t'
 _LR_FLAGS = ('lr', 'lr_base', 'lr_base_size', 'lr_base_scale')
 # Flags of one run, or of its evaluation, that the file must not repeat.
@@ -329,28 +323,23 @@ class Proposal:
     notes: list[str]
 
 
-def body_settings(decision: Decision, blocks: int, lr_scale: float, high_lr: Optional[float] = None) -> dict[str, Any]:
-    """Settings of a backbone or branch by Table 7, in the sizes of Tables 3 to 6.
+def body_settings(decision: Decision, blocks: int) -> dict[str, Any]:
+    """Settings of a backbone or branch by Table 7, in the sizes of Tables 3 to 6; all but the LR, which is measured.
 
     Args:
         decision: Side of the table, and the paper's data set that is nearest.
         blocks: Number of blocks of the network.
-        lr_scale: Factor of the paper's LRs.
-        high_lr: The high LR where the paper's have no meaning, that is, without SGD; the low one is a tenth of it.
     """
     like = PAPER[decision.like]
     if decision.suited:
-        lr = like.lr * lr_scale if high_lr is None else high_lr / 10
         reinit = min(1, max(0, blocks - 1))
         alpha, beta, layers = like.l2sp
         kept = max(0, min(round(layers / PAPER_BLOCKS * blocks), blocks - reinit))
-        settings = dict(lr=lr, low_blocks=0, reinit_blocks=reinit, l2sp_alpha=alpha, weight_decay=beta)
+        settings = dict(low_blocks=0, reinit_blocks=reinit, l2sp_alpha=alpha, weight_decay=beta)
         # A model without blocks decays towards its start as a whole.
         return {**settings, 'l2sp_blocks': kept} if kept else settings
     low = round(like.low_layers / PAPER_BLOCKS * blocks)
-    return dict(
-        lr=like.lr * lr_scale if high_lr is None else high_lr, low_blocks=low, low_lr_scale=like.low_lr / like.lr,
-        reinit_blocks=0, l2sp_alpha=0.)
+    return dict(low_blocks=low, low_lr_scale=like.low_lr / like.lr, reinit_blocks=0, l2sp_alpha=0.)
 
 
 def propose(
@@ -431,44 +420,31 @@ def _become_composite(args: argparse.Namespace, policy: Optional[str]) -> list[s
     args.model = 'multitune' if name == 'none' else 'amf'
     args.model_kwargs, args.pretrained_path, args.pretrained_cfg_overlay = kwargs, '', {}
     args.explicit -= {'pretrained_path', 'pretrained_cfg_overlay'}
-    args.explicit |= {'model', 'model_kwargs'}
+    args.explicit |= {'model', 'model_kwargs', 'pretrained'}
     return notes
 
 
 def _build_plan(args: argparse.Namespace, target: Target, followed: dict[str, Any]) -> tuple[Plan, list[str]]:
     notes = []
-    batch = args.batch_size * args.grad_accum_steps
-    flags_lr = resolve_lr(args, batch)
-    base = _without_lrs(args)
-    plan = plan_from_args(base, target.roles, flags_lr)
-    sgd = plan.opt.lower().removeprefix('lookahead_') in ('sgd', 'momentum', 'nesterov', 'sgdw', 'nesterovw')
-    scale, high = batch / PAPER_BATCH, None if sgd else flags_lr
+    lr = max(advice.lr for advice in followed.values())
+    plan = plan_from_args(without_advised(args), target.roles, lr)
     for role, advice in followed.items():
-        plan = plan.with_role(role, **body_settings(advice.decision, target.blocks[role], scale, high))
-    lrs = [plan.role(role).lr for role in target.bodies]
-    if sgd:
-        notes.append(
-            f'LRs are those of the paper (SGD, taken to be at batch {PAPER_BATCH}) times {scale:g} for batch {batch}.')
-    else:
-        notes.append(
-            f'The LRs of the paper are those of SGD. For {plan.opt} the high one is that of the flags, {flags_lr:g}, '
-            f'and the low one a tenth of it.')
+        plan = plan.with_role(role, lr=advice.lr, **advice.settings)
     if 'head' in target.roles:
-        head = (_AMF_HEAD_LR if target.is_composite else max(_HEAD_LR, *(
-            PAPER[c.decision.like].head_lr for c in followed.values()))) * scale if sgd else high
         decay = {plan.role(r).weight_decay for r in target.bodies}
-        plan = plan.with_role('head', lr=head, **({'weight_decay': decay.pop()} if len(decay) == 1 else {}))
-    short = plan.epochs < _SHORT
-    if 'policy' in target.roles:
+        plan = plan.with_role('head', lr=lr, **({'weight_decay': decay.pop()} if len(decay) == 1 else {}))
+    if 'policy' in target.roles and is_sgd(plan.opt):
+        short = plan.epochs < _SHORT
         plan = plan.with_role('policy', lr=_POLICY_LR_SHORT if short else _POLICY_LR)
         if short:
-            notes.append(
-                f'For {plan.epochs} epochs the policy has an LR of {_POLICY_LR_SHORT:g} (docs/results.md); the AMF '
-                f'paper trains for about a thousand.')
-    plan = plan.updated({'lr': max(lrs)})
-    if not any(c.decision.suited for c in followed.values()):
-        notes.append(f'L2 (weight decay {plan.weight_decay:g}) is that of the flags: the paper does not say its own.')
+            notes.append(f'For {plan.epochs} epochs the policy has an LR of {_POLICY_LR_SHORT:g}; the AMF paper, '
+                         f'{_POLICY_LR:g}, trains for a thousand and more.')
     return plan, notes
+
+
+def is_sgd(opt: str) -> bool:
+    """An optimiser of timm that takes the LRs of SGD."""
+    return opt.lower().removeprefix('lookahead_') in ('sgd', 'momentum', 'nesterov', 'sgdw', 'nesterovw')
 
 
 def plan_flags() -> set[str]:
@@ -478,7 +454,7 @@ def plan_flags() -> set[str]:
     return {action.dest for action in parser._actions} - {'help'}
 
 
-def _without_lrs(args: argparse.Namespace) -> argparse.Namespace:
+def without_advised(args: argparse.Namespace) -> argparse.Namespace:
     """The options without what the advice is about; `--freeze`, `--role` and the rest stay."""
     base = copy.deepcopy(args)
     defaults = vars(build_parser().parse_args([]))

@@ -126,6 +126,9 @@ class RolePlan:
         None, 'L2-SP on the first N transferred blocks only, weight decay on the rest (default: all)', low=0)
     l2sp_1d: Optional[bool] = setting(
         None, 'pull what weight decay spares, too: biases and norms (default: false)', flag='')
+    lora_rank: Optional[int] = setting(
+        None, 'train adapters of this rank beside the weights of linear layers and convolutions, and nothing else of '
+        'the role (LoRA, by peft; default: none)', low=1)
     start_epoch: Optional[int] = setting(
         None, 'epoch at which the role starts to train; frozen until then, and its schedule counts from there '
         '(default: 0)', low=0, flag='', policy=True)

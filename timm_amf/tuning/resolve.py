@@ -187,6 +187,9 @@ def _check_counts(name: str, role: RolePlan, count: int) -> None:
         raise UserError(f'plan: {name} has l2sp_blocks but no l2sp_alpha; set both, or neither')
     if name == 'head' and role.l2sp_alpha:
         raise UserError('plan: l2sp_alpha of head: the classifier is new and has no starting point; use weight_decay')
+    if role.lora_rank and (name == 'head' or role.reinit_blocks or role.l2sp_alpha):
+        what = 'is new' if name == 'head' else f'has {"reinit_blocks" if role.reinit_blocks else "l2sp_alpha"}'
+        raise UserError(f'plan: lora_rank of {name}, which {what}: adapters keep the weights they adapt; leave one out')
     transferred = count - role.reinit_blocks
     if role.l2sp_alpha and isinstance(role.l2sp_blocks, int) and role.l2sp_blocks > transferred:
         raise UserError(
@@ -268,7 +271,7 @@ def _drawn_blocks(name, role, blocks) -> frozenset[str]:
 def _setting(name: str, param: nn.Parameter, place: Place, role: RoleSettings, plan: Plan, exempt) -> Setting:
     settings = role.plan
     scale = settings.low_lr_scale if place.depth < settings.low_blocks else 1.
-    trains = role.trained(name, place)
+    trains = role.trained(name, place) and not (settings.lora_rank and '.lora_' not in name)
     if settings.layer_decay is not None:
         layer_scale = max(plan.layer_decay_min_scale, settings.layer_decay ** place.layer)
         trains = trains and not (plan.layer_decay_no_opt_scale and layer_scale < plan.layer_decay_no_opt_scale)
