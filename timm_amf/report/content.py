@@ -23,7 +23,8 @@ from timm_amf.engine.run_folder import choose_device, eval_loader
 from timm_amf.errors import UserError
 from timm_amf.models.charts import Chart, Seen
 from timm_amf.models.method import method_of
-from timm_amf.tuning import Plan, describe_depths, param_groups, resolve
+from timm_amf.tuning import Plan, describe_depths, param_groups
+from timm_amf.tuning.resolve import resolve
 from timm_amf.yaml_text import load_yaml
 
 __all__ = [
