@@ -84,7 +84,8 @@ def check_finished(folder: Path) -> None:
     with contextlib.suppress(OSError):  # where nothing can be written, nobody writes
         if (folder / _LOCK).exists():
             try:
-                FileLock(folder / _LOCK).acquire(blocking=False).release()
+                with FileLock(folder / _LOCK, blocking=False):
+                    pass
             except Timeout:
                 raise UserError(
                     f'{folder}: a run is writing there; wait until it has finished, or interrupt it') from None

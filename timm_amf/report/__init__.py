@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 from PIL import Image
+from torch import nn
 
 from timm_amf.engine.evaluate_runs import evaluations, open_images, summary
 from timm_amf.engine.opened import RunOptions
@@ -20,12 +21,13 @@ from timm_amf.engine.run_folder import is_run
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing, write_text
 from timm_amf.inference.sources import add_run_flags, open_model, options_from
-from timm_amf.models.charts import Chart
+from timm_amf.models.charts import Chart, Seen
 from timm_amf.models.method import method_of
 from timm_amf.report import figures
 from timm_amf.report.content import (
     Section,
     Table,
+    Told,
     compared,
     curves,
     model_sections,
@@ -122,9 +124,8 @@ def report(
     return _write(target, title, ' '.join(sentences), sections, None if data is None else data.load)
 
 
-def _own_of_files(told: Any, model: Any) -> list[Section]:
-    from timm_amf.models.charts import Seen
-
+def _own_of_files(told: Told, model: nn.Module) -> list[Section]:
+    """The model's own figures of what its policy did in training."""
     parts = {name.removesuffix('_assigned_0') for name in told.policy if name.endswith('_assigned_0')}
     parts -= {'train', *(f'train_{part}' for part in parts)} | {'assigned_0'}
     charts = method_of(model).charts(Seen(told.policy, sorted(parts)))

@@ -293,7 +293,7 @@ def _panels(chart: Chart) -> 'Figure':
         axes.set_xticks([])
     for axes in every.flat[len(names):]:
         axes.set_axis_off()
-    figure.supxlabel(chart.x, fontsize=9)
+    every[-1, 0].set_xlabel(chart.x)  # a label of the figure would lie below the legend
     figure.supylabel(chart.y, fontsize=9)
     _legend(figure, every[0, 0])
     return figure
