@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 import yaml
 from PIL import Image
-from timm.data import create_transform
+from timm.data import create_transform, resolve_data_config
 
 from timm_amf.data import DataSpec, create_datasets, data_spec_from_args
 from timm_amf.data.decathlon import DOMAINS, channel_stats, decathlon_score, domain_name, open_domain
@@ -243,6 +245,19 @@ def test_recipes(domain, tmp_path):
     expected = yaml.safe_load(path.read_text(encoding='utf-8'))['expected']
     assert expected['top1']['mean'] == by_domain(TABLE['SpotTune'][0])[domain]
     assert data_spec_from_args(args, args.recipe['data']).components[0].dataset == f'decathlon/{domain}'
+    assert args.eval_sampling_seed == 0  # section 3.1: the decisions are sampled at test time, too
+
+
+def test_the_networks_of_a_recipe_see_images_normalised_by_the_domain():
+    """And not again by what they were trained with."""
+    args = parse_args([
+        '--config', 'spottune_resnet26.decathlon_svhn', '--data-dir', '.', '--backbone-weights', 'resnet26.pth'])
+    assert args.model_kwargs['backbone_kwargs']['pretrained_cfg_overlay']['file'] == 'resnet26.pth'
+    with torch.device('meta'):
+        model = timm.create_model(args.model, num_classes=10, **args.model_kwargs)
+    config = resolve_data_config(vars(args), model=model)
+    assert config['mean'] == pytest.approx((0.4377, 0.4438, 0.4728)) and config['std'][0] == pytest.approx(0.198)
+    assert isinstance(model.renorm, torch.nn.Identity) and isinstance(model.policy.renorm, torch.nn.Identity)
 
 
 def test_random_crop_of_a_square_image():

@@ -8,7 +8,6 @@ import yaml
 
 from timm_amf.data.spec import DataSpec
 from timm_amf.engine.config_file import list_recipes
-from timm_amf.engine.options import parse_args
 from timm_amf.engine.recipes import PAPERS, check_repo_id, describe_expected, read_recipe, split_metric
 from timm_amf.tuning import Plan
 
@@ -26,13 +25,6 @@ AMF_TABLE_3 = {
     'cifar10': {'': (98.50, 0.05)},
     'fashion_mnist': {'': (95.59, 0.08)},
 }
-BLOCKWISE_TABLE_1 = {
-    'vgg16': (0.713896, 0.873751, 0.864668, 0.875568, 0.86921, 0.881926, 0.877384),
-    'mobilenetv1_100': (0.828338, 0.875568, 0.847411, 0.877389, 0.875568, 0.883742, 0.879201),
-    'mobilenetv2_100': (0.811081, 0.86921, 0.823797, 0.867393, 0.833787, 0.86921, 0.839237),
-    'mobilenetv3_small_100': (0.30881, 0.762035, 0.438692, 0.790191, 0.516803, 0.648501, 0.667575),
-    'resnetv2_50': (0.778383, 0.828338, 0.857402, 0.848320, 0.86921, 0.868302, 0.849228),
-}
 
 
 @pytest.mark.parametrize('name', list_recipes())
@@ -40,7 +32,8 @@ def test_all_recipes_fit(name):
     recipe = read_recipe(name)
     Plan.from_dict(recipe.plan)
     components = [component.name for component in DataSpec.from_mapping(recipe.data).components]
-    check_expected(recipe.expected, components)
+    if recipe.expected:
+        check_expected(recipe.expected, components)
     if name == 'demo':
         assert not recipe.card  # nothing of it is worth publishing
         return
@@ -105,15 +98,6 @@ def test_amf_figures(name):
     assert {k: v for k, v in expected.items() if k.startswith('top1')} == wanted and expected['split'] == 'test'
 
 
-@pytest.mark.parametrize('name', BLOCKWISE_TABLE_1)
-def test_blockwise_figures(name):
-    recipe = read_recipe(f'{name}.tf_flowers')
-    ways = ('classifier', 'all', 'layer', 'block', 'top3', 'top5', 'window')
-    found = [recipe.expected[f'top1_{way}'] for way in ways]
-    assert found == [{'mean': round(100 * value, 2)} for value in BLOCKWISE_TABLE_1[name]]
-    assert recipe.flags['model'].split('.')[0] == name
-
-
 @pytest.mark.parametrize('name', ['cifar10', 'fashion_mnist'])
 def test_amf_settings_of_single_data_sets(name):
     recipe = read_recipe(f'amf_inception_v4x2.{name}')
@@ -125,16 +109,6 @@ def test_amf_settings_of_single_data_sets(name):
     steps = recipe.plan['epochs'] * images / 128
     assert steps == pytest.approx(1000 * 3102 / 32, rel=0.01)
     assert recipe.plan['epochs'] / recipe.plan['schedule']['decay_epochs'] == pytest.approx(1000 / 20, rel=0.01)
-
-
-@pytest.mark.parametrize('name', BLOCKWISE_TABLE_1)
-def test_blockwise_settings(name):
-    """Section V, and where its text has nothing what the search's own protocol takes."""
-    args = parse_args(['--config', f'{name}.tf_flowers', '--data-dir', '.'])
-    plan = args.recipe['plan']
-    assert (plan['opt'], plan['lr'], plan['weight_decay'], plan['epochs']) == ('adam', 1e-4, 0, 50)
-    assert plan['schedule'] == dict(sched='plateau', patience_epochs=10, decay_rate=0.1, warmup_epochs=0)
-    assert (args.batch_size, args.no_aug, args.smoothing, args.pretrained) == (4, True, 0, True)
 
 
 def test_the_page():

@@ -51,6 +51,38 @@ def test_best_assignment_is_that_of_the_hungarian_algorithm():
         assert sum(votes[i, j].item() for i, j in best_assignment(votes)) == votes.numpy()[c, b].sum()
 
 
+def votes(record, counts):
+    """A record of so many samples of each component that each branch got."""
+    for c, row in enumerate(counts):
+        for branch, count in enumerate(row):
+            weights = torch.full((count, len(row)), 0.1)
+            weights[:, branch] = 0.9
+            record.update(dict(weights=weights), torch.full((count,), c))
+    return record
+
+
+def test_assignment_by_component_keeps_the_matching_of_the_first_evaluation():
+    """So that a policy that flips does not look like one that never moved (AMF, section IV-C4)."""
+    history = []
+    for counts in ([[6, 4], [2, 8]], [[0, 10], [10, 0]]):
+        record = votes(PolicyRecord(2, ['a', 'b']), counts)
+        record.history = history
+        history.append({key: str(value) for key, value in record.row().items()})  # as a resumed run reads them
+    first, flipped = history
+    for row in history:
+        assert (row['a_branch'], row['b_branch']) == ('0', '1')
+    found = [[float(row[f'{c}_{key}']) for key in ('assigned_0', 'assigned_1', 'assignment_accuracy')]
+             for row in history for c in 'ab']
+    assert found == [[.6, .4, 60], [.2, .8, 80], [0, 1, 0], [1, 0, 0]]
+    assert float(first['assignment_accuracy']) == 70 and float(flipped['assignment_accuracy']) == 100
+
+
+def test_a_component_more_than_branches_has_no_branch():
+    row = votes(PolicyRecord(2, ['a', 'b', 'c']), [[5, 0], [1, 1], [0, 5]]).row()
+    assert (row['a_branch'], row['b_branch'], row['c_branch']) == (0, '', 1)
+    assert (row['b_assigned_0'], row['b_assignment_accuracy']) == (.5, '')
+
+
 def test_one_component_has_no_assignment_accuracy():
     record = PolicyRecord(2, ['only'])
     record.update(dict(weights=torch.tensor([[.2, .8]])), torch.tensor([0]))

@@ -46,6 +46,10 @@ def test_the_folder_of_a_run(run, capsys):
         assert float(row['weight_0']) + float(row['weight_1']) == pytest.approx(1)
         assert float(row['stripes_weight_0']) + float(row['stripes_weight_1']) == pytest.approx(1)
         assert 50 <= float(row['assignment_accuracy']) <= 100
+        for name in ('stripes', 'blobs'):  # the matching stays that of the first evaluation
+            assert row[f'{name}_branch'] == policy[0][f'{name}_branch']
+            share = float(row[f'{name}_assigned_{row[f"{name}_branch"]}'])
+            assert float(row[f'{name}_assignment_accuracy']) == pytest.approx(100 * share)
 
     plan = Plan.from_yaml(folder / 'plan.yaml')
     assert plan.role('branch.1').lr == 0.05 and plan.epochs == 3

@@ -266,6 +266,23 @@ def test_schedule_is_drawn_together(search, monkeypatch):
     assert {round(v, 6) for lr in lrs for v in lr} == {0.02, 0.002}
 
 
+def test_paper_head_of_a_network_with_layers_behind_its_features(images, tmp_path):
+    """All candidates train something, in lockstep; nothing that the classifier does not read counts as trained."""
+    model = timm.create_model('mobilenetv3_small_050')
+    save_file(model.state_dict(), tmp_path / 'v3.safetensors')
+    found = timm_amf.search_blocks(
+        'mobilenetv3_small_050', images / 'colours', pretrained_path=str(tmp_path / 'v3.safetensors'), img_size=32,
+        batch_size=12, workers=0, cpu=True, tracker=['none'], epochs=1, lr=0.02, warmup_epochs=0, output=str(tmp_path),
+        experiment='v3', progress=False, search_head='mlp', cut='activation', ways=('block', 'random3'))
+    assert not found.notes and len(found.results.of_way('block')) > 30 and len(found.results.of_way('random3')) == 1
+    results, baseline = found.results.results, found.results.winner('classifier')
+    assert not any('conv_head' in m for r in results for m in r.candidate.modules)
+    assert all(r.loss != baseline.loss for r in results if r is not baseline)
+    behind = sum(p.numel() for n, p in model.named_parameters() if n.startswith(('conv_head', 'classifier')))
+    assert found.results.winner('all').parameters - baseline.parameters == sum(
+        p.numel() for p in model.parameters()) - behind
+
+
 def branch_flags(weights: Path) -> list[str]:
     return [
         '--model', 'amf', '--model-kwargs', "backbones=('test_resnet','test_resnet')", 'policy=test_resnet',

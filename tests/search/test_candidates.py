@@ -15,7 +15,9 @@ from timm_amf.search.candidates import (
     candidate_parameters,
     candidate_plan,
     layer_candidates,
+    random_candidate,
     top_candidate,
+    trainable_parameters,
     weighted_layers,
     window_candidates,
 )
@@ -265,6 +267,55 @@ def test_blocks_of_vgg11(vgg):
     assert [c.modules for c in block_candidates(vgg, (3, 32, 32), cut='pooling')] == [
         ('features.0',), ('features.3',), ('features.6', 'features.8'), ('features.11', 'features.13'),
         ('features.16', 'features.18'), ('pre_logits.fc1', 'pre_logits.fc2')]
+
+
+def test_what_gets_no_gradient_is_no_candidate(vgg):
+    """The paper's classifier reads features that VGG's `pre_logits` and MobileNetV3's `conv_head` have no part in."""
+    assert [layer.name for layer in weighted_layers(vgg, (3, 32, 32), features_only=True)] == VGG11[:8]
+    assert names(block_candidates(vgg, (3, 32, 32), features_only=True)) == VGG11[:8]
+    # The paper's five blocks of a VGG (section III-B).
+    assert len(block_candidates(vgg, (3, 32, 32), cut='pooling', features_only=True)) == 5
+    model = build('mobilenetv3_small_050')
+    assert 'conv_head' in [layer.name for layer in weighted_layers(model, SIZE)]
+    assert 'conv_head' not in [layer.name for layer in weighted_layers(model, SIZE, features_only=True)]
+    unused = {n for n, _ in model.named_parameters()} - trainable_parameters(model, SIZE, features_only=True)
+    assert {n.split('.')[0] for n in unused} == {'conv_head', 'classifier'}
+
+
+class Idle(Restless):
+    """One layer is computed and thrown away, one read without a gradient, one never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.ignored, self.detached, self.uncalled = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x):
+        self.ignored(x)
+        return super().forward(x + self.detached(x).detach())
+
+
+def test_in_any_search():
+    assert [layer.name for layer in weighted_layers(Idle(), SIZE)] == [
+        'blocks.1.0', 'blocks.1.1', 'blocks.0.0', 'blocks.0.1']
+
+
+def test_all_copies_of_a_spottune_are_candidates():
+    """Whatever its policy would decide for the image that is passed through it."""
+    model = build('spottune', backbone='resnet10t', policy='test_resnet')
+    assert len(block_candidates(model, SIZE, 'tuned')) == 4
+
+
+def test_random_candidate(resnet):
+    layers = weighted_layers(resnet, SIZE)
+    drawn = [random_candidate(layers, 3, seed) for seed in range(5)]
+    assert {(c.name, c.way) for c in drawn} == {('random3', 'random3')} and len({c.modules for c in drawn}) > 1
+    order = modules(layers)
+    for candidate in drawn:
+        places = [i for i, own in enumerate(order) if own[0] in candidate.modules]
+        assert candidate.modules == sum((order[i] for i in places), ()) and len(places) == 3
+    assert drawn[0] == random_candidate(layers, 3, 0)
+    with pytest.raises(UserError, match='random 21: the model has 20 layers'):
+        random_candidate(layers, 21, 0)
 
 
 def test_blocks_of_resnet18(resnet):

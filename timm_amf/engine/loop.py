@@ -506,6 +506,7 @@ class Trainer:
             metrics = evaluate(module, self.val_loader, self.accelerator, record, progress=self._progress)
         if record is None or not record.count:
             return dict(metrics, policy={}, headline='')
+        record.history = self.policy_log.rows
         return dict(metrics, policy=record.row(), headline=record.headline())
 
     def finish_epoch(self, train: dict[str, Any], val: Optional[dict[str, Any]]) -> Optional[float]:

@@ -69,8 +69,8 @@ RUN_FLAGS = (
      'tell what that changes'),
     ('--eval-blocks', str, None, "evaluate a SpotTune with the same path for all images: tuned, frozen, or the tuned "
      "blocks' indices with commas between", {'metavar': 'BLOCKS'}),
-    ('--eval-sampling-seed', int, None, 'evaluate a SpotTune with decisions drawn with this seed, as the published '
-     'code does, instead of the likelier ones', {'metavar': 'SEED'}),
+    ('--eval-sampling-seed', int, None, 'evaluate a SpotTune with decisions drawn with this seed, as its paper '
+     'does, instead of the likelier ones', {'metavar': 'SEED'}),
     ('--publish', str, '', 'publish the run on the Hub when it is complete, as timm-amf publish does',
      {'metavar': 'OWNER/NAME'}),
     ('--publish-license', str, '', 'licence of the published weights, as the Hub names it', {'metavar': 'ID'}),

@@ -1,6 +1,6 @@
 """What a model decided for each sample, summed over an epoch: the columns of `policy.csv`."""
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -24,6 +24,8 @@ class Record:
     """
     # Whether a single component has columns beside those of all samples.
     splits_one = False
+    # The rows of the run's evaluations so far, in order; the trainer sets it before it asks for the next.
+    history: Sequence[Mapping[str, Any]] = ()
 
     def __init__(
             self,
@@ -97,8 +99,13 @@ class Record:
 
 
 class PolicyRecord(Record):
-    """The weights that a policy gave to the branches: `weight_0` and on; `assigned_0` and on, the share of images that
-    weigh a branch most (AMF, figure 7).
+    """The weights that a policy gave to the branches: `weight_0` and on (AMF, figure 6); `assigned_0` and on, the share
+    of images that weigh a branch most; `assignment_accuracy`, under the matching of components to branches that suits
+    the epoch best.
+
+    Of several components also, of each, `NAME_branch`, the branch that the run's first evaluation matched it to, and
+    `NAME_assignment_accuracy`, the percent of its images that weigh that one most (figure 7). These stay with one
+    branch, so a policy that flips falls from 100 to 0 there.
     """
     splits_one = True
 
@@ -123,10 +130,17 @@ class PolicyRecord(Record):
         return 100. * hits / max(self.count, 1.)
 
     def row(self, prefix: str = '') -> dict[str, Any]:
-        """Mean weight by branch, over all and by component, and the assignment accuracy."""
+        """Columns of `policy.csv`, each with the prefix."""
         row = super().row(prefix)
         accuracy = self.assignment_accuracy()
         row[f'{prefix}assignment_accuracy'] = '' if accuracy is None else accuracy
+        if accuracy is not None and not prefix:  # of training images there is no first evaluation
+            matched = dict(best_assignment(self.votes))
+            for c, name in enumerate(self.components):
+                key = f'{name}_branch'
+                first = next((r[key] for r in self.history if key in r), matched.get(c, ''))
+                row[key] = first if first == '' else int(first)
+                row[f'{name}_assignment_accuracy'] = '' if first == '' else 100. * row[f'{name}_assigned_{first}']
         return row
 
     def headline(self) -> str:

@@ -3,7 +3,8 @@
 SpotTune (Guo et al., "SpotTune: Transfer Learning through Adaptive Fine-tuning", Section 3): block l of a pretrained
 network is frozen, a copy of it is tuned, and I_l(x) in {0, 1} says which of the two an image takes (equation 2). The
 policy network gives the logits of all decisions at once; in training they are drawn by straight-through Gumbel-softmax
-(equations 3 and 4), in evaluation the likelier one is taken.
+(equations 3 and 4). In evaluation the likelier one is taken, which is the one to deploy; the paper draws there, too
+(Section 3.1: the policy's output "is sampled"), as its code does, and so does `set_sampling(seed)`, repeatably.
 
 Input: one image, normalised as the model's `pretrained_cfg` says, which is the backbone's; the policy renormalises
 inside. What the backbone has besides its blocks exists once: before and between them (role `stem`, frozen unless a Plan
@@ -11,7 +12,7 @@ says otherwise), after the last one (`tail`) and the classifier (`head`).
 
 The frozen copies are frozen in the paper's sense: weights, affine parameters and statistics of their batch norms. The
 published code freezes convolutions only, so that the norms of its "frozen" path train; `frozen_bn='official'` does
-that. It also draws noise in evaluation, which makes its scores random: `set_sampling(seed)` does so, repeatably.
+that.
 
 How an image's path is computed is `routing`: `both` computes all copies for all images, `routed` what the paths need,
 with the same outputs and gradients; `auto` takes `routed` where it is exact.
@@ -334,7 +335,7 @@ class SpotTune(Method, nn.Module):
         return tuple(sorted(indices))
 
     def set_sampling(self, seed: Optional[int] = None) -> None:
-        """Evaluation draws the decisions with this seed, from now on, as the published code does; None takes argmax."""
+        """Evaluation draws the decisions with this seed, from now on, as the paper does; None takes the likelier."""
         self.sampling = None if seed is None else torch.Generator().manual_seed(seed)
 
     def _routed(self, x: Tensor) -> bool:

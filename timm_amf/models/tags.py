@@ -38,10 +38,25 @@ class FineTuned:
 # macro block that is neither tuned nor routed (SpotTune, section 4.1).
 _TORCHVISION = {'backbone': 'resnet50.tv_in1k', 'temperature': 5.0}
 _DECATHLON = {'first_block': 4, 'temperature': 5.0}
-_DECATHLON_CLASSES = {
-    'aircraft': 100, 'cifar100': 100, 'daimlerpedcls': 2, 'dtd': 47, 'gtsrb': 43, 'omniglot': 1623, 'svhn': 10,
-    'ucf101': 101, 'vgg-flowers': 102,
+# Classes, and mean and standard deviation of each channel over train and val, as the challenge's code has them.
+_DOMAINS = {
+    'aircraft': (100, [0.4798, 0.5107, 0.5344], [0.2107, 0.2051, 0.2373]),
+    'cifar100': (100, [0.5071, 0.4867, 0.4408], [0.2675, 0.2565, 0.2761]),
+    'daimlerpedcls': (2, [0.482, 0.482, 0.482], [0.2361, 0.2361, 0.2361]),
+    'dtd': (47, [0.527, 0.4703, 0.424], [0.2523, 0.2409, 0.2499]),
+    'gtsrb': (43, [0.3392, 0.3118, 0.3205], [0.2756, 0.2658, 0.2709]),
+    'omniglot': (1623, [0.081, 0.081, 0.081], [0.2705, 0.2705, 0.2705]),
+    'svhn': (10, [0.4377, 0.4438, 0.4728], [0.198, 0.201, 0.197]),
+    'ucf101': (101, [0.4995, 0.4988, 0.4998], [0.109, 0.1081, 0.1068]),
+    'vgg-flowers': (102, [0.4341, 0.3831, 0.2971], [0.2851, 0.2384, 0.264]),
 }
+
+
+def _decathlon(classes: int, mean: list[float], std: list[float]) -> FineTuned:
+    """Both networks see images normalised by their own domain, whatever they were trained with."""
+    own = {'pretrained_cfg_overlay': {'mean': mean, 'std': std}}
+    return FineTuned(classes, model_args={**_DECATHLON, 'backbone_kwargs': own, 'policy_kwargs': own})
+
 
 # Name with tag -> what it stands for.
 FINE_TUNED: dict[str, FineTuned] = {
@@ -54,10 +69,7 @@ FINE_TUNED: dict[str, FineTuned] = {
         f'spottune_resnet50.{data}': FineTuned(classes, 'bsd-3-clause', _TORCHVISION)
         for data, classes in (('cub', 200), ('cars', 196), ('flowers', 102), ('wikiart', 195), ('sketches', 250))
     },
-    **{
-        f'spottune_resnet26.decathlon_{domain}': FineTuned(classes, model_args=_DECATHLON)
-        for domain, classes in _DECATHLON_CLASSES.items()
-    },
+    **{f'spottune_resnet26.decathlon_{domain}': _decathlon(*about) for domain, about in _DOMAINS.items()},
 }
 
 

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,7 @@ from timm_amf.search.candidates import (
     block_candidates,
     candidate_plan,
     layer_candidates,
+    random_candidate,
     top_candidate,
     weighted_layers,
     window_candidates,
@@ -74,7 +76,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add('-h', '--help', action='store_true', help='show this; timm-amf train --help shows the flags of train_amf.py')
     add('--ways', nargs='+', default=['block'], metavar='WAY',
-        help='what to choose from: layer, block, window, and topK of the layers, such as top3 (default: block)')
+        help='what to choose from: layer, block, window, topK (top3) and randomK of the layers (default: block)')
     add('--cut', default='residual', metavar='WHERE', help=f'what ends a block: {", ".join(CUTS)} (default: residual)')
     add('--window', type=int, default=3, metavar='N', help='layers of a window (default: %(default)s)')
     add('--separate-norms', action='store_true', help='norms are layers of their own, as in the paper')
@@ -95,8 +97,8 @@ def _build_parser() -> argparse.ArgumentParser:
 def _checked(own: argparse.Namespace, args: argparse.Namespace) -> tuple[argparse.Namespace, argparse.Namespace]:
     """Both sets of flags, with what follows from them; refuses what a search cannot have."""
     for way in own.ways:
-        if way not in _WAYS and not (way.startswith('top') and way[3:].isdigit() and int(way[3:]) > 0):
-            raise UserError(f'--ways {way}: unknown; choose from {", ".join(_WAYS)} and topK, such as top3')
+        if way not in _WAYS and not re.fullmatch('(top|random)[1-9][0-9]*', way):
+            raise UserError(f'--ways {way}: unknown; choose from {", ".join(_WAYS)}, topK, such as top3, and randomK')
     if own.cut not in CUTS:
         raise UserError(f'--cut {own.cut}: unknown; choose one of {", ".join(CUTS)}')
     for name in ('search_share', 'final_share'):
@@ -247,10 +249,11 @@ class Search:
     def _candidates(self, model: nn.Module) -> tuple[list[Candidate], list]:
         """Both baselines and the candidates of all ways but the tops, which wait for the layers'; and the layers."""
         own = self.own
-        tops = [way for way in own.ways if way not in _WAYS]
+        tops = [way for way in own.ways if way.startswith('top')]
         norms = 'separate' if own.separate_norms else 'joined'
+        features_only = own.search_head == 'mlp'
         try:
-            layers = weighted_layers(model, self.input_size, self.role, norms)
+            layers = weighted_layers(model, self.input_size, self.role, norms, features_only)
         except (AssertionError, RuntimeError, ValueError) as e:  # whatever an architecture makes of another size
             size, cause = 'x'.join(map(str, self.input_size)), (str(e) or repr(e)).splitlines()[0]
             raise UserError(
@@ -260,9 +263,11 @@ class Search:
         if tops or 'layer' in own.ways:
             found += layer_candidates(layers)
         if 'block' in own.ways:
-            found += block_candidates(model, self.input_size, self.role, own.cut)
+            found += block_candidates(model, self.input_size, self.role, own.cut, features_only)
         if 'window' in own.ways:
             found += window_candidates(layers, own.window)
+        for way in dict.fromkeys(way for way in own.ways if way.startswith('random')):
+            found.append(random_candidate(layers, int(way[6:]), self.args.seed))
         for way in tops:
             if int(way[3:]) > len(layers):
                 raise UserError(f'--ways {way}: the model has {len(layers)} layers')
@@ -270,7 +275,7 @@ class Search:
 
     def _top_candidates(self, layers: list, results: SearchResults) -> list[Candidate]:
         accuracies = {r.candidate.name: r.top1 for r in results.of_way('layer')}
-        ways = dict.fromkeys(way for way in self.own.ways if way not in _WAYS)
+        ways = dict.fromkeys(way for way in self.own.ways if way.startswith('top'))
         return [top_candidate(layers, accuracies, int(way[3:])) for way in ways]
 
     def _runs(self, model: nn.Module, plan: Plan, num_classes: int) -> CandidateRuns:

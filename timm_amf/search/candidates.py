@@ -6,10 +6,12 @@ modules that train together, besides the classifier. Which parameters these are,
 """
 import bisect
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import timm.layers
 import torch
 from torch import Tensor, nn
@@ -18,13 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from timm_amf.errors import UserError
-from timm_amf.models.blocks import in_eval, is_within
+from timm_amf.models.blocks import is_within
+from timm_amf.models.method import method_of
 from timm_amf.tuning.plan import Plan
 from timm_amf.tuning.roles import Place, model_roles, places, role_blocks
 
 __all__ = [
     'CUTS', 'Candidate', 'Layer', 'baseline_candidates', 'block_candidates', 'candidate_parameters', 'candidate_plan',
-    'layer_candidates', 'top_candidate', 'weighted_layers', 'window_candidates',
+    'layer_candidates', 'random_candidate', 'top_candidate', 'trainable_parameters', 'weighted_layers',
+    'window_candidates',
 ]
 
 CUTS = ('residual', 'activation', 'pooling')
@@ -51,7 +55,7 @@ class Candidate:
 
     Attributes:
         name: Unique within its way.
-        way: `layer`, `block`, `window`, `top3`, `top5`, ..., `classifier` or `all`.
+        way: `layer`, `block`, `window`, `top3`, `random3`, ..., `classifier` or `all`.
         position: Its place among those of its way, 0 nearest the input.
         modules: Paths of modules, and of single parameters as in `Layer`, of which everything trains; none within
             another, in order of execution. The empty path is the whole role.
@@ -67,25 +71,33 @@ def weighted_layers(
         input_size: Sequence[int],
         role: str = 'backbone',
         norms: str = 'joined',
+        features_only: bool = False,
 ) -> list[Layer]:
     """The layers of a role that own weights, without the classifier, in the order in which they first compute.
 
-    One image of zeros passes through the model in evaluation mode; the model's mode, its buffers and the state of the
-    random number generators are the same afterwards. What that image does not reach stands where it is registered.
+    Two images of zeros pass through a copy of the model that shares its weights. What gets no gradient from them is no
+    layer: training would not change it.
 
     Args:
         model: Any timm model, or a composite with `tuning_roles`, on any device.
-        input_size: (C, H, W) of the image.
+        input_size: (C, H, W) of the images.
         role: The role, such as `backbone` or `branch.0`.
         norms: With `joined`, what owns vectors only (norms, layer scales) or is a parameter of a module with others
             below it (position embeddings and biases) goes with the matrix or kernel before it in the same block, else
             with the one after it. Outside of blocks, what lies between the same two blocks counts as a block, and what
             finds nothing there (a last norm) goes with the layer before it. With `separate`, each is a layer of its
             own, as in the paper's networks, where batch norm is a layer.
+        features_only: The classifier reads `forward_features`, so that what `forward_head` computes has no part in it
+            (VGG's `pre_logits`, MobileNetV3's `conv_head`).
     """
     if norms not in ('joined', 'separate'):
         raise ValueError(f'norms must be joined or separate, not {norms!r}')
-    return [layer for layer, _ in _placed_layers(model, _trace(model, input_size), role, norms)]
+    return [layer for layer, _ in _placed_layers(model, _trace(model, input_size, features_only), role, norms)]
+
+
+def trainable_parameters(model: nn.Module, input_size: Sequence[int], features_only: bool = False) -> set[str]:
+    """Names of the parameters that get a gradient; arguments as for `weighted_layers`."""
+    return set(_trace(model, input_size, features_only).first_use)
 
 
 def layer_candidates(layers: Iterable[Layer]) -> list[Candidate]:
@@ -106,6 +118,7 @@ def block_candidates(
         input_size: Sequence[int],
         role: str = 'backbone',
         cut: str = 'residual',
+        features_only: bool = False,
 ) -> list[Candidate]:
     """The blocks of a role (section III-B).
 
@@ -114,15 +127,16 @@ def block_candidates(
 
     Args:
         model: Any timm model, or a composite with `tuning_roles`.
-        input_size: (C, H, W) of the image that shows the order of execution.
+        input_size: (C, H, W) of the images that show the order of execution.
         role: The role, such as `backbone` or `branch.0`.
         cut: With `residual`, the blocks of `timm_amf.list_blocks`, and what lies before (`stem`), between and after
             them (`tail`) where it has a matrix or kernel. With `activation`, the layers of `weighted_layers` between
             two calls of an activation or pooling module; with `pooling`, of a pooling module.
+        features_only: As for `weighted_layers`.
     """
     if cut not in CUTS:
         raise UserError(f'cut {cut!r} is unknown; choose one of {", ".join(CUTS)}')
-    trace = _trace(model, input_size)
+    trace = _trace(model, input_size, features_only)
     if cut == 'residual':
         return _residual_candidates(model, trace, role)
     calls = sorted(trace.poolings + (trace.activations if cut == 'activation' else []))
@@ -144,6 +158,14 @@ def top_candidate(layers: Sequence[Layer], accuracies: Mapping[str, float], k: i
         raise UserError(f'top {k}: the model has {len(layers)} layers; choose a number from 1 to that')
     ranked = sorted(range(len(layers)), key=lambda i: (accuracies[layers[i].name], i), reverse=True)
     return Candidate(f'top{k}', f'top{k}', 0, _modules(layers[i] for i in sorted(ranked[:k])))
+
+
+def random_candidate(layers: Sequence[Layer], k: int, seed: int) -> Candidate:
+    """k layers at random (the paper's Figure 3)."""
+    if not 1 <= k <= len(layers):
+        raise UserError(f'random {k}: the model has {len(layers)} layers; choose a number from 1 to that')
+    drawn = sorted(np.random.RandomState(seed % 2**32).choice(len(layers), k, replace=False))
+    return Candidate(f'random{k}', f'random{k}', 0, _modules(layers[i] for i in drawn))
 
 
 def baseline_candidates() -> list[Candidate]:
@@ -234,24 +256,26 @@ _POOLINGS = (
 )
 
 
-def _trace(model: nn.Module, input_size: Sequence[int]) -> _Trace:
-    """Pass one image of zeros through a model that stays as it is."""
+def _trace(model: nn.Module, input_size: Sequence[int], features_only: bool = False) -> _Trace:
+    """Pass two images of zeros, forward and backward, through a copy of the model that shares its weights."""
     trace = _Trace()
-    params = dict(model.named_parameters())
-    example = next((p for p in params.values() if p.is_floating_point()), torch.empty(0))
-    image = torch.zeros(1, *input_size, device=example.device, dtype=example.dtype)
-    # What the pass changes are copies of the buffers.
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    recorder = _UseRecorder(trace, {id(p): name for name, p in params.items()})
-    with in_eval(model), _same_random_state(example.device), _marks(model, trace), torch.no_grad(), recorder:
-        torch.func.functional_call(model, buffers, (image,))
+    weights = {id(p): nn.Parameter(p.detach(), p.is_floating_point()) for p in model.parameters()}
+    example = next((p for p in weights.values() if p.is_floating_point()), torch.empty(0))
+    devices = [] if example.device.type in ('cpu', 'meta') else [example.device]
+    forked = torch.random.fork_rng(devices, device_type=example.device.type if devices else 'cuda')
+    with forked, torch.enable_grad():
+        # In training mode, and with nothing routed by values, so that a gradient reaches all that can train.
+        copied = copy.deepcopy(model, dict(weights)).train()
+        images = torch.zeros(2, *input_size, device=example.device, dtype=example.dtype)
+        names = {id(p): name for name, p in copied.named_parameters()}
+        with method_of(copied).exportable() as net, _marks(net, trace), _UseRecorder(trace, names):
+            outputs = (net.forward_features if features_only else net)(images)
+        total = sum(t.sum() for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad)
+        params = {name: p for name, p in copied.named_parameters() if p.requires_grad}
+        found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+    reached = {name for name, gradient in zip(params, found) if gradient is not None}
+    trace.first_use = {name: time for name, time in trace.first_use.items() if name in reached}
     return trace
-
-
-def _same_random_state(device: torch.device) -> contextlib.AbstractContextManager:
-    if device.type in ('cpu', 'meta'):
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
 @contextlib.contextmanager
@@ -296,15 +320,14 @@ def _units(model: nn.Module, trace: _Trace, role: str) -> list[_Unit]:
     """The units of a role, in order of execution."""
     if role not in model_roles(model):
         raise UserError(f'{type(model).__name__} has no role {role!r}; it has {", ".join(model_roles(model))}')
-    where, units, time = places(model), {}, 0
+    where, units = places(model), {}
     for name, param in model.named_parameters():
-        if where[name].role != role:
+        if where[name].role != role or name not in trace.first_use:
             continue
         path, _, own = name.rpartition('.')
         owner = model.get_submodule(path)
         alone = bool(path) and sum(1 for _ in owner.parameters()) == len(list(owner.parameters(recurse=False)))
-        # What the image did not reach follows what is registered before it.
-        time = trace.first_use.get(name, time)
+        time = trace.first_use[name]
         unit = units.setdefault(path if alone else name, _Unit(path if alone else name, where[name], False, time))
         unit.weighted |= alone and _is_matrix(param, owner)
         unit.time = min(unit.time, time)

@@ -295,7 +295,7 @@ def _of_part(args: argparse.Namespace, part) -> argparse.Namespace:
 
 # -- The Plan.
 
-# Of the policy of an AMF that SGD trains: for long runs (the paper's, about a thousand epochs) and for short ones.
+# Of the policy of an AMF that SGD trains: for long runs (the paper's, a thousand epochs and more) and for short ones.
 _POLICY_LR, _POLICY_LR_SHORT = 3e-5, 0.003
 _SHORT = 300  # epochs
 _POLICY = 'resnet10t'
@@ -438,7 +438,7 @@ def _build_plan(args: argparse.Namespace, target: Target, followed: dict[str, An
         plan = plan.with_role('policy', lr=_POLICY_LR_SHORT if short else _POLICY_LR)
         if short:
             notes.append(f'For {plan.epochs} epochs the policy has an LR of {_POLICY_LR_SHORT:g}; the AMF paper, '
-                         f'{_POLICY_LR:g}, trains for about a thousand.')
+                         f'{_POLICY_LR:g}, trains for a thousand and more.')
     return plan, notes
 
 

@@ -29,7 +29,7 @@ from timm_amf.errors import UserError
 from timm_amf.files import write_text
 from timm_amf.models.blocks import Units, classifiers, probe_units
 from timm_amf.models.method import RunSettings
-from timm_amf.search.candidates import Candidate, candidate_plan
+from timm_amf.search.candidates import Candidate, candidate_plan, trainable_parameters
 from timm_amf.search.lockstep import (
     HEAD,
     Lockstep,
@@ -181,6 +181,7 @@ class CandidateRuns:
         if len(heads) != 1:
             raise UserError(f'{type(model).__name__} has {len(heads)} classifiers; search a model with one')
         self.own_head, self.head = head is None, heads[0] if head is None else head
+        self.trainable = trainable_parameters(model, input_size, features_only=not self.own_head)
         self.folder, self.chunk, self.memory, self.progress = folder, chunk, memory, progress
         self.alone = alone
         self.probe: Optional[Units] = None
@@ -214,7 +215,7 @@ class CandidateRuns:
 
     def _member(self, candidate: Candidate, plan: Plan) -> Member:
         groups = param_groups(self.model, candidate_plan(plan, candidate, self.role))
-        names = [n for group in groups if group['role'] != 'head' for n in group['param_names']]
+        names = [n for g in groups if g['role'] != 'head' for n in g['param_names'] if n in self.trainable]
         if self.probe is not None and '' not in candidate.modules:
             try:
                 return lockstep_member(self.model, self.probe, candidate, self.head, names)
@@ -256,8 +257,11 @@ class CandidateRuns:
     def _groups(self, member: Member, plan: Plan) -> list[dict[str, Any]]:
         """The groups of the Plan, over the member's own parameters."""
         groups = param_groups(self.model, candidate_plan(plan, member.candidate, self.role))
-        result = [
-            {**g, 'params': [member.params[n] for n in g['param_names']]} for g in groups if g['role'] != 'head']
+        result = []
+        for g in groups:
+            names = [n for n in g['param_names'] if n in member.params]  # the classifier's are named otherwise
+            if names:
+                result.append({**g, 'params': [member.params[n] for n in names], 'param_names': names})
         of_head = next(g for g in groups if g['role'] == 'head')
         decay = plan.role('head', role_defaults(self.model)).weight_decay
         own = {n: p for n, p in member.params.items() if n.startswith(HEAD)}

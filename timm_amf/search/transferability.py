@@ -323,8 +323,8 @@ def trans_rate(features: np.ndarray, labels: np.ndarray, eps: float = 1e-4, scal
         features: (N, D).
         labels: (N,).
         eps: Distortion.
-        scaled: Divide the features by the root of the sum of their squares first, as the authors do, so that eps means
-            the same for every network.
+        scaled: Divide the features by the root of the sum of their squares first, so that eps means the same for every
+            network; the formula of the paper does not.
     """
     features, labels = check_features(features, labels)
     if scaled:
