@@ -31,13 +31,15 @@ from timm_amf.engine.task import AdaptiveTask, create_criterion
 from timm_amf.engine.wise import mix_with_start, prepare_mix
 from timm_amf.errors import UserError, run_command, without_traceback_flag
 from timm_amf.models.method import RunSettings, method_of
-from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args, resolve
+from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args
 from timm_amf.tuning.lora import add_lora, merge_lora
+from timm_amf.tuning.resolve import resolve
 
 
 def train(
         argv: Optional[Sequence[str]] = None,
         after_epoch: Optional[Callable[[int, Optional[float]], None]] = None,
+        args: Optional[argparse.Namespace] = None,
 ) -> None:
     """Parse, build, loop; raises `Interrupted` after a signal, with the checkpoint written.
 
@@ -45,8 +47,9 @@ def train(
         argv: Arguments, those of the process if None.
         after_epoch: Is told each epoch that was trained, from 0, and its `--eval-metric` (None if it was not due), once
             its checkpoint is written; what it raises ends the training.
+        args: What `parse_args` made of the arguments, if it did already.
     """
-    args = parse_args(argv)
+    args = args or parse_args(argv)
     if args.finds_plan:
         from timm_amf.search.fit import fit_words  # which calls this with the Plans that it tries
 

@@ -27,7 +27,8 @@ from timm_amf.engine.build import build_accelerator
 from timm_amf.engine.loop import Trainer
 from timm_amf.engine.options import parse_args
 from timm_amf.engine.task import AdaptiveTask, create_criterion
-from timm_amf.tuning import create_optimizer, model_roles, plan_from_args, resolve
+from timm_amf.tuning import create_optimizer, model_roles, plan_from_args
+from timm_amf.tuning.resolve import resolve
 
 RATIO_LIMIT, OVERHEAD_LIMIT = 1.02, 0.3
 CLASSES, COMPONENTS = 10, ['a', 'b']

@@ -1,9 +1,10 @@
-"""Exported files, opened as their users open them: with ONNX Runtime, `torch.jit.load`, or timm alone."""
+"""Exported files, opened as their users open them: with ONNX Runtime, `torch.export.load`, or timm alone."""
 import json
 import re
 import sys
 import zipfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import onnx
@@ -11,6 +12,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
@@ -75,9 +77,9 @@ def opened(path: Path):
         words = ('architecture', 'interpolation', 'crop_mode')
         config = {k: v if k in words else json.loads(v) for k, v in props.items()}
         return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]), config
-    if path.suffix == '.pt':
+    if path.suffix == '.pt2':
         extra = {'config.json': ''}
-        model = torch.jit.load(path, _extra_files=extra)
+        model = torch.export.load(path, extra_files=extra).module()
         return model, json.loads(extra['config.json'])
     with safe_open(path, 'pt') as file:
         config = json.loads(file.metadata()['config.json'])
@@ -101,7 +103,8 @@ def assert_same(file, model, size: int = 64, batches=(1, 4, 7)):
 # The ONNX exporter takes seconds a network; `test_amf_run` has an AMF.
 @pytest.mark.parametrize('name, form', [
     ('spottune', 'onnx'), pytest.param('vit', 'onnx', marks=pytest.mark.slow),
-    ('amf', 'torchscript'), ('multitune', 'torchscript'), ('spottune', 'torchscript'), ('vit', 'torchscript'),
+    pytest.param('amf', 'pt2', marks=pytest.mark.slow), pytest.param('multitune', 'pt2', marks=pytest.mark.slow),
+    ('spottune', 'pt2'), pytest.param('vit', 'pt2', marks=pytest.mark.slow),
     ('amf', 'safetensors'), ('spottune', 'safetensors'),
 ])
 def test_round_trip(name, form, tmp_path):
@@ -130,7 +133,7 @@ def test_round_trip(name, form, tmp_path):
 
 
 def content(path: Path) -> bytes:
-    if path.suffix != '.pt':
+    if path.suffix != '.pt2':
         return path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         return b''.join(archive.read(name) for name in archive.namelist())
@@ -182,7 +185,7 @@ def test_arguments_without_where_weights_were():
 
 
 class FixedBatch(nn.Module):
-    """A trace takes the size of its batch for a constant."""
+    """A graph takes the size of its batch for a constant."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -200,8 +203,8 @@ def small():
 
 
 def test_a_model_of_a_fixed_batch_is_refused(small, tmp_path):
-    with pytest.raises(UserError, match='torchscript file'):
-        export_model(replace(small, model=FixedBatch(small.model)), 'torchscript', tmp_path / 'a.pt')
+    with pytest.raises(UserError, match='pt2 file'):
+        export_model(replace(small, model=FixedBatch(small.model)), 'pt2', tmp_path / 'a.pt2')
     assert not list(tmp_path.iterdir())
 
 
@@ -251,7 +254,7 @@ def test_what_arguments_do_not_tell_is_no_safetensors_file(small, tmp_path):
             m.eps = 0.5
     with pytest.raises(UserError, match='differs from the model'):
         export_model(small, 'safetensors', tmp_path / 'a.safetensors')
-    assert export_model(small, 'torchscript', tmp_path / 'a.pt').difference < 1e-6
+    assert export_model(small, 'pt2', tmp_path / 'a.pt2').difference < 1e-6
 
 
 def test_missing_package(small, tmp_path, monkeypatch):
@@ -296,7 +299,7 @@ def test_amf_run(run, export, capsys):  # noqa: F811
     assert config['class_names'] == CLASSES
     assert main(command) == 2 and 'is there already' in capsys.readouterr().err
     for weights, name in (('ema', 'ema'), ('last', 'ema'), ('raw', 'model')):
-        file, *_ = export(folder, 'torchscript', '--weights', weights)
+        file, *_ = export(folder, 'safetensors', '--weights', weights)
         assert_same(file, rebuilt('amf', folder, f'last/{name}.safetensors'), 32)
 
 
@@ -357,7 +360,7 @@ def test_published_folder(published, export):
     assert 'note' not in out and config['class_names'] == NAMES and config['input_size'] == [3, 160, 160]
     assert_same(file, model, 160)
     # At another size, which timm gives a ViT by resampling its position embedding.
-    file, config, _ = export(folder, 'torchscript', '--img-size', '96', '128')
+    file, config, _ = export(folder, 'safetensors', '--img-size', '96', '128')
     model.set_input_size((96, 128))
     assert config['input_size'] == [3, 96, 128] and config['model_args']['img_size'] == [96, 128]
     x = torch.randn(3, 3, 96, 128)
@@ -398,16 +401,16 @@ def test_label_names_with_gaps(published):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--format', 'torchscript', '--batch', '0'], '--batch: must be at least 1'),
-    (['--format', 'torchscript', '--opset', '18'], 'has no operator sets'),
-    (['--format', 'torchscript', '--output', '{folder}'], 'is a folder'),
-    (['--format', 'torchscript', '--output', '{folder}/config.json/x.pt'], 'cannot be written'),
-    (['--format', 'torchscript', '--output', '{folder}/model.safetensors'], 'is there already'),
-    (['--format', 'torchscript', '--img-size', '1', '2', '3'], '--img-size: takes one side'),
-    (['--format', 'torchscript', '--weights', 'ema'], 'one set of weights'),
-    (['--format', 'torchscript', '--data-dir', '.'], '--data-dir: .* published folder'),
-    (['--format', 'torchscript', '--blocks', 'tuned'], '--blocks does not act'),
-    (['--format', 'torchscript', '--class-names', '{folder}/config.json'], 'lines for the 5 classes of the model'),
+    (['--format', 'pt2', '--batch', '0'], '--batch: must be at least 1'),
+    (['--format', 'pt2', '--opset', '18'], 'has no operator sets'),
+    (['--format', 'pt2', '--output', '{folder}'], 'is a folder'),
+    (['--format', 'pt2', '--output', '{folder}/config.json/x.pt2'], 'cannot be written'),
+    (['--format', 'pt2', '--output', '{folder}/model.safetensors'], 'is there already'),
+    (['--format', 'pt2', '--img-size', '1', '2', '3'], '--img-size: takes one side'),
+    (['--format', 'pt2', '--weights', 'ema'], 'one set of weights'),
+    (['--format', 'pt2', '--data-dir', '.'], '--data-dir: .* published folder'),
+    (['--format', 'pt2', '--blocks', 'tuned'], '--blocks does not act'),
+    (['--format', 'pt2', '--class-names', '{folder}/config.json'], 'lines for the 5 classes of the model'),
 ])
 def test_mistakes(published, capsys, flags, words):
     folder, _ = published
@@ -431,7 +434,7 @@ def test_damaged_folders(published, capsys, fault, words):
         torch.save(model.state_dict(), folder / 'pytorch_model.bin')
     else:
         (folder / 'config.json').write_text('{"architecture":')
-    assert main(['export', str(folder), '--format', 'torchscript']) == 2
+    assert main(['export', str(folder), '--format', 'pt2']) == 2
     assert_one_line(capsys, words)
 
 
@@ -440,7 +443,7 @@ def test_damaged_runs(run, capsys):  # noqa: F811
     capsys.readouterr()
 
     def refused(words, *flags):
-        assert main(['export', str(folder), '--format', 'torchscript', *flags]) == 2
+        assert main(['export', str(folder), '--format', 'pt2', *flags]) == 2
         assert_one_line(capsys, words)
 
     refused('kept no moving average', '--weights', 'ema')
@@ -451,3 +454,63 @@ def test_damaged_runs(run, capsys):  # noqa: F811
     refused('model_best.safetensors: no such checkpoint')
     (folder / 'args.yaml').write_text('- a list')
     refused('args.yaml')
+
+
+# ---- more than one file, and eight bits
+
+
+def test_weights_beside_the_file(small, tmp_path, monkeypatch):
+    """As above 2 GiB: the weights are in a file beside it, which is replaced with it or not at all."""
+    exporter = torch.onnx.export
+    once = cache(lambda: exporter(
+        small.model, (images(2),), input_names=['input'], output_names=['logits'], verbose=False,
+        dynamic_shapes=({0: torch.export.Dim('batch')},)))
+    monkeypatch.setattr(torch.onnx, 'export', lambda *args, **kwargs: once())
+    monkeypatch.setattr(timm_amf.export, 'ONE_FILE', 1000)
+    path = tmp_path / 'a.onnx'
+    text = str(export_model(small, 'onnx', path))
+    assert {p.name for p in tmp_path.iterdir()} == {'a.onnx', 'a.onnx.data'} and 'the weights in a.onnx.data' in text
+    assert path.stat().st_size < (tmp_path / 'a.onnx.data').stat().st_size
+    assert_same(opened(path)[0], small.model)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        wrong = replace(FORMATS['onnx'], read=lambda path: lambda x: small.model(x) + 1)
+        patch.setitem(FORMATS, 'onnx', wrong)
+        with pytest.raises(UserError, match='differs'):
+            export_model(small, 'onnx', path, overwrite=True)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    export_model(small, 'onnx', path, overwrite=True)
+    assert {p.name for p in tmp_path.iterdir()} == {'a.onnx', 'a.onnx.1.data'}
+    assert_same(opened(path)[0], small.model)
+    monkeypatch.setattr(timm_amf.export, 'ONE_FILE', 2 ** 30)
+    export_model(small, 'onnx', path, overwrite=True)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_eight_bits(run, capsys, folders):  # noqa: F811
+    folder = run('plain', base=PLAIN)
+    capsys.readouterr()
+    assert main(['export', str(folder), '--format', 'onnx', '--int8']) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    small, path = folder / 'exported.int8.onnx', folder / 'exported.onnx'
+    assert small.stat().st_size < 0.5 * path.stat().st_size
+    (quantised, about), (file, config) = opened(small), opened(path)
+    assert about == config and config['class_names'] == CLASSES
+    kinds = {node.op_type for node in onnx.load(small).graph.node}
+    assert {'QuantizeLinear', 'DequantizeLinear'} <= kinds
+    # The accuracies, counted anew: images prepared by what the file says, labels by name.
+    transform = timm.data.create_transform(**{k: config[k] for k in (
+        'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')})
+    right, count = [0, 0], 0
+    for image in sorted(folders.glob('*/val/*/*.png')):
+        name = image.parent.name
+        label = CLASSES.index(name if name == 'class2' else f'{image.parents[2].name}/{name}')
+        x = transform(Image.open(image).convert('RGB'))[None]
+        for i, model in enumerate((quantised, file)):
+            right[i] += int(model(x).argmax()) == label
+        count += 1
+    shares = [100 * r / count for r in right]
+    assert f'{count} validation images {shares[0]:.2f} in the place of {shares[1]:.2f}, ' in line
+    assert f'{shares[1] - shares[0]:.2f} points lost' in line
+    assert main(['export', str(folder), '--format', 'pt2', '--int8']) == 2
+    assert_one_line(capsys, '--int8: is for --format onnx')

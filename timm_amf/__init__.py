@@ -3,11 +3,17 @@
 Importing the package registers its models with timm. Everything else is imported when it is first used, so that the
 import costs little more than timm's own.
 """
-import importlib
-from typing import Any
+import os
+import sys
+from pathlib import Path
 
-from . import models  # noqa: F401  registers the models
+from .lazy import lazy
 from .version import __version__
+
+# What Apple's GPUs cannot do, the CPU does; torch says so in a line, and reads this when it is imported.
+os.environ.setdefault('PYTORCH_ENABLE_MPS_FALLBACK', '1')
+if Path(*sys.argv[:1]).stem != 'timm-amf':  # the command imports them, and torch, when its arguments make sense
+    from . import models  # noqa: F401  registers the models
 
 # The public API: name -> module that holds it.
 _PUBLIC = {
@@ -37,10 +43,7 @@ _PUBLIC = {
 __all__ = ['__version__', *_PUBLIC]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f'.{_PUBLIC[name]}', __name__), name)
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+__getattr__ = lazy(__name__, _PUBLIC)
 
 
 def __dir__() -> list[str]:

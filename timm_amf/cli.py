@@ -1,11 +1,13 @@
 """The `timm-amf` command: one subcommand for each thing to do."""
 import difflib
 import importlib
+import itertools
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Optional
 
-from timm_amf.errors import run_command, without_traceback_flag
+from timm_amf.errors import UserError, run_command, without_traceback_flag
 
 __all__ = ['main']
 
@@ -25,9 +27,11 @@ _COMMANDS = {
     'sweep': ('timm_amf.search.sweep', 'train over a grid of settings, or by Optuna, and rank them, with tests'),
     'decathlon': (
         'timm_amf.engine.submission', 'score test accuracies on the Visual Decathlon, or write its submission file'),
-    'export': ('timm_amf.export', "write a run's model to an ONNX, TorchScript or safetensors file, checked"),
+    'export': ('timm_amf.export', "write a run's model to an ONNX, pt2 or safetensors file, checked"),
     'publish': ('timm_amf.hub.publish', 'publish a run on the Hugging Face Hub'),
 }
+# Those whose words before the first flag are folders, or files, that are there.
+_TAKE_PATHS = ('fit', 'train', 'evaluate', 'predict', 'search', 'sweep', 'export', 'publish')
 # What there is to say after Ctrl-C.
 _INTERRUPTED = {
     'fit': 'interrupted; the same command goes on where it stopped',
@@ -45,6 +49,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         The exit code, see `errors.run_command`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # a console of Windows has not every letter of a class name
+            stream.reconfigure(errors='backslashreplace')
+    return run_command('timm-amf', lambda: _main(argv), show_traceback='--traceback' in argv)
+
+
+def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ('-h', '--help'):
         print('usage: timm-amf COMMAND ...\n')
         for name, (_, text) in _COMMANDS.items():
@@ -59,8 +70,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if argv[0] not in _COMMANDS:
         near = difflib.get_close_matches(argv[0], _COMMANDS, 1)
         hint = f'did you mean {near[0]}?' if near else f'there are {", ".join(_COMMANDS)}'
-        print(f'timm-amf: error: no command {argv[0]!r}; {hint}', file=sys.stderr)
-        return 2
+        raise UserError(f'no command {argv[0]!r}; {hint}')
     return _run(argv[0], argv[1:])
 
 
@@ -69,14 +79,26 @@ def _run(command: str, argv: Sequence[str]) -> int:
 
     def work() -> Optional[int]:
         name = command
+        if command in _TAKE_PATHS:
+            _check_paths(words)
         if command == 'evaluate' and not importlib.import_module(_COMMANDS[command][0]).is_for_runs(words):
             name = 'train'
             words.append('--eval-only')
         if name == 'train':
-            return importlib.import_module('train_amf').train(words)
+            args = importlib.import_module('timm_amf.engine.options').parse_args(words)  # without torch
+            return importlib.import_module('train_amf').train(words, args=args)
         return importlib.import_module(_COMMANDS[name][0]).main(words)
 
     return run_command(f'timm-amf {command}', work, _INTERRUPTED.get(command, 'interrupted'), show_traceback)
+
+
+def _check_paths(words: Sequence[str]) -> None:
+    """Refuse a mistyped folder before torch is imported."""
+    if any(word.startswith(('--dataset', '--config', '-c')) for word in words):
+        return  # a dataset that is downloaded makes its folder
+    for word in itertools.takewhile(lambda word: not word.startswith('-'), words):
+        if not (word.startswith(('hf-hub:', 'hf_hub:')) or Path(word).expanduser().exists()):
+            raise UserError(f'{word}: no such file or folder; check the path')
 
 
 if __name__ == '__main__':

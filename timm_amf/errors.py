@@ -42,7 +42,7 @@ _MISFITS = re.compile(
 _EXTRAS = {
     'sklearn': 'search', 'scipy': 'search', 'ot': 'search', 'matplotlib': 'report', 'onnx': 'export',
     'onnxruntime': 'export', 'onnxscript': 'export', 'skimage': 'demo', 'peft': 'lora',
-    'tensorboard': 'tensorboard', 'optuna': 'sweep',
+    'tensorboard': 'tensorboard', 'optuna': 'sweep', 'datasets': 'data', 'pyarrow': 'data',
 }
 _TOKEN = re.compile(r'\bhf_\w{8,}')
 
@@ -89,8 +89,11 @@ def run_command(
     """
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     try:
-        with _each_once():
-            return work() or 0
+        try:
+            with _each_once():
+                return work() or 0
+        finally:
+            sys.stdout.flush()  # here, where a pipe that is closed is no error
     except Interrupted as e:
         print(f'{prog}: {e}', file=sys.stderr)
         return 128 + e.signum

@@ -1,23 +1,24 @@
 """A trained model as one file for those who do not have this package, checked by running the file.
 
     timm-amf export runs/amf --format onnx
-    timm-amf export runs/spottune --format torchscript --output spottune.pt --weights last
+    timm-amf export runs/amf --format onnx --int8
+    timm-amf export runs/spottune --format pt2 --output spottune.pt2 --weights last
 
-ONNX files come from PyTorch's exporter by `torch.export`, not from the older one by TorchScript: that one has no
-operator for the antialiased resize of a policy's input and is no longer developed. TorchScript files are traces: a
-SpotTune has no other script, and a trace holds what evaluation computes without the code that led there.
+Both ONNX and `.pt2` files come from `torch.export`: a graph of what evaluation computes, without the code that led
+there, for any number of images.
 """
 import contextlib
 import json
 import logging
-import shutil
+import re
+import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
+import numpy as np
 import timm
 import torch
 from safetensors import safe_open
@@ -28,6 +29,7 @@ from timm.layers import to_2tuple
 from timm.models import get_model_args
 from torch import Tensor, nn
 
+from timm_amf.data import Mixture, SeededLoader, create_loader
 from timm_amf.engine.run_folder import WEIGHTS, is_run, open_run
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing
@@ -35,14 +37,18 @@ from timm_amf.hub.load import load, portable_args
 from timm_amf.models.method import method_of
 from timm_amf.version import __version__
 
-__all__ = ['FORMATS', 'Exported', 'Format', 'Source', 'describe', 'export_model', 'main', 'open_source']
+__all__ = ['FORMATS', 'Exported', 'Format', 'Source', 'describe', 'export_model', 'main', 'open_source', 'quantize']
 
 INPUT, OUTPUT = 'input', 'logits'
-# Name of the extra file of a TorchScript archive, and of the metadata entry of a safetensors file.
+# Name of the extra file of a .pt2 archive, and of the metadata entry of a safetensors file.
 CONFIG = 'config.json'
 # Largest difference of a logit as a share of the largest logit: float32 in another order. A share, since the logits of
 # a model that is hardly trained may all be so small that a file of zeros would pass for it.
 TOLERANCE = 1e-4
+# Bytes of weights up to which an ONNX file is one file: the format of its messages ends at 2 GiB, graph included.
+ONE_FILE = 2 ** 31 - 2 ** 24
+# Training images that show the quantiser the ranges of activations, and how many at a time.
+CALIBRATION, _AT_ONCE = 128, 16
 
 
 @dataclass(frozen=True)
@@ -77,8 +83,11 @@ class Exported:
     same_class: int
 
     def __str__(self) -> str:
+        data = sorted(_data_files(self.path))
+        size = sum(file.stat().st_size for file in (self.path, *data)) / 1e6
+        beside = f', the weights in {data[0].name}' if data else ''
         return (
-            f'{self.path}: {self.path.stat().st_size / 1e6:.1f} MB; on {sum(self.batches)} random images, in batches '
+            f'{self.path}: {size:.1f} MB{beside}; on {sum(self.batches)} random images, in batches '
             f'of {", ".join(map(str, self.batches))}, its logits differ from the model\'s by at most '
             f'{self.difference:.1e} (largest logit {self.largest:.2g}), with the same class for {self.same_class}')
 
@@ -248,7 +257,21 @@ def _write_onnx(source: Source, example: Tensor, path: Path, opset: Optional[int
     proto.doc_string = ''
     for key, value in source.config.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
-    path.write_bytes(proto.SerializeToString())
+    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) <= ONE_FILE:
+        path.write_bytes(proto.SerializeToString())
+        return
+    import onnx
+
+    final = path.with_name(path.name.removesuffix('.tmp'))
+    there = {file.name for file in _data_files(final)}  # of the file that this one replaces
+    names = (f'{final.name}{f".{i}" if i else ""}.data' for i in range(len(there) + 1))
+    onnx.save_model(proto, str(path), save_as_external_data=True, location=next(n for n in names if n not in there))
+
+
+def _data_files(path: Path) -> set[Path]:
+    """The files that hold the weights of an ONNX file of more than 2 GiB."""
+    name = re.compile(re.escape(path.name) + r'(\.\d+)?\.data')
+    return {file for file in path.parent.glob('*.data') if name.fullmatch(file.name)}
 
 
 def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
@@ -260,22 +283,18 @@ def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
 
-def _write_torchscript(source: Source, example: Tensor, path: Path, opset: Optional[int]) -> None:
-    # What the tracer would check by a second trace is checked on the file, with other batch sizes.
-    traced = torch.jit.trace(source.model, example, check_trace=False)
-    full = path.with_name(f'{path.name}.full')
-    try:
-        torch.jit.save(traced, full, _extra_files={CONFIG: json.dumps(source.config)})
-        # Without its notes for debugging, which name files of this machine, and with a root of one name.
-        with zipfile.ZipFile(full) as given, zipfile.ZipFile(path, 'w') as kept:
-            for info in given.infolist():
-                if not info.filename.endswith('.debug_pkl'):
-                    entry = zipfile.ZipInfo(f'model/{info.filename.partition("/")[2]}', info.date_time)
-                    entry.compress_type, entry.file_size = info.compress_type, info.file_size
-                    with given.open(info) as record, kept.open(entry, 'w') as copy:
-                        shutil.copyfileobj(record, copy, 1 << 20)
-    finally:
-        full.unlink(missing_ok=True)
+def _write_pt2(source: Source, example: Tensor, path: Path, opset: Optional[int]) -> None:
+    program = torch.export.export(source.model, (example,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    for module in program.graph_module.modules():
+        for node in getattr(module, 'graph', torch.fx.Graph()).nodes:
+            node.meta.pop('stack_trace', None)  # with the paths of the machine
+    with path.open('wb') as file:
+        torch.export.save(program, file, extra_files={CONFIG: json.dumps(source.config)})
+
+
+def _read_pt2(path: Path) -> Callable[[Tensor], Tensor]:
+    with path.open('rb') as file:
+        return torch.export.load(file).module()
 
 
 def _write_safetensors(source: Source, example: Tensor, path: Path, opset: Optional[int]) -> None:
@@ -295,7 +314,7 @@ def _read_safetensors(path: Path) -> Callable[[Tensor], Tensor]:
 
 FORMATS = {
     'onnx': Format('.onnx', _write_onnx, _read_onnx),
-    'torchscript': Format('.pt', _write_torchscript, torch.jit.load),
+    'pt2': Format('.pt2', _write_pt2, _read_pt2),
     'safetensors': Format('.safetensors', _write_safetensors, _read_safetensors),
 }
 
@@ -331,7 +350,7 @@ def export_model(
     images = {n: torch.randn(n, *size, generator=torch.Generator().manual_seed(n)) for n in batches}
     example = torch.randn(2, *size)  # 0 and 1 are sizes that `torch.export` takes for constants
     differences, same = [], 0
-    with replacing(path, 'name another', f'--output {path}') as temporary, _quiet(), torch.no_grad():
+    with _data_of(path), replacing(path, 'name another', f'--output {path}') as temporary, _quiet(), torch.no_grad():
         temporary.touch()  # before any work
         expected = {n: source.model(x) for n, x in images.items()}
         try:
@@ -365,6 +384,20 @@ def export_model(
     return Exported(path, tuple(batches), difference, largest, same)
 
 
+@contextlib.contextmanager
+def _data_of(path: Path) -> Iterator[None]:
+    """Around the writing of a file: of the weights beside it remain those that it names."""
+    before = _data_files(path)
+    try:
+        yield
+    except BaseException:
+        for file in _data_files(path) - before:
+            file.unlink()
+        raise
+    for file in before:
+        file.unlink()
+
+
 def _check_request(path: Path, format: str, opset: Optional[int], overwrite: bool) -> None:
     """What can be refused before a model is loaded and exported."""
     if format == 'onnx':
@@ -395,6 +428,94 @@ def _quiet() -> Iterator[None]:
         logging.disable(level)
 
 
+# -- eight bits -------------------------------------------------------------------------------------------------------
+
+
+def quantize(
+        path: Path,
+        small: Path,
+        config: dict[str, Any],
+        train: Mixture,
+        val: Mixture,
+        workers: int = 0,
+) -> str:
+    """Write an ONNX file with weights and activations of 8 bits, by ONNX Runtime's quantiser, and run both files.
+
+    Scales of weights are by channel; ranges of activations are those of `CALIBRATION` training images, spread evenly.
+
+    Args:
+        path: The ONNX file of float32, as `export_model` wrote it.
+        small: The file to write.
+        config: What the file says of itself, from `describe`; the images are prepared by it.
+        train: Images of the ranges.
+        val: Images on which both files are compared.
+        workers: Worker processes that load the images.
+
+    Returns:
+        Size and top-1 accuracy of both, on one line.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    if _data_files(path):
+        raise UserError('--int8: the quantiser takes no model above 2 GiB; leave it out')
+    keys = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+    loaders = [create_loader(data, batch_size=_AT_ONCE, workers=workers, **{k: config[k] for k in keys})
+               for data in (train, val)]
+    with replacing(small, 'name another --output') as temporary, _quiet(), tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder) / 'prepared.onnx'
+        try:
+            quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
+            quantize_static(
+                str(prepared), str(temporary), _Calibration(loaders[0]), per_channel=True,
+                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+            proto, given = onnx.load(str(temporary)), onnx.load(str(path))
+            del proto.metadata_props[:]
+            proto.metadata_props.extend(given.metadata_props)
+            temporary.write_bytes(proto.SerializeToString())
+            before, after, same = _compare(_read_onnx(path), _read_onnx(temporary), loaders[1])
+        except (UserError, OSError, MemoryError):
+            raise
+        except Exception as e:  # of kinds of the quantiser's own
+            reason = ' '.join(str(e).split())[:200]
+            raise UserError(f'--int8: ONNX Runtime cannot quantise it ({reason}); leave it out') from e
+        finally:
+            for loader in loaders:
+                loader.close()
+    sizes = [file.stat().st_size / 1e6 for file in (small, path)]
+    return (
+        f'{small}: {sizes[0]:.1f} MB in the place of {sizes[1]:.1f}; top-1 on the {len(val)} validation images '
+        f'{after:.2f} in the place of {before:.2f}, {before - after:.2f} points lost; the same class for {same:.2f} %')
+
+
+class _Calibration:
+    """Batches of images for the quantiser, which are spread over the data whatever their order."""
+
+    def __init__(self, loader: SeededLoader):
+        count = len(loader.dataset)
+        indices = np.linspace(0, count - 1, min(CALIBRATION, count)).round().astype(int)
+        parts = np.array_split(indices, -(-len(indices) // _AT_ONCE))
+        self._batches = ({INPUT: self._images(loader, part)} for part in parts)
+
+    @staticmethod
+    def _images(loader: SeededLoader, indices: np.ndarray) -> np.ndarray:
+        pixels = torch.stack([loader.transform(loader.dataset.load(int(i))) for i in indices])
+        return pixels.float().sub(loader.mean).div(loader.std).numpy()
+
+    def get_next(self) -> Optional[dict[str, np.ndarray]]:
+        return next(self._batches, None)
+
+
+def _compare(first: Callable, second: Callable, loader: SeededLoader) -> tuple[float, float, float]:
+    """Percent of the images that each of two models classifies right, and of those to which both give one class."""
+    hits = torch.zeros(3, dtype=torch.long)
+    for batch in loader:
+        one, two = (run(batch.input).argmax(1) for run in (first, second))
+        hits += torch.stack([(one == batch.target).sum(), (two == batch.target).sum(), (one == two).sum()])
+    return tuple((100 * hits / len(loader.dataset)).tolist())
+
+
 # -- the verb ---------------------------------------------------------------------------------------------------------
 
 
@@ -408,7 +529,8 @@ def main(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add('run', metavar='RUN', help='folder of a run (args.yaml), or a published one (config.json, model.safetensors)')
     add('--format', required=True, choices=tuple(FORMATS), help='onnx needs timm_amf[export]')
-    add('--output', metavar='FILE', help='default: exported.onnx, .pt or .safetensors in RUN')
+    add('--int8', action='store_true', help='also an ONNX file of 8 bits, and the accuracy that it costs on validation')
+    add('--output', metavar='FILE', help='default: exported.onnx, .pt2 or .safetensors in RUN')
     add('--overwrite', action='store_true', help='replace a file that is there')
     add('--weights', choices=tuple(WEIGHTS), default='best',
         help='of the best epoch; of the last, the moving average if there is one; the moving average; what the average '
@@ -424,8 +546,16 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f'--batch: must be at least 1, not {args.batch}')
     output = Path(args.output or Path(args.run) / f'exported{FORMATS[args.format].suffix}')
     _check_request(output, args.format, args.opset, args.overwrite)
+    small, run = output.with_suffix('.int8.onnx'), None
+    if args.int8:
+        if args.format != 'onnx':
+            raise UserError(f'--int8: is for --format onnx, not {args.format}')
+        _check_request(small, 'onnx', None, args.overwrite)
+        run = open_run(args.run, args.weights, args.data_dir)  # whose images it needs
     source = open_source(args.run, args.weights, args.img_size, args.blocks, args.data_dir, args.class_names)
     exported = export_model(source, args.format, output, sorted({1, 2, args.batch}), args.opset, args.overwrite)
     for note in source.notes:
         print(f'note: {note}')
     print(exported)
+    if run is not None:
+        print(quantize(output, small, source.config, *run.data, run.args.workers))

@@ -17,6 +17,7 @@ __all__ = ['replacing', 'whole_folder', 'write_text']
 
 _UMASK = os.umask(0)  # there is no other way to read it
 os.umask(_UMASK)
+_WINDOWS = os.name == 'nt'
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # torch and safetensors wrap the system's error in text of their own; on a full disk torch's archive writer finds no
 # more than that its file is shorter than it should be.
@@ -112,7 +113,7 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    if os.name != 'nt':  # which has no handles of folders
+    with contextlib.suppress(PermissionError):  # Windows has no handles of folders
         _fsync(path, os.O_RDONLY)
 
 
@@ -132,7 +133,7 @@ def _remove_stale(parent: Path) -> None:
 
 
 def _alive(pid: int) -> bool:
-    if os.name == 'nt':  # there, `os.kill` ends a process
+    if _WINDOWS:  # there, `os.kill` ends a process
         return True
     try:
         os.kill(pid, 0)

@@ -50,11 +50,11 @@ def test_metadata(opened, runs):
     best = max(rows(runs('amf') / 'summary.csv'), key=lambda row: float(row['eval_top1']))
     found = {(r.dataset_name, r.dataset_type, r.metric_name.split()[0]): r.metric_value for r in data.eval_results}
     assert found == pytest.approx({
-        ('stripes + blobs', 'mixture', 'top-1'): float(best['eval_top1']),
-        ('stripes + blobs', 'mixture', 'top-5'): float(best['eval_top5']),
-        ('stripes', 'stripes', 'top-1'): float(best['eval_top1_stripes']),
-        ('blobs', 'blobs', 'top-1'): float(best['eval_top1_blobs']),
-    }, abs=1e-4)
+        ('stripes + blobs', 'mixture', 'Accuracy'): float(best['eval_top1']) / 100,
+        ('stripes + blobs', 'mixture', 'Top-5'): float(best['eval_top5']) / 100,
+        ('stripes', 'stripes', 'Accuracy'): float(best['eval_top1_stripes']) / 100,
+        ('blobs', 'blobs', 'Accuracy'): float(best['eval_top1_blobs']) / 100,
+    }, abs=1e-6)
     assert {r.dataset_split for r in data.eval_results} == {'val'}
 
 
@@ -62,8 +62,9 @@ def test_no_accuracy_of_the_model_index_comes_under_the_name_of_another(opened):
     what = opened('amf')
     both = [*(dataclasses.replace(r, top1=r.top1 / 2, how='ten crops') for r in what.results), *what.results]
     data = ModelCard(card(dataclasses.replace(what, results=both))).data
-    expected = {(r.data or 'stripes + blobs', f'top-1 accuracy, percent ({r.how})', round(r.top1, 4)) for r in both}
-    found = [(r.dataset_name, r.metric_name, r.metric_value) for r in data.eval_results if 'top-1' in r.metric_name]
+    expected = {(r.data or 'stripes + blobs', f'Accuracy ({r.how})', round(r.top1 / 100, 6)) for r in both}
+    found = [
+        (r.dataset_name, r.metric_name, r.metric_value) for r in data.eval_results if 'Accuracy' in r.metric_name]
     assert set(found) == expected and len(found) == len(both)
 
 
@@ -156,14 +157,14 @@ def test_results_of_other_runs_are_not_those_of_the_model(runs, tmp_path):
     assert '| 22.50 | 10.00 to 90.00 | 99.00 | ten crops |' in readme
     assert '| 33.50 | 10.00 to 90.00 | 99.00 | ten crops, mean of 2 runs |' in readme and '11.5' not in readme
     values = [r.metric_value for r in ModelCard(readme).data.eval_results]
-    assert 22.5 in values and 33.5 not in values
+    assert 0.225 in values and 0.335 not in values
     (tmp_path / 'r.csv').write_text(header + other)
     with pytest.raises(UserError, match='has no row of amf'):
         prepare(runs('amf'), results=tmp_path / 'r.csv')
 
 
 @pytest.mark.parametrize('name,words', [
-    ('amf', ('2 x test_resnet, each', 'forward_policy', 'import timm_amf')),
+    ('amf', ('2 x test_resnet, each', 'forward_policy', 'import timm_amf', '@ git+https://')),
     ('spottune', ('every residual block', '(batch, blocks, 2)', 'frozen: {train: none}')),
     ('plain', ('test_resnet, fine-tuned.', 'pip install timm\n')),
 ])

@@ -40,7 +40,7 @@ def test_all(run, no_network):
     found = run()
     names = {n for module in ('amf', 'spottune', 'decathlon') for n in timm.list_models(module=module)}
     assert set(found['model']) == names and set(found['recipe']) == set(list_recipes())
-    assert set(found['tag']) == {n for n in timm.list_pretrained() if n.split('.')[0] in names}
+    assert set(found['tag']) == {*FINE_TUNED, *(n for n in timm.list_pretrained() if n.split('.')[0] in names)}
     for tag in FINE_TUNED:
         assert found['tag'][tag].split()[1:] == ['no', f'{OWNER}/{tag}']
     assert {row.split()[1] for row in found['recipe'].values()} == {'no', '-'}
@@ -56,7 +56,7 @@ def test_filter(run, no_network):
     assert list(found['tag'])[0] == 'amf_inception_v4x2.in1k'
     row = found['tag']['amf_inception_v4x2.in1k']
     assert '(default)' in row and row.endswith('timm/inception_v4.tf_in1k, timm/resnet34.a1_in1k')
-    assert set(found['tag']) == set(timm.list_pretrained('amf_inception_v4x2.*'))
+    assert set(found['tag']) == set(timm.list_models('amf_inception_v4x2.*', include_tags=True))
     assert found['recipe']['amf_inception_v4x2.aircraft_dtd'].split(maxsplit=3)[1:] == [
         'no', 'amf', 'aircraft 93.01 ± 0.2, dtd 76.91 ± 0.2']
     found = run('*.cub')

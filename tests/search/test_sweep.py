@@ -107,7 +107,7 @@ def test_a_grid_with_seeds(words, tmp_path, capsys):
     reset_accelerate()
     train_amf.train(['--config', str(folder / 'best.yaml'), '--experiment', 'again'])
     for name in ('model_best.safetensors', 'last/model.safetensors', 'summary.csv'):
-        run = folder / f'trial{best["trial"]}-seed3'
+        run = folder / f'trial{best["trial"]}-seed1'
         assert (run / name).read_bytes() == (tmp_path / 'again' / name).read_bytes(), name
     # The test images here are the validation images.
     tested = [row for row in read(folder / 'test.csv') if row['run'].endswith(('seed1', 'seed3'))]
@@ -216,7 +216,9 @@ def test_interrupted(words, quick, tmp_path, monkeypatch, capsys):
 
 def test_search(words, quick, tmp_path):
     """TPE finds the peak; the same seed draws the same values, however often it stops."""
-    options = dict(pretrained_path=words[5], epochs=2, output=str(tmp_path), cpu=True, seed=7)
+    options = dict(
+        pretrained_path=words[5], epochs=2, output=str(tmp_path), cpu=True, seed=7,
+        storage=optuna.storages.InMemoryStorage())
     space = {'lr': 'log:1e-5:1e-1', 'reinit_blocks': '0:2', 'opt': ['sgd', 'adamw']}
     found = timm_amf.sweep(words[1], 'test_resnet', space=space, **options)
     values = [c.values for c in sorted(found.configurations, key=lambda c: c.number)]
@@ -265,6 +267,29 @@ def test_pruned_and_diverged(words, quick, tmp_path, capsys):
     assert 'trial 5 (lr=1): diverged: seed 0' in out and 'trial 6 (lr=1e-5): pruned' in out
     # All differences of two seeds are the same here: no spread, no test.
     assert all(row['p'] == 'nan' for lr, row in rows.items() if row['mean'] and lr != '0.01')
+
+
+def test_the_test_images_are_looked_at_once(words, quick, tmp_path, monkeypatch):
+    """When no trial is running any more, and not again when more trials find a better configuration."""
+    tested, storage = [], optuna.storages.InMemoryStorage()
+    row = Configuration(0, {}, {}, '')
+    monkeypatch.setattr(module, 'evaluate_runs', lambda runs, options: tested.append(runs) or [row])
+    monkeypatch.setattr(module, 'table', lambda rows: 'the table')
+
+    def run(trials):
+        return timm_amf.sweep(
+            words[1], 'test_resnet', space={'lr': 'log:1e-5:1e-1'}, trials=trials, storage=storage, cpu=True, epochs=1,
+            output=str(tmp_path), experiment='found', test_split='test')
+
+    optuna.create_study(study_name='found', storage=storage, direction='maximize').ask()
+    assert run(2).test == '' and 'no test yet' in run(2).notes[0] and not tested
+    optuna.load_study(study_name='found', storage=storage).tell(0, state=optuna.trial.TrialState.FAIL)
+    first = run(2)
+    assert tested == [first.runs(first.best)] and 'the table' in str(first) and not first.notes
+    assert run(2).test == first.test and len(tested) == 1
+    more = run(15)
+    assert more.best.number != first.best.number and more.test == first.test and len(tested) == 1
+    assert f'Trial {first.best.number} was the best' in more.notes[0]
 
 
 def test_nothing_is_left(words, quick, tmp_path, capsys):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from timm_amf import Plan, UserError, create_optimizer, list_blocks
-from timm_amf.tuning import reinit
+from timm_amf.tuning.reinit import reinit
 from timm_amf.tuning.resolve import resolve
 from timm_amf.tuning.roles import role_blocks
 

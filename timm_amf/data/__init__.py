@@ -1,8 +1,5 @@
 """Mixtures of datasets, and a loader whose batches depend on the seed alone."""
-from .cache import build_cache, cache_short_side
-from .check import BadImage, check_images
-from .loader import Batch, SeededLoader, create_loader
-from .mixture import Mixture, create_dataset, create_datasets
+from ..lazy import lazy
 from .spec import (
     Component,
     DataSpec,
@@ -13,8 +10,13 @@ from .spec import (
     splits_from_args,
 )
 
+_LAZY = {
+    'build_cache': 'cache', 'cache_short_side': 'cache', 'BadImage': 'check', 'check_images': 'check',
+    'Batch': 'loader', 'SeededLoader': 'loader', 'create_loader': 'loader',
+    'Mixture': 'mixture', 'create_dataset': 'mixture', 'create_datasets': 'mixture',
+}
 __all__ = [
-    'BadImage', 'Batch', 'Component', 'DataSpec', 'Mixture', 'SeededLoader', 'add_data_args', 'build_cache',
-    'cache_short_side', 'check_images', 'create_dataset', 'create_datasets', 'create_loader', 'data_spec_from_args',
-    'list_presets', 'load_preset', 'splits_from_args',
+    'Component', 'DataSpec', 'add_data_args', 'data_spec_from_args', 'list_presets', 'load_preset', 'splits_from_args',
+    *_LAZY,
 ]
+__getattr__ = lazy(__name__, _LAZY)

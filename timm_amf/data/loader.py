@@ -212,7 +212,7 @@ class SeededLoader:
             batch_sampler=sampler,
             num_workers=workers,
             collate_fn=_Collate(channels_last),
-            pin_memory=pin_memory and device.type != 'cpu',
+            pin_memory=pin_memory and device.type == 'cuda',
             persistent_workers=persistent_workers and workers > 0,
             worker_init_fn=_outlive_signals,
             generator=torch.Generator(),  # else every epoch draws from the global generator

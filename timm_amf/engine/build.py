@@ -31,7 +31,8 @@ from timm_amf.engine.options import resolve_trackers
 from timm_amf.errors import UserError
 from timm_amf.models.parts import Part, part_cfg
 from timm_amf.models.sources import check_source, load_network, loading
-from timm_amf.tuning import Plan, reinit
+from timm_amf.tuning import Plan
+from timm_amf.tuning.reinit import reinit
 from timm_amf.tuning.resolve import Resolved
 
 __all__ = [

@@ -8,13 +8,13 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_amf.engine.metrics import class_metrics
-from timm_amf.models.records import Record
+from timm_amf.models.records import Record, exact_device
 
 __all__ = ['Tally', 'evaluate', 'reduce_tensors']
 
 
 class Tally:
-    """Sums of loss and hits, over all samples, by component and by class, in float64 on the device.
+    """Sums of loss and hits, over all samples, by component and by class, in float64 (see `exact_device`).
 
     Args:
         components: Names of the components of the data.
@@ -25,6 +25,7 @@ class Tally:
     def __init__(self, components: list[str], num_classes: int, device: Optional[torch.device] = None):
         self.components = list(components)
         # columns: samples, loss, top-1 hits, top-5 hits
+        device = exact_device(device)
         self.sums = torch.zeros(len(components), 4, dtype=torch.float64, device=device)
         # rows: samples, predictions, hits; the last column is for outputs that are no class of the data
         self.classes = torch.zeros(3, num_classes + 1, dtype=torch.float64, device=device)
@@ -36,9 +37,11 @@ class Tally:
         best = output.topk(min(5, output.shape[1]), dim=1).indices
         top = best == target[:, None]
         columns = torch.stack([torch.ones_like(loss), loss, top[:, 0].to(loss), top.any(1).to(loss)], dim=1)
-        self.sums.index_add_(0, component, columns.to(self.sums.dtype))
+        component, target, columns, best = (t.to(self.sums.device) for t in (component, target, columns, best))
+        columns = columns.to(self.sums.dtype)
+        self.sums.index_add_(0, component, columns)
         ones, predicted = self.classes.new_ones(len(target)), best[:, 0].clamp(max=self.classes.shape[1] - 1)
-        for row, index, values in zip(self.classes, (target, predicted, target), (ones, ones, top[:, 0].to(ones))):
+        for row, index, values in zip(self.classes, (target, predicted, target), (ones, ones, columns[:, 2])):
             row.index_add_(0, index, values)
 
     def tensors(self) -> list[torch.Tensor]:

@@ -27,7 +27,7 @@ from timm_amf.engine.evaluate import evaluate, reduce_tensors
 from timm_amf.engine.task import AdaptiveTask
 from timm_amf.errors import Interrupted, UserError
 from timm_amf.models.method import check_takes, method_of
-from timm_amf.models.records import Record
+from timm_amf.models.records import Record, exact_device
 from timm_amf.tuning import GroupScheduler, Resolved, apply_freeze
 
 __all__ = ['Signals', 'Trainer']
@@ -62,17 +62,17 @@ class Signals:
 
 
 class _TrainMeter:
-    """Sum of the loss over samples, on the device, and the first step whose loss was not finite."""
+    """Sum of the loss over samples, and the first step whose loss was not finite."""
 
     def __init__(self, device: torch.device, first_step: int = 0):
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2, dtype=torch.float64, device=exact_device(device))
         self._loss, self._samples = self.sums.unbind()  # views
         self._unseen: list[torch.Tensor] = []
         self._first_unseen = first_step
 
     def update(self, loss: torch.Tensor, samples: int) -> None:
         loss = loss.detach()
-        self._loss.add_(loss, alpha=samples)
+        self._loss.add_(loss.to(self.sums.device), alpha=samples)
         self._samples.add_(samples)
         self._unseen.append(loss)
 

@@ -215,7 +215,7 @@ def check_names(args: argparse.Namespace) -> None:
 def _check_model(name: str) -> None:
     import timm
 
-    import timm_amf  # noqa: F401  registers its models
+    import timm_amf.models  # noqa: F401  registers them
     if name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
         return
     if '/' in name or ':' in name:
@@ -226,7 +226,7 @@ def _check_model(name: str) -> None:
     try:
         timm.models.get_pretrained_cfg(name)
     except RuntimeError as error:  # the tag is wrong
-        known = timm.list_pretrained(f'{name.partition(".")[0]}.*')
+        known = timm.list_models(f'{name.partition(".")[0]}.*', include_tags=True)
         hint = nearest(name, known) or f'; known: {", ".join(known) or "none"}'
         raise UserError(f'--model: {name} has an unknown tag{hint}') from error
 

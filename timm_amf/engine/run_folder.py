@@ -216,7 +216,8 @@ def open_run(
 
 
 def choose_device(cpu: bool = False) -> torch.device:
-    return torch.device('cuda' if torch.cuda.is_available() and not cpu else 'cpu')
+    gpu = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    return torch.device('cpu' if cpu else gpu)
 
 
 def eval_loader(

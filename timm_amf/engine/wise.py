@@ -37,7 +37,8 @@ def mix_with_start(trainer: Trainer) -> str:
     """
     args, folder, model = trainer.args, trainer.folder, trainer.evaluated_model
     start, best, tuned = (folder / f'model_{name}.safetensors' for name in ('start', 'best', 'tuned'))
-    first, last = load_file(start), load_file(best)
+    first = load_file(start)
+    last = {name: tensor.clone() for name, tensor in load_file(best).items()}  # Windows replaces no file that is mapped
     found = []
     for share in SHARES:
         mixed = {

@@ -13,6 +13,7 @@ from timm_amf.models.method import Method, method_of
 from timm_amf.models.tags import OWNER
 from timm_amf.tuning import Plan
 from timm_amf.tuning.resolve import resolve
+from timm_amf.version import SOURCE
 
 if TYPE_CHECKING:
     from timm_amf.hub.publish import Publication, Result
@@ -65,6 +66,7 @@ def build_card(
         named=model.num_classes == len(run.class_names),
         millions=sum(p.numel() for p in model.parameters()) / 1e6,
         plain=plain,
+        source=SOURCE,
         module='timm_amf' if module.startswith('timm_amf.') else module,
         usage_note=method_of(model).usage_note(),
         expected=_expected(what),
@@ -112,16 +114,16 @@ def _eval_results(result: 'Result', datasets: Sequence[str], what: 'Publication'
     where = components.index(result.data) if result.data in components else 0
     per_component = len(datasets) == len(components)
     kind = datasets[where] if per_component and (result.data or len(datasets) == 1) else 'mixture'
-    # What agrees in type, config and split comes under one name, the first's: so parts of a mixture differ in their
-    # config, and how an accuracy was evaluated goes with the accuracy.
+    # In the Hub's unit, a share. What agrees in type, config and split comes under one name, the first's: so parts of
+    # a mixture differ in their config, and how an accuracy was evaluated goes with the accuracy.
     common = dict(
         task_type='image-classification', task_name='Image Classification', dataset_type=kind,
         dataset_name=result.data or ' + '.join(components), metric_type='accuracy',
         dataset_config=result.data if kind == 'mixture' and result.data else None, dataset_split=result.split)
     return [
         EvalResult(
-            **common, metric_name=f'{title} accuracy, percent ({result.how})', metric_value=round(value, 4))
-        for title, value in (('top-1', result.top1), ('top-5', result.top5)) if value is not None
+            **common, metric_name=f'{title} ({result.how})', metric_value=round(value / 100, 6))
+        for title, value in (('Accuracy', result.top1), ('Top-5 accuracy', result.top5)) if value is not None
     ]
 
 

@@ -15,6 +15,7 @@ A folder is written, loaded back and compared with the run's model, then sent in
 The token is that of the Hub's own client (`hf auth login`, or HF_TOKEN); it is neither printed nor written.
 """
 import argparse
+import contextlib
 import csv
 import json
 import re
@@ -203,6 +204,8 @@ def publish(
         for path in sorted(filter(Path.is_file, folder.rglob('*'))):
             print(f'{path.stat().st_size:>12,}  {path.relative_to(folder).as_posix()}')
         if target is not None:
+            with contextlib.suppress(FileNotFoundError):
+                target.rmdir()  # Windows renames nothing to a folder that is there
             folder.replace(target)
             print(f'nothing was sent; see {target}')
             return None

@@ -5,6 +5,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .records import exact_device
+
 __all__ = ['global_k_loss', 'update_shares']
 
 # Below this share the entropy's slope is that of this share: at 0 it is infinite.
@@ -26,10 +28,11 @@ def update_shares(running: Tensor, shares: Tensor, window: int) -> Tensor:
     Returns:
         The fractions.
     """
-    sums = torch.cat([shares.sum(0).double(), shares.new_full((1,), len(shares), dtype=torch.float64)])
+    sums = shares.sum(0).to(exact_device(shares.device)).double()
+    sums = torch.cat([sums, sums.new_full((1,), len(shares))])
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(sums)
-    mean, count = (sums[:-1] / sums[-1]).to(running.dtype), sums[-1].item()
+    mean, count = (sums[:-1] / sums[-1]).to(running.dtype).to(running.device), sums[-1].item()
     return running.lerp_(mean, min(1., count / window))
 
 

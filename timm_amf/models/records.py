@@ -1,5 +1,7 @@
 """What a model decided for each sample, summed over an epoch: the columns of `policy.csv`."""
+import functools
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
@@ -7,13 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['PolicyRecord', 'Record', 'RoutingRecord', 'best_assignment']
+__all__ = ['PolicyRecord', 'Record', 'RoutingRecord', 'best_assignment', 'exact_device']
+
+_logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def exact_device(device: Optional[torch.device]) -> Optional[torch.device]:
+    """Where sums in float64 live: on the device, so that they cost no synchronisation, unless it has no float64."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):  # Apple's GPUs
+        _logger.warning('The device %s has no float64: sums of losses and records are kept on the CPU.', device)
+        return torch.device('cpu')
+    return device
 
 
 class Record:
     """Means, over all samples and by component, of what `forward_train` gives for each sample.
 
-    Sums are float64 and live on the device, so that recording costs no synchronisation.
+    Sums are float64, see `exact_device`.
 
     Args:
         key: Which part of `forward_train` it reads, (B, width).
@@ -36,6 +51,7 @@ class Record:
             bins: int = 1,
     ):
         self.key, self.names, self.components = key, list(names), list(components)
+        device = exact_device(device)
         self.sums = torch.zeros(len(self.components), len(self.names), dtype=torch.float64, device=device)
         self.votes = torch.zeros(len(self.components), bins, dtype=torch.float64, device=device)
 
@@ -59,6 +75,7 @@ class Record:
 
     def add(self, values: Tensor, component: Tensor) -> None:
         """Record the values (B, width) of a batch and the component of each sample (B,)."""
+        values, component = values.to(self.sums.device), component.to(self.sums.device)
         self.sums.index_add_(0, component, values.to(self.sums.dtype))
         votes = F.one_hot(self.bin_of(values), self.votes.shape[1])
         self.votes.index_add_(0, component, votes.to(self.votes.dtype))

@@ -229,7 +229,7 @@ def _draw_setting(axes: 'Axes', found: Sweep, key: str) -> None:
         axes.plot(
             [place(c.values[key]) for c in ended], [0.03] * len(ended), transform=axes.get_xaxis_transform(),
             marker='x', color='#707070', label='pruned or diverged', zorder=3, **_POINT)
-    axes.set_ylabel(f'validation {found.metric}{" (%)" if found.metric.startswith("top") else ""}')
+    axes.set_ylabel(f'validation {found.metric}{"" if found.metric == "loss" else " (%)"}')
     axes.yaxis.set_tick_params(labelleft=True)
     _plain(axes)
 

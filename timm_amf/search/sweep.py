@@ -38,12 +38,9 @@ from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs, table
 from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.engine.run_folder import best_epoch, is_run
 from timm_amf.errors import CommandParser, Interrupted, UserError
-from timm_amf.files import write_text
 from timm_amf.search.keywords import words_of
-from timm_amf.search.proposal import config_text
 from timm_amf.search.sweep_results import Configuration, Sweep, ranked, write_rows
 from timm_amf.search.sweep_space import Space, pairs, seed_list
-from timm_amf.tuning import Plan
 from timm_amf.tuning.plan_args import common_plan
 
 __all__ = ['main', 'sweep']
@@ -55,7 +52,6 @@ _REFUSED = {'resume': '--resume', 'dry_run': '--dry-run', 'eval_only': '--eval-o
             'finds_plan': '--plan auto', 'budget': '--budget'}
 # What the scores do not follow from.
 _ANYWHERE = ('overwrite', 'no_progress', 'workers', 'output', 'experiment', 'seed', 'tracker')
-_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 class _Repeated(Exception):
@@ -80,6 +76,7 @@ class _Worker:
         self._check(trials, pruner)
         self.folder = Path(self.args.output or 'output/sweep') / (
             self.args.experiment or Path(self.args.data_dir or 'mixture').resolve().name)
+        self.lock = FileLock(self.folder / 'sweep.lock')
         self.pruner = {
             'none': NopPruner(), 'hyperband': HyperbandPruner(),
             'median': MedianPruner(n_warmup_steps=common_plan(self.args).epochs // 3)}[pruner]
@@ -135,7 +132,7 @@ class _Worker:
         given = args_content(argparse.Namespace(**given, recipe=args.recipe, explicit=set(given)))
         over = {key: distribution_to_json(over) for key, over in self.space.over.items()}
         asked = json.loads(json.dumps([given, over, self.seeds]))
-        with self._lock():
+        with self.lock:
             storage = self._open_storage()
             if args.overwrite:
                 with contextlib.suppress(KeyError):
@@ -173,9 +170,6 @@ class _Worker:
                 engine_kwargs={'connect_args': {'timeout': 60}} if url.startswith('sqlite') else None)
         except ImportError as e:
             raise UserError(f'--storage: the driver of this database is missing ({e})') from e
-
-    def _lock(self) -> FileLock:
-        return FileLock(self.folder / 'sweep.lock')
 
     # -- a trial ------------------------------------------------------------------------------------------------------
 
@@ -246,29 +240,35 @@ class _Worker:
         found = Sweep(self.folder, self.metric, ranked(self._configurations(study), self.metric), self.args.model)
         if not found.configurations or found.best.mean is None:
             raise UserError(f'{self.folder}: no configuration was trained to its end; lower the LRs, or do not prune')
-        with self._lock():
+        with self.lock:
             found.write()
-            runs = found.runs(found.best)
-            if not all(map(is_run, runs)):
-                found.notes.append(f'{", ".join(map(str, runs))}: not all here, so there is no best.yaml and no test.')
-                return found
-            found.plan = Plan.from_yaml(runs[0] / 'plan.yaml')
-            args = parse_args([*self.space.words(found.best.values), '--seed', str(self.seeds[0])])
-            found.config = config_text(args, found.plan, [
-                '# By `timm-amf sweep`: of all configurations the best on validation images.',
-                f'# {found.best}: {self.metric} {found.best.mean:.2f}, mean of {len(runs)} seeds'])
-            write_text(self.folder / 'best.yaml', found.config)
-            found.test = study.user_attrs.get('test', '')
-            if self.test_split and not found.test:
-                rows = evaluate_runs(runs, RunOptions(self.test_split, cpu=self.args.cpu, workers=self.args.workers))
-                found.test = f'best configuration, split {self.test_split}\n{table(rows)}'
-                write_rows(self.folder / 'test.csv', [asdict(row) for row in rows])
-                study.set_user_attr('test', found.test)
+            if all(map(is_run, found.runs(found.best))):
+                found.write_best(parse_args([*self.space.words(found.best.values), '--seed', str(min(self.seeds))]))
+                self._test(found, study)
+            else:
+                found.notes.append(f'Runs of {found.best} are on another machine: no best.yaml, no test.')
         return found
+
+    def _test(self, found: Sweep, study: optuna.Study) -> None:
+        """Evaluate the best configuration on the test images, unless one was before."""
+        if study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            found.notes.append('Trials run elsewhere or were killed, which this storage cannot tell: no test yet.')
+        elif self.test_split:
+            if 'test' not in study.user_attrs:
+                options = RunOptions(self.test_split, cpu=self.args.cpu, workers=self.args.workers)
+                rows = evaluate_runs(found.runs(found.best), options)
+                write_rows(self.folder / 'test.csv', [asdict(row) for row in rows])
+                text = f'best configuration, split {self.test_split}\n{table(rows)}'
+                study.set_user_attr('test', [found.best.number, text])
+            number, found.test = study.user_attrs['test']
+            if number != found.best.number:
+                found.notes.append(
+                    f'Trial {number} was the best when the test images were looked at, which is done once. For others '
+                    'see timm-amf evaluate.')
 
     def _configurations(self, study: optuna.Study) -> list[Configuration]:
         found = []
-        for trial in study.get_trials(deepcopy=False, states=_FINISHED):
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
             runs = {int(seed): run for seed, run in trial.user_attrs.get('runs', {}).items()}
             values, end = {key: trial.params[key] for key in self.space.over}, trial.user_attrs.get('end', 'complete')
             found.append(Configuration(trial.user_attrs['place'], values, runs, end))

@@ -1,4 +1,5 @@
 """What a sweep found: its configurations, ranked, with paired tests against the best, and the files that say so."""
+import argparse
 import csv
 import io
 import math
@@ -11,6 +12,7 @@ from typing import Any, Optional
 from timm_amf.engine.intervals import holm, mean_interval, paired_p
 from timm_amf.errors import UserError
 from timm_amf.files import write_text
+from timm_amf.search.proposal import config_text
 from timm_amf.text import columns
 from timm_amf.tuning import Plan
 
@@ -92,7 +94,7 @@ class Sweep:
         configurations: The best first; those that were pruned or diverged last.
         model: Name of the model.
         plan: The best configuration's Plan, None where its runs are on another machine.
-        config: The YAML file that repeats its run of the first seed.
+        config: The YAML file that repeats its run of the least seed.
         test: Table of its runs on the test images, if that was asked for.
         notes: What else there is to say, in sentences.
     """
@@ -147,6 +149,20 @@ class Sweep:
                 plot_sweep(self, self.folder / name)
         except (ImportError, UserError) as e:  # the figure is an extra; the rest is there
             self.notes.append(f'No figure: {e}')
+
+
+    def write_best(self, args: argparse.Namespace) -> None:
+        """Write `best.yaml`, which repeats the best configuration's run of the least seed.
+
+        Args:
+            args: The options of that run.
+        """
+        self.plan = Plan.from_yaml(self.runs(self.best)[0] / 'plan.yaml')
+        seeds = ', '.join(map(str, sorted(self.best.runs)))
+        self.config = config_text(args, self.plan, [
+            '# By `timm-amf sweep`: of all configurations the best on validation images.',
+            f'# {self.best}: {self.metric} {self.best.mean:.2f}, mean of seeds {seeds}'])
+        write_text(self.folder / 'best.yaml', self.config)
 
 
 def _number(value: Optional[float], form: str) -> str:

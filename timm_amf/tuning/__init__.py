@@ -1,16 +1,15 @@
-"""How a model is fine-tuned: the Plan, and what it drives."""
-from .freeze import apply_freeze
-from .l2sp import L2SP
-from .optim import create_optimizer, describe_depths, describe_groups, param_groups
+"""How a model is fine-tuned: the Plan, and what it drives.
+
+`reinit.reinit` and `resolve.resolve` have the names of their modules, so the package has no such names.
+"""
+from ..lazy import lazy
 from .plan import Plan, RolePlan, Schedule
 from .plan_args import add_plan_args, plan_from_args
-from .reinit import reinit
-from .resolve import Resolved, resolve
-from .roles import Place, model_roles, places
-from .schedule import GroupScheduler
 
-__all__ = [
-    'GroupScheduler', 'L2SP', 'Place', 'Plan', 'Resolved', 'RolePlan', 'Schedule', 'add_plan_args', 'apply_freeze',
-    'create_optimizer', 'describe_depths', 'describe_groups', 'model_roles', 'param_groups', 'places',
-    'plan_from_args', 'reinit', 'resolve',
-]
+_LAZY = {
+    'apply_freeze': 'freeze', 'L2SP': 'l2sp', 'create_optimizer': 'optim', 'describe_depths': 'optim',
+    'describe_groups': 'optim', 'param_groups': 'optim', 'Resolved': 'resolve', 'Place': 'roles',
+    'model_roles': 'roles', 'places': 'roles', 'GroupScheduler': 'schedule',
+}
+__all__ = ['Plan', 'RolePlan', 'Schedule', 'add_plan_args', 'plan_from_args', *_LAZY]
+__getattr__ = lazy(__name__, _LAZY)

@@ -1,0 +1,62 @@
+"""The command answers at once: nothing slow is imported before its arguments are known to make sense."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# As the script of the wheel does it; the exit code is 99 where torch was imported.
+CODE = """
+import sys
+sys.argv[0] = 'bin/timm-amf'
+from timm_amf.cli import main
+try:
+    code = main()
+except SystemExit as e:
+    code = e.code
+sys.exit(99 if {'torch', 'timm', 'numpy'} & sys.modules.keys() else code)
+"""
+ENV = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))}
+
+
+def command(*words, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, '-c', CODE, *words], capture_output=True, text=True, env=ENV, **kwargs)
+
+
+@pytest.mark.parametrize('words, code, text', [
+    (['--version'], 0, 'timm_amf '),
+    (['--help'], 0, 'usage: timm-amf COMMAND'),
+    (['trian'], 2, 'did you mean train?'),
+    (['train', '--help'], 0, '--img-size'),
+    (['train', '/nowhere'], 2, '/nowhere: no such file or folder'),
+    (['train', '.', '--modle', 'resnet18'], 2, 'did you mean --model?'),
+    (['fit', '/nowhere'], 2, '/nowhere: no such'),
+    (['evaluate', '/nowhere', '--ten-crop'], 2, '/nowhere: no such'),
+    (['search', '/nowhere', '--model', 'resnet18'], 2, '/nowhere: no such'),
+    (['export', '/nowhere', '--format', 'onnx'], 2, '/nowhere: no such'),
+    (['publish', '/nowhere', '--repo-id', 'a/b'], 2, '/nowhere: no such'),
+], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
+def test_answers_without_importing_torch(words, code, text):
+    result = command(*words)
+    assert result.returncode == code, result.stderr
+    assert text in result.stdout + result.stderr
+    assert code == 0 or result.stderr.count('\n') == 1
+
+
+def test_a_dataset_that_is_downloaded_makes_its_folder():
+    assert 'no such file' not in command('train', '/nowhere', '--dataset', 'torch/cifar10', '--lrr', '1').stderr
+
+
+def test_the_package_registers_its_models_with_or_without_timm_before_it():
+    code = 'import timm_amf, timm; assert timm.is_model("amf") and timm_amf.Plan().epochs'
+    assert subprocess.run([sys.executable, '-c', code], env=ENV).returncode == 0
+
+
+@pytest.mark.parametrize('words', [['--help'], ['train', '--help']], ids=' '.join)
+def test_a_reader_that_has_enough_is_no_error(words):
+    process = subprocess.Popen(
+        [sys.executable, '-c', CODE, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV)
+    process.stdout.close()
+    assert process.stderr.read() == b'' and process.wait() == 0

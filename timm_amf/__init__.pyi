@@ -1,0 +1,24 @@
+"""The names of the package, for type checkers: at run time each is imported when it is first used."""
+from . import models as models
+from .errors import UserError as UserError
+from .hub.load import load as load
+from .hub.publish import publish as publish
+from .inference.predict import predict as predict
+from .models.blocks import list_blocks as list_blocks
+from .models.global_k import global_k_loss as global_k_loss
+from .search.advise import advise as advise
+from .search.block_search import search_blocks as search_blocks
+from .search.fit import fit as fit
+from .search.sweep import sweep as sweep
+from .tuning.freeze import apply_freeze as apply_freeze
+from .tuning.l2sp import L2SP as L2SP
+from .tuning.optim import create_optimizer as create_optimizer
+from .tuning.optim import param_groups as param_groups
+from .tuning.plan import Plan as Plan
+from .tuning.plan import RolePlan as RolePlan
+from .tuning.plan import Schedule as Schedule
+from .tuning.reinit import reinit as reinit
+from .tuning.resolve import resolve as resolve
+from .tuning.roles import model_roles as model_roles
+from .tuning.schedule import GroupScheduler as GroupScheduler
+from .version import __version__ as __version__
