@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Optional
 
+import yaml
 from accelerate import Accelerator
 
 from timm_amf.data.shares import write_splits
@@ -26,10 +27,11 @@ from timm_amf.engine.checkpoint import set_class_names
 from timm_amf.engine.head import start_head
 from timm_amf.engine.loop import Trainer
 from timm_amf.engine.options import parse_args, resolve_lr, save_args
-from timm_amf.engine.run import claim_folder, find_resume, prepare_folder
+from timm_amf.engine.run import claim_folder, environment, find_resume, prepare_folder
 from timm_amf.engine.task import AdaptiveTask, create_criterion
 from timm_amf.engine.wise import mix_with_start, prepare_mix
 from timm_amf.errors import UserError, run_command, without_traceback_flag
+from timm_amf.files import write_text
 from timm_amf.models.method import RunSettings, method_of
 from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args
 from timm_amf.tuning.lora import add_lora, merge_lora
@@ -50,10 +52,17 @@ def train(
         args: What `parse_args` made of the arguments, if it did already.
     """
     args = args or parse_args(argv)
+    if args.report:
+        from timm_amf.report import check_installed, report  # what it takes is imported only where it is asked for
+
+        check_installed()
     if args.finds_plan:
         from timm_amf.search.fit import fit_words  # which calls this with the Plans that it tries
 
-        print(fit_words([*(sys.argv[1:] if argv is None else argv), '--plan', '']))
+        found = fit_words([*(sys.argv[1:] if argv is None else argv), '--plan', ''])
+        print(found)
+        if args.report:
+            print(report([found.folder]))
         return
     if args.budget is not None and args.epochs is None:
         from timm_amf.search.fit import epochs_within
@@ -72,6 +81,8 @@ def train(
     over = args.overwrite or (args.resume == 'auto' and resume is None)
     with claim_folder(folder, over, resume) if writes else contextlib.nullcontext():
         _train(args, accelerator, folder, resume, after_epoch)
+    if args.report and writes:
+        print(report([folder]))
     if args.publish and writes:
         from timm_amf.hub.publish import publish_finished
 
@@ -138,6 +149,8 @@ def _train(
                 prepare_mix(folder, start)
             save_args(args, folder / 'args.yaml')
             plan.to_yaml(folder / 'plan.yaml')
+            about = environment(accelerator.num_processes, accelerator.device)
+            write_text(folder / 'environment.yaml', yaml.safe_dump(about, sort_keys=False))
             if train_set.drawn and not (folder / 'split.csv').exists():
                 write_splits(folder / 'split.csv', train_set.drawn)
         start = None  # a copy of the network on the device

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, Optional
 
-__all__ = ['CommandParser', 'Interrupted', 'UserError', 'run_command', 'without_traceback_flag']
+__all__ = ['TOKEN', 'CommandParser', 'Interrupted', 'UserError', 'run_command', 'without_traceback_flag']
 
 # Exceptions that are no defect of this package, by module and name, since importing their modules takes seconds.
 _EXPECTED = {
@@ -44,7 +44,8 @@ _EXTRAS = {
     'onnxruntime': 'export', 'onnxscript': 'export', 'skimage': 'demo', 'peft': 'lora',
     'tensorboard': 'tensorboard', 'optuna': 'sweep', 'datasets': 'data', 'pyarrow': 'data',
 }
-_TOKEN = re.compile(r'\bhf_\w{8,}')
+# A token of the Hub's, which nothing that is written or printed may show.
+TOKEN = re.compile(r'\bhf_\w{8,}')
 
 
 class UserError(Exception):
@@ -165,7 +166,7 @@ def _explain(error: BaseException) -> Optional[str]:
 
 
 def _one_line(text: str) -> str:
-    return _TOKEN.sub('hf_...', ' '.join(text.split()))[:600]
+    return TOKEN.sub('hf_...', ' '.join(text.split()))[:600]
 
 
 def _write_traceback(error: BaseException) -> str:
@@ -173,7 +174,7 @@ def _write_traceback(error: BaseException) -> str:
     try:
         with tempfile.NamedTemporaryFile(
                 'w', prefix='timm_amf-traceback-', suffix='.txt', delete=False, encoding='utf-8') as file:
-            file.write(_TOKEN.sub('hf_...', text))
+            file.write(TOKEN.sub('hf_...', text))
         return file.name
     except OSError:
         return 'no file, since none can be written (--traceback shows it)'

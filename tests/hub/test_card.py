@@ -164,7 +164,7 @@ def test_results_of_other_runs_are_not_those_of_the_model(runs, tmp_path):
 
 
 @pytest.mark.parametrize('name,words', [
-    ('amf', ('2 x test_resnet, each', 'forward_policy', 'import timm_amf', '@ git+https://')),
+    ('amf', ('2 x test_resnet, each', 'forward_policy', 'import timm_amf', 'in a checkout of timm_amf')),
     ('spottune', ('every residual block', '(batch, blocks, 2)', 'frozen: {train: none}')),
     ('plain', ('test_resnet, fine-tuned.', 'pip install timm\n')),
 ])

@@ -222,7 +222,8 @@ class Checkpointer:
 
     def records(self) -> list[Path]:
         """The files of the run so far beside its checkpoint."""
-        patterns = ('model_*.safetensors', 'checkpoint-*.safetensors', 'summary.csv', 'policy.csv', 'split.csv')
+        patterns = (
+            'model_*.safetensors', 'checkpoint-*.safetensors', 'summary.csv', 'policy.csv', 'speed.csv', 'split.csv')
         return [path for pattern in patterns for path in sorted(self.folder.glob(pattern))]
 
     def save_last(

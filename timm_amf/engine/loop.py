@@ -220,6 +220,7 @@ class Trainer:
     def _open_logs(self) -> None:
         self.summary = CsvLog(self.folder / 'summary.csv', self.epoch)
         self.policy_log = CsvLog(self.folder / 'policy.csv', self.epoch)
+        self.speed_log = CsvLog(self.folder / 'speed.csv', self.epoch)  # what no two runs have alike
 
     def _identity(self) -> dict[str, Any]:
         """What the order and size of the steps, and the loss, follow from."""
@@ -307,7 +308,7 @@ class Trainer:
 
         Returns:
             `loss`, the mean over the epoch's samples of all processes, and of composites the columns of `policy.csv`
-            with the prefix `train_`; also `images_per_s`.
+            with the prefix `train_`; also `seconds` and `images_per_s`.
 
         Raises:
             Interrupted: After a signal, with a checkpoint written.
@@ -352,7 +353,7 @@ class Trainer:
                 # That of the first process, which a checkpoint holds: a resumed run has no other.
                 distribute_bn(self.task.ema_model, self.accelerator.num_processes, False)
         policy = {} if record is None else record.row('train_')
-        return dict(policy, loss=meter.loss(), images_per_s=images / max(seconds, 1e-9))
+        return dict(policy, loss=meter.loss(), seconds=seconds, images_per_s=images / max(seconds, 1e-9))
 
     def _train_step(self, step, batch, ends_update, meter, record) -> None:
         args, accelerator = self.args, self.accelerator
@@ -589,6 +590,7 @@ class Trainer:
         policy = {**val.get('policy', {}), **{k: v for k, v in train.items() if k.startswith('train_')}}
         if policy:
             self.policy_log.append(dict(epoch=epoch, **policy))
+        self.speed_log.append(dict(epoch=epoch, seconds=train['seconds'], images_per_s=train['images_per_s']))
         numbers = {**row, **policy, 'images_per_s': train['images_per_s']}
         self.accelerator.log({k: v for k, v in numbers.items() if k != 'epoch' and v != ''}, step=epoch)
 

@@ -71,6 +71,7 @@ RUN_FLAGS = (
      "blocks' indices with commas between", {'metavar': 'BLOCKS'}),
     ('--eval-sampling-seed', int, None, 'evaluate a SpotTune with decisions drawn with this seed, as its paper '
      'does, instead of the likelier ones', {'metavar': 'SEED'}),
+    ('--report', bool, False, 'draw a page of the run when it is complete, as timm-amf report does'),
     ('--publish', str, '', 'publish the run on the Hub when it is complete, as timm-amf publish does',
      {'metavar': 'OWNER/NAME'}),
     ('--publish-license', str, '', 'licence of the published weights, as the Hub names it', {'metavar': 'ID'}),

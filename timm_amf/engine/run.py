@@ -1,17 +1,24 @@
 """The folder of a run: who owns it, what resumes from it, and when it is written."""
 import argparse
 import contextlib
+import os
+import platform
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
+import timm
+import torch
 from filelock import FileLock, Timeout
 
 from timm_amf.engine.checkpoint import Checkpointer
-from timm_amf.errors import UserError
+from timm_amf.errors import TOKEN, UserError
+from timm_amf.version import __version__
 
-__all__ = ['claim_folder', 'find_resume', 'prepare_folder']
+__all__ = ['check_finished', 'claim_folder', 'environment', 'find_resume', 'prepare_folder']
 
 _LOCK = '.lock'
 
@@ -70,6 +77,31 @@ def claim_folder(folder: Path, overwrite: bool, resume: Optional[Path]) -> Itera
         with contextlib.suppress(OSError):
             (folder / _LOCK).unlink(missing_ok=True)  # Windows removes no file that is open
             folder.rmdir()
+
+
+def check_finished(folder: Path) -> None:
+    """Refuses a folder that a run is writing to."""
+    with contextlib.suppress(OSError):  # where nothing can be written, nobody writes
+        if (folder / _LOCK).exists():
+            try:
+                FileLock(folder / _LOCK).acquire(blocking=False).release()
+            except Timeout:
+                raise UserError(
+                    f'{folder}: a run is writing there; wait until it has finished, or interrupt it') from None
+
+
+def environment(processes: int, device: torch.device) -> dict[str, Any]:
+    """Where a run runs: the command without tokens, versions, hardware."""
+    cuda = device.type == 'cuda'
+    return dict(
+        command=TOKEN.sub('hf_...', shlex.join(sys.argv)),
+        versions=dict(
+            timm_amf=__version__, timm=timm.__version__, torch=str(torch.__version__),
+            python=platform.python_version()),
+        hardware=dict(
+            device=torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+            processes=processes, cores=os.cpu_count(), system=platform.system()),
+    )
 
 
 def prepare_folder(folder: Path, resume: Optional[Path]) -> None:

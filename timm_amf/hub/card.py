@@ -13,7 +13,6 @@ from timm_amf.models.method import Method, method_of
 from timm_amf.models.tags import OWNER
 from timm_amf.tuning import Plan
 from timm_amf.tuning.resolve import resolve
-from timm_amf.version import SOURCE
 
 if TYPE_CHECKING:
     from timm_amf.hub.publish import Publication, Result
@@ -66,7 +65,6 @@ def build_card(
         named=model.num_classes == len(run.class_names),
         millions=sum(p.numel() for p in model.parameters()) / 1e6,
         plain=plain,
-        source=SOURCE,
         module='timm_amf' if module.startswith('timm_amf.') else module,
         usage_note=method_of(model).usage_note(),
         expected=_expected(what),

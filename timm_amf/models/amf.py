@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .blocks import layer_ids, probe_part
+from .charts import Chart, Seen, weight_charts
 from .composite import (
     build_composite,
     checkpoint_within,
@@ -311,6 +312,12 @@ class AMF(Method, nn.Module):
 
     def create_record(self, components, device=None) -> Optional[PolicyRecord]:
         return None if self.policy is None else PolicyRecord(len(self.branches), components, device)
+
+    def charts(self, seen: Seen) -> list[Chart]:
+        def features(x: Tensor) -> Sequence[Tensor]:
+            return self._fuse(x).split(list(self.widths), dim=1)
+
+        return [] if self.policy is None else weight_charts(seen, features)
 
     def networks(self) -> list[nn.Module]:
         return list(self._networks().values())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .charts import Chart, Seen
 from .records import Record
 
 __all__ = ['Method', 'PlainMethod', 'RunSettings', 'check_takes', 'method_of']
@@ -88,6 +89,10 @@ class Method:
     ) -> Iterator[None]:
         """Around an evaluation: the paths that are asked for (see `SpotTune.evaluation`)."""
         yield
+
+    def charts(self, seen: Seen) -> list[Chart]:
+        """Figures of its own, for a report."""
+        return []
 
     def fixed_path(self, global_k: Optional[int] = None, blocks: Optional[str] = None) -> Optional[list[int]]:
         """The tuned blocks that all images take alike; None where there is no such path."""

@@ -32,6 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import UserError
 from . import decathlon, policy_resnet  # noqa: F401  registered before they are named below
 from .blocks import classifier_names, classifiers, layer_ids, probe_part
+from .charts import Chart, Seen, route_charts
 from .composite import (
     build_composite,
     checkpoint_within,
@@ -501,6 +502,9 @@ class SpotTune(Method, nn.Module):
 
     def create_record(self, components, device=None) -> RoutingRecord:
         return RoutingRecord(len(self._names), components, device)
+
+    def charts(self, seen: Seen) -> list[Chart]:
+        return route_charts(seen)
 
     @contextmanager
     def evaluation(

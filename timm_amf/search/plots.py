@@ -205,7 +205,7 @@ def sweep_figure(found: Sweep) -> 'Figure':
     else:
         for axes in panels:
             axes.legend(loc='upper left', bbox_to_anchor=(1.01, 1.), fontsize=8, frameon=False)
-    text = f'{found.model}: best is {found.best}, {found.metric} {found.best.mean:.2f} on validation images'
+    text = f'{found.model}: best is {found.best}, {found.metric} {found.best.mean:.2f}'
     figure.suptitle(_wrapped(text, figure), fontsize=10)
     return figure
 

@@ -1,0 +1,203 @@
+"""`timm-amf report`: one HTML file of figures and tables, of a run, of several runs, or of a search.
+
+The page needs no network: figures are SVG elements of it, images are embedded, and there is no script. Beside it lies
+each figure as PNG and as the CSV that it was drawn from.
+"""
+import base64
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from PIL import Image
+
+from timm_amf.engine.evaluate_runs import evaluations, open_images, summary
+from timm_amf.engine.opened import RunOptions
+from timm_amf.engine.run import check_finished
+from timm_amf.engine.run_folder import is_run
+from timm_amf.errors import CommandParser, UserError
+from timm_amf.files import replacing, write_text
+from timm_amf.inference.sources import add_run_flags, open_model, options_from
+from timm_amf.models.charts import Chart
+from timm_amf.models.method import method_of
+from timm_amf.report import figures
+from timm_amf.report.content import (
+    Section,
+    Table,
+    compared,
+    curves,
+    model_sections,
+    read_told,
+    results_of,
+    setting,
+)
+
+__all__ = ['check_installed', 'main', 'report']
+
+_SIDE = 112  # pixels of an embedded image
+_SHOWN_ROWS = 60  # of a figure's table on the page
+
+
+def main(argv: Sequence[str]) -> None:
+    """`timm-amf report RUN ...`: write the page and say where it is."""
+    parser = CommandParser(prog='timm-amf report', description=__doc__.partition('\n')[0].partition(': ')[2])
+    add = parser.add_argument
+    add('runs', nargs='+', metavar='RUN', help='folder of a run, or one folder of a search')
+    add('--output', metavar='DIR', help='folder of the page (default: report/ in the folder of the first run)')
+    add('--no-eval', action='store_true', help='draw what the files of the runs tell; their images are not needed')
+    add('--split', metavar='NAME', help='train, validation, test, ... (default: what each run was validated on)')
+    add('--data-dir', metavar='DIR', help='folder of the data (default: where each run had it)')
+    add_run_flags(parser)
+    args = parser.parse_args(argv)
+    options = replace(options_from(args), split=args.split, data_dir=args.data_dir)
+    print(report(args.runs, args.output, options, not args.no_eval))
+
+
+def check_installed() -> None:
+    """Refuses before any work where the extra is not installed.
+
+    Raises:
+        UserError: It names the extra.
+    """
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
+    except ImportError as e:
+        raise UserError(f"a report needs {e.name}; pip install 'timm_amf[report]'") from None
+
+
+def report(
+        runs: Sequence[Union[str, Path]],
+        output: Union[str, Path, None] = None,
+        options: Optional[RunOptions] = None,
+        evaluate: bool = True,
+) -> Path:
+    """Writes a page about runs.
+
+    Args:
+        runs: Their folders; or one folder of a search.
+        output: Folder of the page. None: `report/` in that of the first run.
+        options: How they are evaluated.
+        evaluate: False draws only what their files tell.
+
+    Returns:
+        The page, `index.html`.
+
+    Raises:
+        UserError: If a folder holds no run, or one that is not finished, or its images are gone.
+    """
+    check_installed()
+    options, folders = options or RunOptions(), [Path(run) for run in runs]
+    target = Path(output) if output else folders[0] / 'report'
+    if len(folders) == 1 and not is_run(folders[0]) and (folders[0] / 'results.json').is_file():
+        return _write(target, f'Search {folders[0].name}', '', _search(folders[0]), None)
+    for folder in folders:
+        if not is_run(folder):
+            raise UserError(f'{folder}: no args.yaml there; give the folder of a run')
+        check_finished(folder)
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError('a run is given twice; leave one out')
+    every = [read_told(folder) for folder in folders]
+    opened = [open_model(folder, options, evaluate) for folder in folders]
+    found = evaluations(opened, options) if evaluate else []
+    sections = [Section('Results', [results_of(summary(found))])] if found else []
+    models = [one.load(len(found[i].class_names) if found else None) for i, one in enumerate(opened)]
+    data = None
+    if len(folders) == 1:
+        sections += [curves(every[0])]
+        if found:
+            data = open_images(opened[0], options)
+            sections += model_sections(every[0], opened[0], models[0], data, found[0], options)
+        else:
+            sections += _own_of_files(every[0], models[0])
+    else:
+        sections.append(compared(every, found))
+    for told, model in zip(every, models):
+        sections.append(setting(told, model, str(told.folder) if len(every) > 1 else ''))
+    title = folders[0].name if len(folders) == 1 else f'{len(folders)} runs'
+    sentences = dict.fromkeys(method_of(model).sentence() for model in models)
+    return _write(target, title, ' '.join(sentences), sections, None if data is None else data.load)
+
+
+def _own_of_files(told: Any, model: Any) -> list[Section]:
+    from timm_amf.models.charts import Seen
+
+    parts = {name.removesuffix('_assigned_0') for name in told.policy if name.endswith('_assigned_0')}
+    parts -= {'train', *(f'train_{part}' for part in parts)} | {'assigned_0'}
+    charts = method_of(model).charts(Seen(told.policy, sorted(parts)))
+    return [Section('The policy', charts)] if charts else []
+
+
+def _search(folder: Path) -> list[Section]:
+    """Of a block-wise search: accuracy by position, with both baselines."""
+    from timm_amf.search.plots import search_figure
+    from timm_amf.search.results import SearchResults, title
+
+    results = SearchResults.read(folder / 'results.json')
+    columns: dict[str, list] = {name: [] for name in (
+        'candidate', 'way', 'position', 'top1', 'top1_low', 'top1_high', 'parameters', 'epochs')}
+    for found in results.ranked():
+        candidate = found.candidate
+        values = (candidate.name, candidate.way, candidate.position, found.top1, *found.interval(), found.parameters,
+                  found.epochs)
+        for name, value in zip(columns, values):
+            columns[name].append(value)
+    return [Section('Search', [title(results), Chart(
+        'search', 'Accuracy by position', 'Each candidate and both baselines, with 95 % intervals.',
+        lambda: search_figure(results), columns)])]
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def _write(
+        target: Path,
+        title: str,
+        sentence: str,
+        sections: Sequence[Section],
+        load: Optional[Callable[[int], Image.Image]],
+) -> Path:
+    """The files of all charts, and last the page."""
+    from jinja2 import Environment, PackageLoader
+    from markupsafe import Markup
+
+    @lru_cache(None)
+    def thumbnail(index: int) -> Image.Image:
+        image = load(index).convert('RGB')
+        image.thumbnail((_SIDE, _SIDE))
+        return image
+
+    def drawn(chart: Chart) -> Markup:
+        figure = figures.draw(chart, thumbnail)
+        with replacing(target / f'{chart.name}.png') as file:
+            file.write_bytes(figures.png(figure))
+        write_text(target / f'{chart.name}.csv', figures.csv_text(chart))
+        return Markup('') if chart.kind == 'images' else Markup(figures.svg(figure, chart.name, chart.title))
+
+    def data_uri(index: int) -> str:
+        file = io.BytesIO()
+        thumbnail(index).save(file, format='JPEG', quality=80)
+        return f'data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}'
+
+    def groups(chart: Chart) -> dict[str, list[tuple[int, str]]]:
+        found: dict[str, list[tuple[int, str]]] = {}
+        for group, index, text in zip(*(chart.table[name] for name in ('group', 'image', 'text'))):
+            found.setdefault(group, []).append((index, text))
+        return found
+
+    def numbers(chart: Chart) -> Optional[Table]:
+        rows = list(zip(*chart.table.values()))
+        if len(rows) > _SHOWN_ROWS or len(chart.table) > 16:
+            return None
+        return Table(chart.title, list(chart.table), [[figures.shown(cell) for cell in row] for row in rows])
+
+    environment = Environment(loader=PackageLoader('timm_amf.report', '.'), autoescape=True, trim_blocks=True)
+    page = environment.get_template('page.html.j2').render(
+        title=title, sentence=sentence, sections=sections, drawn=drawn, data_uri=data_uri, groups=groups,
+        numbers=numbers, light=figures.LIGHT, dark=figures.DARK,
+        kind=lambda part: type(part).__name__)
+    write_text(target / 'index.html', page)
+    return target / 'index.html'

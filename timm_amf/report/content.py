@@ -1,0 +1,388 @@
+"""What a report says: charts and tables from the files of runs, and from one evaluation of each."""
+import argparse
+import csv
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import numpy as np
+import torch
+from torch import nn
+
+from timm_amf.data import Mixture
+from timm_amf.engine.build import build_model, set_start
+from timm_amf.engine.evaluation import Evaluation, Row
+from timm_amf.engine.intervals import mean_interval
+from timm_amf.engine.opened import Opened, RunOptions
+from timm_amf.engine.options import parse_args
+from timm_amf.engine.run_folder import choose_device, eval_loader
+from timm_amf.errors import UserError
+from timm_amf.models.charts import Chart, Seen
+from timm_amf.models.method import method_of
+from timm_amf.tuning import Plan, describe_depths, param_groups, resolve
+from timm_amf.yaml_text import load_yaml
+
+__all__ = [
+    'Section', 'Table', 'Told', 'compared', 'curves', 'differences', 'model_sections', 'read_told', 'results_of',
+    'setting',
+]
+
+_ERRORS = 25
+_CONFUSIONS = 10
+_EMBEDDED = 1000  # images of the t-SNE
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a page: a caption, the headings of its columns, and its rows, whose first cells are headings."""
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page; a part is a chart, a table or a paragraph."""
+    title: str
+    parts: list[Union[Chart, Table, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the files of a run tell.
+
+    Attributes:
+        folder: Its folder.
+        options: Of its `args.yaml`.
+        plan: How it was fine-tuned.
+        summary: Columns of `summary.csv`, NaN where a cell is empty.
+        policy: Columns of `policy.csv`; empty without one.
+        speed: Columns of `speed.csv`; empty without one.
+        environment: Command, versions and hardware, where they were kept.
+    """
+    folder: Path
+    options: dict[str, Any]
+    plan: Plan
+    summary: dict[str, list[float]]
+    policy: dict[str, list[float]]
+    speed: dict[str, list[float]]
+    environment: dict[str, Any]
+
+
+def read_told(folder: Path) -> Told:
+    """Reads the files of a run.
+
+    Raises:
+        UserError: If one is missing or not as a run writes it.
+    """
+    for name in ('plan.yaml', 'summary.csv'):
+        if not (folder / name).is_file():
+            raise UserError(f'{folder / name}: is missing; the run has no finished epoch, or is of an older version')
+    about = folder / 'environment.yaml'
+    return Told(
+        folder, load_yaml(folder / 'args.yaml'), Plan.from_yaml(folder / 'plan.yaml'),
+        _columns(folder / 'summary.csv', ('epoch', 'train_loss', 'eval_loss', 'eval_top1')),
+        *(_columns(folder / name, ('epoch',)) for name in ('policy.csv', 'speed.csv')),
+        load_yaml(about) if about.is_file() else {})
+
+
+def _columns(path: Path, needed: Sequence[str]) -> dict[str, list[float]]:
+    if not path.is_file():
+        return {}
+    with open(path, newline='', encoding='utf-8') as file:
+        rows = list(csv.DictReader(file))
+    for name in needed:
+        if not rows or name not in rows[0]:
+            raise UserError(f'{path}: has no column {name!r}' if rows else f'{path}: has no rows; train the run on')
+    try:
+        return {name: [float(row[name]) if row[name] else math.nan for row in rows] for name in rows[0]}
+    except (TypeError, ValueError) as e:
+        raise UserError(f'{path}: is damaged ({e})') from None
+
+
+# -- from the files ---------------------------------------------------------------------------------------------------
+
+
+_CURVES = (
+    ('loss', 'Loss', 'Mean over the images of an epoch.', ('train_loss', 'eval_loss'), ''),
+    ('accuracy', 'Accuracy', 'On the validation images, after each epoch.', (
+        'eval_top1', 'eval_top5', 'eval_balanced_accuracy', 'eval_macro_f1'), 'percent'),
+)
+
+
+def curves(told: Told) -> Section:
+    """Loss, metrics, LR and images/s by epoch."""
+    section, epochs = Section('Training'), {'epoch': told.summary['epoch']}
+    metrics = [*_CURVES, (
+        'components', 'Accuracy by component', 'On the validation images, after each epoch.',
+        [name for name in told.summary if name.startswith('eval_top1_')], 'percent')]
+    for name, title, caption, columns, y in metrics:
+        table = {column: told.summary[column] for column in columns if column in told.summary}
+        if table:
+            section.parts.append(Chart(
+                name, title, caption, 'lines', {**epochs, **table}, x='epoch', y=y,
+                range=(0, 100) if y == 'percent' else None))
+    lrs = {name: values for name, values in told.summary.items() if name.startswith('lr_')}
+    lrs = lrs or {name: told.summary[name] for name in ('lr',) if name in told.summary}
+    if lrs:
+        section.parts.append(Chart(
+            'lr', 'Learning rate', 'The highest of each role, at the end of an epoch.', 'lines', {**epochs, **lrs},
+            x='epoch', y='LR'))
+    if told.speed:
+        section.parts.append(Chart(
+            'speed', 'Images per second', 'In training, over all processes, loading included.', 'lines',
+            {'epoch': told.speed['epoch'], 'images/s': told.speed['images_per_s']}, x='epoch', y='images/s'))
+    return section
+
+
+def setting(told: Told, model: Optional[nn.Module], name: str = '') -> Section:
+    """The Plan in words, what trains, command, versions, hardware and cost."""
+    plan, about, parts = told.plan, told.environment, []
+    parts.append(
+        f'{plan.epochs} epochs of {plan.opt}, on a {plan.schedule.sched} schedule; images of '
+        f'{told.options.get("img_size") or "the size of the model"}{" px" if told.options.get("img_size") else ""}, '
+        f'{told.options.get("batch_size")} a step.')
+    if model is not None:
+        rows = []
+        groups = param_groups(model, plan)
+        for role, settings in resolve(model, plan).roles.items():
+            mine = [group for group in groups if group['role'] == role]
+            total = sum(s.place.role == role for s in resolve(model, plan).parameters.values())
+            rows.append((
+                role, _trains(settings.plan.train, mine), _span([group['lr'] for group in mine]),
+                _span([group['weight_decay'] for group in mine]), f'{sum(len(g["params"]) for g in mine)} of {total}',
+                f'{sum(p.numel() for g in mine for p in g["params"]):,}'))
+        parts.append(Table(
+            'What trains', ('role', 'trains', 'LR', 'weight decay', 'tensors', 'parameters'), rows))
+        parts += [line for line in describe_depths(model, plan).splitlines() if line]
+    facts = [('folder', str(told.folder))]
+    if about.get('command'):
+        facts.append(('command', str(about['command'])))
+    facts.append(('the same run', f'train_amf.py --config {shlex.quote(str(told.folder / "args.yaml"))}'))
+    for title in ('versions', 'hardware'):
+        found = about.get(title) or {}
+        facts.append((title, ', '.join(f'{k} {v}' for k, v in found.items()) or 'not kept by the version that ran it'))
+    if model is not None:
+        trained = sum(p.numel() for g in param_groups(model, plan) for p in g['params'])
+        facts.append((
+            'parameters', f'{sum(p.numel() for p in model.parameters()):,}, of which {trained:,} were trained'))
+    if told.speed:
+        seconds = sum(value for value in told.speed['seconds'] if value == value)
+        epochs = len(told.speed['epoch'])
+        facts.append(('cost', f'{timedelta(seconds=round(seconds))} of training steps in {epochs} epochs'))
+    parts.append(Table('The run', ('', ''), facts))
+    return Section(f'How it was fine-tuned{name and f": {name}"}', parts)
+
+
+def _trains(train: Any, groups: Sequence[Mapping[str, Any]]) -> str:
+    if not groups:
+        return 'nothing'
+    start = min(group['start_epoch'] for group in groups)
+    what = 'all' if train in ('all', None) else train if isinstance(train, str) else ', '.join(map(str, train))
+    return f'{what}, from epoch {start} on' if start else what
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = min(values, default=0.), max(values, default=0.)
+    return f'{high:g}' if low == high else f'{low:g} to {high:g}'
+
+
+# -- from an evaluation -----------------------------------------------------------------------------------------------
+
+
+def results_of(rows: Sequence[Row]) -> Table:
+    """The metrics, a row a run and component."""
+    head = ('run', 'component', 'images', 'top-1', '95 % interval', 'top-5', 'balanced', 'macro F1', 'loss',
+            'calibration error')
+    return Table('Results in percent', head, [(
+        row.run, row.component or 'all', f'{row.images}', f'{row.top1:.2f}',
+        f'{row.top1_low:.2f} to {row.top1_high:.2f}', f'{row.top5:.2f}', f'{row.balanced_accuracy:.2f}',
+        f'{row.macro_f1:.2f}', f'{row.loss:.4f}',
+        f'{row.ece:.2f} ({row.ece_mended:.2f} at temperature {row.temperature:.2f})') for row in rows])
+
+
+def model_sections(
+        told: Told,
+        run: Opened,
+        model: nn.Module,
+        data: Mixture,
+        found: Evaluation,
+        options: RunOptions,
+) -> Iterator[Section]:
+    """What the evaluation of one run shows: errors, calibration, the model's own figures, and the features."""
+    names = [*found.class_names, *(f'output {i}' for i in range(len(found.class_names), found.log_probs.shape[1]))]
+    confidence = np.exp(found.log_probs.max(1))
+    texts = [
+        f'{names[t]}, {Path(p).name}' if t == q else f'{names[t]} taken for {names[q]}, {Path(p).name}'
+        for t, q, p in zip(found.targets, found.predicted, found.paths)]
+    yield Section('Classes and errors', [*_confusions(found, names, confidence, texts), *_classes(found)])
+    bins = {key: values[found.reliability()['images'] > 0] for key, values in found.reliability().items()}
+    yield Section('Calibration', [Chart(
+        'reliability', 'Reliability diagram',
+        'Accuracy of the images of each bin of confidence; on the line of perfect calibration both are the same.',
+        'lines', {'confidence': bins['confidence'], 'accuracy': bins['accuracy'], 'perfect': bins['confidence'],
+                  'images': bins['images']}, ('accuracy', 'perfect'), 'confidence', 'accuracy', (0, 1))])
+
+    def samples(indices: Sequence[int]) -> torch.Tensor:
+        device = choose_device(options.cpu or run.args.cpu)
+        loader = eval_loader(run.args, model, data.subset(indices), device, workers=0)
+        return torch.cat([batch.input for batch in loader])
+
+    decisions = None if run.args.eval_blocks or options.blocks else found.decisions
+    seen = Seen(told.policy, found.components, found.component_of, decisions, texts, samples)
+    with torch.inference_mode():
+        own = method_of(model).charts(seen)
+    if own:
+        yield Section('The policy', own)
+    features = _features(told, run, model, data, found, options)
+    if features:
+        yield features
+
+
+def _confusions(found: Evaluation, names: list[str], confidence: np.ndarray, texts: list[str]) -> Iterator:
+    matrix = found.confusion()
+    yield Chart(
+        'confusion', 'Confusion matrix', 'Number of images by class (rows) and predicted class (columns).', 'heat',
+        {'class': names, **{f'{name}': matrix[:, i].tolist() for i, name in enumerate(_distinct(names))}},
+        x='predicted class', y='class')
+    errors = matrix * (1 - np.eye(len(matrix), dtype=int))
+    worst = [np.unravel_index(i, matrix.shape) for i in np.argsort(-errors, axis=None, kind='stable')[:_CONFUSIONS]]
+    worst = [(int(of), int(to)) for of, to in worst if errors[of, to]]
+    order = np.argsort(-confidence, kind='stable')
+    if worst:
+        yield Table('The worst confusions', ('class', 'taken for', 'images', 'of the class'), [
+            (names[of], names[to], f'{matrix[of, to]}', f'{100 * matrix[of, to] / matrix[of].sum():.0f} %')
+            for of, to in worst])
+        seen = Seen(texts=texts)
+        groups = {
+            f'{names[of]} taken for {names[to]}':
+            [i for i in order if found.targets[i] == of and found.predicted[i] == to][:4] for of, to in worst}
+
+        def sure(i: int) -> str:
+            return f'confidence {100 * confidence[i]:.0f} %'
+
+        yield Chart(
+            'worst_confusions', 'Images of the worst confusions', 'The most confident of each.', 'images',
+            seen.images(groups, sure))
+        yield Chart(
+            'errors', 'The most confident errors', f'Up to {_ERRORS}.', 'images',
+            seen.images({'': [i for i in order if not found.hit[i]][:_ERRORS]}, sure))
+    else:
+        yield 'No image was taken for another class.'
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Columns of a table: a class may be called like the first of them."""
+    return [f'{name} ' if name == 'class' else name for name in names]
+
+
+def _classes(found: Evaluation) -> Iterator[Chart]:
+    rows = sorted(found.by_class(), key=lambda row: (row['accuracy'], row['class']))
+    table = {name: [row[name] for row in rows] for name in rows[0]}
+    table['accuracy_low'], table['accuracy_high'] = table.pop('low'), table.pop('high')
+    yield Chart(
+        'classes', 'Accuracy by class', "The worst first; whiskers are Wilson's 95 % intervals.", 'bars', table,
+        ('accuracy',), 'percent of the images of the class', range=(0, 100))
+
+
+# -- features ---------------------------------------------------------------------------------------------------------
+
+
+def _features(told, run, model, data, found, options) -> Optional[Section]:
+    """t-SNE of the features that the classifier sees, before fine-tuning and after (AMF, Figures 3 and 5)."""
+    from sklearn.manifold import TSNE
+
+    chosen = np.arange(len(data))
+    if len(chosen) > _EMBEDDED:
+        chosen = np.sort(np.random.default_rng(0).choice(len(chosen), _EMBEDDED, replace=False))
+    if len(chosen) < 5:
+        return None
+    part, device = data.subset(chosen), choose_device(options.cpu or run.args.cpu)
+    section, tables = Section('Features'), []
+    groups = [found.components[i] for i in found.component_of[chosen]] if len(found.components) > 1 else [
+        found.class_names[i] for i in found.targets[chosen]]
+    for panel in ('before fine-tuning', 'after'):
+        try:
+            net = model if panel == 'after' else _start(told, run, model, data.num_classes)
+        except (UserError, OSError) as e:
+            section.parts.append(f'Not shown before fine-tuning: {e}')
+            continue
+        pooled = _pooled(net.eval().to(device), run.args, part, device)
+        # Distances in t-SNE are of single values: features of a hundredth of the size would all be one point.
+        pooled = pooled / max(pooled.std(), 1e-12)
+        xy = TSNE(perplexity=min(30., (len(pooled) - 1) / 3), init='pca', random_state=0).fit_transform(pooled)
+        tables.append({
+            'x': xy[:, 0].tolist(), 'y': xy[:, 1].tolist(), 'group': groups, 'panel': [panel] * len(xy),
+            'class': [found.class_names[i] for i in found.targets[chosen]], 'image': chosen.tolist()})
+    of = 'component' if len(found.components) > 1 else 'class'
+    section.parts.append(Chart(
+        'features', 't-SNE of the features', f'Of {len(chosen)} validation images, by {of}: what the classifier sees. '
+        'Each half is an embedding of its own (scikit-learn, seed 0).', 'points',
+        {name: [v for table in tables for v in table[name]] for name in tables[0]}))
+    return section
+
+
+def _start(told: Told, run: Opened, model: nn.Module, num_classes: int) -> nn.Module:
+    """The model as it was before the first step, but for its classifier."""
+    args = parse_args([
+        '--config', str(told.folder / 'args.yaml'), '--plan', '', '--resume', '', '--class-weight', '', '--tracker',
+        'none', *(['--data-dir', run.args.data_dir] if run.args.data_dir else [])])
+    if not (args.pretrained or args.initial_checkpoint):
+        raise UserError('the run began with random weights')
+    net = build_model(args, num_classes)
+    set_start(net, resolve(net, told.plan), args, num_classes)
+    return net
+
+
+@torch.inference_mode()
+def _pooled(model: nn.Module, args: argparse.Namespace, data: Mixture, device: torch.device) -> np.ndarray:
+    found = [
+        model.forward_head(model.forward_features(batch.input), pre_logits=True).float().flatten(1).cpu()
+        for batch in eval_loader(args, model, data, device, workers=0)]
+    return torch.cat(found).numpy()
+
+
+# -- several runs -----------------------------------------------------------------------------------------------------
+
+
+def compared(every: Sequence[Told], found: Sequence[Evaluation]) -> Section:
+    """Curves of several runs on shared axes, and differences of their accuracies over the same images."""
+    section, names = Section('Compared'), [str(told.folder) for told in every]
+    epochs = sorted({epoch for told in every for epoch in told.summary['epoch']})
+    for column, title, y in (
+            ('train_loss', 'Training loss', ''), ('eval_loss', 'Validation loss', ''),
+            ('eval_top1', 'Validation accuracy', 'percent'),
+            *((name, f'Validation accuracy: {name[10:]}', 'percent') for name in every[0].summary
+              if name.startswith('eval_top1_'))):
+        table: dict[str, list[float]] = {'epoch': epochs}
+        for name, told in zip(names, every):
+            values = dict(zip(told.summary['epoch'], told.summary.get(column, [])))
+            table[name] = [values.get(epoch, math.nan) for epoch in epochs]
+        section.parts.append(Chart(
+            column, title, 'After each epoch.', 'lines', table, x='epoch', y=y, range=(0, 100) if y else None))
+    if len(found) > 1:
+        section.parts.append(differences(found))
+    return section
+
+
+def differences(found: Sequence[Evaluation]) -> Table:
+    """Differences of the accuracy of evaluations from that of the first, paired over the images."""
+    rows, first = [], found[0]
+    for one in found[1:]:
+        name = f'{one.run} less {first.run}'
+        same = (one.paths, one.class_names, one.targets.tolist()) == (
+            first.paths, first.class_names, first.targets.tolist())
+        if not same or len(one.paths) < 2:
+            rows.append((name, '', 'not the same images and classes' if not same else 'one image', ''))
+            continue
+        points = 100 * (one.hit.astype(float) - first.hit)
+        mean, _, low, high = mean_interval(points.tolist())
+        rows.append((
+            name, f'{mean:+.2f}', f'{low:+.2f} to {high:+.2f}', f'{(points > 0).sum()} and {(points < 0).sum()}'))
+    return Table(
+        "Differences of top-1 accuracy, percentage points, paired over the images (Student's t interval)",
+        ('runs', 'difference', '95 % interval', 'images that one of them alone gets right'), rows)
