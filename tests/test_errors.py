@@ -1,5 +1,6 @@
 """What goes wrong in a command is one line and an exit code."""
 import json
+import logging
 import os
 import signal
 from pathlib import Path
@@ -100,3 +101,19 @@ def test_a_file_does_not_take_the_place_of_a_device(tmp_path):
 def test_errors_import_nothing_slow():
     source = Path(__import__('timm_amf.errors').errors.__file__).read_text()
     assert not any(f'import {name}' in source for name in ('torch', 'yaml', 'timm', 'huggingface_hub'))
+
+
+def test_every_handler_has_each_message_once():
+    heard: list[list[str]] = [[], []]
+    handlers = [logging.Handler() for _ in heard]
+    for handler, texts in zip(handlers, heard):
+        handler.emit = lambda record, texts=texts: texts.append(record.getMessage())
+        logging.getLogger().addHandler(handler)
+    logger = logging.getLogger('timm_amf.test')
+    try:
+        run_command('x', lambda: [logger.warning(text) for text in ('a', 'b', 'a')] and 0)
+        logger.warning('a')
+    finally:
+        for handler in handlers:
+            logging.getLogger().removeHandler(handler)
+    assert heard == [['a', 'b', 'a']] * 2  # the last of them after the command

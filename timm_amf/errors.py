@@ -126,19 +126,20 @@ def without_traceback_flag(argv: Sequence[str]) -> tuple[list[str], bool]:
 @contextlib.contextmanager
 def _each_once() -> Iterator[None]:
     """Log no message twice: the runs of `fit` or `sweep` say the same of the same data."""
-    said: set[str] = set()
-    handlers = list(logging.getLogger().handlers)
-
-    def is_new(record: logging.LogRecord) -> bool:
-        return not (record.getMessage() in said or said.add(record.getMessage()))
-
-    for handler in handlers:
+    filters = [(handler, _new_messages()) for handler in logging.getLogger().handlers]
+    for handler, is_new in filters:
         handler.addFilter(is_new)
     try:
         yield
     finally:
-        for handler in handlers:
+        for handler, is_new in filters:
             handler.removeFilter(is_new)
+
+
+def _new_messages() -> Callable[[logging.LogRecord], bool]:
+    """A filter of one handler: with one for all, the first of them would take each message from the others."""
+    said: set[str] = set()
+    return lambda record: not (record.getMessage() in said or said.add(record.getMessage()))
 
 
 def _explain(error: BaseException) -> Optional[str]:

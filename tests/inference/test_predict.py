@@ -218,10 +218,10 @@ def test_what_cannot_be_predicted(runs, folders, tmp_path, capsys):
         torch.nn.Flatten(), (torch.zeros(1, 3, 8, 8),), tmp_path / 'other.onnx', dynamo=True, verbose=False)
     run = str(runs['plain'])
     for words, message in (
-            ([run, 'nowhere.jpg'], 'nowhere.jpg: no such file or folder; give images'),
+            ([run, 'nowhere.jpg'], 'nowhere.jpg: no such file or folder'),
             ([run, empty], 'empty: no images there (.jpeg, .jpg, .png); name others one by one'),
-            (['typo', image], 'typo: no args.yaml there; give the folder of a run'),
-            ([tmp_path / 'gone.onnx', image], 'gone.onnx: no such file; timm-amf export RUN --format onnx writes one'),
+            ([empty, image], 'empty: no args.yaml there; give the folder of a run'),
+            ([tmp_path / 'gone.onnx', image], 'gone.onnx: no such file'),
             ([bad, image], 'bad.onnx: is no ONNX file that can be run'),
             ([tmp_path / 'other.onnx', image], 'other.onnx: does not say how to prepare an image'),
             ([bad, image, '--weights', 'last'], '--weights last: '),

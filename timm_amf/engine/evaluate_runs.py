@@ -24,6 +24,7 @@ from timm_amf.data.datasets import split_folders
 from timm_amf.data.shares import OtherImages
 from timm_amf.data.spec import SPLIT_NAMES
 from timm_amf.engine.build import input_channels
+from timm_amf.engine.csv_log import CsvLog
 from timm_amf.engine.evaluation import Evaluation, Row, mean_rows
 from timm_amf.engine.opened import Opened, RunOptions, open_trained
 from timm_amf.errors import UserError
@@ -184,6 +185,8 @@ def _evaluate(run: Opened, data: Mixture, blank: Evaluation, options: RunOptions
                 f'name them in order with --class-map FILE')
         _logger.warning(f'{run.name} does not name its classes: they are taken in the order of the folders.')
     record, log_probs, decisions = method_of(model).create_record(data.components), None, None
+    if record is not None:  # to match components and branches as the run did
+        record.history = CsvLog(Path(run.name) / 'policy.csv', sys.maxsize).rows
     for batch in run.answers(model, data, options):
         if log_probs is None:
             log_probs = np.empty((len(data), batch.log_probs.shape[1]), dtype=np.float32)

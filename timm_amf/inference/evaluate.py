@@ -105,7 +105,7 @@ def _policy(row: dict[str, Any]) -> Iterable[str]:
         if match:
             numbered.setdefault(match[1], {})[int(match[2])] = value
         elif value != '':
-            single.append(f'{name} {value:.2f}')
+            single.append(f'{name} {value:.2f}' if isinstance(value, float) else f'{name} {value}')
     if not row:
         return
     lines = [['policy', *numbered]]
