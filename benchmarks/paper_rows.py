@@ -3,7 +3,8 @@
     python benchmarks/paper_rows.py                     # all of them; --list prints them
     python benchmarks/paper_rows.py --only cub_last     # those whose command contains this
 
-A line says of each whether it ran. Nothing is learned of what a row comes to.
+A line says of each whether it ran, with what loss: of random weights at the LRs of pretrained ones, and of untrained
+statistics of norms, it can be no number, which is said. Nothing is learned of what a row comes to.
 """
 import argparse
 import re
@@ -100,16 +101,18 @@ def smoke_words(command: str, folder: Path) -> list[str]:
     return [*words, '--output', str(folder), '--experiment', 'run']
 
 
-def run(chosen: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each command, and the last line of what went wrong; empty if it ran."""
+def run(chosen: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Each command, whether it `ran`, `ran to a loss that is not finite` or `failed`, and its last line if not."""
     for command in chosen:
         with tempfile.TemporaryDirectory() as folder:
             result = subprocess.run(
                 [sys.executable, *smoke_words(command, Path(folder))], capture_output=True, text=True, cwd=ROOT)
         text = (result.stderr.strip() or result.stdout.strip() or 'no output').splitlines()[-1]
-        # A few steps of random weights at the LR of pretrained ones: it trained and evaluated, which is what is asked.
-        ran = not result.returncode or 'the evaluation loss is not finite after epoch 1' in text
-        yield command, '' if ran else text
+        if not result.returncode:
+            yield command, 'ran', ''
+        else:
+            wild = 'the evaluation loss is not finite after epoch 1' in text
+            yield command, 'ran to a loss that is not finite' if wild else 'failed', text
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -121,12 +124,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.list:
         print('\n'.join(chosen))
         return 0
-    failed = 0
-    for command, problem in run(chosen):
-        failed += bool(problem)
-        print(f'{"FAILED" if problem else "ran   "} {command}' + (f'\n       {problem}' if problem else ''), flush=True)
-    print(f'{len(chosen) - failed} of {len(chosen)} rows ran')
-    return int(failed > 0)
+    found = []
+    for command, end, text in run(chosen):
+        found.append(end)
+        print(f'{end}: {command}' + (f'\n    {text}' if text else ''), flush=True)
+    print('; '.join(f'{found.count(end)} {end}' for end in dict.fromkeys(found)))
+    return int('failed' in found)
 
 
 if __name__ == '__main__':
