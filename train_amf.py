@@ -59,10 +59,7 @@ def train(
     if args.finds_plan:
         from timm_amf.search.fit import fit_words  # which calls this with the Plans that it tries
 
-        found = fit_words([*(sys.argv[1:] if argv is None else argv), '--plan', ''])
-        print(found)
-        if args.report:
-            print(report([found.folder]))
+        print(fit_words([*(sys.argv[1:] if argv is None else argv), '--plan', '']))
         return
     if args.budget is not None and args.epochs is None:
         from timm_amf.search.fit import epochs_within

@@ -616,6 +616,7 @@ def test_saved_options_hold_no_secrets(tmp_path, folder, recipe):
     ('--epochs -1', 'plan: epochs must be at least 0, not -1'),
     ('-b 0', '--batch-size: must be at least 1, not 0'),
     ('-j -1', '--workers: must be between 0 and 1024, not -1'),
+    ('--component name=a,path=x name=b,path=y', 'takes one component; write --component name=b,path=y'),
     ('--lr -0.1', '--lr: must be above 0, not -0.1'),
     ('--lr 0', '--lr: must be above 0'),
     ('--lr nan', '--lr: must be finite, not nan'),

@@ -186,6 +186,8 @@ def _check_data(args: argparse.Namespace) -> None:
         raise UserError(
             'no data: name a folder of images, or use --dataset, --component, --data-preset '
             'or a recipe (--config demo)')
+    if args.component and '=' in (args.data_dir or '') and not os.path.exists(args.data_dir):
+        _fail('component', f'takes one component; write --component {args.data_dir}')
     folder = args.dataset in ('', 'folder', 'image_folder') and not mixture
     if folder and not os.path.exists(args.data_dir or ''):
         given = args.data_dir or '(none)'

@@ -306,6 +306,7 @@ def _train(candidate: Candidate, words: Sequence[str], output: Path, experiment:
     """Train a candidate: its pilot, or as the experiment that is left."""
     start, folder = time.monotonic(), output / (experiment or _slug(candidate))
     mix = ['--wise-ft'] if experiment else []
+    words = words if experiment else [word for word in words if word != '--report']
     try:
         _run([*COMMON, *candidate.flags, *words, *mix, '--resume', 'auto'], folder, quiet=not experiment)
         best = best_epoch(folder)
