@@ -5,6 +5,7 @@ PrefetchLoader.
 """
 import contextlib
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
@@ -23,6 +24,9 @@ from .sampler import EvalSampler, Key, StepSampler
 from .transforms import SeededRandomErasing, adapt_transform, kept_random_state, sample_seed, seed_globals
 
 __all__ = ['Batch', 'SeededLoader', 'create_loader']
+
+# PyTorch repeats it for each loader and each of its iterators.
+warnings.filterwarnings('once', 'This DataLoader will create')
 
 # Seconds that a worker lives on after a SIGTERM.
 _GRACE = 10
