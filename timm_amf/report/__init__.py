@@ -98,7 +98,7 @@ def report(
         return _write(target, f'Search {folders[0].name}', '', _search(folders[0]), None)
     for folder in folders:
         if not is_run(folder):
-            raise UserError(f'{folder}: no args.yaml there; give the folder of a run')
+            raise UserError(f'{folder}: no args.yaml there; give the folder of a run (a sweep has one for each trial)')
         check_finished(folder)
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError('a run is given twice; leave one out')

@@ -144,7 +144,7 @@ def setting(told: Told, model: Optional[nn.Module], name: str = '') -> Section:
     """The Plan in words, what trains, command, versions, hardware and cost."""
     plan, about, parts = told.plan, told.environment, []
     parts.append(
-        f'{plan.epochs} epochs of {plan.opt}, on a {plan.schedule.sched} schedule; images of '
+        f'{plan.epochs} epoch{"s" * (plan.epochs != 1)} of {plan.opt}, on a {plan.schedule.sched} schedule; images of '
         f'{told.options.get("img_size") or "the size of the model"}{" px" if told.options.get("img_size") else ""}, '
         f'{told.options.get("batch_size")} a step.')
     if model is not None:
