@@ -139,7 +139,13 @@ def _each_once() -> Iterator[None]:
 def _new_messages() -> Callable[[logging.LogRecord], bool]:
     """A filter of one handler: with one for all, the first of them would take each message from the others."""
     said: set[str] = set()
-    return lambda record: not (record.getMessage() in said or said.add(record.getMessage()))
+
+    def is_new(record: logging.LogRecord) -> bool:
+        new = record.getMessage() not in said
+        said.add(record.getMessage())
+        return new
+
+    return is_new
 
 
 def _explain(error: BaseException) -> Optional[str]:

@@ -125,7 +125,7 @@ def test_copies_in_other_splits_are_counted(make_folder, tmp_path, caplog):
     assert checked() == checked() and checked().count('WARNING') == 1  # remembered
     assert f'{root}/val/a/0.png and {root}/train/a/0.png' in checked()
     (root / 'train' / 'a' / '1.png').write_bytes(b'')
-    assert 'val has 2 copies' in checked(skip=True)
+    assert 'val has copies of training images (2)' in checked(skip=True)
     for path in (root / 'val').glob('*/[0-2].png'):
         Image.effect_noise((200, 150), 200).save(path)
     assert checked(skip=True) == ''

@@ -334,7 +334,7 @@ def test_a_run_that_cannot_be_published_is_whole(client, hub, folders, tmp_path)
     (['RUN', '--repo-id', REPO], r'--license: is missing'),
     (['RUN', '--repo-id', REPO, '--license', 'other'], r'--license-name'),
     (['RUN', '--repo-id', 'a/b/c', '--license', 'mit'], r"'a/b/c' cannot be a repository"),
-    (['nowhere', '--repo-id', REPO, '--license', 'mit'], r'nowhere: no args.yaml there'),
+    (['nowhere', '--repo-id', REPO, '--license', 'mit'], r'nowhere: no such file or folder'),
     (['RUN', '--repo-id', REPO, '--license', 'mit', '--results', 'none.csv'], r'none.csv: no such file'),
     (['RUN', '--repo-id', REPO, '--license', 'mit', '--data-dir', 'gone'], r'gone'),
 ])
