@@ -77,7 +77,8 @@ def test_what_is_printed(runs, capsys):
     text = table(found)
     for row in found:
         assert f'{row.balanced_accuracy:.2f}' in text and f'{row.macro_f1_low:.1f} to {row.macro_f1_high:.1f}' in text
-        assert row.component or f'with temperature {row.temperature:.2f} {row.ece_mended:.2f} %' in text
+        assert row.component or row.temperature is None or (
+            f'at temperature {row.temperature:.2f}, {row.ece_mended:.2f} %' in text)
     assert max(map(len, text.splitlines()[1:])) < 260
     assert main(['evaluate', str(runs['plain']), '--cpu', '--img-size', '16', '--crop-pct', '1']) == 0
     smaller = capsys.readouterr().out

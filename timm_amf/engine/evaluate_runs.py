@@ -220,6 +220,7 @@ def table(rows: Sequence[Row], level: float = 0.95) -> str:
     if spread:
         notes.append("of the mean Student's t over the runs (std: ddof 1), unless all runs agree")
     calibration = [
-        f'{row.run}: calibration error {row.ece:.2f} %, with temperature {row.temperature:.2f} {row.ece_mended:.2f} %'
+        f'{row.run}: calibration error {row.ece:.2f} %' + (
+            '' if row.temperature is None else f'; at temperature {row.temperature:.2f}, {row.ece_mended:.2f} %')
         for row in rows if not row.component]
     return '\n'.join([columns(lines, range(1, 99)), *calibration, '; '.join(notes)])

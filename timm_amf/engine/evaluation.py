@@ -43,7 +43,7 @@ class Row:
         macro_f1_low: As for the balanced accuracy.
         macro_f1_high: Upper limit.
         ece: Expected calibration error, 15 bins.
-        temperature: What the log-probabilities are to be divided by, fitted to these images.
+        temperature: What the log-probabilities are to be divided by, fitted to these images; of the mean row none.
         ece_mended: Calibration error with it: each half of the images with the temperature of the other.
     """
     run: str
@@ -62,8 +62,8 @@ class Row:
     macro_f1_low: float
     macro_f1_high: float
     ece: float
-    temperature: float
-    ece_mended: float
+    temperature: Optional[float]
+    ece_mended: Optional[float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +184,7 @@ def mean_rows(evaluations: Sequence[Sequence[Row]], level: float = 0.95) -> list
     for rows in zip(*evaluations):
         means = {
             name: sum(getattr(row, name) for row in rows) / len(rows)
-            for name in ('loss', 'top5', 'ece', 'temperature', 'ece_mended')}
+            for name in ('loss', 'top5', 'ece')}
         for name in ('top1', 'balanced_accuracy', 'macro_f1'):
             mean, deviation, low, high = mean_interval([getattr(row, name) for row in rows], level)
             if deviation == 0:  # that all runs agree says nothing of other images
@@ -192,5 +192,6 @@ def mean_rows(evaluations: Sequence[Sequence[Row]], level: float = 0.95) -> list
             # Of a few runs that differ much, the interval knows no percent.
             means.update({name: mean, f'{name}_low': max(low, 0.), f'{name}_high': min(high, 100.)})
             means.setdefault('top1_std', deviation)
-        found.append(replace(rows[0], run=f'mean of {len(rows)} runs', **means))
+        found.append(replace(
+            rows[0], run=f'mean of {len(rows)} runs', temperature=None, ece_mended=None, **means))
     return found

@@ -93,9 +93,9 @@ def check_finished(folder: Path) -> None:
 
 def environment(processes: int, device: torch.device) -> dict[str, Any]:
     """Where a run runs: the command without tokens, versions, hardware."""
-    cuda = device.type == 'cuda'
+    cuda, script = device.type == 'cuda', Path(sys.argv[0]).name
     return dict(
-        command=TOKEN.sub('hf_...', shlex.join(sys.argv)),
+        command=TOKEN.sub('hf_...', shlex.join(['timm-amf' if script == 'cli.py' else script, *sys.argv[1:]])),
         versions=dict(
             timm_amf=__version__, timm=timm.__version__, torch=str(torch.__version__),
             python=platform.python_version()),

@@ -144,9 +144,8 @@ def _write_results(
     """
     settings = dict(
         split=options.split or '', weights=options.weights, crops=10 if options.ten_crop else 1,
-        blocks=options.blocks or '', sampling_seed='' if options.sampling_seed is None else options.sampling_seed,
-        level=options.level)
-    results = [{**asdict(row), 'top1_std': '' if row.top1_std is None else row.top1_std, **settings} for row in rows]
+        blocks=options.blocks or '', sampling_seed=options.sampling_seed, level=options.level)
+    results = [{**asdict(row), **settings} for row in rows]
     classes = [dict(run=e.run, **row) for e in found for row in e.by_class(options.level)]
     policy = [dict(run=e.run, **e.policy()) for e in found if e.record is not None]
     remedy = 'name another --results-file; the results are above'

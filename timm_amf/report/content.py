@@ -163,7 +163,7 @@ def setting(told: Told, model: Optional[nn.Module], name: str = '') -> Section:
     facts = [('folder', str(told.folder))]
     if about.get('command'):
         facts.append(('command', str(about['command'])))
-    facts.append(('the same run', f'train_amf.py --config {shlex.quote(str(told.folder / "args.yaml"))}'))
+    facts.append(('the same run', f'timm-amf train --config {shlex.quote(str(told.folder / "args.yaml"))}'))
     for title in ('versions', 'hardware'):
         found = about.get(title) or {}
         facts.append((title, ', '.join(f'{k} {v}' for k, v in found.items()) or 'not kept by the version that ran it'))
@@ -203,7 +203,8 @@ def results_of(rows: Sequence[Row]) -> Table:
         row.run, row.component or 'all', f'{row.images}', f'{row.top1:.2f}',
         f'{row.top1_low:.2f} to {row.top1_high:.2f}', f'{row.top5:.2f}', f'{row.balanced_accuracy:.2f}',
         f'{row.macro_f1:.2f}', f'{row.loss:.4f}',
-        f'{row.ece:.2f} ({row.ece_mended:.2f} at temperature {row.temperature:.2f})') for row in rows])
+        f'{row.ece:.2f}' + ('' if row.temperature is None else
+                            f' ({row.ece_mended:.2f} at temperature {row.temperature:.2f})')) for row in rows])
 
 
 def model_sections(

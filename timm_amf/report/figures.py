@@ -77,7 +77,7 @@ def svg(figure: 'Figure', name: str, title: str) -> str:
     """The figure as an element of a page: its text is text, its ids begin with the name, its colours are the page's."""
     file = io.BytesIO()
     with _drawing(name):
-        figure.savefig(file, format='svg', transparent=True, metadata={'Date': None})
+        figure.savefig(file, format='svg', bbox_inches='tight', transparent=True, metadata={'Date': None})
     text = file.getvalue().decode().partition('<svg ')[2]
     text = '<svg ' + re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{name}-', text)
@@ -93,7 +93,7 @@ def png(figure: 'Figure') -> bytes:
     """The figure as a PNG file on white."""
     file = io.BytesIO()
     with _drawing():
-        figure.savefig(file, format='png', dpi=150, facecolor='white')
+        figure.savefig(file, format='png', dpi=150, bbox_inches='tight', facecolor='white')
     return file.getvalue()
 
 
