@@ -616,7 +616,6 @@ def test_saved_options_hold_no_secrets(tmp_path, folder, recipe):
     ('--epochs -1', 'plan: epochs must be at least 0, not -1'),
     ('-b 0', '--batch-size: must be at least 1, not 0'),
     ('-j -1', '--workers: must be between 0 and 1024, not -1'),
-    ('--component name=a,path=x name=b,path=y', 'takes one component; write --component name=b,path=y'),
     ('--lr -0.1', '--lr: must be above 0, not -0.1'),
     ('--lr 0', '--lr: must be above 0'),
     ('--lr nan', '--lr: must be finite, not nan'),
@@ -792,3 +791,9 @@ def test_weights_of_parts_have_flat_flags():
     assert kwargs('--backbone-weights', 'a', *own) == {'backbone_kwargs': [file('a', x=1), file('a', x=2)]}
     with pytest.raises(UserError, match='3 files for 2 branches'):
         kwargs('--backbone-weights', 'a', 'b', 'c', *own)
+
+
+def test_two_components_after_one_flag():
+    """The second would be the folder of the data, and the mixture would lack it."""
+    with pytest.raises(UserError, match='takes one component; write --component name=b,path=y'):
+        parse_args(['--model', 'resnet18', '--component', 'name=a,path=x', 'name=b,path=y'])
