@@ -74,6 +74,7 @@ def test_fit(words, tmp_path, capsys):
 
 
 def test_an_interrupted_fit_goes_on(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(fit.__globals__, '_MANY_UPDATES', 1)
     assert main([*words, '--epochs', '16']) == 0
     whole = tmp_path / 'whole'
     (tmp_path / 'run').rename(whole)

@@ -37,6 +37,7 @@ from timm_amf.engine.run_folder import best_epoch
 from timm_amf.errors import CommandParser, Interrupted, UserError
 from timm_amf.files import write_text
 from timm_amf.tuning import Plan
+from timm_amf.tuning.plan_args import common_plan
 from timm_amf.yaml_text import load_yaml
 
 __all__ = ['COMMON', 'Candidate', 'Fit', 'complete', 'fit', 'fit_words', 'main']
@@ -67,7 +68,9 @@ class Candidate:
     seconds: float = 0.
 
 
-# For few epochs, which pay for no pilots, and for many.
+# From so many epochs and updates on there is time for all layers, and for pilots.
+_MANY_EPOCHS, _MANY_UPDATES = 12, 250
+# For few, and for many.
 CANDIDATES = (
     Candidate('layer decay 0.75, LR 1e-3', ('--lr', '1e-3', '--layer-decay', '0.75')),
     Candidate('all, LR 1e-3', ('--lr', '1e-3')),
@@ -175,8 +178,12 @@ def fit_words(words: Sequence[str]) -> Fit:
 
 
 def _contest(progress: '_Progress', words: Sequence[str], args: argparse.Namespace) -> None:
-    """Give all candidates a pilot and choose; where the epochs pay for none, the first."""
-    epochs = _pilot_epochs(args.epochs)
+    """Give all candidates a pilot and choose; with few epochs or updates, the first."""
+    images = len(create_datasets(
+        data_spec_from_args(args, args.recipe.get('data')), ('train',), input_channels(args))[0])
+    whole = common_plan(args).epochs
+    many = whole >= _MANY_EPOCHS and whole * images >= _MANY_UPDATES * args.batch_size
+    epochs = whole // 6 if many else 0  # two at least: fewer favour low LRs even more
     start = progress.folder / _slug(progress.candidates[0]) / 'model_start.safetensors'
     for candidate in progress.candidates if epochs else ():
         # They share the features' classifier, which the first one fits.
@@ -284,11 +291,6 @@ def epochs_within(words: Sequence[str], pilots: float = 1.) -> int:
     with tempfile.TemporaryDirectory(prefix='timm_amf-') as scratch:
         _run([*words, '--epochs', '1', '--head-start', 'zero', '--resume', ''], Path(scratch) / 'timing', quiet=True)
     return max(1, round(60 * args.budget / (pilots * (time.monotonic() - start))))
-
-
-def _pilot_epochs(epochs: int) -> int:
-    """Epochs of each candidate's pilot: a sixth of the training's, two at least, for less favours low LRs."""
-    return epochs // 6 if epochs >= 12 else 0
 
 
 def _slug(candidate: Candidate) -> str:
