@@ -25,9 +25,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import numpy as np
-import torch
 from accelerate import Accelerator
-from torch import nn
 
 from timm_amf.data import DataSpec, Mixture, create_dataset, data_spec_from_args
 from timm_amf.engine import build
@@ -58,7 +56,6 @@ from timm_amf.search.transferability import LABELS, RANKING, Measures, class_mea
 from timm_amf.text import columns
 from timm_amf.tuning import Plan, create_optimizer, plan_from_args
 from timm_amf.tuning.resolve import resolve
-from timm_amf.tuning.roles import role_blocks
 
 __all__ = ['Advice', 'ComponentAdvice', 'advise', 'main']
 
@@ -236,16 +233,18 @@ def _measure_networks(
     """For each body of the model, the advice for each component; equal networks are measured once."""
     done: dict[str, list[ComponentAdvice]] = {}
     result = []
-    for plain in target.networks:
+    for plain, body in zip(target.networks, target.bodies):
         key = repr((plain.model, plain.model_kwargs, plain.pretrained_cfg_overlay, plain.pretrained_path))
         if key not in done:
-            done[key] = _measure_network(plain, own, train, val, accelerator, progress and not args.no_progress)
+            done[key] = _measure_network(
+                plain, target.blocks[body], own, train, val, accelerator, progress and not args.no_progress)
         result.append(done[key])
     return result
 
 
 def _measure_network(
         plain: argparse.Namespace,
+        blocks: int,
         own: argparse.Namespace,
         train: Mixture,
         val: Mixture,
@@ -258,7 +257,6 @@ def _measure_network(
         for dataset, split in ((train, 'train'), (val, 'val'))]
     source = _source_means(net, own.source_dir, progress) if own.source_dir else None
     spec = data_spec_from_args(plain, plain.recipe.get('data'))
-    blocks = len(role_blocks(_bare(plain, train.num_classes), 'backbone'))
     advices = []
     for index, name in enumerate(train.components):
         features, evaluation = (split.of_component(index) for split in splits)
@@ -317,13 +315,6 @@ def _pilots(
     found = [run(float(f'{high * share:.3g}'), True) for share in (0.1, 0.3, 1.)]
     found.append(run(min(found, key=place).lr, False))
     return sorted(found, key=place)
-
-
-def _bare(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    bare = copy.copy(args)
-    bare.pretrained, bare.initial_checkpoint = False, ''
-    with torch.device('meta'):
-        return build.build_model(bare, num_classes)
 
 
 def _source_means(net: FeatureNet, folder: str, progress: bool) -> tuple[np.ndarray, np.ndarray]:
