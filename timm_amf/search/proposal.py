@@ -52,7 +52,6 @@ class PaperSet:
         new_layers: Of the optimal settings together (Table 6), as are the rest.
         low_lr: LR of the low layers, None where they have that of the others.
         low_layers: Number of low layers.
-        head_lr: LR of the classifier.
         l2sp: (alpha, beta, number of L2-SP layers), or None.
     """
     suited: bool
@@ -66,7 +65,6 @@ class PaperSet:
     new_layers: int
     low_lr: Optional[float]
     low_layers: int
-    head_lr: float
     l2sp: Optional[tuple[float, float, int]]
 
     @property
@@ -84,19 +82,19 @@ PAPER = {
     'Caltech-256-30': PaperSet(
         True, 256, 67.2, 83.4, 0.568, 1.35, 0.0025,
         dict(reinit=(84.31 - 83.69, 0.078 + 0.114), low=(83.95 - 83.69, 0.078 + 0.196), l2sp=(84.52 - 83.69, 0.)),
-        1, None, 0, 0.0025, (0.01, 0.01, PAPER_BLOCKS)),
+        1, None, 0, (0.01, 0.01, PAPER_BLOCKS)),
     'DTD': PaperSet(
         True, 47, 66.8, 74.6, 0.540, 3.47, 0.002,
         dict(reinit=(78.92 - 77.30, 0.726 + 0.191), low=(77.753 - 77.30, 0.726 + 0.456), l2sp=(78.32 - 77.30, 0.)),
-        2, None, 0, 0.002, (0.001, 0.001, 14)),
+        2, None, 0, (0.001, 0.001, 14)),
     'Cars': PaperSet(
         False, 196, 92.7, 64.2, 0.536, 1.18, 0.025,
         dict(reinit=(94.59 - 94.59, 0.110 + 0.205), low=(94.86 - 94.59, 0.110 + 0.046), l2sp=(94.42 - 94.59, 0.)),
-        1, 0.01, 8, 0.025, None),
+        1, 0.01, 8, None),
     'Aircraft': PaperSet(
         False, 100, 88.8, 59.9, 0.557, 0.83, 0.025,
         dict(reinit=(93.56 - 93.78, 0.137 + 0.942), low=(94.32 - 93.78, 0.137 + 0.144), l2sp=(93.29 - 93.78, 0.)),
-        3, 0.01, 8, 0.01, None),
+        3, 0.01, 8, None),
 }
 
 # measure -> how far it can be trusted, and why (section 4.6). EMD similarity has no vote: "a poor predictor".
