@@ -105,7 +105,7 @@ def test_what_is_neither_a_folder_nor_a_tar_file(make_folder, tmp_path):
 
 def test_cars_has_no_validation_split(tmp_path):
     write_cars(tmp_path, classes=2, train=3)
-    with pytest.raises(UserError, match='has no split .validation.*splits.val=train'):
+    with pytest.raises(UserError, match='split .validation.*splits.val=train'):
         create_datasets(DataSpec((Component('x', dataset='torch/stanford_cars', root=str(tmp_path)),)))
 
 

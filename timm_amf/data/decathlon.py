@@ -9,18 +9,17 @@ robots.ox.ac.uk/~vgg/decathlon) distributes images of a short side of 72 pixels 
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 
 from timm_amf.errors import UserError
 
-from .sources import FileSource, Source, read_image
+from .sources import FileSource, Source, errors_of, first_line, read_image
 from .spec import split_of
 
 __all__ = [
     'DOMAINS', 'DecathlonSource', 'Domain', 'channel_stats', 'decathlon_score', 'domain_name', 'open_domain',
-    'open_labelled',
 ]
 
 
@@ -52,9 +51,9 @@ DOMAINS = {
     'ucf101': Domain('UCF', 51.20, 0.0005),
 }
 
+
 def domain_name(name: str) -> str:
-    """The challenge's name of a domain that is called so, or as in the papers' tables.
-    """
+    """The challenge's name of a domain that is called so, or as in the papers' tables."""
     plain = name.lower().rstrip('.')
     for domain, about in DOMAINS.items():
         if plain in (domain, about.column.lower().rstrip('.')):
@@ -105,11 +104,10 @@ class DecathlonSource(FileSource):
             self,
             domain: str,
             categories: dict[int, str],
-            images: dict[int, str],
+            images: dict[int, Path],
             targets: Optional[list[int]],
     ):
-        labels = [-1] * len(images) if targets is None else targets
-        super().__init__(list(categories.values()), labels, list(images.values()))
+        super().__init__(categories.values(), targets or [-1] * len(images), images.values())
         self.domain = domain
         self.category_ids = list(categories)
         self.image_ids = list(images)
@@ -130,69 +128,57 @@ def open_domain(root: Optional[str], domain: str, split: str, where: str = 'deca
         where: Whose data these are, for messages.
     """
     domain = domain_name(domain)
-    if split_of(split) is None:
-        raise UserError(f'{where}: decathlon/{domain} has no split {split!r}; it has train, val and test')
-    split = split_of(split)
-    folder = _find_root(root, where)
-    try:
-        path = folder / 'annotations' / f'{domain}_train.json'
-        train = content = _load_json(path)
-        categories = dict(sorted((int(row['id']), str(row['name'])) for row in train['categories']))
-        path = path.with_name(f'{domain}_{split}.json')
-        if split == 'test' and not path.exists():
-            path = path.with_name(f'{domain}_test_stripped.json')
-        if split != 'train':
-            content = _load_json(path)
-        images = {int(row['id']): _inside(row['file_name']) for row in content['images']}
-        if not images:
-            raise ValueError('no images')
-        # The stripped files have no annotations, or ones without a category.
-        labelled = split != 'test' or any('category_id' in row for row in content.get('annotations', ()))
-        targets = None
-        if labelled:
-            index = {category: i for i, category in enumerate(categories)}
-            category_of = {int(row['image_id']): int(row['category_id']) for row in content['annotations']}
-            targets = [index[category_of[image]] for image in images]
-    except FileNotFoundError:
-        raise UserError(f'{where}: {path} is missing; unpack decathlon-1.0-devkit.tar.gz there') from None
-    except (KeyError, ValueError, TypeError, AttributeError) as e:
-        reason = f'{type(e).__name__}: {" ".join(str(e).split())[:120]}'
-        raise UserError(
-            f'{where}: {path} is not an annotation file of the challenge ({reason}); unpack it anew') from None
-    first = folder / next(iter(images.values()))
-    if not first.exists():
-        raise UserError(f'{where}: {first} does not exist; unpack {domain}.tar in {folder / "data"}')
-    images = {image: str(folder / name) for image, name in images.items()}
-    return DecathlonSource(domain, categories, images, targets)
+    with errors_of(where):
+        if split_of(split) is None:
+            raise UserError(f'decathlon/{domain} has no split {split!r}; it has train, val and test')
+        folder = _find_root(root)
+        categories, images, targets = _read_annotations(folder / 'annotations', domain, split_of(split))
+        paths = {image: folder / name for image, name in images.items()}
+        first = next(iter(paths.values()))
+        if not first.exists():
+            raise UserError(f'{first} does not exist; unpack {domain}.tar in {folder / "data"}')
+    return DecathlonSource(domain, categories, paths, targets)
 
 
-def open_labelled(root: Optional[str], domain: str, split: str, where: str) -> Source:
-    """As `open_domain`, for training and evaluation, which need labels.
-
-    Raises:
-        UserError: Also where the challenge keeps the labels to itself.
-    """
-    source = open_domain(root, domain, split, where)
-    if not source.labelled:
-        raise UserError(
-            f'{where}: the challenge gives no labels of decathlon/{source.domain}, split test: evaluate on val, or '
-            f'predict for its server with timm-amf decathlon submit')
-    return source
-
-
-def _find_root(root: Optional[str], where: str) -> Path:
+def _find_root(root: Optional[str]) -> Path:
     if not root:
-        raise UserError(f'{where}: no folder; give that of decathlon-1.0 with --data-dir, or path= of the component')
+        raise UserError('no folder; give that of decathlon-1.0 with --data-dir, or path= of the component')
     path = Path(root).expanduser()
     for folder in (path, path / 'decathlon-1.0'):
         if (folder / 'annotations').is_dir():
             return folder
-    raise UserError(
-        f'{where}: no folder annotations in {path}; give decathlon-1.0, the folder in decathlon-1.0-devkit.tar.gz')
+    raise UserError(f'no folder annotations in {path}; give decathlon-1.0, the folder in decathlon-1.0-devkit.tar.gz')
 
 
-def _load_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding='utf-8'))
+def _read_annotations(
+        folder: Path,
+        domain: str,
+        split: str,
+) -> tuple[dict[int, str], dict[int, str], Optional[list[int]]]:
+    """Names of the classes and of the image files by their ids, and the class index of each image if it is known."""
+    path = folder / f'{domain}_train.json'
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+        categories = dict(sorted((int(row['id']), str(row['name'])) for row in content['categories']))
+        path = folder / f'{domain}_{split}.json'
+        if split == 'test' and not path.exists():
+            path = folder / f'{domain}_test_stripped.json'
+        if split != 'train':
+            content = json.loads(path.read_text(encoding='utf-8'))
+        images = {int(row['id']): _inside(row['file_name']) for row in content['images']}
+        if not images:
+            raise ValueError('no images')
+        # The stripped files have no annotations, or ones without a category.
+        if split == 'test' and not any('category_id' in row for row in content.get('annotations', ())):
+            return categories, images, None
+        index = {category: i for i, category in enumerate(categories)}
+        category_of = {int(row['image_id']): int(row['category_id']) for row in content['annotations']}
+        return categories, images, [index[category_of[image]] for image in images]
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing; unpack decathlon-1.0-devkit.tar.gz there') from None
+    except (KeyError, ValueError, TypeError, AttributeError) as e:
+        reason = f'{type(e).__name__}: {first_line(e)[:120]}'
+        raise UserError(f'{path} is not an annotation file of the challenge ({reason}); unpack it anew') from None
 
 
 def _inside(name: str) -> str:

@@ -1,7 +1,7 @@
 """A mixture: one dataset made of named components, in which every sample knows its component."""
 import copy
 import logging
-import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
@@ -11,9 +11,9 @@ from PIL import Image
 
 from timm_amf.errors import UserError
 
-from .datasets import open_source
+from .datasets import find_split, open_source
 from .shares import Drawn, draw_splits, groups_of, splits_in_file
-from .sources import Source, read_image
+from .sources import Source, and_more, errors_of, read_image
 from .spec import SPLIT_NAMES, Component, DataSpec
 
 __all__ = ['Mixture', 'create_dataset', 'create_datasets']
@@ -87,8 +87,7 @@ class Mixture(torch.utils.data.Dataset):
         return self._sources[self._part[index]], int(self._local[index])
 
     def load(self, index: int) -> Image.Image:
-        """The image of a sample, before any transform.
-        """
+        """The image of a sample, before any transform."""
         return self.load_original(index) if self.cache is None else self.cache.load(index)
 
     def load_original(self, index: int) -> Image.Image:
@@ -105,14 +104,12 @@ class Mixture(torch.utils.data.Dataset):
         return source.signature(local)
 
     def remove(self, indices: Sequence[int]) -> None:
-        """Leave samples out; classes and their indices stay.
-        """
+        """Leave samples out; classes and their indices stay."""
         kept = np.setdiff1d(np.arange(len(self)), indices)
         self.__dict__.update(self.subset(kept).__dict__)
 
     def subset(self, indices: Sequence[int]) -> 'Mixture':
-        """Some of the samples, in the given order, with all classes.
-        """
+        """Some of the samples, in the given order, with all classes."""
         if self.cache is not None:
             raise RuntimeError('choose samples before the cache is built')
         chosen = copy.copy(self)
@@ -153,8 +150,8 @@ def create_datasets(
     Raises:
         UserError: A dataset, split or class that is missing, empty or not as the spec has it.
     """
-    opened: dict[tuple[int, str], Source] = {}
-    datasets = tuple(_create(spec, split, in_chans, class_names, opened) for split in splits)
+    parts = _Parts(spec)
+    datasets = tuple(_create(parts, split.split('+'), in_chans, class_names) for split in splits)
     for i, one in enumerate(datasets):
         for j in range(i):
             shared = one.count_shared(datasets[j])
@@ -170,113 +167,37 @@ def create_dataset(
         class_names: Optional[Sequence[str]] = None,
 ) -> Mixture:
     """Open one split of a mixture; see `create_datasets`."""
-    return _create(spec, split, in_chans, class_names, {})
+    return create_datasets(spec, (split,), in_chans, class_names)[0]
 
 
 def _create(
-        spec: DataSpec,
-        split: str,
+        parts: '_Parts',
+        splits: Sequence[str],
         in_chans: int,
         class_names: Optional[Sequence[str]],
-        opened: dict,
 ) -> Mixture:
-    splits = split.split('+')
-    all_classes = [_train_classes(spec, i, splits, opened) for i in range(len(spec.components))]
+    spec = parts.spec
+    all_classes = [parts.classes(component, splits) for component in spec.components]
     classes = [names[:c.classes] for names, c in zip(all_classes, spec.components, strict=True)]
-    own_names, class_to_component, offsets = _label_space(spec.components, classes)
-    labels = np.arange(len(own_names))
+    names, owners, offsets = _label_space(spec.components, classes)
+    labels = np.arange(len(names))
     if class_names is not None:
-        labels = _labels_by_name(own_names, class_names, spec.components, classes, offsets)
-        own_names = list(class_names)
-        owners = dict(zip(labels.tolist(), class_to_component, strict=True))
-        class_to_component = [owners.get(label, -1) for label in range(len(own_names))]
-    parts = []
-    for name in splits:
+        own = [spec.components[i].name if i >= 0 else '' for i in owners]
+        labels = _labels_by_name(names, own, class_names)
+        owner_of = dict(zip(labels.tolist(), owners, strict=True))
+        names, owners = list(class_names), [owner_of.get(label, -1) for label in range(len(class_names))]
+    chosen = []
+    for split in splits:
         for i, component in enumerate(spec.components):
-            origin = 'train' if name in spec.shares else name
-            source = _open(spec, i, origin, opened)
-            targets = _align(source, all_classes[i], component, origin)
-            if spec.shares and origin == 'train':
-                if (i, None) not in opened:
-                    opened[i, None] = _draw(spec, i, source, targets, classes[i])
-                chosen = opened[i, None].chosen[opened[i, None].splits == name]
-            else:
-                chosen = _select(targets, len(classes[i]), component, name)
-                _check_classes(targets[chosen], targets, classes[i], component, name)
-            parts.append((i, source, chosen, labels[targets[chosen] + offsets[i]]))
+            source, indices, targets = parts.choose(component, split, all_classes[i], classes[i])
+            chosen.append((i, source, indices, labels[targets + offsets[i]]))
     mode = spec.input_img_mode or {1: 'L', 4: 'RGBA'}.get(in_chans, 'RGB')
-    mixture = Mixture([c.name for c in spec.components], own_names, class_to_component, parts, input_img_mode=mode)
-    mixture.drawn = [opened[i, None] for i in range(len(spec.components)) if (i, None) in opened]
+    mixture = Mixture([c.name for c in spec.components], names, owners, chosen, input_img_mode=mode)
+    mixture.drawn = list(parts.drawn.values())
     return mixture
 
 
-def _draw(spec: DataSpec, i: int, source: Source, targets: np.ndarray, classes: list[str]) -> Drawn:
-    """The splits of the training images of a component: as a run's file has them, or by the shares."""
-    component = spec.components[i]
-    if spec.split_file:
-        chosen = np.flatnonzero((targets >= 0) & (targets < len(classes)))
-        splits = splits_in_file(spec.split_file, component.name, source, chosen)
-        chosen, splits = chosen[splits != ''], splits[splits != '']
-    else:
-        chosen = _select(targets, len(classes), component, 'train')
-        _check_classes(targets[chosen], targets, classes, component, 'train')
-        groups = groups_of(source, chosen, spec.group, f'data component {component.name!r}') if spec.group else ()
-        splits = draw_splits(source, targets, chosen, spec.shares, groups)
-        _check_drawn(spec, component, targets[chosen], splits, classes)
-    return Drawn(component.name, source, chosen, splits, [classes[target] for target in targets[chosen]])
-
-
-def _check_drawn(
-        spec: DataSpec,
-        component: Component,
-        targets: np.ndarray,
-        splits: np.ndarray,
-        classes: list[str],
-) -> None:
-    """Refuse splits without images, and tell of classes without any and of folders that are left out."""
-    where = f'data component {component.name!r}'
-    for split in spec.shares:
-        there = np.unique(targets[splits == split])
-        if not len(there):
-            groups = f' and --group {spec.group!r} makes one of each; make smaller groups' if spec.group else ''
-            raise UserError(f'{where}: no image is left for {split}: training keeps one of each class{groups}')
-        if len(there) < len(classes):
-            lacking = np.setdiff1d(np.arange(len(classes)), there)
-            _logger.warning(
-                f'{where}: {split} has no images of {len(lacking)} classes, such as {classes[lacking[0]]}, whose only '
-                f'image or group trains.')
-        own = [name for name in SPLIT_NAMES[split] if os.path.isdir(os.path.join(component.root or '', name))]
-        if own and not component.dataset:
-            _logger.warning(
-                f'{where}: {os.path.join(component.root, own[0])} is left out: --{split}-share draws {split} from the '
-                f'training images.')
-
-
-def _open(spec: DataSpec, i: int, split: str, opened: dict) -> Source:
-    if split not in ('train', 'val', 'test'):
-        raise UserError(f'data: unknown split {split!r}; there are train, val and test')
-    component = spec.components[i]
-    key = (i, component.split_name(split))
-    if key not in opened:
-        opened[key] = open_source(component, split, spec)
-    return opened[key]
-
-
-def _train_classes(spec: DataSpec, i: int, splits: Sequence[str], opened: dict) -> list[str]:
-    """The classes of a component: those of its training split, so that the indices of all splits agree."""
-    component = spec.components[i]
-    try:
-        classes = _open(spec, i, 'train', opened).classes
-    except UserError as e:
-        if 'train' in splits:
-            raise
-        source = _open(spec, i, splits[0], opened)
-        _logger.warning(f'{e}. The classes are taken from split {splits[0]!r}: {len(source.classes)}.')
-        classes = source.classes
-    if component.classes is not None and component.classes > len(classes):
-        raise UserError(
-            f'data component {component.name!r}: classes={component.classes}, but there are only {len(classes)}')
-    return classes
+# ---- the classes of all components
 
 
 def _label_space(
@@ -288,55 +209,125 @@ def _label_space(
     for component, names in zip(components, classes, strict=True):
         offsets.append(end if component.class_offset is None else component.class_offset)
         end = max(end, offsets[-1] + len(names))
-    owners: list[list[int]] = [[] for _ in range(end)]
-    for i, names in enumerate(classes):
-        for index in range(offsets[i], offsets[i] + len(names)):
-            if owners[index] and offsets[owners[index][0]] != offsets[i]:
-                other = components[owners[index][0]]
-                raise UserError(
-                    f'data: the classes of {components[i].name!r} (offset {offsets[i]}) overlap those of '
-                    f'{other.name!r} (offset {offsets[owners[index][0]]}); give the same class_offset to share '
-                    f'labels, or none')
-            owners[index].append(i)
-    if [] in owners:
-        raise UserError(f'data: no component has class {owners.index([])}; leave class_offset out to close the gap')
-    plain = [classes[o[0]][index - offsets[o[0]]] for index, o in enumerate(owners)]
-    class_names = [
-        f'{components[o[0]].name}/{name}' if plain.count(name) > 1 else name
-        for name, o in zip(plain, owners, strict=True)]
-    return class_names, [o[0] if len(o) == 1 else -1 for o in owners], offsets
+    plain, owners = [], []
+    for index in range(end):
+        own = [i for i, names in enumerate(classes) if offsets[i] <= index < offsets[i] + len(names)]
+        if not own:
+            raise UserError(f'data: no component has class {index}; leave class_offset out to close the gap')
+        one, two = own[0], max(own, key=lambda i: offsets[i] != offsets[own[0]])
+        if offsets[one] != offsets[two]:
+            raise UserError(
+                f'data: the classes of {components[two].name!r} (offset {offsets[two]}) overlap those of '
+                f'{components[one].name!r} (offset {offsets[one]}); give the same class_offset to share labels, or '
+                f'none')
+        plain.append(classes[one][index - offsets[one]])
+        owners.append(own)
+    count = Counter(plain)
+    names = [
+        f'{components[own[0]].name}/{name}' if count[name] > 1 else name
+        for name, own in zip(plain, owners, strict=True)]
+    return names, [own[0] if len(own) == 1 else -1 for own in owners], offsets
 
 
-def _labels_by_name(
-        own_names: Sequence[str],
-        class_names: Sequence[str],
-        components: Sequence[Component],
-        classes: Sequence[list[str]],
-        offsets: Sequence[int],
-) -> np.ndarray:
+def _labels_by_name(names: Sequence[str], components: Sequence[str], class_names: Sequence[str]) -> np.ndarray:
     """The output of a model for each class of the data, by its name, with or without that of its component before it.
 
-    Raises:
-        UserError: The model has no such class.
+    Args:
+        names: Of the classes of the data.
+        components: Name of the component of each, '' where several share it.
+        class_names: Of the outputs.
     """
     index = {name: i for i, name in enumerate(class_names)}
-    labels = [index.get(name, -1) for name in own_names]
-    for component, names, offset in zip(components, classes, offsets, strict=True):
-        for i, name in enumerate(names, start=offset):
-            labels[i] = index.get(f'{component.name}/{name}', index.get(name, -1)) if labels[i] < 0 else labels[i]
-    unknown = [name for name, label in zip(own_names, labels, strict=True) if label < 0]
+    labels, unknown = [], []
+    for name, component in zip(names, components, strict=True):
+        known = [c for c in (name, f'{component}/{name}', name.removeprefix(f'{component}/')) if c in index]
+        labels += [index[known[0]]] if known else []
+        unknown += [] if known else [name]
     if unknown:
-        more = f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''
-        known = ', '.join(class_names[:5]) + (', ...' if len(class_names) > 5 else '')
         raise UserError(
-            f'data: class {unknown[0]!r}{more} is not among the {len(class_names)} classes of the model ({known}); '
-            f'rename its folder or leave it out')
+            f'data: class {and_more(unknown)} is not among the {len(class_names)} classes of the model '
+            f'({_first_five(class_names)}); rename its folder or leave it out')
     absent = sorted(set(class_names) - {class_names[label] for label in labels})
     if absent:
         _logger.warning(
             f'data: {len(absent)} of the {len(class_names)} classes of the model are not there '
-            f'({", ".join(absent[:5])}{", ..." if len(absent) > 5 else ""}).')
+            f'({_first_five(absent)}).')
     return np.array(labels)
+
+
+def _first_five(names: Sequence[str]) -> str:
+    return ', '.join([*names[:5], *(['...'] if len(names) > 5 else [])])
+
+
+# ---- the images of one component
+
+
+class _Parts:
+    """The splits of the components, each opened once, and drawn once where the spec has shares."""
+
+    def __init__(self, spec: DataSpec):
+        self.spec = spec
+        self.drawn: dict[str, Drawn] = {}
+        self._opened: dict[tuple[str, str], Source] = {}
+
+    def open(self, component: Component, split: str) -> Source:
+        if split not in SPLIT_NAMES:
+            raise UserError(f'data: unknown split {split!r}; there are train, val and test')
+        key = component.name, component.split_name(split)
+        if key not in self._opened:
+            self._opened[key] = open_source(component, split, self.spec)
+        return self._opened[key]
+
+    def classes(self, component: Component, splits: Sequence[str]) -> list[str]:
+        """The classes of a component: those of its training split, so that the indices of all splits agree."""
+        try:
+            classes = self.open(component, 'train').classes
+        except UserError as e:
+            if 'train' in splits:
+                raise
+            classes = self.open(component, splits[0]).classes
+            _logger.warning(f'{e}. The classes are taken from split {splits[0]!r}: {len(classes)}.')
+        if component.classes is not None and component.classes > len(classes):
+            raise UserError(
+                f'data component {component.name!r}: classes={component.classes}, but there are only {len(classes)}')
+        return classes
+
+    def choose(
+            self,
+            component: Component,
+            split: str,
+            all_classes: list[str],
+            classes: list[str],
+    ) -> tuple[Source, np.ndarray, np.ndarray]:
+        """The source of a split, and indices and targets of the images in it that the mixture takes."""
+        origin = 'train' if split in self.spec.shares else split
+        source = self.open(component, origin)
+        targets = _align(source, all_classes, component, origin)
+        if not (self.spec.shares and origin == 'train'):
+            indices = _select(targets, classes, component, split)
+        else:
+            if component.name not in self.drawn:
+                self.drawn[component.name] = self._draw(component, source, targets, classes)
+            drawn = self.drawn[component.name]
+            indices = drawn.chosen[drawn.splits == split]
+        return source, indices, targets[indices]
+
+    def _draw(self, component: Component, source: Source, targets: np.ndarray, classes: list[str]) -> Drawn:
+        """The splits of the training images: as a run's file has them, or by the shares."""
+        spec, where = self.spec, f'data component {component.name!r}'
+        if spec.split_file:
+            chosen = np.flatnonzero((targets >= 0) & (targets < len(classes)))
+            splits = splits_in_file(spec.split_file, component.name, source, chosen)
+            chosen, splits = chosen[splits != ''], splits[splits != '']
+        else:
+            chosen = _select(targets, classes, component, 'train')
+            with errors_of(where):
+                groups = groups_of(source, chosen, spec.group, where) if spec.group else ()
+                splits = draw_splits(source, targets, chosen, spec.shares, groups)
+                for split in spec.shares:
+                    lacking = np.setdiff1d(np.arange(len(classes)), targets[chosen[splits == split]])
+                    _check_drawn(component, split, [classes[i] for i in lacking], len(classes), spec.group)
+        return Drawn(component.name, source, chosen, splits, [classes[target] for target in targets[chosen]])
 
 
 def _align(source: Source, classes: list[str], component: Component, split: str) -> np.ndarray:
@@ -346,49 +337,54 @@ def _align(source: Source, classes: list[str], component: Component, split: str)
     """
     if source.classes == classes:
         return source.targets
-    unknown = [name for name in source.classes if name not in set(classes)]
-    if unknown:
-        more = f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''
-        raise UserError(
-            f'data component {component.name!r}: split {split!r} has class {unknown[0]!r}{more} that train lacks; '
-            f'add it to train or remove it')
     index = {name: i for i, name in enumerate(classes)}
+    unknown = [name for name in source.classes if name not in index]
+    if unknown:
+        raise UserError(
+            f'data component {component.name!r}: split {split!r} has class {and_more(unknown)} that train lacks; add '
+            f'it to train or remove it')
     return np.array([index[name] for name in source.classes], dtype=np.int64)[source.targets]
 
 
-def _select(targets: np.ndarray, num_classes: int, component: Component, split: str) -> np.ndarray:
+def _select(targets: np.ndarray, classes: list[str], component: Component, split: str) -> np.ndarray:
     """Indices, in order, of the chosen images of each class: those after `skip`, up to `per_class`."""
     skip, number = component.limit(split)
     order = np.argsort(targets, kind='stable')
     starts = np.searchsorted(targets[order], targets[order])  # where the class of each begins
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order)) - starts
-    keep = (targets >= 0) & (targets < num_classes) & (rank >= skip)
-    if number is not None:
-        keep &= rank < skip + number
-    return np.flatnonzero(keep)
+    known = (targets >= 0) & (targets < len(classes))
+    keep = known & (rank >= skip) & (rank < (np.inf if number is None else skip + number))
 
-
-def _check_classes(
-        chosen: np.ndarray,
-        available: np.ndarray,
-        classes: list[str],
-        component: Component,
-        split: str,
-) -> None:
-    counts = np.bincount(chosen, minlength=len(classes))
-    present = np.bincount(available, minlength=len(classes))[:len(classes)]
     where = f'data component {component.name!r}, split {split!r}'
-    skip, number = component.limit(split)
+    counts, present = (np.bincount(targets[mask], minlength=len(classes)) for mask in (keep, known))
     empty = np.flatnonzero((counts == 0) & ((present > 0) | (split == 'train')))
     if len(empty):
         reason = f' after skip={skip} of its {present[empty[0]]}' if present[empty[0]] else ''
-        more = f' and {len(empty) - 1} more classes' if len(empty) > 1 else ''
-        raise UserError(f'{where}: no images of class {classes[empty[0]]!r}{more}{reason}; add images or leave it out')
-    if (counts == 0).any():
-        absent = [classes[i] for i in np.flatnonzero(counts == 0)]
-        _logger.warning(f'{where}: no images of {len(absent)} of {len(classes)} classes ({", ".join(absent[:5])}).')
-    if number is not None and (counts < number).any():
-        few = np.flatnonzero(counts < number)
+        raise UserError(
+            f'{where}: no images of class {and_more([classes[i] for i in empty])}{reason}; add images or leave it out')
+    absent, few = (np.flatnonzero(counts < least) for least in (1, number or 0))
+    if len(absent):
+        _logger.warning(
+            f'{where}: no images of {len(absent)} of {len(classes)} classes '
+            f'({_first_five([classes[i] for i in absent])}).')
+    if len(few):
+        fewest = few[counts[few].argmin()]
         _logger.warning(f'{where}: {len(few)} classes have fewer than per_class={number} images (the fewest: '
-                        f'{counts[few].min()}, {classes[few[counts[few].argmin()]]!r}).')
+                        f'{counts[fewest]}, {classes[fewest]!r}).')
+    return np.flatnonzero(keep)
+
+
+def _check_drawn(component: Component, split: str, lacking: list[str], number: int, group: Optional[str]) -> None:
+    """Refuse a split without images, and tell of classes without any and of a folder that is left out."""
+    if len(lacking) == number:
+        groups = f' and --group {group!r} makes one of each; make smaller groups' if group else ''
+        raise UserError(f'no image is left for {split}: training keeps one of each class{groups}')
+    where = f'data component {component.name!r}'
+    if lacking:
+        _logger.warning(
+            f'{where}: {split} has no images of {len(lacking)} classes, such as {lacking[0]}, whose only image or '
+            f'group trains.')
+    own = None if component.dataset else find_split(component.root or '', split)
+    if own:
+        _logger.warning(f'{where}: {own} is left out: --{split}-share draws {split} from the training images.')

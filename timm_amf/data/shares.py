@@ -15,7 +15,7 @@ import numpy as np
 from timm_amf.errors import UserError
 from timm_amf.files import write_text
 
-from .sources import FileSource, Source
+from .sources import Source
 from .table import read_table
 
 __all__ = ['Drawn', 'OtherImages', 'draw_splits', 'groups_of', 'splits_in_file', 'write_splits']
@@ -63,16 +63,13 @@ def draw_splits(
         members.setdefault((groups[i],) if groups and groups[i] else own, []).append(i)
     order = sorted(members, key=lambda key: hashlib.sha256(key[0].encode('utf-8', 'surrogateescape')).hexdigest())
     counts = {key: Counter(labels[i] for i in members[key]) for key in order}
-    of_class: dict[int, list[tuple]] = {}
-    for key in order:
-        for label in counts[key]:
-            of_class.setdefault(label, []).append(key)
     total, left = Counter(labels), Counter(labels)
     splits = np.full(len(labels), 'train', dtype=object)
+
     def free(key: tuple) -> bool:
         return splits[members[key][0]] == 'train' and all(left[label] > n for label, n in counts[key].items())
 
-    def take(key: tuple, split: str, need: Counter) -> None:
+    def take(key: tuple, split: str) -> None:
         splits[members[key]] = split
         left.subtract(counts[key])
         need.subtract(counts[key])
@@ -82,34 +79,36 @@ def draw_splits(
         need = Counter(wanted)
         for key in order:
             if sum(abs(need[label] - n) - abs(need[label]) for label, n in counts[key].items()) < 0 and free(key):
-                take(key, split, need)
+                take(key, split)
         for label in sorted(wanted):  # of a class whose groups are all larger than twice its share, the smallest
             if need[label] == wanted[label] > 0:
-                fitting = [key for key in of_class[label] if free(key)]
+                fitting = [key for key in order if label in counts[key] and free(key)]
                 if fitting:
-                    take(min(fitting, key=lambda key: len(members[key])), split, need)
+                    take(min(fitting, key=lambda key: len(members[key])), split)
     return splits
 
 
 def groups_of(source: Source, chosen: np.ndarray, group: str, where: str) -> list[str]:
     """Group of each chosen image: its text in a column of the table, or what a regular expression finds in its path.
 
-    Raises:
-        UserError: If there is no such column, and it is no regular expression with one group.
+    Args:
+        source: Where the images are.
+        chosen: Indices of the images.
+        group: Name of the column, or the regular expression, which has one group.
+        where: Whose images they are, for the warning.
     """
-    if isinstance(source, FileSource) and group.strip().lower() in source.columns:
-        column = source.columns[group.strip().lower()]
-        found = [column[index] for index in chosen.tolist()]
+    columns = getattr(source, 'columns', {})
+    if group.strip().lower() in columns:
+        found = [columns[group.strip().lower()][index] for index in chosen.tolist()]
     else:
         try:
             pattern = re.compile(group)
         except re.error as e:
-            raise UserError(f'{where}: --group {group!r} is no regular expression ({e})') from None
+            raise UserError(f'--group {group!r} is no regular expression ({e})') from None
         if pattern.groups != 1:
-            there = ', '.join(source.columns) if isinstance(source, FileSource) and source.columns else 'none'
             raise UserError(
-                f'{where}: --group {group!r} is no column of a table (there: {there}), and no regular expression with '
-                f"one group, such as '(clip\\d+)_'")
+                f'--group {group!r} is no column of a table (there: {", ".join(columns) or "none"}), and no regular '
+                f"expression with one group, such as '(clip\\d+)_'")
         matches = [pattern.search(source.relative_name(index)) for index in chosen.tolist()]
         found = [match[1] or '' if match else '' for match in matches]
     alone = [index for index, name in zip(chosen.tolist(), found) if not name]
@@ -138,22 +137,19 @@ def splits_in_file(path: str, component: str, source: Source, chosen: np.ndarray
     """The split that a file of `write_splits` has each chosen image in, '' where it has not.
 
     Raises:
-        UserError: If the file cannot be read, or none of its images is there (`OtherImages`).
+        OtherImages: If none of its images is there.
     """
-    columns = read_table(path, path)
+    columns = read_table(path)
     if not {'split', 'path', 'label'} <= set(columns):
         raise UserError(f'{path}: is damaged (no columns split, path, label); remove it to draw the splits anew')
     owners = columns.get('component') or [component] * len(columns['path'])
     rows = zip(columns['path'], columns['split'], owners)
     listed = {name: split for name, split, owner in rows if owner == component}
     names = [source.relative_name(index).strip() for index in chosen.tolist()]
-    missing = set(listed) - set(names)
+    missing, whose = set(listed) - set(names), f'of its {len(listed)} images of component {component!r}'
     if len(missing) == len(listed):
         raise OtherImages(
-            f'{path}: none of its {len(listed)} images of component {component!r} is there; give the folder that the '
-            f'run was trained on, or a copy of it')
+            f'{path}: none {whose} is there; give the folder that the run was trained on, or a copy of it')
     if missing:
-        _logger.warning(
-            f'{path}: {len(missing)} of its {len(listed)} images of component {component!r} are gone, such as '
-            f'{min(missing)}.')
+        _logger.warning(f'{path}: {len(missing)} {whose} are gone, such as {min(missing)}.')
     return np.array([listed.get(name, '') for name in names], dtype=object)

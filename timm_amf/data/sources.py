@@ -1,8 +1,9 @@
 """One split of one dataset as classes, targets and files, in the dataset's own order."""
+import contextlib
 import io
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Optional
 
 import numpy as np
@@ -14,8 +15,8 @@ from timm_amf.errors import UserError
 from .spec import Component
 
 __all__ = [
-    'ArraySource', 'FileSource', 'ReaderSource', 'Source', 'as_shown', 'class_index', 'class_names', 'first_line',
-    'read_image', 'why_unreadable',
+    'ArraySource', 'FileSource', 'ReaderSource', 'Source', 'and_more', 'as_shown', 'class_index', 'class_names',
+    'errors_of', 'first_line', 'read_image', 'why_unreadable',
 ]
 
 
@@ -25,14 +26,18 @@ class Source:
     Attributes:
         classes: Names of the classes, in the dataset's own order.
         targets: Class of each sample, (N,) int64.
+        name: What messages call the dataset.
+        version: Changes when the images change.
         in_memory: The images are held decoded, so there is nothing to check or to cache.
     """
     in_memory = False
 
-    def __init__(self, classes: list[str], targets: Any):
+    def __init__(self, classes: Iterable[Any], targets: Any, name: str = '', version: str = ''):
         # A file system may keep an accented letter in one character or in two: macOS does the latter.
-        self.classes = [unicodedata.normalize('NFC', str(name)) for name in classes]
+        self.classes = [unicodedata.normalize('NFC', str(label)) for label in classes]
         self.targets = np.asarray(targets, dtype=np.int64)
+        self.name = name
+        self.version = version
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -47,7 +52,7 @@ class Source:
             return as_shown(Image.open(file), mode)
 
     def filename(self, index: int) -> str:
-        raise NotImplementedError
+        return f'{self.name}[{index}]'
 
     def relative_name(self, index: int) -> str:
         """The file name from the dataset's folder on, with `/`: the same wherever the folder lies."""
@@ -55,7 +60,7 @@ class Source:
 
     def signature(self, index: int) -> str:
         """Changes when the image changes: what a cache is keyed by."""
-        raise NotImplementedError
+        return f'{self.name}\0{self.version}\0{index}'
 
 
 class FileSource(Source):
@@ -68,17 +73,16 @@ class FileSource(Source):
 
     def __init__(
             self,
-            classes: list[str],
+            classes: Iterable[Any],
             targets: Any,
-            paths: list[str],
+            paths: Iterable[Any],
             root: str = '',
             columns: Optional[dict[str, list[str]]] = None,
     ):
         super().__init__(classes, targets)
-        self.paths = paths
-        self.root = root
+        self.paths = list(map(str, paths))
+        self.root = root and os.path.join(os.path.abspath(root), '')
         self.columns = columns or {}
-        self._relative_folders: dict[str, str] = {}
 
     def open(self, index: int) -> BinaryIO:
         path = self.paths[index]
@@ -87,15 +91,11 @@ class FileSource(Source):
         return open(path, 'rb')
 
     def filename(self, index: int) -> str:
-        return str(self.paths[index])
+        return self.paths[index]
 
     def relative_name(self, index: int) -> str:
-        folder, name = os.path.split(self.paths[index])
-        if folder not in self._relative_folders:
-            inside = os.path.relpath(folder, self.root or os.curdir).replace(os.sep, '/')
-            outside = not self.root or inside.split('/')[0] == '..'
-            self._relative_folders[folder] = os.path.abspath(folder) if outside else inside
-        return name if self._relative_folders[folder] == '.' else f'{self._relative_folders[folder]}/{name}'
+        path = os.path.abspath(self.paths[index])
+        return path.removeprefix(self.root).replace(os.sep, '/')
 
     def signature(self, index: int) -> str:
         path = self.paths[index]
@@ -110,31 +110,22 @@ class ArraySource(Source):
     """Images in memory: a torchvision dataset of arrays, or a list of Pillow images."""
     in_memory = True
 
-    def __init__(self, classes: list[str], targets: Any, images: Any, name: str):
-        super().__init__(classes, targets)
+    def __init__(self, classes: Iterable[Any], targets: Any, images: Any, name: str):
+        super().__init__(classes, targets, name)
         self.images = images
-        self.name = name
 
     def load(self, index: int, mode: Optional[str]) -> Image.Image:
         image = self.images[index]
         image = image[0] if isinstance(image, tuple) else image
         return image.convert(mode) if mode else image
 
-    def filename(self, index: int) -> str:
-        return f'{self.name}[{index}]'
-
-    def signature(self, index: int) -> str:
-        return self.filename(index)
-
 
 class ReaderSource(Source):
     """Images behind one of timm's map-style readers (`hfds/`, tar files)."""
 
-    def __init__(self, classes: list[str], targets: Any, reader: Any, name: str, version: str):
-        super().__init__(classes, targets)
+    def __init__(self, classes: Iterable[Any], targets: Any, reader: Any, name: str, version: str):
+        super().__init__(classes, targets, name, version)
         self.reader = reader
-        self.name = name
-        self.version = version
 
     def open(self, index: int) -> BinaryIO:
         file = self.reader[index][0]
@@ -146,8 +137,8 @@ class ReaderSource(Source):
     def relative_name(self, index: int) -> str:
         return f'{os.path.basename(self.name)}[{index}]'
 
-    def signature(self, index: int) -> str:
-        return f'{self.name}\0{self.version}\0{index}'
+
+# ---- images
 
 
 def read_image(source: Source, index: int, mode: Optional[str]) -> Image.Image:
@@ -156,38 +147,15 @@ def read_image(source: Source, index: int, mode: Optional[str]) -> Image.Image:
         return source.load(index, mode)
     except Exception as e:  # Pillow's plugins raise whatever they like
         raise UserError(
-            f'cannot read image {source.filename(index)} ({_reason(e)}); mend or remove it, or go on without such '
-            f'images with --skip-bad-images') from e
+            f'cannot read image {source.filename(index)} ({why_unreadable(e)}); mend or remove it, or go on without '
+            f'such images with --skip-bad-images') from e
 
 
-def why_unreadable(source: Source, index: int, mode: Optional[str]) -> str:
-    """What `read_image` says is wrong with an image, in a few words."""
-    try:
-        source.load(index, mode)
-    except Exception as e:
-        return _reason(e)
-    return 'it was not there or not whole'  # and is now
-
-
-def _reason(error: Exception) -> str:
+def why_unreadable(error: BaseException) -> str:
+    """What an exception of reading an image says is wrong with it, in a few words."""
+    if isinstance(error, FileNotFoundError):
+        return 'no such file'
     return 'not an image' if isinstance(error, UnidentifiedImageError) else first_line(error)
-
-
-def class_index(names: Iterable[str], component: Component, folder: str) -> dict[str, int]:
-    """The index of each class: as the component's class map has it, else in timm's natural order of the names."""
-    from timm.data.readers.class_map import load_class_map
-    if component.class_map:
-        return {unicodedata.normalize('NFC', str(k)): v for k, v in load_class_map(component.class_map, folder).items()}
-    # timm leaves names that are equal but for their case in the order of a set; settled by the name, runs agree.
-    return {name: i for i, name in enumerate(sorted(names, key=lambda name: (natural_key(name), name)))}
-
-
-def class_names(class_to_idx: dict) -> list[str]:
-    """Class names by index; a class map may give several names one index, or leave an index without a name."""
-    names: list[str] = [''] * (max(class_to_idx.values()) + 1)
-    for name, index in class_to_idx.items():
-        names[index] = names[index] or str(name)
-    return [name or f'class {index}' for index, name in enumerate(names)]
 
 
 def as_shown(image: Image.Image, mode: Optional[str]) -> Image.Image:
@@ -210,13 +178,47 @@ def as_shown(image: Image.Image, mode: Optional[str]) -> Image.Image:
         image = Image.fromarray((values >> 8 if deep else values).astype(np.uint8))
     elif image.mode == 'F':
         raise OSError('pixels in floating point, whose range is not known; convert it to 8 or 16 bits')
-    if mode is not None and 'A' not in mode and image.has_transparency_data:
+    if mode is None:
+        image.load()
+        return image
+    if 'A' not in mode and image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    if mode is not None:
-        return image.convert(mode)
-    image.load()
-    return image
+    return image.convert(mode)
+
+
+# ---- classes and messages
+
+
+def class_index(names: Iterable[str], component: Component, folder: str) -> dict[str, int]:
+    """The index of each class: as the component's class map has it, else in timm's natural order of the names."""
+    from timm.data.readers.class_map import load_class_map
+    if component.class_map:
+        return {unicodedata.normalize('NFC', str(k)): v for k, v in load_class_map(component.class_map, folder).items()}
+    # timm leaves names that are equal but for their case in the order of a set; settled by the name, runs agree.
+    return {name: i for i, name in enumerate(sorted(names, key=lambda name: (natural_key(name), name)))}
+
+
+def class_names(class_to_idx: dict) -> list[str]:
+    """Class names by index; a class map may give several names one index, or leave an index without a name."""
+    names = {index: str(name) for name, index in reversed(class_to_idx.items())}
+    return [names.get(index, f'class {index}') for index in range(max(names) + 1)]
+
+
+@contextlib.contextmanager
+def errors_of(where: str) -> Iterator[None]:
+    """Around what reads data: messages begin with whose they are."""
+    try:
+        yield
+    except UserError as e:
+        raise type(e)(f'{where}: {e}') from e
+    except ImportError as e:
+        raise UserError(f'{where}: needs {e.name}; pip install {e.name}') from e
+
+
+def and_more(names: Sequence[Any]) -> str:
+    """The first of the names, and how many there are beside it."""
+    return f'{names[0]!r} and {len(names) - 1} more' if len(names) > 1 else f'{names[0]!r}'
 
 
 def first_line(error: BaseException) -> str:

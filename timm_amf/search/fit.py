@@ -28,8 +28,7 @@ from typing import Any, Optional, Union
 from torch import nn
 
 from timm_amf.data import create_datasets, data_spec_from_args, splits_from_args
-from timm_amf.data.spec import DEFAULT_SPLITS, SPLIT_NAMES
-from timm_amf.data.table import is_table, read_table
+from timm_amf.data.datasets import lacks_split
 from timm_amf.engine.build import input_channels
 from timm_amf.engine.checkpoint import read_state
 from timm_amf.engine.options import build_parser, parse_args
@@ -244,7 +243,9 @@ def complete(words: Sequence[str], data: Optional[Mapping] = None) -> list[str]:
     given = parse_args([*words, '--epochs', '1'], data)
     if given.val_share is None and not given.recipe.get('data'):
         # Groups are of the shares, which are not known yet.
-        if _unsplit(data_spec_from_args(argparse.Namespace(**{**vars(given), 'group': None}))):
+        spec = data_spec_from_args(argparse.Namespace(**{**vars(given), 'group': None}))
+        roots = [c.root or '' for c in spec.components if not c.dataset and not c.splits]
+        if roots and all(lacks_split(root, 'val') for root in roots):
             words += ['--val-share', '0.2']
             given.val_share = 0.2
     train = create_datasets(
@@ -263,14 +264,6 @@ def complete(words: Sequence[str], data: Optional[Mapping] = None) -> list[str]:
     if not plain.initial_checkpoint and not plain.pretrained:
         words.append('--pretrained')
     return words
-
-
-def _unsplit(spec) -> bool:
-    roots = [os.path.expanduser(c.root or '') for c in spec.components if not c.dataset and not c.splits]
-    names = {*SPLIT_NAMES['val'], DEFAULT_SPLITS['val']}
-    return bool(roots) and all(
-        'split' not in read_table(root, root) if is_table(root) else
-        os.path.isdir(root) and not any(os.path.exists(os.path.join(root, name)) for name in names) for root in roots)
 
 
 def epochs_within(words: Sequence[str], pilots: float = 1.) -> int:
