@@ -49,7 +49,7 @@ def test_the_cache_holds_shrunk_images(dataset, tmp_path, workers):
 def test_it_is_found_again_until_a_file_changes(dataset, tmp_path, save, monkeypatch):
     first = build_cache(dataset, 32, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module, '_Shrunk', lambda *args: pytest.fail('built again'))
+        patch.setattr(cache_module, '_shrunk', lambda *args, **kwargs: pytest.fail('built again'))
         assert build_cache(again(dataset), 32, tmp_path).folder == first.folder
     assert build_cache(again(dataset), 16, tmp_path).folder != first.folder
     save(Path(dataset.filename(0)), (60, 40), seed=99)

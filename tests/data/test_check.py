@@ -67,7 +67,7 @@ def test_a_class_with_no_other_images_is_an_error(damaged, tmp_path):
 def test_what_was_found_is_remembered_until_a_file_changes(damaged, tmp_path, monkeypatch):
     first = check_images(open_folder(damaged), True, tmp_path / 'cache')
     with monkeypatch.context() as patch:
-        patch.setattr(check_module, '_Readable', lambda data: pytest.fail('checked again'))
+        patch.setattr(check_module, '_read', lambda *args: pytest.fail('checked again'))
         assert check_images(open_folder(damaged), True, tmp_path / 'cache') == first
     (damaged / 'a' / '0.jpg').write_bytes((damaged / 'a' / '2.jpg').read_bytes())
     assert len(check_images(open_folder(damaged), True, tmp_path / 'cache')) == 4

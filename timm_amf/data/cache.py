@@ -7,7 +7,8 @@ they would be anyway. Images that are smaller are kept as they are; nothing is e
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -103,10 +104,9 @@ def build_cache(
 
     def write(path: Path) -> None:
         _logger.info(f'Building the image cache of {len(dataset)} images in {folder}.')
-        shapes = []
+        shrink, shapes = partial(_shrunk, dataset, short_side, str_to_interp_mode(interpolation)), []
         with open(path / 'pixels.bin', 'wb') as file:
-            samples = _Shrunk(dataset, short_side, interpolation)
-            for array in map_samples(samples, workers, 'Caching images', progress):
+            for array in map_images(shrink, len(dataset), workers, 'Caching images', progress):
                 if isinstance(array, str):
                     raise UserError(array)
                 file.write(array)
@@ -118,6 +118,17 @@ def build_cache(
     return dataset.cache
 
 
+def _shrunk(dataset: Mixture, short_side: int, interpolation: Any, index: int) -> Union[np.ndarray, str]:
+    """Pixels of an image, shrunk; or the message of the error, which shows no traceback from a worker."""
+    try:
+        image = dataset.load_original(index)
+    except UserError as e:
+        return str(e)
+    if min(image.size) > short_side:
+        image = functional.resize(image, short_side, interpolation=interpolation)
+    return np.array(image)
+
+
 def fingerprint(dataset: Mixture, purpose: str) -> str:
     """Changes when an image, the choice of images, or the purpose changes."""
     digest = hashlib.sha256(purpose.encode())
@@ -126,33 +137,23 @@ def fingerprint(dataset: Mixture, purpose: str) -> str:
     return digest.hexdigest()[:24]
 
 
-class _Shrunk(torch.utils.data.Dataset):
-    """Pixels of each image, shrunk; or the message of the error."""
-
-    def __init__(self, dataset: Mixture, short_side: int, interpolation: str):
-        self.dataset = dataset
-        self.short_side = short_side
-        self.interpolation = str_to_interp_mode(interpolation)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Union[np.ndarray, str]:
-        try:
-            image = self.dataset.load_original(index)
-        except UserError as e:
-            return str(e)
-        if min(image.size) > self.short_side:
-            image = functional.resize(image, self.short_side, interpolation=self.interpolation)
-        return np.array(image)
-
-
-def map_samples(dataset: torch.utils.data.Dataset, workers: int, description: str, progress: bool) -> Iterable[Any]:
-    """The items of a dataset in order, made by worker processes, with a bar when on a terminal."""
+def map_images(
+        function: Callable[[int], Any],
+        number: int,
+        workers: int,
+        description: str,
+        progress: bool,
+) -> Iterator[Any]:
+    """What a function gives for the indices of images, in order, by worker processes, with a bar on a terminal."""
     from tqdm import tqdm
     loader = torch.utils.data.DataLoader(
-        dataset, batch_size=_CHUNK, num_workers=workers, collate_fn=list, generator=torch.Generator())
-    with tqdm(total=len(dataset), desc=description, unit='img', disable=None if progress else True) as bar:
+        range(number), batch_size=_CHUNK, num_workers=workers, collate_fn=partial(_each, function),
+        generator=torch.Generator())
+    with tqdm(total=number, desc=description, unit='img', disable=None if progress else True) as bar:
         for chunk in loader:
             yield from chunk
             bar.update(len(chunk))
+
+
+def _each(function: Callable[[int], Any], indices: Sequence[int]) -> list:
+    return [function(index) for index in indices]

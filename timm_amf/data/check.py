@@ -5,25 +5,24 @@ import io
 import json
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
 
 import numpy as np
-import torch.utils.data
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from timm_amf.errors import UserError
 from timm_amf.files import write_text
 
-from .cache import fingerprint, map_samples
+from .cache import fingerprint, map_images
 from .mixture import Mixture
-from .sources import as_shown
+from .sources import as_shown, why_unreadable
 from .storage import cache_folder
 
 __all__ = ['BadImage', 'check_images', 'warn_of_copies']
 
 _logger = logging.getLogger(__name__)
-_SHOWN = 10
 
 
 class BadImage(NamedTuple):
@@ -60,8 +59,8 @@ def check_images(
     bad = [BadImage(dataset.filename(index), reason) for index, reason in reasons.items()]
     if not bad:
         return bad
-    shown = '; '.join(f'{image.filename} ({image.reason})' for image in bad[:_SHOWN])
-    more = f' and {len(bad) - _SHOWN} more' if len(bad) > _SHOWN else ''
+    shown = '; '.join(f'{image.filename} ({image.reason})' for image in bad[:10])
+    more = f' and {len(bad) - 10} more' if len(bad) > 10 else ''
     found = f'{len(bad)} of {len(dataset)} images cannot be read: {shown}{more}'
     if not skip_bad:
         raise UserError(f'{found}; mend or remove them, or go on without them with --skip-bad-images')
@@ -86,17 +85,15 @@ def warn_of_copies(train: Mixture, others: Mapping[str, Mixture]) -> None:
         if train.hashes is None or other.hashes is None or train.count_shared(other):
             continue
         equal, alike = (np.isin(other.hashes[:, i], train.hashes[:, i]) & (other.hashes[:, i] != 0) for i in (0, 1))
-        alike &= ~equal
-        if not (equal | alike).any():
-            continue
-        counts = [f'{what} ({n.sum()})' for n, what in (
-            (equal, 'copies of training images'), (alike, 'images that look like one of training')) if n.any()]
-        found.append(f'{name} has {" and ".join(counts)}')
-        if not example:
-            column = 0 if equal.any() else 1
-            index = int(np.flatnonzero((equal, alike)[column])[0])
-            twin = int(np.flatnonzero(train.hashes[:, column] == other.hashes[index, column])[0])
-            example = f'{other.filename(index)} and {train.filename(twin)}'
+        counts = []
+        for column, (copies, what) in enumerate((
+                (equal, 'copies of training images'), (alike & ~equal, 'images that look like one of training'))):
+            if copies.any():
+                counts.append(f'{what} ({copies.sum()})')
+                index = int(np.flatnonzero(copies)[0])
+                twin = int(np.flatnonzero(train.hashes[:, column] == other.hashes[index, column])[0])
+                example = example or f'{other.filename(index)} and {train.filename(twin)}'
+        found += [f'{name} has {" and ".join(counts)}'] if counts else []
     if found:
         _logger.warning(
             f'data: {"; ".join(found)}, such as {example}: an accuracy on them is too high; remove them, or keep '
@@ -109,16 +106,15 @@ def _remembered(
         workers: int,
         progress: bool,
 ) -> tuple[dict[int, str], list]:
-    """Reason by index of the bad images, and the hashes of all, from an earlier check of the same files if there was
-    one.
+    """Reason by index of the bad images, and the hashes of all; from an earlier check, if the files have still the same
+    names, sizes and times.
     """
-    # Named by the files' names, sizes and times.
     name = fingerprint(dataset, f'check 3 {dataset.input_img_mode}')
     path = cache_folder(cache_dir, f'checked-{name}') / 'images.json'
     with contextlib.suppress(OSError, ValueError):
         state = json.loads(path.read_text(encoding='utf-8'))
         return {int(k): v for k, v in state['bad'].items()}, state['hashes']
-    results = list(map_samples(_Readable(dataset), workers, 'Checking images', progress))
+    results = list(map_images(partial(_read, dataset), len(dataset), workers, 'Checking images', progress))
     bad = {index: reason for index, (reason, _) in enumerate(results) if reason}
     hashes = [pair for _, pair in results]
     try:
@@ -128,29 +124,16 @@ def _remembered(
     return bad, hashes
 
 
-class _Readable(torch.utils.data.Dataset):
-    """For each image, why it cannot be read, or '', and its hashes: of its bytes, and of what it shows; 0 for none."""
-
-    def __init__(self, dataset: Mixture):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[str, tuple[int, int]]:
-        source, local = self.dataset.source(index)
-        if source.in_memory:
-            return '', (0, 0)
-        try:
-            with source.open(local) as file:
-                return '', _hashes(file.read(), self.dataset.input_img_mode)
-        except FileNotFoundError:
-            reason = 'no such file'
-        except UnidentifiedImageError:  # its own message names the file, badly
-            reason = 'not an image'
-        except Exception as e:  # Pillow's plugins raise whatever they like
-            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        return reason, (0, 0)
+def _read(dataset: Mixture, index: int) -> tuple[str, tuple[int, int]]:
+    """Why an image cannot be read, or '', and its hashes: of its bytes, and of what it shows; 0 for none."""
+    source, local = dataset.source(index)
+    if source.in_memory:
+        return '', (0, 0)
+    try:
+        with source.open(local) as file:
+            return '', _hashes(file.read(), dataset.input_img_mode)
+    except Exception as e:  # Pillow's plugins raise whatever they like
+        return why_unreadable(e), (0, 0)
 
 
 def _hashes(content: bytes, mode: Optional[str]) -> tuple[int, int]:

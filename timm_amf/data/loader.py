@@ -28,8 +28,8 @@ __all__ = ['Batch', 'SeededLoader', 'create_loader']
 # PyTorch repeats it for each loader and each of its iterators.
 warnings.filterwarnings('once', 'This DataLoader will create')
 
-# Seconds that a worker lives on after a SIGTERM.
-_GRACE = 10
+# What stops a run, and the seconds that a worker lives on after a SIGTERM.
+_STOPPING, _GRACE = (signal.SIGINT, signal.SIGTERM), 10
 
 
 class Batch(NamedTuple):
@@ -50,19 +50,11 @@ class Batch(NamedTuple):
     step_size: int
 
 
-class _Raw(NamedTuple):
-    """What a worker sends: uint8 images, and a row of target, component and key for each sample."""
-    input: torch.Tensor
-    meta: np.ndarray
-
-
-class _Failure(NamedTuple):
-    """An image that could not be read, sent in place of a batch so that the user gets a line and no traceback."""
-    message: str
-
-
 class SeededSamples(torch.utils.data.Dataset):
     """The samples of a mixture by `Key`, each transformed under its own seed.
+
+    A sample is its images, one for each augmentation split, and a row of target, component and key; or, if it could not
+    be read, the message, so that the user gets a line and no traceback from a worker.
 
     Args:
         dataset: The mixture.
@@ -91,25 +83,23 @@ class SeededSamples(torch.utils.data.Dataset):
 
     def __getitems__(self, keys: Sequence[Key]) -> list:
         """A batch at once; a worker has no other use for its generators, the main process gets its states back."""
-        if self.seed is None or torch.utils.data.get_worker_info() is not None:
-            return [self[key] for key in keys]
-        with kept_random_state():
+        draws_here = self.seed is not None and torch.utils.data.get_worker_info() is None
+        with kept_random_state() if draws_here else contextlib.nullcontext():
             return [self[key] for key in keys]
 
-    def __getitem__(self, key: Key) -> Any:
+    def __getitem__(self, key: Key) -> Union[str, tuple[list[torch.Tensor], tuple]]:
+        target = int(self.dataset.targets[key.index])
         try:
             images = self._images(key)
         except UserError as e:
-            if self.skip_bad:
-                black = Image.new(self.dataset.input_img_mode or 'RGB', (64, 64))
-                return [self.transform(black)], (-1, int(self.dataset.component_of[key.index]), *key)
-            return _Failure(str(e))
+            if not self.skip_bad:
+                return str(e)
+            images, target = [self.transform(Image.new(self.dataset.input_img_mode or 'RGB', (64, 64)))], -1
         except Exception as e:
             raise RuntimeError(f'{self.dataset.filename(key.index)}: {type(e).__name__}: {e}') from e
-        return images, (int(self.dataset.targets[key.index]), int(self.dataset.component_of[key.index]), *key)
+        return images, (target, int(self.dataset.component_of[key.index]), *key)
 
     def _images(self, key: Key) -> list[torch.Tensor]:
-        """The transformed image, once for each augmentation split."""
         image = self.dataset.load(key.index)
         if self.seed is not None:
             seed_globals(sample_seed(self.seed, key))
@@ -124,27 +114,14 @@ class SeededSamples(torch.utils.data.Dataset):
         return images
 
 
-class _Collate:
-    """Stack samples; augmentation splits one after the other, as timm does."""
-
-    def __init__(self, channels_last: bool):
-        self.channels_last = channels_last
-
-    def __call__(self, samples: list) -> Union[_Raw, _Failure]:
-        failures = [sample for sample in samples if isinstance(sample, _Failure)]
-        if failures:
-            return failures[0]
-        images = [image for split in zip(*(images for images, _ in samples), strict=True) for image in split]
-        if self.channels_last:
-            images = [image.permute(1, 2, 0) for image in images]
-        return _Raw(
-            torch.utils.data.default_collate(images),  # in a worker, straight into shared memory
-            np.array([meta for _, meta in samples], dtype=np.int64),
-        )
-
-
-# What stops a run.
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+def _collate(samples: list) -> Union[str, tuple[torch.Tensor, np.ndarray]]:
+    """The images, augmentation splits one after the other as timm has them, and a row for each sample."""
+    failure = next((sample for sample in samples if isinstance(sample, str)), None)
+    if failure is not None:
+        return failure
+    images = [image for split in zip(*(images for images, _ in samples), strict=True) for image in split]
+    # In a worker, straight into shared memory.
+    return torch.utils.data.default_collate(images), np.array([row for _, row in samples], dtype=np.int64)
 
 
 def _outlive_signals(_: int) -> None:
@@ -204,18 +181,18 @@ class SeededLoader:
         self.transform = transform
         self.device = device
         self.img_dtype = img_dtype
-        self.channels_last = channels_last
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.erasing = erasing
-        self.splits = splits
-        stats = {'device': device, 'dtype': img_dtype}
-        self.mean = torch.tensor([x * 255 for x in mean], **stats).view(1, -1, 1, 1)
-        self.std = torch.tensor([x * 255 for x in std], **stats).view(1, -1, 1, 1)
+        self.splits = max(1, splits)
+        self.mean, self.std = (
+            torch.tensor([x * 255 for x in values], device=device, dtype=img_dtype).view(1, -1, 1, 1)
+            for values in (mean, std))
         self._stream: Any = None
         self._loader = torch.utils.data.DataLoader(
             SeededSamples(dataset, transform, seed, splits, skip_bad),
             batch_sampler=sampler,
             num_workers=workers,
-            collate_fn=_Collate(channels_last),
+            collate_fn=_collate,
             pin_memory=pin_memory and device.type == 'cuda',
             persistent_workers=persistent_workers and workers > 0,
             worker_init_fn=_outlive_signals,
@@ -239,9 +216,9 @@ class SeededLoader:
     def __iter__(self) -> Iterator[Batch]:
         if self.device.type == 'cuda':
             return self._overlapped()
-        return (self._finish(raw) for raw in self._raw())
+        return (self._finish(*raw) for raw in self._raw())
 
-    def _raw(self) -> Iterator[_Raw]:
+    def _raw(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
         with _signals_wait():
             batches = iter(self._loader)
         while True:
@@ -256,23 +233,20 @@ class SeededLoader:
                         f'a data loading worker died ({str(e).splitlines()[0]}), most often for lack of memory; '
                         f'lower --workers or --batch-size') from e
                 raise
-            if isinstance(raw, _Failure):
+            if isinstance(raw, str):
                 self.close()
-                raise UserError(raw.message)
+                raise UserError(raw)
             yield raw
 
-    def _finish(self, raw: _Raw) -> Batch:
+    def _finish(self, images: torch.Tensor, rows: np.ndarray) -> Batch:
         """To the device, normalised (with timm's arithmetic) and erased."""
-        input = raw.input.permute(0, 3, 1, 2) if self.channels_last else raw.input
-        input = input.to(device=self.device, non_blocking=True)
+        input = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
         input = input.to(self.img_dtype).sub_(self.mean).div_(self.std)
         if self.erasing is not None:
-            self.erasing(input, [Key(*row) for row in raw.meta[:, 2:].tolist()], max(1, self.splits))
-        meta = torch.from_numpy(raw.meta[:, [0, 1, 3]].T.copy())
-        if self.splits:
-            meta = meta.repeat(1, self.splits)
-        target, component, index = meta.to(device=self.device, non_blocking=True)
-        return Batch(input, target, component, index, int(raw.meta[0, 6]) * max(1, self.splits))
+            self.erasing(input, [Key(*row) for row in rows[:, 2:].tolist()], self.splits)
+        meta = torch.from_numpy(rows[:, [0, 1, 3]].T.copy()).repeat(1, self.splits)
+        target, component, index = meta.to(self.device, non_blocking=True)
+        return Batch(input, target, component, index, int(rows[0, 6]) * self.splits)
 
     def _overlapped(self) -> Iterator[Batch]:
         """Prepare the next batch on a side stream while the consumer works on this one (timm's PrefetchLoader)."""
@@ -282,7 +256,7 @@ class SeededLoader:
         for raw in self._raw():
             self._stream.wait_stream(torch.cuda.current_stream(self.device))  # freed blocks may be reused below
             with torch.cuda.stream(self._stream):
-                batch = self._finish(raw)
+                batch = self._finish(*raw)
             if ready is not None:
                 yield ready
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
@@ -352,8 +326,7 @@ def create_loader(
         )
     except (ValueError, TypeError, AssertionError, ArithmeticError) as e:  # timm and torchvision check their values
         raise UserError(f'the transforms of images cannot be built: {str(e) or type(e).__name__}') from e
-    device = torch.device(device)
-    erasing = None
+    device, erasing = torch.device(device), None
     if is_training and not no_aug and re_prob > 0:
         clean = (splits or 2) if re_split else 0
         erasing = SeededRandomErasing(

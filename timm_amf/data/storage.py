@@ -24,8 +24,7 @@ def cache_folder(cache_dir: Union[str, Path, None], name: str) -> Path:
 
 
 def open_or_write(folder: Path, read: Callable[[Path], Any], write: Callable[[Path], None]) -> Any:
-    """Open a folder of the cache, or write it if it is missing or damaged.
-    """
+    """Open a folder of the cache, or write it if it is missing or damaged."""
     if folder.exists():
         try:
             return read(folder)
