@@ -9,11 +9,10 @@ whitelist of types, names and sizes; then the model is built on the meta device,
 tensors are compared with those of the weights. Only then is it built. `timm.create_model('hf-hub:me/birds',
 pretrained=True)` reads the same files with timm's own checks alone.
 """
-import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +21,9 @@ from typing import Any, Optional, Union
 import timm
 import torch
 import yaml
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import safe_open
 from timm.models import PretrainedCfg
 from torch import nn
@@ -40,6 +34,7 @@ from timm_amf.errors import UserError
 from timm_amf.models.method import Method
 from timm_amf.tuning import Plan
 from timm_amf.version import __version__
+from timm_amf.yaml_text import parse_yaml
 
 __all__ = ['WEIGHTS', 'Provenance', 'connection', 'load', 'portable_args']
 
@@ -64,6 +59,13 @@ _REFUSED = {
 # Of a network that is a part of another: the statistics that its input has.
 _OF_PARTS = ('pretrained_cfg', 'pretrained_cfg_overlay')
 _FREE_TEXT = ('label_names', 'label_descriptions', 'description', 'notes', 'origin_url', 'paper_name', 'paper_ids')
+# The section `timm_amf` that `publish` writes: what each entry may be, for `_is`.
+_OWN = {
+    'data': ([dict(name=str, dataset=str, classes=int, train=int, val=int)],),
+    'blocks': (None, 'tuned', 'frozen', [int, str]),
+    'epoch': (None, int),
+    'version': (None, str),
+}
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,16 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs)
     if isinstance(path_or_id, Path) or name.startswith(('local-dir:', '.', '/', '~')) or folder.is_dir():
         if revision:
             raise UserError(f'{folder}: is a folder, and has no revision {revision!r}; leave it out')
-        where = str(folder)
-        _check_folder(folder)
+        if not folder.is_dir():
+            raise UserError(f'{folder}: no such folder; give one, or OWNER/NAME of a repository on the Hub')
+        where, names = str(folder), [path.name for path in folder.iterdir()]
     else:
         where, _, own = name.removeprefix('hf-hub:').removeprefix('hf_hub:').partition('@')
         check_repo_id(where)
         with connection(where):
-            folder, commit = _download(where, revision or own or None, cache_dir)
+            folder, names = _download(where, revision or own or None, cache_dir)
+        commit = folder.name
+    _check_names(where, names)
     config = _read_config(folder / 'config.json', where)
     own = config.get('timm_amf', {})
     plan = _read_plan(folder / 'plan.yaml', where)
@@ -163,50 +168,33 @@ def connection(repo_id: str) -> Iterator[None]:
             'the network and try again') from e
 
 
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UserError(f'{folder}: no such folder; give one, or OWNER/NAME of a repository on the Hub')
-    if not (folder / 'config.json').is_file():
-        run = (folder / 'args.yaml').is_file()
-        remedy = f'timm-amf publish {folder} --dry-run DIR writes a folder that can be loaded' if run else \
-            'give a folder that timm-amf publish or timm has written'
-        raise UserError(f'{folder}: has no config.json; {remedy}')
-    if not (folder / WEIGHTS).is_file():
-        raise _no_weights(str(folder), [p.name for p in folder.iterdir()])
-
-
-def _no_weights(where: str, names: list[str]) -> UserError:
+def _check_names(where: str, names: Sequence[str]) -> None:
+    """Refuses files that are no model which can be loaded."""
+    if 'config.json' not in names:
+        remedy = f'timm-amf publish {where} --dry-run DIR writes a folder that can be loaded' if 'args.yaml' in names \
+            else 'give a folder or repository that timm-amf publish or timm has written'
+        raise UserError(f'{where}: has no config.json; {remedy}')
     pickles = sorted(name for name in names if name.endswith(_PICKLES))
-    if pickles:
-        return UserError(
+    if WEIGHTS not in names and pickles:
+        raise UserError(
             f'{where}: has its weights as a pickle alone ({ascii(pickles[0])}), which runs code when it is read; ask '
             f'its owner for {WEIGHTS}')
-    return UserError(f'{where}: has no {WEIGHTS}; it is no model that can be loaded')
+    if WEIGHTS not in names:
+        raise UserError(f'{where}: has no {WEIGHTS}; it is no model that can be loaded')
 
 
-def _download(repo: str, revision: Optional[str], cache_dir: Optional[str]) -> tuple[Path, str]:
-    """Fetches the files of one commit into the client's cache; returns their folder and the commit."""
-
-    def fetch(name: str, at: Optional[str]) -> Optional[Path]:
-        try:
-            return Path(hf_hub_download(
-                repo, name, revision=at, cache_dir=cache_dir, library_name='timm_amf', library_version=__version__))
-        except LocalEntryNotFoundError:
-            raise  # the Hub could not be asked
-        except EntryNotFoundError:
-            return None
-
-    config = fetch('config.json', revision)
-    if config is None:
-        raise UserError(f'{repo}: has no config.json; it is no model that can be loaded')
-    # The cache keeps each commit in a folder of its name. What a branch holds may change between two requests.
-    commit = config.parent.name
-    weights = fetch(WEIGHTS, commit)
-    if weights is None:
-        raise _no_weights(repo, HfApi().list_repo_files(repo, revision=commit))
-    _check_digest(weights, repo)
-    fetch('plan.yaml', commit)  # not there if another program published the model
-    return config.parent, commit
+def _download(repo: str, revision: Optional[str], cache_dir: Optional[str]) -> tuple[Path, list[str]]:
+    """Fetches the files of one commit into the client's cache; returns their folder, named by the commit, and the names
+    of all files where one is missing.
+    """
+    folder = Path(snapshot_download(
+        repo, revision=revision, cache_dir=cache_dir, allow_patterns=['config.json', 'plan.yaml', WEIGHTS],
+        library_name='timm_amf', library_version=__version__))
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if not {'config.json', WEIGHTS} <= set(names):
+        return folder, HfApi().list_repo_files(repo, revision=folder.name)
+    _check_digest(folder / WEIGHTS, repo)
+    return folder, names
 
 
 def _check_digest(path: Path, where: str) -> None:
@@ -219,11 +207,9 @@ def _check_digest(path: Path, where: str) -> None:
     blob = path.parent / path.readlink() if path.is_symlink() else path
     if not re.fullmatch(r'[0-9a-f]{64}', blob.name):
         return  # a small file, which the Hub names by git's hash of it, or a cache without links
-    digest = hashlib.sha256()
     with path.open('rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != blob.name:
+        digest = sha_fileobj(file).hex()
+    if digest != blob.name:
         for link in (path.resolve(), blob, path):
             link.unlink(missing_ok=True)
         raise UserError(f'{where}: {path.name} is not what the Hub says it is (SHA-256 differs); try again')
@@ -266,10 +252,8 @@ def _read_config(path: Path, where: str) -> dict[str, Any]:
             raise ValueError('model_args are not the arguments of a network')
         _check_value(args, 'model_args', _WORD)
         for key, value in cfg.items():
-            if key not in PretrainedCfg.__dataclass_fields__:
-                raise ValueError(f'pretrained_cfg.{key:.80} is unknown to this timm; a newer one may have it')
-            if key in _REFUSED and value:
-                raise ValueError(f'pretrained_cfg.{key} names other weights than those of the repository')
+            if key not in PretrainedCfg.__dataclass_fields__ or (key in _REFUSED and value):
+                raise ValueError(f'pretrained_cfg.{key:.80} is not read from a repository; a newer timm may know it')
             if key not in (*_REFUSED, *_FREE_TEXT, 'num_classes'):
                 _check_value(value, f'pretrained_cfg.{key}', _TEXT)
         for section in (config, cfg):
@@ -277,11 +261,22 @@ def _read_config(path: Path, where: str) -> dict[str, Any]:
             for key in ('label_names', 'label_descriptions'):
                 names = section.get(key) or []
                 names = list(names.values()) if isinstance(names, dict) else names
-                texts = isinstance(names, list) and all(_TEXT.fullmatch(name) for name in names)
-                if not texts or len(names) > _MAX_CLASSES:
+                if not (_is(names, [str]) and all(map(_TEXT.fullmatch, names)) and len(names) <= _MAX_CLASSES):
                     raise ValueError(f'{key} must be short texts')
-        _check_own(config.get('timm_amf', {}))
+        own = config.get('timm_amf', {})
+        if not (_is(own, dict) and all(_is(own[key], *kinds) for key, kinds in _OWN.items() if key in own)
+                and all(part['name'].isprintable() for part in own.get('data', []))):
+            raise ValueError('the section timm_amf is damaged')
     return config
+
+
+def _is(value: Any, *kinds: Any) -> bool:
+    """Whether a value is of a type, or a list or a mapping of such values, or one of these values."""
+    return any(
+        type(value) is kind if isinstance(kind, type)
+        else type(value) is list and all(_is(item, *kind) for item in value) if isinstance(kind, list)
+        else type(value) is dict and all(_is(value.get(key), k) for key, k in kind.items()) if isinstance(kind, dict)
+        else value == kind for kind in kinds)
 
 
 def portable_args(args: Any, depth: int = 0) -> Any:
@@ -297,21 +292,16 @@ def _is_refused(key: str, depth: int) -> bool:
 
 def _check_value(value: Any, what: str, text: re.Pattern, depth: int = 0) -> None:
     """Numbers and words of a bounded size, and lists and mappings of them."""
-    if depth > _MAX_DEPTH:
-        raise ValueError(f'{what:.80} is nested too deeply')
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if _is_refused(key, depth) or not _KEY.fullmatch(key):
+    if isinstance(value, (dict, list)):
+        if depth > _MAX_DEPTH or len(value) > _MAX_LENGTH:
+            raise ValueError(f'{what:.80} is nested too deeply, or has more than {_MAX_LENGTH} entries')
+        for key, item in value.items() if isinstance(value, dict) else ((None, item) for item in value):
+            if key is not None and (_is_refused(key, depth) or not _KEY.fullmatch(key)):
                 raise ValueError(f'{what:.80}.{key:.80} is not read from a repository')
             if key == 'num_classes':
                 _check_count(item)
             else:
-                _check_value(item, f'{what}.{key}', text, depth + 1)
-    elif isinstance(value, list):
-        if len(value) > _MAX_LENGTH:
-            raise ValueError(f'{what:.80} has {len(value)} entries; such a list has at most {_MAX_LENGTH}')
-        for item in value:
-            _check_value(item, what, text, depth + 1)
+                _check_value(item, what if key is None else f'{what}.{key}', text, depth + 1)
     elif isinstance(value, str):
         if not text.fullmatch(value):
             raise ValueError(f'{what:.80}: {value:.80} is no name of a layer or architecture')
@@ -324,32 +314,15 @@ def _check_count(value: Any) -> None:
         raise ValueError(f'num_classes must be a number up to {_MAX_CLASSES}')
 
 
-def _check_own(own: dict[str, Any]) -> None:
-    """The section `timm_amf` that `publish` writes: the types of what is read from it."""
-    kinds = dict(name=str, dataset=str, classes=int, train=int, val=int)
-    data, blocks = own.get('data', []), own.get('blocks')
-    if not (
-            isinstance(data, list)
-            and all(type(part[key]) is kind for part in data for key, kind in kinds.items())
-            and all(part['name'].isprintable() for part in data)
-            and (blocks in (None, 'tuned', 'frozen')
-                 or (isinstance(blocks, list) and all(type(b) in (int, str) for b in blocks)))
-            and type(own.get('epoch')) in (int, type(None))
-            and type(own.get('version')) in (str, type(None))):
-        raise ValueError('the section timm_amf is damaged')
-
-
 def _read_plan(path: Path, where: str) -> Optional[Plan]:
     """The Plan; YAML may have neither tags, which make objects, nor aliases, which make a short text very long."""
     if not path.is_file():
         return None
     with _reading(path, where):
-        text, depth = _read_text(path, _MAX_PLAN), 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > 20:
-                raise ValueError('has aliases or is nested too deeply')
-        return Plan.from_dict(yaml.safe_load(text)['plan'])
+        text = _read_text(path, _MAX_PLAN)
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError('has aliases')
+        return Plan.from_dict(parse_yaml(text, 'the Plan')['plan'])
 
 
 def _check_fits(config: dict[str, Any], weights: Path, where: str) -> None:
