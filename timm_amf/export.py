@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Optional, Union
 
 import numpy as np
@@ -30,10 +31,11 @@ from timm.models import get_model_args
 from torch import Tensor, nn
 
 from timm_amf.data import Mixture, SeededLoader, create_loader
-from timm_amf.engine.run_folder import WEIGHTS, is_run, open_run
+from timm_amf.engine.run_folder import is_run, open_run
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing
 from timm_amf.hub.load import load, portable_args
+from timm_amf.inference.sources import add_weights_flags, at_least
 from timm_amf.models.method import method_of
 from timm_amf.version import __version__
 
@@ -47,8 +49,8 @@ CONFIG = 'config.json'
 TOLERANCE = 1e-4
 # Bytes of weights up to which an ONNX file is one file: the format of its messages ends at 2 GiB, graph included.
 ONE_FILE = 2 ** 31 - 2 ** 24
-# Training images that show the quantiser the ranges of activations, and how many at a time.
-CALIBRATION, _AT_ONCE = 128, 16
+# Training images that show the quantiser the ranges of activations.
+CALIBRATION = 128
 
 
 @dataclass(frozen=True)
@@ -155,48 +157,36 @@ def open_source(
             flag = '--data-dir' if data_dir is not None else f'--weights {weights}'
             raise UserError(
                 f'{flag}: {path} is a published folder, with one set of weights and its class names; leave it out')
-        model = load(path)
+        model, missing = load(path), 'its config.json has none'
         names = model.pretrained_cfg.get('label_names')
         if isinstance(names, dict):  # index -> name, where not every output has one
             names = [names.get(str(i), str(i)) for i in range(model.num_classes)]
-        missing = 'its config.json has none'
         if getattr(model, 'fixed_blocks', None) is not None:  # its results are of this path
             blocks = blocks or ','.join(map(str, model.fixed_blocks)) or 'frozen'
     else:
         run = open_run(path, weights, data_dir, need_data=False)
         model, missing, settings, global_k = run.model, run.missing, vars(run.args), run.plan.global_k
-        names = run.class_names
+        names, blocks = run.class_names, blocks or run.args.eval_blocks
         if names and (len(names) > model.num_classes or (len(names) < model.num_classes and not run.args.num_classes)):
             missing = f'the data have {len(names)} classes by now, and the model {model.num_classes} outputs'
             names = None
-        blocks = blocks or run.args.eval_blocks
     if class_names is not None:
-        if not Path(class_names).is_file():
-            raise UserError(f'--class-names: {class_names} is not a file; check the path')
-        given = [line.strip() for line in Path(class_names).read_text(encoding='utf-8-sig').rstrip().splitlines()]
-        if len(given) != len(names or given) or len(given) > model.num_classes or len(set(filter(None, given))) < max(
-                1, len(given)):
-            raise UserError(
-                f'--class-names {class_names}: has {len(given)} lines for the {len(names or ()) or model.num_classes} '
-                'classes of the model; give one name a line, each once, and no empty lines')
-        if names and given != names and sorted(given) == sorted(names):
-            raise UserError(f'--class-names {class_names}: has the names of the weights in another order; leave it out')
-        names = given
+        names = _read_class_names(Path(class_names), names, model.num_classes)
     if not names:
         notes.append(f'the class names are left out: {missing}; give --data-dir DIR or --class-names FILE')
-    data = resolve_data_config(settings, model=model, verbose=False)
-    if blocks and 'eval_blocks' not in method_of(model).takes:
-        raise UserError(f'{path}: --blocks does not act on {type(model).__name__}; leave it out')
-    fixed = None if blocks == 'policy' else method_of(model).fixed_path(global_k, blocks)
-    if 'eval_blocks' in method_of(model).takes:
+    data, method = resolve_data_config(settings, model=model, verbose=False), method_of(model)
+    if 'eval_blocks' in method.takes:
+        fixed = None if blocks == 'policy' else method.fixed_path(global_k, blocks)
         model.set_blocks(None)
-    if fixed is not None:
-        model = model.compact(fixed)
-        # A plain model wants its backbone's statistics, where the whole model's may be another convention.
-        data = dict(data, mean=model.pretrained_cfg['mean'], std=model.pretrained_cfg['std'])
-        notes.append(
-            f'all images take one path, {len(fixed)} tuned blocks: exported as a plain '
-            f'{model.pretrained_cfg["architecture"]}')
+        if fixed is not None:
+            model = model.compact(fixed)
+            # A plain model wants its backbone's statistics, where the whole model's may be another convention.
+            data = dict(data, mean=model.pretrained_cfg['mean'], std=model.pretrained_cfg['std'])
+            notes.append(
+                f'all images take one path, {len(fixed)} tuned blocks: exported as a plain '
+                f'{model.pretrained_cfg["architecture"]}')
+    elif blocks:
+        raise UserError(f'{path}: --blocks does not act on {type(model).__name__}; leave it out')
     if img_size is not None:
         size = to_2tuple(img_size[0] if isinstance(img_size, Sequence) and len(img_size) == 1 else img_size)
         if len(size) != 2 or min(size) < 1:
@@ -206,6 +196,20 @@ def open_source(
         data = dict(data, input_size=(data['input_size'][0], *size))
     model = model.float().eval().requires_grad_(False)
     return Source(model, describe(model, data, names or None), tuple(notes))
+
+
+def _read_class_names(file: Path, names: Optional[Sequence[str]], outputs: int) -> list[str]:
+    """The lines of a file, which must fit the names of the weights, or the outputs."""
+    if not file.is_file():
+        raise UserError(f'--class-names: {file} is not a file; check the path')
+    given = [line.strip() for line in file.read_text(encoding='utf-8-sig').rstrip().splitlines()]
+    if not 0 < len(given) == len(names or given) <= outputs or len(set(filter(None, given))) < len(given):
+        raise UserError(
+            f'--class-names {file}: has {len(given)} lines for the {len(names or ()) or outputs} classes of the model; '
+            'give one name a line, each once, and no empty lines')
+    if names and given != names and sorted(given) == sorted(names):
+        raise UserError(f'--class-names {file}: has the names of the weights in another order; leave it out')
+    return given
 
 
 # -- the formats ------------------------------------------------------------------------------------------------------
@@ -346,35 +350,25 @@ def export_model(
     """
     path = Path(path)
     _check_request(path, format, opset, overwrite)
-    size = source.config['input_size']
+    size, differences, same = source.config['input_size'], [], 0
     images = {n: torch.randn(n, *size, generator=torch.Generator().manual_seed(n)) for n in batches}
     example = torch.randn(2, *size)  # 0 and 1 are sizes that `torch.export` takes for constants
-    differences, same = [], 0
-    with _data_of(path), replacing(path, 'name another', f'--output {path}') as temporary, _quiet(), torch.no_grad():
+    problem = f'{source.config["architecture"]} cannot be exported: the {format} file cannot be made or run'
+    with _data_of(path), replacing(path, 'name another', f'--output {path}') as temporary, torch.no_grad():
         temporary.touch()  # before any work
         expected = {n: source.model(x) for n, x in images.items()}
-        try:
+        with _exporting(problem, 'take another --format'):
             with method_of(source.model).exportable():
                 FORMATS[format].write(source, example, temporary, opset)
             run = FORMATS[format].read(temporary)
-            for n, logits in expected.items():
-                found = run(images[n])
-                if found.shape != logits.shape:
-                    raise UserError(
-                        f'{path}: was not written: the {format} file gives {tuple(found.shape)} in the place of '
-                        f'{tuple(logits.shape)} for a batch of {n}; take another --format')
-                differences.append((found - logits).abs().max())
-                same += (found.argmax(1) == logits.argmax(1)).sum().item()
-        except (UserError, OSError, MemoryError):
-            raise
-        except Exception as e:  # exporters and runtimes raise exceptions of their own kinds
-            cause = e
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            reason = str(cause).strip().partition('\n')[0] or type(cause).__name__
-            raise UserError(
-                f'{source.config["architecture"]} cannot be exported: the {format} file cannot be made or run '
-                f'({reason[:200]}); take another --format') from e
+            found = {n: run(x) for n, x in images.items()}
+        for n, logits in expected.items():
+            if found[n].shape != logits.shape:
+                raise UserError(
+                    f'{path}: was not written: the {format} file gives {tuple(found[n].shape)} in the place of '
+                    f'{tuple(logits.shape)} for a batch of {n}; take another --format')
+            differences.append((found[n] - logits).abs().max())
+            same += (found[n].argmax(1) == logits.argmax(1)).sum().item()
         difference = torch.stack(differences).max().item()
         largest = max(logits.abs().max().item() for logits in expected.values())
         if not difference <= TOLERANCE * largest:  # not a number is no pass
@@ -416,14 +410,22 @@ def _check_request(path: Path, format: str, opset: Optional[int], overwrite: boo
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the remarks of exporters on how they trace; what they fail at is raised."""
+def _exporting(problem: str, remedy: str) -> Iterator[None]:
+    """Around exporters and runtimes: they raise exceptions of their own kinds, and remark on how they trace."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as e:
+        cause = e
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).strip().partition('\n')[0] or type(cause).__name__
+        raise UserError(f'{problem} ({reason[:200]}); {remedy}') from e
     finally:
         logging.disable(level)
 
@@ -461,25 +463,22 @@ def quantize(
     if _data_files(path):
         raise UserError('--int8: the quantiser takes no model above 2 GiB; leave it out')
     keys = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
-    loaders = [create_loader(data, batch_size=_AT_ONCE, workers=workers, **{k: config[k] for k in keys})
-               for data in (train, val)]
-    with replacing(small, 'name another --output') as temporary, _quiet(), tempfile.TemporaryDirectory() as folder:
-        prepared = Path(folder) / 'prepared.onnx'
+    shown = train.subset(np.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).round())
+    loaders = [create_loader(data, batch_size=16, workers=workers, **{k: config[k] for k in keys})
+               for data in (shown, val)]
+    with (replacing(small, 'name another --output') as temporary, tempfile.TemporaryDirectory() as folder,
+          _exporting('--int8: ONNX Runtime cannot quantise it', 'leave it out')):
+        prepared, images = Path(folder) / 'prepared.onnx', ({INPUT: batch.input.numpy()} for batch in loaders[0])
         try:
             quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
             quantize_static(
-                str(prepared), str(temporary), _Calibration(loaders[0]), per_channel=True,
+                str(prepared), str(temporary), SimpleNamespace(get_next=lambda: next(images, None)), per_channel=True,
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
             proto, given = onnx.load(str(temporary)), onnx.load(str(path))
             del proto.metadata_props[:]
             proto.metadata_props.extend(given.metadata_props)
             temporary.write_bytes(proto.SerializeToString())
             before, after, same = _compare(_read_onnx(path), _read_onnx(temporary), loaders[1])
-        except (UserError, OSError, MemoryError):
-            raise
-        except Exception as e:  # of kinds of the quantiser's own
-            reason = ' '.join(str(e).split())[:200]
-            raise UserError(f'--int8: ONNX Runtime cannot quantise it ({reason}); leave it out') from e
         finally:
             for loader in loaders:
                 loader.close()
@@ -487,24 +486,6 @@ def quantize(
     return (
         f'{small}: {sizes[0]:.1f} MB in the place of {sizes[1]:.1f}; top-1 on the {len(val)} validation images '
         f'{after:.2f} in the place of {before:.2f}, {before - after:.2f} points lost; the same class for {same:.2f} %')
-
-
-class _Calibration:
-    """Batches of images for the quantiser, which are spread over the data whatever their order."""
-
-    def __init__(self, loader: SeededLoader):
-        count = len(loader.dataset)
-        indices = np.linspace(0, count - 1, min(CALIBRATION, count)).round().astype(int)
-        parts = np.array_split(indices, -(-len(indices) // _AT_ONCE))
-        self._batches = ({INPUT: self._images(loader, part)} for part in parts)
-
-    @staticmethod
-    def _images(loader: SeededLoader, indices: np.ndarray) -> np.ndarray:
-        pixels = torch.stack([loader.transform(loader.dataset.load(int(i))) for i in indices])
-        return pixels.float().sub(loader.mean).div(loader.std).numpy()
-
-    def get_next(self) -> Optional[dict[str, np.ndarray]]:
-        return next(self._batches, None)
 
 
 def _compare(first: Callable, second: Callable, loader: SeededLoader) -> tuple[float, float, float]:
@@ -532,18 +513,13 @@ def main(argv: Sequence[str]) -> None:
     add('--int8', action='store_true', help='also an ONNX file of 8 bits, and the accuracy that it costs on validation')
     add('--output', metavar='FILE', help='default: exported.onnx, .pt2 or .safetensors in RUN')
     add('--overwrite', action='store_true', help='replace a file that is there')
-    add('--weights', choices=tuple(WEIGHTS), default='best',
-        help='of the best epoch; of the last, the moving average if there is one; the moving average; what the average '
-             'is of (default: %(default)s)')
+    add_weights_flags(parser)
     add('--img-size', type=int, nargs='+', metavar='N', help='side, or height and width (default: as RUN evaluates)')
-    add('--blocks', metavar='BLOCKS', help='path through a SpotTune: tuned, frozen, policy, or blocks as in 0,3,5')
     add('--data-dir', metavar='DIR', help="folder of a run's data, for the class names (default: where the run had it)")
     add('--class-names', metavar='FILE', help='text file with one class name a line')
-    add('--batch', type=int, default=5, metavar='N', help='largest batch of the check (default: %(default)s)')
+    add('--batch', type=at_least(1), default=5, metavar='N', help='largest batch of the check (default: %(default)s)')
     add('--opset', type=int, metavar='N', help="ONNX operator set (default: the exporter's)")
     args = parser.parse_args(argv)
-    if args.batch < 1:
-        raise UserError(f'--batch: must be at least 1, not {args.batch}')
     output = Path(args.output or Path(args.run) / f'exported{FORMATS[args.format].suffix}')
     _check_request(output, args.format, args.opset, args.overwrite)
     small, run = output.with_suffix('.int8.onnx'), None

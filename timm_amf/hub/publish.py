@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import csv
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -116,18 +117,16 @@ class Publication:
     def components(self) -> list[dict[str, Any]]:
         """Name, dataset, and numbers of classes and images of each component of the data."""
         train, val = self.run.data
-        rows = []
-        for i, component in enumerate(self.spec.components):
-            own = train.component_of == i
-            rows.append(dict(
+        return [
+            dict(
                 name=component.name,
                 dataset=_without_folders(component.dataset),
                 # Of several components with the same labels each has all of them.
-                classes=len({int(t) for t in train.targets[own]}),
-                train=int(own.sum()),
+                classes=len(set(train.targets[train.component_of == i].tolist())),
+                train=int((train.component_of == i).sum()),
                 val=int((val.component_of == i).sum()),
-            ))
-        return rows
+            )
+            for i, component in enumerate(self.spec.components)]
 
     @property
     def blocks(self) -> Optional[list[int]]:
@@ -198,21 +197,21 @@ def publish(
         target.parent.mkdir(parents=True, exist_ok=True)
     # A dry run is written beside its folder and renamed: it is there whole or not at all.
     with tempfile.TemporaryDirectory(prefix='.timm_amf_publish_', dir=target and target.parent) as temporary:
-        folder = Path(temporary) / 'staged'
+        folder = Path(temporary, 'staged')
         folder.mkdir()
         _stage(opened, folder, card, license)
         for path in sorted(filter(Path.is_file, folder.rglob('*'))):
             print(f'{path.stat().st_size:>12,}  {path.relative_to(folder).as_posix()}')
-        if target is not None:
-            with contextlib.suppress(FileNotFoundError):
-                target.rmdir()  # Windows renames nothing to a folder that is there
-            folder.replace(target)
-            print(f'nothing was sent; see {target}')
-            return None
-        with connection(repo_id):
-            address = _upload(folder, repo_id, private, revision, message, keep_card)
-    print(f'published: {address}')
-    return address
+        if target is None:
+            with connection(repo_id):
+                address = _upload(folder, repo_id, private, revision, message, keep_card)
+            print(f'published: {address}')
+            return address
+        with contextlib.suppress(FileNotFoundError):
+            target.rmdir()  # Windows renames nothing to a folder that is there
+        folder.replace(target)
+        print(f'nothing was sent; see {target}')
+        return None
 
 
 def _check_target(repo_id: str, license: str, login: bool = True) -> None:
@@ -284,7 +283,8 @@ def prepare(
 
 def _own_results(run: OpenRun) -> tuple[dict[str, str], list[Result]]:
     """The best epoch of `summary.csv`, by the metric of the run, and its accuracies."""
-    metric, every = f'eval_{run.args.eval_metric}', _rows(run.folder / 'summary.csv')
+    metric, path = f'eval_{run.args.eval_metric}', run.folder / 'summary.csv'
+    every = _rows(path) if path.exists() else []
     rows = [row for row in every if row.get(metric)]
     if not rows:
         return {}, []
@@ -292,30 +292,24 @@ def _own_results(run: OpenRun) -> tuple[dict[str, str], list[Result]]:
     best = max(rows, key=lambda row: sign * float(row[metric]))  # of equal ones the first, as the run
     how = f'one crop, after epoch {int(best["epoch"]) + 1} of {len(every)}, the best on it'
     val, split = run.data[1], splits_from_args(run.args)[1]
-    counts = {'': len(val)}
-    if len(val.components) > 1:
-        counts.update({name: int((val.component_of == i).sum()) for i, name in enumerate(val.components)})
     results = []
-    for name, images in counts.items():
-        top1 = best.get(f'eval_top1_{name}' if name else 'eval_top1')
-        if top1 and images:
-            low, high = wilson_interval(float(top1) / 100 * images, images)
+    for i, name in enumerate(['', *(val.components if len(val.components) > 1 else [])]):
+        images = int((val.component_of == i - 1).sum()) if name else len(val)
+        top1 = float(best.get(f'eval_top1_{name}' if name else 'eval_top1') or math.nan)
+        if images and not math.isnan(top1):
+            low, high = wilson_interval(top1 / 100 * images, images)
             top5 = None if name else float(best['eval_top5'])
-            results.append(Result(name, split, images, float(top1), 100 * low, 100 * high, top5, how))
+            results.append(Result(name, split, images, top1, 100 * low, 100 * high, top5, how))
     return best, results
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
     with path.open(newline='', encoding='utf-8') as file:
         return list(csv.DictReader(file))
 
 
 def _evaluated(path: Path, run: str) -> list[Result]:
     """The rows of a file of `timm-amf evaluate --results-file` that are of a run, and those of all runs together."""
-    if not path.is_file():
-        raise UserError(f'--results {path}: no such file; timm-amf evaluate RUN --results-file FILE writes one')
     results = []
     try:
         for row in _rows(path):
@@ -325,6 +319,9 @@ def _evaluated(path: Path, run: str) -> list[Result]:
                 values = [float(row[key]) for key in ('top1', 'top1_low', 'top1_high', 'top5')]
                 results.append(Result(
                     row['component'], row['split'] or 'val', int(row['images']), *values, how, together))
+    except FileNotFoundError:
+        raise UserError(
+            f'--results {path}: no such file; timm-amf evaluate RUN --results-file FILE writes one') from None
     except (KeyError, ValueError, TypeError, AttributeError) as e:
         raise UserError(
             f'--results {path}: is not of timm-amf evaluate --results-file ({type(e).__name__}: {e})') from None
@@ -342,9 +339,6 @@ def _stage(what: Publication, folder: Path, card: str, license: str) -> None:
     save_for_hf(what.model, str(folder), safe_serialization=True, **_config(what, license))
     _dump(folder / 'plan.yaml', {'plan': run.plan.to_dict()})
     _dump(folder / 'args.yaml', _public_args(run))
-    for name in ('summary.csv', 'policy.csv'):
-        if (run.folder / name).exists():
-            shutil.copyfile(run.folder / name, folder / name)
     metrics = dict(
         epoch=what.epoch,
         eval_metric=run.args.eval_metric,
@@ -353,7 +347,8 @@ def _stage(what: Publication, folder: Path, card: str, license: str) -> None:
         results=[vars(result) for result in what.results],
     )
     (folder / 'metrics.json').write_text(json.dumps(metrics, indent=2) + '\n', encoding='utf-8')
-    for source, name in what.figures:
+    tables = [(run.folder / name, name) for name in ('summary.csv', 'policy.csv') if (run.folder / name).exists()]
+    for source, name in (*tables, *what.figures):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source, folder / name)
     (folder / 'README.md').write_text(card, encoding='utf-8')
@@ -385,15 +380,9 @@ def _config(what: Publication, license: str) -> dict[str, Any]:
     )
 
 
-class _PlainDumper(yaml.SafeDumper):
-    """Writes equal values out, for aliases are not read from a repository."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
 def _dump(path: Path, content: Mapping) -> None:
-    text = yaml.dump(content, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
+    """Writes YAML; equal values are written out, for aliases are not read from a repository."""
+    text = yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False, allow_unicode=True)
     path.write_text(text, encoding='utf-8')
 
 

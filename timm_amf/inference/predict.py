@@ -31,7 +31,7 @@ from timm_amf.engine.evaluation import short, top_k
 from timm_amf.engine.opened import Opened, RunOptions
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing
-from timm_amf.inference.sources import Source, add_run_flags, open_model, options_from
+from timm_amf.inference.sources import Source, add_run_flags, at_least, open_model, options_from
 from timm_amf.models.method import method_of
 
 __all__ = ['UNREADABLE', 'Prediction', 'main', 'predict']
@@ -128,7 +128,15 @@ def _predictions(
         for i, is_bad, classes, p, d in zip(batch.index.tolist(), bad, indices.tolist(), probabilities, decisions):
             yield Prediction(
                 files[i], ['' if is_bad else label(k) for k in classes], list(map(short, p)),
-                dict(zip(decided, map(short, d))), why_unreadable(source, i, mode) if is_bad else '')
+                dict(zip(decided, map(short, d))), _why_bad(source, i, mode) if is_bad else '')
+
+
+def _why_bad(source: FileSource, index: int, mode: str) -> str:
+    try:
+        source.load(index, mode)
+    except Exception as e:  # Pillow's plugins raise whatever they like
+        return why_unreadable(e)
+    return 'it was not there or not whole'  # and is now
 
 
 def _label(opened: Opened, model: nn.Module) -> Callable[[int], str]:
@@ -151,14 +159,12 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add('run', metavar='RUN', help='folder of a run or of a published model, file .onnx, or hf-hub:OWNER/NAME')
     add('paths', nargs='+', metavar='PATH', help='image, or folder of images')
-    add('--topk', type=int, default=1, metavar='N', help='number of classes (default: %(default)s)')
+    add('--topk', type=at_least(1), default=1, metavar='N', help='number of classes (default: %(default)s)')
     add('--output', '--results-file', metavar='FILE', help='file to write (default: what is printed)')
     add('--format', '--results-format', choices=('table', 'csv', 'json'),
         help='default: by the name of the file, else table')
     add_run_flags(parser, data=False)
     args = parser.parse_args(argv)
-    if args.topk < 1:
-        raise UserError(f'--topk: must be at least 1, not {args.topk}')
     format = args.format or {'.csv': 'csv', '.json': 'json'}.get(Path(args.output or '').suffix, 'table')
     found = predict(
         args.run, args.paths, args.topk, options_from(args), bool(args.output) or not sys.stdout.isatty())

@@ -1,6 +1,7 @@
 """What `evaluate` and `predict` ask: the folder of a run, a published model, an exported ONNX file."""
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Union
@@ -17,7 +18,7 @@ from timm_amf.engine.timm_flags import TIMM_FLAGS
 from timm_amf.errors import UserError
 from timm_amf.hub.load import load
 
-__all__ = ['add_run_flags', 'open_model', 'options_from']
+__all__ = ['add_run_flags', 'add_weights_flags', 'at_least', 'open_model', 'options_from']
 
 # Flags of timm's that say which images there are, and how they are shown to the network.
 _OF_DATA = ('--dataset', '--dataset-download', '--class-map', '--input-key', '--target-key')
@@ -89,16 +90,14 @@ class OnnxModel(nn.Module):
         except Exception as e:  # the runtime has exceptions of its own
             raise UserError(f'{path}: is no ONNX file that can be run ({first_line(e)}); export it again') from e
         given = self.session.get_modelmeta().custom_metadata_map
-        config: dict[str, Any] = {key: given.get(key) for key in ('interpolation', 'crop_mode')}
+        cfg: dict[str, Any] = {key: given.get(key) for key in ('interpolation', 'crop_mode')}
         try:
-            for key in ('input_size', 'mean', 'std', 'crop_pct', 'num_classes'):
-                config[key] = json.loads(given[key])
-            names = json.loads(given.get('class_names', 'null'))
+            cfg.update((k, json.loads(given[k])) for k in ('input_size', 'mean', 'std', 'crop_pct', 'num_classes'))
+            cfg['label_names'] = json.loads(given.get('class_names', 'null'))
         except (KeyError, ValueError) as e:
             raise UserError(
                 f'{path}: does not say how to prepare an image ({first_line(e)}); export it with timm-amf') from e
-        self.num_classes = config['num_classes']
-        self.pretrained_cfg = {**config, 'label_names': names}
+        self.num_classes, self.pretrained_cfg = cfg['num_classes'], cfg
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         try:
@@ -111,17 +110,34 @@ class OnnxModel(nn.Module):
 # -- the flags of both commands ---------------------------------------------------------------------------------------
 
 
-def add_run_flags(parser: argparse.ArgumentParser, data: bool = True) -> None:
-    """Add what says how a model is asked, and which data there are."""
+def at_least(low: int) -> Callable[[str], int]:
+    """The `type` of a flag: whole numbers from one on."""
+    def number(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f'must be at least {low}, not {text}')
+        return int(text)
+
+    return number
+
+
+def add_weights_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what says which weights of a run, and which path through them."""
     add = parser.add_argument
     add('--weights', choices=tuple(WEIGHTS), default='best',
         help='of the best epoch; of the last, the moving average if there is one; the moving average; what the average '
              'is of (default: %(default)s)')
-    add('--ten-crop', action='store_true', help='average over four corners and the centre, and their mirror images')
     add('--blocks', metavar='BLOCKS', help='path through a SpotTune: tuned, frozen, policy, or blocks as in 0,3,5')
-    add('--sampling-seed', type=int, metavar='N', help="draw a SpotTune's decisions with this seed")
-    add('-b', '--batch-size', type=int, metavar='N', help="images at a time, ten crops being ten (default: the run's)")
-    add('-j', '--workers', type=int, metavar='N', help="worker processes (default: the run's)")
+
+
+def add_run_flags(parser: argparse.ArgumentParser, data: bool = True) -> None:
+    """Add what says how a model is asked, and which data there are."""
+    add_weights_flags(parser)
+    add = parser.add_argument
+    add('--ten-crop', action='store_true', help='average over four corners and the centre, and their mirror images')
+    add('--sampling-seed', type=at_least(0), metavar='N', help="draw a SpotTune's decisions with this seed")
+    add('-b', '--batch-size', type=at_least(1), metavar='N',
+        help="images at a time, ten crops being ten (default: the run's)")
+    add('-j', '--workers', type=at_least(0), metavar='N', help="worker processes (default: the run's)")
     add('--cpu', action='store_true', help='use no GPU')
     add('--device', choices=('cpu', 'cuda'), help='cpu acts as --cpu')
     add('--amp', action='store_true', help='compute in --amp-dtype (default: in float32, whatever the run trained in)')
@@ -132,10 +148,6 @@ def add_run_flags(parser: argparse.ArgumentParser, data: bool = True) -> None:
 
 def options_from(args: argparse.Namespace) -> RunOptions:
     """The options of the flags, which are checked."""
-    for name, low in (('batch_size', 1), ('workers', 0), ('sampling_seed', 0)):
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise UserError(f'--{name.replace("_", "-")}: must be at least {low}, not {value}')
     cpu = args.cpu or args.device == 'cpu'
     if args.amp and args.amp_dtype == 'float16' and choose_device(cpu).type == 'cpu':
         raise UserError('--amp: float16 needs a GPU; on the CPU add --amp-dtype bfloat16')
