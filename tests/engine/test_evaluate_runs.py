@@ -47,9 +47,9 @@ def oblong(tmp_path_factory):
 
 
 @pytest.fixture
-def plain(run, oblong):
+def plain(trained, oblong):
     def _run(name, *flags, base=PLAIN):
-        return run(name, *flags, base=base, data=['--data-dir', str(oblong)])
+        return trained(name, *flags, base=base, data=['--data-dir', str(oblong)])
     return _run
 
 
@@ -74,7 +74,7 @@ def probabilities(model, root, split, ten_crop):
     for path, _ in images(root, split):
         crops = [last(c) for c in steps(Image.open(path).convert('RGB'))]
         with torch.no_grad():
-            result.append(np.mean([model(c[None]).double().softmax(1)[0].numpy() for c in crops], 0))
+            result.append(model(torch.stack(crops)).double().softmax(1).mean(0).numpy())
     return np.array(result)
 
 
@@ -202,7 +202,7 @@ def test_a_global_policy(plain, oblong):
 
 
 def test_what_cannot_be_averaged(plain, run, oblong, tmp_path, capsys):
-    a, b = plain('a', '--epochs', '1'), plain('b', '--epochs', '1', '--num-classes', '8')
+    a, b = plain('a'), plain('b', '--epochs', '1', '--num-classes', '8')
     mixed = run('mixed', '--epochs', '1')
     other = tmp_path / 'other'
     shutil.copytree(oblong, other)
