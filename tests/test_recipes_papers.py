@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from test_recipes import meta_model
 
 from timm_amf.engine.config_file import list_recipes
 from timm_amf.engine.options import parse_args, resolve_lr
@@ -46,8 +47,7 @@ SPOTTUNE = {
 
 def read(name):
     args = parse_args(['--config', name, '--data-dir', '.'])
-    with torch.device('meta'):
-        model = timm.create_model(args.model, num_classes=10, **args.model_kwargs)
+    model = meta_model(args)
     plan = plan_from_args(args, model_roles(model), 1.)
     return args, model, plan, resolve(model, plan).parameters
 
@@ -202,8 +202,7 @@ ROWS = script('paper_rows')
 def test_the_command_of_a_row(command):
     """It is one of train_amf.py, and its Plan fits its model."""
     args = parse_args(ROWS.without(shlex.split(command)[2:], ['--backbone-weights', '--pretrained-path']))
-    with torch.device('meta'):
-        model = timm.create_model(args.model, num_classes=10, **args.model_kwargs)
+    model = meta_model(args)
     plan = plan_from_args(args, model_roles(model), resolve_lr(args, args.batch_size))
     assert any(setting.trains for setting in resolve(model, plan).parameters.values())
 

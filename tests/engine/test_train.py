@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from timm_amf import Plan, UserError
 
+
 def weights(folder):
     return load_file(folder / 'last/model.safetensors')
 
@@ -170,9 +171,10 @@ def test_multitune_and_plain_models_have_no_policy_csv(run):
     (SMALL, ['--channels-last', '--grad-checkpointing', '--clip-grad', '0.1', '--clip-mode', 'agc', '--epochs', '1']),
     (SMALL, ['--mixed-precision', 'bf16', '--branch-loss', '0.5', '--policy-balance', '0.1', '--epochs', '1']),
     (ONE, ['--model-dtype', 'bfloat16', '--model-ema', '--model-ema-force-cpu']),
-    (SMALL, ['--opt', 'adamw', '--layer-decay', '0.7', '--opt-betas', '0.9', '0.95', '--drop-path', '0.1', '--epochs', '1']),
+    (SMALL, ['--opt', 'adamw', '--layer-decay', '0.7', '--opt-betas', '0.9', '0.95', '--drop-path', '0.1', '--epochs',
+             '1']),
     (ONE, ['--opt', 'lookahead_adam', '--mean', '0.5', '--std', '0.5', '--gp', 'max']),
-    (ONE, ['--aug-splits', '2', '--jsd-loss', '--aa', 'augmix-m5-w3', '--resplit', '--reprob', '0.5', '--epochs', '1']),
+    (ONE, ['--aug-splits', '2', '--jsd-loss', '--aa', 'augmix-m5-w3', '--resplit', '--reprob', '0.5']),
     (ONE, ['--aug-repeats', '3', '--epoch-repeats', '2', '--cache-images']),
     (ONE, ['--train-batches-per-epoch', '2', '--grad-accum-steps', '3', '--val-interval', '2']),
     (ONE, ['--sched-on-updates', '--sched', 'cosine', '--warmup-epochs', '1', '--cooldown-epochs', '1', '--save-images',

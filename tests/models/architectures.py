@@ -103,7 +103,7 @@ ARCHITECTURES = {
 
 # Of unlike kinds and quick to build; the others are of the slow tests.
 QUICK = (
-    'convnext', 'cspnet', 'dla', 'dpn', 'efficientnet', 'fasternet', 'ghostnet', 'levit', 'metaformer', 'nfnet', 'regnet',
+    'convnext', 'cspnet', 'dla', 'efficientnet', 'fasternet', 'ghostnet', 'levit', 'metaformer', 'nfnet', 'regnet',
     'starnet', 'vision_transformer',
 )
 
