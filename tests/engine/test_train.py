@@ -165,8 +165,8 @@ def test_multitune_and_plain_models_have_no_policy_csv(run):
 
 
 @pytest.mark.parametrize('base, flags', [
-    (ONE, ['--model-ema', '--model-ema-warmup', '--clip-grad', '0.1', '--clip-mode', 'value', '--bce-loss', '--smoothing',
-           '0.1']),
+    (ONE, ['--model-ema', '--model-ema-warmup', '--clip-grad', '0.1', '--clip-mode', 'value', '--bce-loss',
+           '--smoothing', '0.1']),
     (ONE, ['--mixup', '0.8', '--cutmix', '1.0', '--mixup-off-epoch', '1', '-b', '7', '--clip-grad', '1.0']),
     (SMALL, ['--channels-last', '--grad-checkpointing', '--clip-grad', '0.1', '--clip-mode', 'agc', '--epochs', '1']),
     (SMALL, ['--mixed-precision', 'bf16', '--branch-loss', '0.5', '--policy-balance', '0.1', '--epochs', '1']),
