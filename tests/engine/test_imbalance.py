@@ -78,7 +78,7 @@ def test_combinations_that_are_refused(folders, flags, match):
     (ONE, ['--class-sampling', 'balanced']),
     (SMALL, ['--class-weight', 'balanced', '--mixup', '0.3', '--branch-loss', '0.1'])])
 def test_resume_is_exact(run, monkeypatch, base, flags):
-    flags = [*flags, '--recovery-interval', '1', '--epochs', '2']
+    flags = [*flags, '--recovery-interval', '1', '--epochs', '2', '-b', '12']
     whole = run('whole', *flags, base=base)
     with monkeypatch.context() as patch:
         kill_at(patch, 1, 3)

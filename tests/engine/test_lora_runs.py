@@ -8,7 +8,7 @@ import timm_amf
 from timm_amf.engine.evaluate_runs import evaluate_runs
 
 pytest.importorskip('peft')
-FLAGS = ['--epochs', '2', '--lora-rank', '2', '--model-ema', '--model-ema-decay', '0.5', '--wise-ft']
+FLAGS = ['--epochs', '2', '-b', '15', '--lora-rank', '2', '--model-ema', '--model-ema-decay', '0.5', '--wise-ft']
 
 
 @pytest.mark.parametrize('base', [SMALL, ONE], ids=['amf', 'plain'])

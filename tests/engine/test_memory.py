@@ -1,14 +1,13 @@
 """Freed memory stays with the process."""
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 # Page faults of twenty allocations of 64 MB, each freed before the next, after one that is not counted.
 SCRIPT = '''
-import resource, runpy, sys, torch
-keep_freed_memory = runpy.run_path(sys.argv[1])['keep_freed_memory']
+import resource, torch
+from timm_amf.engine.memory import keep_freed_memory
 
 def faults():
     torch.ones(1 << 24)
@@ -23,8 +22,7 @@ print(faults(), keep_freed_memory(), faults())
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='of glibc')
 def test_freed_memory_is_used_again():
-    path = Path(__file__).parents[2] / 'timm_amf/engine/memory.py'
-    output = subprocess.run([sys.executable, '-c', SCRIPT, path], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run([sys.executable, '-c', SCRIPT], check=True, capture_output=True, text=True).stdout
     before, able, after = output.split()
     if able == 'False':
         pytest.skip('the C library is not glibc')

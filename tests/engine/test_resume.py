@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(run, plain, monkeypatc
 
 def test_a_signal_saves_and_leaves(run, components, tmp_path):
     """A real process and its workers, a real signal to all of them, in the middle of an epoch."""
-    flags = ['--aa', 'rand-m5-mstd0.5', '--epochs', '15']
+    flags = ['-b', '15', '--epochs', '15']
     whole = run('whole', *flags, base=ONE)
     command = [
         sys.executable, str(ROOT / 'train_amf.py'), *ONE, *components, *flags,

@@ -14,7 +14,7 @@ from timm_amf.models.method import method_of
 
 BASE = [
     '--model', 'spottune', '--model-kwargs', 'backbone=test_resnet', 'policy=test_resnet',
-    '--img-size', '32', '-b', '8', '--epochs', '2', '--workers', '0', '--lr', '0.02', '--warmup-epochs', '0', '--cpu',
+    '--img-size', '32', '-b', '12', '--epochs', '2', '--workers', '0', '--lr', '0.02', '--warmup-epochs', '0', '--cpu',
     '--tracker', 'none', '--policy-lr', '0.02', '--head-lr', '0.05',
 ]
 GLOBAL_K = ['--global-k', '1', '--global-k-weights', '1', '1', '--global-k-window', '30', '--policy-lr', '0.5']

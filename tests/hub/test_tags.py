@@ -154,7 +154,7 @@ def test_what_is_trained_from_a_tag_and_published_is_the_tag(client, hub, traine
     hub.put(f'{OWNER}/{SMALL}', {'model.safetensors': weights}, large=['model.safetensors'])
     run = train('again', tmp_path, [
         '--model', SMALL, '--pretrained', '--component', f'name=pedestrians,path={folders / "blobs"}', '--img-size',
-        '64', '-b', '6', '--epochs', '1', '--lr', '1e-9', '--warmup-epochs', '0', '--workers', '0', '--cpu',
+        '32', '-b', '9', '--epochs', '1', '--lr', '1e-9', '--warmup-epochs', '0', '--workers', '0', '--cpu',
         '--tracker', 'none', '--no-check-images'])
     timm_amf.publish(run, f'{OWNER}/{SMALL}', FINE_TUNED[SMALL].license)
     config = json.loads(hub.files(f'{OWNER}/{SMALL}')['config.json'])
