@@ -376,13 +376,3 @@ def test_a_classifier_that_does_not_train_is_not_zero(run, tmp_path, colours):
     for flag in ('--pretrained-path', '--initial-checkpoint'):
         with pytest.raises(UserError, match="class 'a' is not among the 3 classes"):
             run('fifth', flag, str(trained), '--eval-only', base=PLAIN, data=[data])
-
-
-@pytest.mark.parametrize('flags, message', [
-    (['--model-ema-decay', '0.9'], '--model-ema-decay: has no effect without --model-ema'),
-    (['--publish-license', 'mit'], '--publish-license: has no effect without --publish'),
-    (['--mean', 'nan'], '--mean: must be finite'), (['--lr', 'inf'], '--lr: must be finite'),
-])
-def test_flags_without_effect_and_numbers_that_are_none(run, flags, message):
-    with pytest.raises(UserError, match=message):
-        run('first', *flags, base=PLAIN)

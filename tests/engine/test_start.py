@@ -8,6 +8,7 @@ import timm
 import torch
 from conftest_engine import assert_same_run, reset_accelerate
 from safetensors.torch import load_file, save_file
+from test_resume import Killed, kill_at
 
 import train_amf
 from timm_amf import UserError, list_blocks
@@ -30,22 +31,11 @@ def weights(tmp_path_factory):
     return path
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_resumed_to_the_bit(run, weights, monkeypatch):
     flags = [*DEPTHS, '--initial-checkpoint', str(weights), '--recovery-interval', '2']
     whole = run('whole', *flags, base=BASE)
-    original = loop.Trainer._train_step
-
-    def dying(self, at, *args):
-        if (self.epoch, at) == (1, 3):
-            raise Killed
-        return original(self, at, *args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, '_train_step', dying)
+        kill_at(patch, 1, 3)
         with pytest.raises(Killed):
             run('killed', *flags, base=BASE)
     # Resume takes all from the checkpoint: the weights that the run started from are not there any more.

@@ -59,8 +59,10 @@ def base(flags, images, tmp_path) -> list[str]:
 
 
 @pytest.fixture
-def search(base, tmp_path, capsys):
-    """search(*flags, name=...) -> (exit code, what it printed, its folder)."""
+def search(base, tmp_path, capsys, monkeypatch):
+    """search(*flags, name=...) -> (exit code, what it printed, its folder), without the figure."""
+    monkeypatch.setattr('timm_amf.search.plots.plot_search', lambda *args: None)
+
     def run(*extra, name: str = 's'):
         capsys.readouterr()
         code = call(*base, '--experiment', name, *extra)
