@@ -179,10 +179,10 @@ def test_resume_of_a_finished_run_changes_nothing(run, trained):
 
 
 def test_resume_by_path_into_another_folder_and_more_epochs(run, trained):
-    first = trained('first')
-    second = run('second', '--resume', str(first), '--epochs', '5')
+    first = trained('first', base=ONE)
+    second = run('second', '--resume', str(first), '--epochs', '5', base=ONE)
     assert [int(r['epoch']) for r in rows(second / 'summary.csv')] == [0, 1, 2, 3, 4]
-    third = run('third', '--resume', str(first / 'last'), '--epochs', '5')
+    third = run('third', '--resume', str(first / 'last'), '--epochs', '5', base=ONE)
     assert_same_run(second, third)
 
 
