@@ -334,7 +334,8 @@ def export_model(
         opset: Optional[int] = None,
         overwrite: bool = False,
 ) -> Exported:
-    """Write a model to a file, run the file, and keep it if it computes what the model computes.
+    """Write a model to a file, run the file, and keep it if it computes what the model computes; else there is no file,
+    or the one that was there.
 
     Args:
         source: The model and what goes with the file.
@@ -343,10 +344,6 @@ def export_model(
         batches: Sizes of the batches of random images that it is run on.
         opset: ONNX operator set. None: the exporter's.
         overwrite: Replace a file that is there.
-
-    Raises:
-        UserError: If the file is there or cannot be written, the model cannot be exported, or the file computes
-            something else. Then there is no file, or the one that was there.
     """
     path = Path(path)
     _check_request(path, format, opset, overwrite)

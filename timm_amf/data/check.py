@@ -48,9 +48,6 @@ def check_images(
 
     Returns:
         The bad images that were removed.
-
-    Raises:
-        UserError: There are bad images, and they may not be skipped or a class has no others.
     """
     if dataset.in_memory:
         return []

@@ -146,9 +146,6 @@ def create_datasets(
         splits: Of `train`, `val` and `test`; `train+val` is both, one after the other.
         in_chans: Channels of the model's input: 1 reads images as greyscale where the spec does not say otherwise.
         class_names: The classes of a model, in the order of its outputs. None: those of `train`.
-
-    Raises:
-        UserError: A dataset, split or class that is missing, empty or not as the spec has it.
     """
     parts = _Parts(spec)
     datasets = tuple(_create(parts, split.split('+'), in_chans, class_names) for split in splits)

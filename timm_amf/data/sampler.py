@@ -85,40 +85,30 @@ class StepSampler(torch.utils.data.Sampler):
 
     def step_size(self, step: int) -> int:
         """Number of samples in a step, over all processes."""
-        size, extra = divmod(self.draws, self.steps)
-        return size + (step < extra)
+        return len(range(step, self.draws, self.steps))
 
     def __iter__(self) -> Iterator[list[Key]]:
         start, self.start_step = self.start_step, 0
-        indices, repeats = self._draws()
-        size, extra = divmod(self.draws, self.steps)
-        for step in range(start, self.steps):
-            low = step * size + min(step, extra)
-            count = self.step_size(step)
-            yield [
-                Key(self.epoch, int(indices[low + p]), int(repeats[low + p]), p, count)
-                for p in range(self.rank, count, self.world_size)
-            ]
+        for draws in np.array_split(self._draws(), self.steps)[start:]:
+            mine = range(self.rank, len(draws), self.world_size)
+            yield [Key(self.epoch, *draws[place].tolist(), place, len(draws)) for place in mine]
 
-    def _draws(self) -> tuple[np.ndarray, np.ndarray]:
-        """(index, number of earlier draws of it) for each draw of the epoch."""
-        indices, repeats = [], []
+    def _draws(self) -> np.ndarray:
+        """Index and number of earlier draws of it, for each draw of the epoch, (draws, 2)."""
+        passes = []
         for number in range(math.ceil(self.draws / self.num_samples)):
             rng = np.random.default_rng((self.seed, self.epoch, number))
             if self.members is not None:
                 order, repeat = self._balanced(rng)
-                indices.append(order)
-                repeats.append(repeat + number * self.num_samples)
-                continue
-            order = rng.permutation(self.num_samples)
-            repeat = np.zeros(self.num_samples, dtype=np.int64)
-            if self.aug_repeats > 1:
-                which = (np.arange(self.num_samples) // self.aug_repeats).astype(np.int64)
+                most = self.num_samples
+            else:
+                # timm's `--aug-repeats`: in succession, so many times each.
+                most = math.ceil(max(1, self.aug_repeats))
+                which = (np.arange(self.num_samples) // max(1, self.aug_repeats)).astype(np.int64)
+                order = rng.permutation(self.num_samples)[which]
                 repeat = np.arange(self.num_samples) - np.searchsorted(which, which)
-                order = order[which]
-            indices.append(order)
-            repeats.append(repeat + number * math.ceil(max(1, self.aug_repeats)))
-        return np.concatenate(indices)[:self.draws], np.concatenate(repeats)[:self.draws]
+            passes.append(np.stack([order, repeat + number * most], axis=1))
+        return np.concatenate(passes)[:self.draws]
 
     def _balanced(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """A pass of each class equally often: their numbers differ by one at most."""

@@ -38,9 +38,6 @@ def open_model(source: Source, options: RunOptions, needs_data: bool = True) -> 
             onnx`, or a model with `label_names` in its `pretrained_cfg`.
         options: What of a run differs.
         needs_data: Whether the images that a run was trained on must be there.
-
-    Raises:
-        UserError: If it is none of these.
     """
     path = Path(source) if isinstance(source, (str, Path)) else Path()
     if is_run(path) and not (path / 'config.json').is_file():
@@ -72,11 +69,7 @@ def open_model(source: Source, options: RunOptions, needs_data: bool = True) -> 
 
 
 class OnnxModel(nn.Module):
-    """A file of `timm-amf export --format onnx`, run by ONNX Runtime on the CPU.
-
-    Raises:
-        UserError: If it cannot be run, or has no description of its input.
-    """
+    """A file of `timm-amf export --format onnx`, run by ONNX Runtime on the CPU."""
 
     def __init__(self, path: Path):
         import onnxruntime
