@@ -63,8 +63,7 @@ def open_source(component: Component, split: str, spec: DataSpec) -> Source:
             return open_hfds(component, own, spec)
         if prefix in ('tfds', 'wds', 'hfids'):
             return open_iterable(component, own, spec, spec.num_samples.get(split))
-        if prefix not in ('', 'decathlon', 'torch') or component.dataset not in (
-                '', 'folder', 'image_folder', f'{prefix}/{name}'):
+        if prefix not in ('decathlon', 'torch') and component.dataset not in ('', 'folder', 'image_folder'):
             raise UserError(
                 f'unknown dataset {component.dataset!r}; leave it out for a folder, or begin it with torch/, '
                 f'decathlon/, hfds/, hfids/, tfds/ or wds/')

@@ -7,6 +7,7 @@ import contextlib
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
@@ -50,6 +51,7 @@ class Batch(NamedTuple):
     step_size: int
 
 
+@dataclass(eq=False)
 class SeededSamples(torch.utils.data.Dataset):
     """The samples of a mixture by `Key`, each transformed under its own seed.
 
@@ -63,20 +65,11 @@ class SeededSamples(torch.utils.data.Dataset):
         splits: Augmentation splits, 0 for none.
         skip_bad: Give black in the place of an image that cannot be read, with class -1.
     """
-
-    def __init__(
-            self,
-            dataset: Mixture,
-            transform: Any,
-            seed: Optional[int],
-            splits: int = 0,
-            skip_bad: bool = False,
-    ):
-        self.dataset = dataset
-        self.transform = transform
-        self.seed = seed
-        self.splits = splits
-        self.skip_bad = skip_bad
+    dataset: Mixture
+    transform: Any
+    seed: Optional[int]
+    splits: int = 0
+    skip_bad: bool = False
 
     def __len__(self) -> int:
         return len(self.dataset)
