@@ -7,6 +7,7 @@ from PIL import Image
 
 from timm_amf import UserError
 from timm_amf.data import DataSpec, create_dataset, create_datasets
+from timm_amf.data.datasets import lacks_split
 from timm_amf.data.sources import as_shown
 
 
@@ -162,3 +163,16 @@ def test_a_share_of_the_training_images_validates(make_folder, tmp_path):
 def test_a_share_that_is_none(share):
     with pytest.raises(UserError, match='val_share must be at least 0 and below 1'):
         DataSpec.from_mapping({'path': 'x', 'val_share': share})
+
+
+def test_what_lacks_a_split(make_folder, tmp_path):
+    """A folder by any of timm's names, a tar file, and a column of a table say which images are of a split."""
+    plain = make_folder('plain', splits=('train',))
+    assert lacks_split(str(plain), 'val') and not lacks_split(str(plain), 'train')
+    (plain / 'eval.tar').touch()
+    assert not lacks_split(str(plain), 'val')
+    assert not lacks_split(str(make_folder('both', splits=('train', 'validation'))), 'val')
+    assert not lacks_split(str(tmp_path / 'gone'), 'val')  # there is nothing to draw from
+    for header, lacks in (('path,label', True), ('path,label,split', False)):
+        (tmp_path / 't.csv').write_text(header)
+        assert lacks_split(str(tmp_path / 't.csv'), 'val') == lacks

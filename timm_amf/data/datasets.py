@@ -46,13 +46,7 @@ _HOW_TO_GET = {
 
 
 def open_source(component: Component, split: str, spec: DataSpec) -> Source:
-    """Open a split of a component's dataset.
-
-    Args:
-        component: What to open.
-        split: `train`, `val` or `test`.
-        spec: For what is common: download, conversion.
-    """
+    """Open `train`, `val` or `test` of a component's dataset."""
     prefix, sep, name = component.dataset.partition('/')
     prefix = prefix.lower() if sep else ''
     own = component.split_name(split)

@@ -92,13 +92,9 @@ def open_iterable(
         spec: DataSpec,
         num_samples: Optional[int] = None,
 ) -> PackedSource:
-    """Open a split of an iterable dataset, reading it through first if that has not been done.
+    """Open a split, by its own name, of an iterable dataset, reading it through first if that has not been done.
 
-    Args:
-        component: What to open.
-        split: The dataset's name of the split.
-        spec: For what is common.
-        num_samples: How many there are, where the dataset does not know.
+    Some do not know their number of samples and want to be told.
     """
     prefix, _, name = component.dataset.partition('/')
     streaming = prefix.lower() == 'hfids'

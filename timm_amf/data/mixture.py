@@ -227,12 +227,8 @@ def _label_space(
 
 
 def _labels_by_name(names: Sequence[str], components: Sequence[str], class_names: Sequence[str]) -> np.ndarray:
-    """The output of a model for each class of the data, by its name, with or without that of its component before it.
-
-    Args:
-        names: Of the classes of the data.
-        components: Name of the component of each, '' where several share it.
-        class_names: Of the outputs.
+    """The output of a model, whose outputs have names, for each class of the data: by its name, with or without that of
+    its component before it ('' where several share it).
     """
     index = {name: i for i, name in enumerate(class_names)}
     labels, unknown = [], []

@@ -89,13 +89,8 @@ def draw_splits(
 
 
 def groups_of(source: Source, chosen: np.ndarray, group: str, where: str) -> list[str]:
-    """Group of each chosen image: its text in a column of the table, or what a regular expression finds in its path.
-
-    Args:
-        source: Where the images are.
-        chosen: Indices of the images.
-        group: Name of the column, or the regular expression, which has one group.
-        where: Whose images they are, for the warning.
+    """Group of each chosen image: its text in a column of the table, or what a regular expression with one group finds
+    in its path.
     """
     columns = getattr(source, 'columns', {})
     if group.strip().lower() in columns:

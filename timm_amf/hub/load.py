@@ -3,11 +3,9 @@
     model = timm_amf.load('me/birds')                  # or 'me/birds@v1', or a folder
     print(model.provenance)
 
-A repository is somebody else's. Read from it are files of names that are known here, of a bounded size, in formats that
-carry data alone: JSON, YAML without tags and aliases, safetensors. The arguments in `config.json` are held against a
-whitelist of types, names and sizes; then the model is built on the meta device, where nothing is allocated, and its
-tensors are compared with those of the weights. Only then is it built. `timm.create_model('hf-hub:me/birds',
-pretrained=True)` reads the same files with timm's own checks alone.
+A repository is somebody else's. Read from it are files of known names and bounded size that carry data alone: JSON,
+YAML, safetensors. `config.json` is held against a whitelist; then the model is built on the meta device, where nothing
+is allocated, and its tensors are compared with those of the weights. Only then is it built.
 """
 import json
 import logging
@@ -115,9 +113,6 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs)
 
     Returns:
         The model, with a `Provenance` in its `provenance`.
-
-    Raises:
-        UserError: If the repository or folder is not what it should be. Errors of the Hub are those of its client.
     """
     cache_dir, commit, name = kwargs.pop('cache_dir', None), None, str(path_or_id)
     folder = Path(name.removeprefix('local-dir:')).expanduser()

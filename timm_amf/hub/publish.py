@@ -3,15 +3,7 @@
     timm-amf publish runs/amf --repo-id me/birds --license apache-2.0 --dry-run staged     (look at it first)
     timm-amf publish runs/amf --repo-id me/birds --license apache-2.0 --private
 
-A folder is written, loaded back and compared with the run's model, then sent in one commit:
-
-    model.safetensors   the best weights
-    config.json         as timm reads it: architecture, arguments, input, class names; under `timm_amf` the data
-    plan.yaml           how it was fine-tuned
-    args.yaml           the options of the run, without what is of the machine it ran on
-    summary.csv, policy.csv, metrics.json, figures/
-    README.md           the card
-
+A folder (docs/hub.md has its files) is written, loaded back and compared with the run's model, then sent in one commit.
 The token is that of the Hub's own client (`hf auth login`, or HF_TOKEN); it is neither printed nor written.
 """
 import argparse
