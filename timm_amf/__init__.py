@@ -21,6 +21,7 @@ _PUBLIC = {
     'RolePlan': 'tuning.plan',
     'Schedule': 'tuning.plan',
     'GroupScheduler': 'tuning.schedule',
+    'lr_scheduler': 'tuning.schedule',
     'apply_freeze': 'tuning.freeze',
     'create_optimizer': 'tuning.optim',
     'param_groups': 'tuning.optim',

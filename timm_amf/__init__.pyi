@@ -21,4 +21,5 @@ from .tuning.reinit import reinit as reinit
 from .tuning.resolve import resolve as resolve
 from .tuning.roles import model_roles as model_roles
 from .tuning.schedule import GroupScheduler as GroupScheduler
+from .tuning.schedule import lr_scheduler as lr_scheduler
 from .version import __version__ as __version__

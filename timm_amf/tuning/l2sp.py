@@ -104,6 +104,7 @@ class L2SP:
         scale = 1. if scale is None else float(scale)
         for i, starts in self._starts.items():
             group = optimizer.param_groups[i]
+            starts[:] = [s.to(p) for s, p in zip(starts, group['params'])]  # trainers move a model when they start
             pairs = [(p, s) for p, s in zip(group['params'], starts) if p.grad is not None and p.requires_grad]
             if not pairs:
                 continue
