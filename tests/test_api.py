@@ -1,10 +1,14 @@
 """The commands as functions: the same results as the command, typed, with a user's mistakes as `UserError`."""
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent / 'engine'))
 from conftest_engine import folders, reset_accelerate  # noqa: E402, F401  a fixture
@@ -142,3 +146,42 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'optuna', None)
     with pytest.raises(timm_amf.UserError, match=r"pip install 'timm_amf\[sweep\]'"):
         timm_amf.sweep('DIR', 'test_resnet')
+
+
+PAGE = (Path(__file__).parents[1] / 'docs' / 'python.md').read_text(encoding='utf-8')
+
+
+@pytest.fixture
+def page_folder(folders, tmp_path, monkeypatch):  # noqa: F811
+    """A folder as that of the page: `birds`, `photos`, and weights in the place of the Hub's."""
+    for name in ('optuna', 'sklearn', 'matplotlib'):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'birds').symlink_to(folders / 'stripes')
+    (tmp_path / 'photos').symlink_to(folders / 'stripes' / 'val')
+    torch.manual_seed(0)
+    save_file(timm.create_model('test_resnet').state_dict(), 'w.safetensors')
+
+
+@pytest.mark.slow
+def test_the_page_runs_as_it_stands(page_folder, capsys):
+    code = '\n'.join(re.findall(r'```python\n(.*?)```', PAGE, re.DOTALL))
+    code, count = re.subn(
+        r"common = dict\(model='resnet18', pretrained=True, img_size=224, ",
+        "common = dict(model='test_resnet', pretrained_path='w.safetensors', img_size=32, batch_size=8, workers=0, "
+        "cpu=True, tracker=['none'], ", code)
+    assert count == 1
+    code = re.sub(r'epochs=\d+', 'epochs=3', code)
+    names = {'__name__': '__main__'}
+    exec(compile(code, 'docs/python.md', 'exec'), names)
+    out = capsys.readouterr().out
+    assert 'ensemble of 2 runs: ' in out and 'epoch: no such option, did you mean epochs?' in out
+    assert names['page'].is_file() and names['file'].is_file() and names['model'].num_classes == 3
+    assert timm_amf.Plan.from_yaml(names['advised'].folder / 'plan.yaml').lr == names['advice'].plan.lr
+
+
+def test_the_page_names_every_command():
+    from timm_amf.cli import _COMMANDS
+
+    for name in (*set(_COMMANDS) - {'demo', 'models', 'decathlon'}, 'load'):
+        assert f'| `{name}(' in PAGE and callable(getattr(timm_amf, name)), name
