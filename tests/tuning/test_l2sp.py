@@ -1,5 +1,6 @@
 """L2-SP against the penalty in the loss, the closed form of decoupled decay, and what each optimiser itself does."""
 import copy
+from functools import partial
 
 import pytest
 import timm
@@ -313,3 +314,21 @@ def test_the_starting_point_follows_a_model_that_is_moved():
             optimizer.step()
     for p, q in zip(model.parameters(), reference.parameters()):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('opt', ['sgd', 'adamw'])
+@pytest.mark.parametrize('named', [False, True])
+def test_gradients_that_a_closure_computes_within_the_step(opt, named):
+    models = [net(), net()]
+    optimizers = [create_optimizer(m, plan(opt)) for m in models]
+    for x, y in batches():
+        def closure(model, optimizer, x=x, y=y):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+        before = closure(models[0], optimizers[0])
+        optimizers[0].step()
+        within = partial(closure, models[1], optimizers[1])
+        assert torch.equal(optimizers[1].step(closure=within) if named else optimizers[1].step(within), before)
+    assert_same(*models, tol=0)
