@@ -315,9 +315,10 @@ def _read_plan(path: Path, where: str) -> Optional[Plan]:
         return None
     with _reading(path, where):
         text = _read_text(path, _MAX_PLAN)
+        content = parse_yaml(text, 'the Plan')  # first: it stops where text is nested too deeply to be read in time
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise ValueError('has aliases')
-        return Plan.from_dict(parse_yaml(text, 'the Plan')['plan'])
+        return Plan.from_dict(content['plan'])
 
 
 def _check_fits(config: dict[str, Any], weights: Path, where: str) -> None:
