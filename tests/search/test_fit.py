@@ -78,7 +78,7 @@ def test_an_interrupted_fit_goes_on(words, tmp_path, monkeypatch, capsys):
     assert main([*words, '--epochs', '16']) == 0
     whole = tmp_path / 'whole'
     (tmp_path / 'run').rename(whole)
-    original, calls = fit.__globals__['_run'], []
+    original, calls = fit.__globals__['run'], []
 
     def stopped(*args, **kwargs):
         calls.append(1)
@@ -86,7 +86,7 @@ def test_an_interrupted_fit_goes_on(words, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setitem(fit.__globals__, '_run', stopped)
+    monkeypatch.setitem(fit.__globals__, 'run', stopped)
     codes = [main([*words, '--epochs', '16']) for _ in range(3)]
     assert codes == [130, 130, 0] and 'the same command goes on' in capsys.readouterr().err
     for name in ('last/model.safetensors', 'model_best.safetensors', 'summary.csv', 'mix.csv'):
@@ -108,7 +108,7 @@ def test_an_interrupted_fit_goes_on(words, tmp_path, monkeypatch, capsys):
 ])
 def test_choice(images, monkeypatch, pilots, metric, winner):
     """The faster one, unless it is behind by two standard errors."""
-    monkeypatch.setitem(_choose.__globals__, 'create_datasets', lambda *args: [range(100)])
+    monkeypatch.setitem(_choose.__globals__, 'create_dataset', lambda *args: range(100))
     args = parse_args([str(images), '--model', 'test_resnet', '--eval-metric', metric])
     candidates = [Candidate(str(i), (), pilot, 1.) for i, pilot in enumerate(pilots)]
     assert _choose(candidates, args) is candidates[winner]
