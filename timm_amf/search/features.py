@@ -25,8 +25,6 @@ from timm_amf.errors import UserError
 
 __all__ = ['Features', 'FeatureNet', 'extract_features']
 
-_VERSION = 1
-
 
 @dataclass
 class Features:
@@ -118,7 +116,7 @@ def extract_features(
     """
     loader = eval_loader(net.args, net.model, dataset, net.accelerator.device)
     stats = loader.mean.flatten().tolist(), loader.std.flatten().tolist()
-    key = fingerprint(dataset, f'features {_VERSION} {net.fingerprint()} {loader.transform} {stats}')
+    key = fingerprint(dataset, f'features 1 {net.fingerprint()} {loader.transform} {stats}')
     folder = cache_folder(cache_dir, f'features-{key}')
 
     def read(path: Path) -> Features:

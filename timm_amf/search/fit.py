@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -105,12 +106,11 @@ class Fit:
     def write(self, path: Union[str, Path]) -> None:
         """Write the table as CSV."""
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator='\n')
-        writer.writerow(['candidate', 'flags', 'pilot', 'pilot_loss', 'metric', 'seconds', 'winner'])
-        writer.writerow(['frozen features', '', '', '', self.floor, '', ''])
-        for c in self.candidates:
-            writer.writerow(
-                [c.name, ' '.join(c.flags), c.pilot, c.loss, c.metric, round(c.seconds, 1), c is self.winner])
+        csv.writer(text, lineterminator='\n').writerows([
+            ['candidate', 'flags', 'pilot', 'pilot_loss', 'metric', 'seconds', 'winner'],
+            ['frozen features', '', '', '', self.floor, '', ''],
+            *([c.name, ' '.join(c.flags), c.pilot, c.loss, c.metric, round(c.seconds, 1), c is self.winner]
+              for c in self.candidates)])
         write_text(path, text.getvalue())
 
     def __str__(self) -> str:
@@ -141,7 +141,8 @@ def fit(
     Returns:
         What was found; `Fit.model` is the model, and `print` shows what was tried.
     """
-    return fit_words(words_of(build_parser(), dict(options, data_dir=data_dir, model=model, budget=budget)))
+    options.update(data_dir=data_dir, model=model, budget=budget)
+    return fit_words(words_of(build_parser(), {name: value for name, value in options.items() if value is not None}))
 
 
 def fit_words(words: Sequence[str]) -> Fit:
@@ -200,24 +201,24 @@ class _Progress:
         return cls(folder, asked, [], [Candidate(*c) for c in CANDIDATES])
 
     def write(self) -> None:
-        state = {name: value for name, value in asdict(self).items() if name != 'folder'}
-        write_text(self.folder / 'fit.json', json.dumps(state, indent=1))
+        write_text(self.folder / 'fit.json', json.dumps({**asdict(self), 'folder': None}, indent=1))
 
 
 def _contest(progress: _Progress, args: argparse.Namespace) -> None:
     """Give all candidates a pilot and choose; with few epochs or updates, the first."""
     whole, candidates = common_plan(args).epochs, progress.candidates
     many = whole >= _MANY_EPOCHS and whole * len(_images(args, 'train')) >= _MANY_UPDATES * args.batch_size
-    epochs = str(whole // 6)  # two at least: fewer favour low LRs even more
-    folders = [progress.folder / ''.join(c if c.isalnum() or c in '.-' else '-' for c in candidate.name)
-               for candidate in candidates]
-    shared = folders[0] / 'model_start.safetensors'
-    for candidate, folder in zip(candidates, folders) if many else ():
+    shared = None
+    for candidate in candidates if many else ():
+        folder = progress.folder / re.sub(r'[^\w.-]', '-', candidate.name)
         words = [word for word in progress.words if word != '--report']
-        # They share the features' classifier, which the first one fits.
-        words += ['--initial-checkpoint', str(shared), '--head-start', 'timm'] if shared.exists() else []
+        if shared is None:
+            shared = folder / 'model_start.safetensors'
+        elif shared.exists():  # the features' classifier, which the first one fits
+            words += ['--initial-checkpoint', str(shared), '--head-start', 'timm']
         start, best = time.monotonic(), {}
         try:
+            epochs = str(whole // 6)  # two at least: fewer favour low LRs even more
             _train(candidate, [*words, '--epochs', epochs, '--val-interval', epochs], folder, quiet=True)
             best = best_epoch(folder)
         except UserError as e:
@@ -340,7 +341,5 @@ def main(argv: Sequence[str]) -> None:
     if not any(word.split('=')[0] in ('--model', '--config', '-c') for word in words):
         words += ['--model', MODEL]
     found = fit_words(words)
-    run = found.folder
-    print(f'{found}\n\nNext: timm-amf evaluate {run}')
-    print(f'      timm-amf export {run} --format onnx')
-    print(f'      timm-amf publish {run} --repo-id OWNER/NAME --license ID')
+    print(f'{found}\n\nNext: timm-amf evaluate {found.folder}\n      timm-amf export {found.folder} --format onnx\n'
+          f'      timm-amf publish {found.folder} --repo-id OWNER/NAME --license ID')

@@ -26,19 +26,17 @@ def keyword_words(
         config: Recipe or YAML file that sets options; the keywords win.
         options: Flags by name (None leaves one out), and `data`, a mapping of the form of a recipe's section.
     """
-    options = dict(options)
+    options = {name: value for name, value in options.items() if value is not None}
     data = options.pop('data') if isinstance(options.get('data'), Mapping) else None
     words = [] if config is None else ['--config', str(config)]
     return [*words, *words_of(build_parser(), options)], data
 
 
 def words_of(parser: argparse.ArgumentParser, options: Mapping[str, Any]) -> list[str]:
-    """The command line that sets options of a parser; None leaves one out."""
+    """The command line that sets options of a parser."""
     actions = {action.dest: action for action in parser._actions if action.option_strings}
     words = []
     for name, value in options.items():
-        if value is None:
-            continue
         if name not in actions:
             near = difflib.get_close_matches(name, actions, 1)
             raise UserError(f'{name}: no such option{f", did you mean {near[0]}?" if near else ""}')

@@ -265,7 +265,7 @@ def propose(
     Args:
         args: Options of `train_amf.py`.
         target: Its model.
-        advices: For each network of the target, the advice for each component.
+        advices: For each network of the target, the `ComponentAdvice` for each component.
         num_classes: Classes of the data.
         policy: Policy network of a proposed AMF; `none` for MultiTune, None for a small one.
 
@@ -274,15 +274,12 @@ def propose(
         the advice that it follows.
     """
     args, notes = copy.deepcopy(args), []
+    followed = [_spread(of_network, i, len(advices)) for i, of_network in enumerate(advices)]
     if 'backbone' in target.blocks and len({c.decision.suited for c in advices[0]}) == 2:
         notes += _become_composite(args, policy)
         target = read_target(args, num_classes)
-        surest = [max((c for c in advices[0] if c.decision.suited == side), key=lambda c: c.decision.sure)
-                  for side in (True, False)]
-        followed = dict(zip(target.blocks, surest))
-    else:
-        followed = {
-            role: _spread(advices[i], i, len(advices)) for i, role in enumerate(target.blocks)}
+        followed = [max((c for c in advices[0] if c.decision.suited == side), key=_sure) for side in (True, False)]
+    followed = dict(zip(target.blocks, followed))
     plan, more = _build_plan(args, target, followed)
     header = ['# By `timm-amf advise`, from Table 7 of Plested et al., "Rethinking binary hyperparameters".', *(
         f'# {role}: {c.name} under {c.network}; the weights are {"" if c.decision.suited else "not "}well suited, like '
@@ -290,13 +287,17 @@ def propose(
     return args.model, plan, config_text(args, plan, header), notes + more, followed
 
 
-def _spread(advices: Sequence[Any], branch: int, branches: int):
+def _sure(advice: Any) -> float:
+    return advice.decision.sure
+
+
+def _spread(advices: Sequence[Any], branch: int, branches: int) -> Any:
     """Whose advice a branch follows: its own component's where there are as many, else from one end to the other."""
     if len(advices) == branches:
         return advices[branch]
-    ordered = sorted(advices, key=lambda c: -c.decision.sure if c.decision.suited else 1 + c.decision.sure)
     if branches == 1:
-        return max(advices, key=lambda c: c.decision.sure)
+        return max(advices, key=_sure)
+    ordered = sorted(advices, key=lambda c: -_sure(c) if c.decision.suited else 1 + _sure(c))
     return ordered[round(branch * (len(ordered) - 1) / (branches - 1))]
 
 
@@ -306,13 +307,10 @@ def _become_composite(args: argparse.Namespace, policy: Optional[str]) -> list[s
         raise UserError(
             'the components want different settings, that is, an AMF, and its branches cannot start from '
             '--initial-checkpoint; give the weights with --pretrained-path')
-    overlay = dict(args.pretrained_cfg_overlay)
-    overlay.update({'file': args.pretrained_path} if args.pretrained_path else {})
-    overlay.update({k: list(getattr(args, k)) for k in ('mean', 'std') if getattr(args, k) is not None})
-    kwargs: dict[str, Any] = {'backbones': [args.model] * 2}
-    backbone_kwargs = {**args.model_kwargs, **({'pretrained_cfg_overlay': overlay} if overlay else {})}
-    if backbone_kwargs:
-        kwargs['backbone_kwargs'] = backbone_kwargs
+    given = {'file': args.pretrained_path, 'mean': args.mean and list(args.mean), 'std': args.std and list(args.std)}
+    overlay = {**args.pretrained_cfg_overlay, **{k: v for k, v in given.items() if v}}
+    of_backbone = {**args.model_kwargs, **({'pretrained_cfg_overlay': overlay} if overlay else {})}
+    kwargs = {'backbones': [args.model] * 2, **({'backbone_kwargs': of_backbone} if of_backbone else {})}
     name, notes = policy or _POLICY, []
     if name != 'none':
         try:
@@ -386,13 +384,11 @@ def config_text(args: argparse.Namespace, plan: Plan, header: Sequence[str]) -> 
         plan: The Plan, instead of what the options say of it.
         header: Lines of comment to begin with.
     """
-    skip = {*_LR_FLAGS, *_NOT_WRITTEN, *plan_flags(), 'data', 'weight_decay'}
+    skip = {*_LR_FLAGS, *_NOT_WRITTEN, *plan_flags(), 'data'}
     chosen = {name: getattr(args, name) for name in {'model', *args.explicit} - skip}
     recipe = {**({'data': args.recipe['data']} if 'data' in args.recipe else {}), 'plan': plan.to_dict()}
     content = args_content(argparse.Namespace(**chosen, recipe=recipe, explicit=set(chosen)))
     content = yaml.safe_load(yaml.safe_dump(content))  # sorted at every level
-    first, last = ('model', 'data_dir', 'pretrained'), ('data', 'plan')
-    keys = [*(k for k in first if k in content), *(k for k in content if k not in (*first, *last))]
-    content = {key: content[key] for key in [*keys, *(k for k in last if k in content)]}
-    text = yaml.safe_dump(content, sort_keys=False)
-    return '\n'.join([*header, text])
+    order = ('model', 'data_dir', 'pretrained', *sorted({*content} - {'data', 'plan'}), 'data', 'plan')
+    content = {key: content[key] for key in dict.fromkeys(order) if key in content}
+    return '\n'.join([*header, yaml.safe_dump(content, sort_keys=False)])

@@ -1,7 +1,7 @@
 """Measures of how well pretrained weights fit a data set, from features computed once.
 
-Each is a function of features (N, D) and labels (N,), or of the source classifier's probabilities (N, Z) and labels;
-nothing here knows a network. Larger means a better fit, everywhere. `measure` computes them all.
+Each is a function of the features (N, D) of N images and their labels (N,), or of the source classifier's probabilities
+(N, Z) and the labels; nothing here knows a network. Larger means a better fit, everywhere. `measure` computes them all.
 """
 import math
 from collections.abc import Callable, Sequence
@@ -91,7 +91,7 @@ def fisher_score(features: np.ndarray, labels: np.ndarray, shrinkage: Optional[f
 
     Args:
         features: (N, D).
-        labels: (N,), K classes.
+        labels: (N,), of K classes.
         shrinkage: a in [0, 1]. None: estimated (Ledoit and Wolf, 2004), which tends to 0 with many images. With 0 it is
             the formula alone, with the pseudo-inverse.
     """
@@ -143,15 +143,8 @@ def domain_similarity(
 ) -> float:
     """Domain similarity exp(-gamma d), d the earth mover's distance of class means (Cui et al. 2018).
 
-    A class is a point, its mean features, that weighs as much as its share of the images; the ground distance is
-    Euclidean.
-
-    Args:
-        source_means: (Ks, D).
-        source_weights: (Ks,), positive.
-        target_means: (Kt, D), by the same network.
-        target_weights: (Kt,), positive.
-        gamma: The paper's 0.01.
+    A class is a point, its mean features (D), that weighs as much as its share of the images; the ground distance is
+    Euclidean. Both sets are of one network; the paper's gamma is 0.01.
     """
     import ot  # slow, and rarely asked for
 
@@ -167,10 +160,6 @@ def log_me(features: np.ndarray, labels: np.ndarray) -> float:
     precision beta; both by the fixed-point iteration of the paper's extended version (You et al. 2022, "Ranking and
     tuning pre-trained models"), from one singular value decomposition. Directions of features that the images do not
     span enter the log determinant with log(alpha) each, as the evidence has it; the authors' code leaves them out.
-
-    Args:
-        features: (N, D).
-        labels: (N,), K classes.
     """
     features, labels = check_features(features, labels)
     number, width = features.shape
@@ -196,10 +185,6 @@ def leep(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
     The source classifier's probabilities theta(x)_z and the labels give P(y, z), and the prediction sum_z P(y | z)
     theta(x)_z; LEEP is the mean log of that for the true labels.
-
-    Args:
-        probabilities: Of the source classes, (N, Z).
-        labels: (N,).
     """
     labels = np.unique(labels, return_inverse=True)[1]
     means, shares = class_means(probabilities, labels)
@@ -212,10 +197,6 @@ def nce(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """NCE: negative conditional entropy -H(Y | Z) = I(Y; Z) - H(Y) in nats (Tran et al. 2019). At most 0.
 
     Z is the source class of the largest probability.
-
-    Args:
-        probabilities: Of the source classes, (N, Z).
-        labels: (N,).
     """
     entropy = stats.entropy(np.unique(labels, return_counts=True)[1])
     return float(mutual_info_score(labels, probabilities.argmax(axis=1)) - entropy)
