@@ -212,7 +212,7 @@ def test_python(images, weights, tmp_path):
         'fixed_top1', 'fixed_accuracy', 'fisher', 'log_me', 'leep', 'nce', 'h_score', 'trans_rate', 'emd'}
     assert 0 < advice.measures['colours']['emd'] < 1
     assert advice.measures['colours']['fixed_top1'] > 90
-    assert isinstance(advice.plan, timm_amf.Plan) and advice.advice['colours'].startswith('suited')
+    assert isinstance(advice.plan, timm_amf.Plan) and advice.components[0].decision.suited
     advice.to_yaml(tmp_path / 'a.yaml')
     assert timm_amf.Plan.from_yaml(tmp_path / 'a.yaml') == advice.plan
     with pytest.raises(UserError, match='batch_sise'):
@@ -224,7 +224,7 @@ def test_random_init(images, flags, monkeypatch):
     def run(*extra):
         words = [str(images / 'colours'), *flags, '--pilot-epochs', '0', *extra]
         own, rest = module._own_parser().parse_known_args(words)
-        return module._advise(own, module._runs(rest, [])).components[0].measures
+        return module._advise(own, module._runs(rest)).components[0].measures
 
     short = run('--random-init', '1')
     assert 'random_minus_fixed' not in short.values and 'more --random-init' in short.missing['random_minus_fixed']

@@ -84,8 +84,7 @@ class Pilot:
     loss: Optional[float] = None
 
     def __str__(self) -> str:
-        return f'LR {self.lr:g}, {"" if self.by_rules else "without "}the settings of Table 7: ' + (
-            'not measured' if self.top1 is None else f'{self.top1:.2f}')
+        return f'LR {self.lr:g}, {"" if self.by_rules else "without "}the settings of Table 7: {self.top1:.2f}'
 
 
 @dataclass
@@ -137,22 +136,11 @@ class Advice:
     @property
     def measures(self) -> dict[str, dict[str, float]]:
         """Component -> measure -> value, under the first network."""
-        return {c.name: c.measures.values for c in self._under_first}
-
-    @property
-    def advice(self) -> dict[str, str]:
-        """Component -> the paper's data set whose settings it gets, such as `suited (DTD)`."""
-        return {c.name: f'{"suited" if c.decision.suited else "unsuited"} ({c.decision.like})'
-                for c in self._under_first}
-
-    @property
-    def _under_first(self) -> list[ComponentAdvice]:
-        return [c for c in self.components if c.network == self.components[0].network]
+        return {c.name: c.measures.values for c in self.components if c.network == self.components[0].network}
 
     def __str__(self) -> str:
-        parts = [_ranking_table(self.ranking)] if self.ranking else []
-        parts += [*map(_component_table, self.components), _plan_table(self), *self.notes]
-        return '\n\n'.join(parts)
+        ranking = [_ranking_table(self.ranking)] if self.ranking else []
+        return '\n\n'.join([*ranking, *map(_component_table, self.components), _plan_table(self), *self.notes])
 
     def to_yaml(self, path: Union[str, Path]) -> None:
         """Write the file for `train_amf.py --config`, whole or not at all."""
@@ -179,17 +167,6 @@ def _own_parser() -> argparse.ArgumentParser:
     add('--advice-file', default='advice.yaml', metavar='FILE',
         help='file that timm-amf train --config runs (default: %(default)s); --overwrite replaces it')
     return parser
-
-
-def _split_models(text: Optional[str]) -> list[tuple[str, str]]:
-    """(model, file of its weights or '') of `--models`."""
-    if not text:
-        return []
-    pairs = [item.strip().partition('=')[::2] for item in text.split(',') if item.strip()]
-    names = [name for name, _ in pairs]
-    if len(pairs) < 2 or len(set(names)) < len(names):
-        raise UserError(f'--models {text}: name two different models or more, with commas between')
-    return pairs
 
 
 def _advise(own: argparse.Namespace, runs: Sequence[argparse.Namespace], progress: bool = True) -> Advice:
@@ -398,40 +375,38 @@ def _component_table(advice: ComponentAdvice) -> str:
 def _plan_table(advice: Advice) -> str:
     """The settings of each role that the Plan names."""
     names = ('lr', 'low_blocks', 'low_lr_scale', 'reinit_blocks', 'l2sp_alpha', 'l2sp_blocks', 'weight_decay')
+    followed = {role: c.name for role, c in advice.roles.items()}
     rows = [(f'plan for {advice.model}', 'follows', *names)]
     for role, settings in advice.plan.roles.items():
-        values = [getattr(settings, name) for name in names]
-        followed = advice.roles[role].name if role in advice.roles else ''
-        rows.append((role, followed, *('' if v is None else f'{v:.4g}' for v in values)))
+        values = (getattr(settings, name) for name in names)
+        rows.append((role, followed.get(role, ''), *('' if v is None else f'{v:.4g}' for v in values)))
     return columns(rows)
 
 
 def _ranking_table(ranking: Sequence[tuple[str, float, Mapping[str, float]]]) -> str:
     """Models by mean rank over the measures, the best first."""
-    names = list(ranking[0][2])
-    rows = [('model', 'mean rank', *(LABELS[name] for name in names))]
-    for model, rank, values in ranking:
-        rows.append((model, f'{rank:.2f}', *(f'{values[name]:.4g}' for name in names)))
-    return columns(rows)
+    return columns([('model', 'mean rank', *(LABELS[name] for name in ranking[0][2])), *(
+        (model, f'{rank:.2f}', *(f'{value:.4g}' for value in values.values())) for model, rank, values in ranking)])
 
 
 # -- From Python, and as a command.
 
 def _runs(
         words: Sequence[str],
-        models: Sequence[tuple[str, str]],
+        models: Optional[str] = None,
         data: Optional[Mapping] = None,
 ) -> list[argparse.Namespace]:
-    """The options of each model: a recipe has a start of its own, others have that of `fit`."""
+    """The options of each of `--models`, or of one run: a recipe has a start of its own, others have that of `fit`."""
+    named = [item.strip().partition('=')[::2] for item in (models or '').split(',') if item.strip()]
+    if models and (len(named) < 2 or len(dict(named)) < len(named)):
+        raise UserError(f'--models {models}: name two different models or more, with commas between')
     recipe = any(word.split('=')[0] in ('--config', '-c') for word in words)
-    words = [*(() if recipe else COMMON), *words]
-    if models:
-        words = [*words, '--model', models[0][0]]
+    words = [*(() if recipe else COMMON), *words, *(['--model', named[0][0]] if named else [])]
     if 'model' not in parse_args(words, data).explicit:
         raise UserError('no model: name one with --model, several with --models, or a recipe with --config')
     words = complete(words, data=data)
-    named = [['--model', name, *(['--pretrained-path', file] if file else [])] for name, file in models]
-    return [parse_args([*words, *extra], data) for extra in named or [[]]]
+    extra = [['--model', name, *(['--pretrained-path', file] if file else [])] for name, file in named]
+    return [parse_args([*words, *more], data) for more in extra or [[]]]
 
 
 def advise(
@@ -465,7 +440,7 @@ def advise(
     Returns:
         Measures, advice and Plan; `print` shows them as tables and `to_yaml` writes what `train_amf.py` runs.
     """
-    models = _split_models(models if models is None or isinstance(models, str) else ','.join(models))
+    models = models if models is None or isinstance(models, str) else ','.join(models)
     own = argparse.Namespace(
         source_dir=source_dir, random_init=random_init, pilot_epochs=pilot_epochs,
         no_source_classifier=not source_classifier, policy=policy)
@@ -481,7 +456,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         return
     if os.path.exists(own.advice_file) and '--overwrite' not in rest:
         raise UserError(f'{own.advice_file} exists; add --overwrite, or name another with --advice-file')
-    advice = _advise(own, _runs(rest, _split_models(own.models)))
+    advice = _advise(own, _runs(rest, own.models))
     advice.to_yaml(own.advice_file)
     print(advice)
     print(f'\nRun it: timm-amf train --config {own.advice_file}')

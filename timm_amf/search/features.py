@@ -86,14 +86,6 @@ class FeatureNet:
             digest.update(save({name: tensor.contiguous()}))
         return digest.hexdigest()
 
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """Pooled features (B, D) and the classifier's logits (B, source classes), or None."""
-        maps = self.model.forward_features(images.to(next(self.model.parameters()).dtype))
-        pooled = self.model.forward_head(maps, pre_logits=True)
-        if not torch.is_tensor(pooled) or pooled.ndim != 2:
-            raise UserError(f'{self.name} gives no flat pooled features to measure; choose another model')
-        return pooled, self.model.forward_head(maps) if self.source_classes else None
-
 
 def extract_features(
         net: FeatureNet,
@@ -140,17 +132,22 @@ def extract_features(
 
 @torch.inference_mode()
 def _compute(net: FeatureNet, loader, progress: bool, description: str) -> dict[str, torch.Tensor]:
+    model, dtype = net.model, next(net.model.parameters()).dtype
     parts: dict[str, list[torch.Tensor]] = {'pooled': [], 'logits': []}
     for batch in tqdm(loader, description, disable=None if progress else True):
         with net.accelerator.autocast():
-            result = net(batch.input)
-        for rows, tensor in zip(parts.values(), result):
-            if tensor is not None:
-                rows.append(tensor.float().cpu())
-                bad = ~rows[-1].isfinite().all(dim=1)
-                if bad.any():
-                    name = loader.dataset.filename(int(batch.index[int(bad.nonzero()[0])]))
-                    raise UserError(
-                        f'{net.name} gives NaN or infinite features for {int(bad.sum())} images of a batch, {name} '
-                        f'among them; check its weights, and compute without half precision')
+            maps = model.forward_features(batch.input.to(dtype))
+            found = {'pooled': model.forward_head(maps, pre_logits=True)}
+            if net.source_classes:
+                found['logits'] = model.forward_head(maps)
+        if not torch.is_tensor(found['pooled']) or found['pooled'].ndim != 2:
+            raise UserError(f'{net.name} gives no flat pooled features to measure; choose another model')
+        for name, tensor in found.items():
+            parts[name].append(tensor.float().cpu())
+            bad = ~parts[name][-1].isfinite().all(dim=1)
+            if bad.any():
+                image = loader.dataset.filename(int(batch.index[int(bad.nonzero()[0])]))
+                raise UserError(
+                    f'{net.name} gives NaN or infinite features for {int(bad.sum())} images of a batch, {image} among '
+                    f'them; check its weights, and compute without half precision')
     return {name: torch.cat(rows) for name, rows in parts.items() if rows}
