@@ -363,13 +363,14 @@ def _component_table(advice: ComponentAdvice) -> str:
         rules.append((
             name, suited if decision.suited else unsuited, f'{sureness(sure)} ({sure:.2f})', f'{support:.0%}', agreeing,
             against))
-    pilots = ['Pilots, validation accuracy, the best first:', *(f'  {pilot}' for pilot in advice.pilots)]
+    pilots = ['Pilots, validation accuracy, the best first:', *(f'  {pilot}' for pilot in advice.pilots)] if (
+        len(advice.pilots) > 1) else []
     return '\n'.join([
         f'{advice.name} under {advice.network}: {measures.images} training images, {measures.classes} classes',
         columns(rows),
         f'The pretrained weights are {sides[decision.suited]}, {sureness(decision.sure)} ({decision.sure:.2f}); '
         f"nearest of the paper's data sets: {decision.like}",
-        columns(rules), *(pilots if len(advice.pilots) > 1 else ())])
+        columns(rules), *pilots])
 
 
 def _plan_table(advice: Advice) -> str:
