@@ -15,7 +15,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, Optional
 
-__all__ = ['TOKEN', 'CommandParser', 'Interrupted', 'UserError', 'run_command', 'without_traceback_flag']
+__all__ = [
+    'TOKEN', 'CommandParser', 'Diverged', 'Interrupted', 'UserError', 'run_command', 'without_traceback_flag']
 
 # Exceptions that are no defect of this package, by module and name, since importing their modules takes seconds.
 _EXPECTED = {
@@ -50,6 +51,10 @@ TOKEN = re.compile(r'\bhf_\w{8,}')
 
 class UserError(Exception):
     """A mistake that a user can mend: one line that names the thing and the remedy."""
+
+
+class Diverged(UserError):
+    """A training whose loss or weights are no longer finite: its LR is too high, for who tries several."""
 
 
 class Interrupted(Exception):

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from timm_amf.errors import UserError
+from timm_amf.errors import Diverged, UserError
 from timm_amf.files import replacing, whole_folder
 from timm_amf.tuning.l2sp import L2SP
 from timm_amf.tuning.lora import merged_state
@@ -64,7 +64,7 @@ def _contiguous(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _check_finite(named: Iterable[tuple[str, Any]], path: Path) -> None:
     for name, value in named:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
-            raise UserError(
+            raise Diverged(
                 f'{path}: not written, since {name} is not finite; lower the LR, clip gradients (--clip-grad), or use '
                 f'bf16 instead of fp16')
 

@@ -25,7 +25,7 @@ from timm_amf.engine.checkpoint import Checkpointer, class_names, load_weights, 
 from timm_amf.engine.csv_log import CsvLog
 from timm_amf.engine.evaluate import evaluate, reduce_tensors
 from timm_amf.engine.task import AdaptiveTask
-from timm_amf.errors import Interrupted, UserError
+from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.models.method import check_takes, method_of
 from timm_amf.models.records import Record, exact_device
 from timm_amf.tuning import GroupScheduler, Resolved, apply_freeze
@@ -434,7 +434,7 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             step = int(gather(torch.tensor([step], device=self.accelerator.device)).max())
         if step >= 0:
-            raise UserError(
+            raise Diverged(
                 f'the loss is not finite in epoch {self.epoch + 1}, step {step + 1} (LR {self._lr_text()}); '
                 f'{self._remedy}')
 
@@ -513,7 +513,7 @@ class Trainer:
     def finish_epoch(self, train: dict[str, Any], val: Optional[dict[str, Any]]) -> Optional[float]:
         """Record the epoch, save what it earned, set the next epoch's LRs and report; returns its `--eval-metric`."""
         if val is not None and self.stops_at_nan and not math.isfinite(val['loss']):
-            raise UserError(
+            raise Diverged(
                 f'the evaluation loss is not finite after epoch {self.epoch + 1}, which is not saved; {self._remedy}')
         metric = None if val is None else val[self.args.eval_metric]
         epoch, lrs = self.epoch, self._lrs()

@@ -33,7 +33,7 @@ from timm_amf.engine.head import start_head
 from timm_amf.engine.loop import Trainer
 from timm_amf.engine.options import build_parser, parse_args, resolve_lr
 from timm_amf.engine.task import AdaptiveTask, create_criterion
-from timm_amf.errors import CommandParser, UserError
+from timm_amf.errors import CommandParser, Diverged, UserError
 from timm_amf.files import replacing
 from timm_amf.models.method import RunSettings
 from timm_amf.search.features import FeatureNet, Features, extract_features
@@ -301,9 +301,7 @@ def _pilots(
         plan = plan.with_role('backbone', **settings) if by_rules else plan
         try:
             metrics = _short_training(options, plan, accelerator)
-        except UserError as e:
-            if 'not finite' not in str(e):
-                raise
+        except Diverged:
             metrics = dict(top1=float('-inf'), loss=float('inf'))  # its LR is too high for these data
         pilot = Pilot(lr, by_rules, metrics['top1'], metrics['loss'])
         print(f'{data.components[0].name} under {args.model}, {pilot}', file=sys.stderr)

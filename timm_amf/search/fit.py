@@ -34,7 +34,7 @@ from timm_amf.engine.build import input_channels
 from timm_amf.engine.checkpoint import read_state
 from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.engine.run_folder import best_epoch
-from timm_amf.errors import CommandParser, Interrupted, UserError
+from timm_amf.errors import CommandParser, Diverged, Interrupted, UserError
 from timm_amf.files import write_text
 from timm_amf.tuning import Plan
 from timm_amf.tuning.plan_args import common_plan
@@ -315,8 +315,8 @@ def _train(candidate: Candidate, words: Sequence[str], output: Path, experiment:
         metric, loss = best[load_yaml(folder / 'args.yaml').get('eval_metric', 'top1')], best['loss']
     except Interrupted as e:
         raise Interrupted(e.signum, 'stopped; the same command goes on where it stopped') from e
-    except UserError as e:
-        if experiment or 'not finite' not in str(e):
+    except Diverged:
+        if experiment:
             raise
         metric, loss = float('-inf'), float('inf')  # its LR is too high for these data
     if experiment:
