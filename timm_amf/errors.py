@@ -73,7 +73,7 @@ class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are `UserError`: without the usage, which would hide the one line that matters."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(re.sub(r'^argument (?:-\w+/)*(--[\w-]+)[^:]*: ', r'\1: ', message))
 
 
 def run_command(

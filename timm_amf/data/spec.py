@@ -10,6 +10,7 @@ from typing import Any, Optional, Union
 import yaml
 
 from timm_amf.errors import UserError
+from timm_amf.flags import add_flags, path
 
 __all__ = [
     'Component', 'DataSpec', 'add_data_args', 'data_spec_from_args', 'list_presets', 'load_preset', 'splits_from_args',
@@ -196,36 +197,26 @@ def load_preset(name: str) -> dict[str, Any]:
 
 def add_data_args(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the data that timm does not have, in a group of their own."""
-    group = parser.add_argument_group('Mixture parameters')
-    group.add_argument(
-        '--component', action='append', metavar='KEY=VALUE,...', default=None,
-        help='Add a component to the mixture: name=signs,path=/data/signs,classes=10,per_class=33; also dataset=, '
-             'class_offset=, class_map=, and by split per_class.train=, skip.train=, splits.val=. Repeatable.')
-    group.add_argument(
-        '--data-preset', metavar='NAME', default=None,
-        help=f'A ready-made mixture: {", ".join(list_presets())}; --data-dir is its folder.')
-    group.add_argument(
-        '--val-share', type=float, metavar='X', default=None,
-        help='Share of the training images, of each class, that is the validation split, where there is none.')
-    group.add_argument(
-        '--test-share', type=float, metavar='X', default=None,
-        help='The same for the test split, which evaluate --split test reads.')
-    group.add_argument(
-        '--group', metavar='COLUMN|REGEX', default=None,
-        help='Images of one group stay on one side of the splits that the shares draw: a column of the table, or a '
-             "regular expression with one group, searched in the path: '(clip\\d+)_'.")
-    group.add_argument(
-        '--cache-images', action='store_true', default=False,
-        help='Decode and shrink the training images once and read them from a cache on disk.')
-    group.add_argument(
-        '--cache-dir', metavar='DIR', default=None,
-        help='Folder of what is decoded or checked once (default: timm_amf in the cache folder of the user).')
-    group.add_argument(
-        '--skip-bad-images', action='store_true', default=False,
-        help='Train without the images that cannot be read, instead of stopping before training.')
-    group.add_argument(
-        '--no-check-images', dest='check_images', action='store_false', default=True,
-        help='Do not read every image once before training.')
+    add_flags(parser, 'Mixture parameters', (
+        ('--component', str, None, 'add a component to the mixture: name=signs,path=/data/signs,classes=10,'
+         'per_class=33; also dataset=, class_offset=, class_map=, and by split per_class.train=, skip.train=, '
+         'splits.val=; repeatable', {'action': 'append', 'metavar': 'KEY=VALUE,...'}),
+        ('--data-preset', str, None, f'a ready-made mixture: {", ".join(list_presets())}; --data-dir is its folder'),
+        ('--val-share', float, None, 'share of the training images, of each class, that is the validation split, where '
+         'there is none'),
+        ('--test-share', float, None, 'the same for the test split, which evaluate --split test reads'),
+        ('--group', str, None, 'images of one group stay on one side of the splits that the shares draw: a column of '
+         "the table, or a regular expression with one group, searched in the path: '(clip\\d+)_'",
+         {'metavar': 'COLUMN|REGEX'}),
+        ('--cache-images', bool, False,
+         'decode and shrink the training images once, and read them from a cache on disk'),
+        ('--cache-dir', path, None, 'folder of what is decoded or checked once (default: timm_amf in the cache folder '
+         'of the user)', {'metavar': 'DIR'}),
+        ('--skip-bad-images', bool, False, 'train without the images that cannot be read, instead of stopping before '
+         'training'),
+        ('--no-check-images', bool, True, 'do not read every image once before training',
+         {'dest': 'check_images', 'action': 'store_false'}),
+    ))
 
 
 def data_spec_from_args(args: argparse.Namespace, section: Optional[Mapping] = None) -> DataSpec:

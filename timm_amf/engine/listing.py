@@ -15,9 +15,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from torch import nn
 
-from timm_amf.engine.config_file import list_recipes, nearest
+from timm_amf.engine.config_file import list_recipes
 from timm_amf.engine.recipes import Recipe, describe_expected, read_recipe
 from timm_amf.errors import CommandParser, UserError
+from timm_amf.flags import nearest
 from timm_amf.models.method import method_of
 from timm_amf.models.tags import FINE_TUNED, OWNER
 from timm_amf.text import columns

@@ -140,7 +140,7 @@ def fit(
     Returns:
         What was found; `Fit.model` is the model, and `print` shows what was tried.
     """
-    from timm_amf.search.keywords import words_of
+    from timm_amf.flags import words_of
 
     words = [data_dir] if data_dir is not None else []
     options['budget'] = budget

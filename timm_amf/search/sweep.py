@@ -38,7 +38,7 @@ from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs, table
 from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.engine.run_folder import best_epoch, is_run
 from timm_amf.errors import CommandParser, Diverged, Interrupted, UserError
-from timm_amf.search.keywords import words_of
+from timm_amf.flags import words_of
 from timm_amf.search.sweep_results import Configuration, Sweep, ranked, write_rows
 from timm_amf.search.sweep_space import Space, pairs, seed_list
 from timm_amf.tuning.plan_args import common_plan
