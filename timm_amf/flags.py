@@ -129,11 +129,7 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
 
 
 def read_value(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> Any:
-    """A value of a YAML file for a flag: through the type, choices and number of values of the command line.
-
-    Raises:
-        UserError: If the command line would not take it, or YAML has read another type than is meant.
-    """
+    """A value of a YAML file for a flag: through the type, choices and number of values of the command line."""
     if value == action.default and type(value) is type(action.default) or value is None and action.default == '':
         return action.default  # timm's own args.yaml files write a path that is not set either way
     several = action.nargs not in (None, '?') or isinstance(action, argparse._AppendAction)

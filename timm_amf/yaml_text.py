@@ -63,9 +63,6 @@ def parse_yaml(text: str, where: Union[str, Path]) -> Any:
     Args:
         text: The YAML.
         where: What messages call it.
-
-    Raises:
-        UserError: If it is not valid, or of a size that no settings have.
     """
     try:
         _check_size(text)
@@ -102,11 +99,7 @@ def _check_size(text: str) -> None:
 
 
 def load_yaml(path: Union[str, Path]) -> Mapping:
-    """Reads a YAML file of keys and values.
-
-    Raises:
-        UserError: If it cannot be read, or is no such file.
-    """
+    """Reads a YAML file of keys and values."""
     try:
         with open(path, 'rb') as file:
             data = file.read(_MAX_BYTES + 1)

@@ -56,11 +56,7 @@ def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Accelerate's context: device, processes, precision and trackers.
-
-    Raises:
-        UserError: If the device cannot do what the options ask.
-    """
+    """Accelerate's context: device, processes, precision and trackers."""
     trackers = resolve_trackers(args)
     precision = args.mixed_precision
     try:
@@ -109,9 +105,6 @@ def build_data(
 
     Args:
         class_names: Of the model whose weights are there already; labels follow from them.
-
-    Raises:
-        UserError: If data are missing, damaged or do not fit each other.
     """
     spec = data_spec_from_args(args, args.recipe.get('data'))
     splits = splits_from_args(args)
@@ -152,11 +145,7 @@ def input_channels(args: argparse.Namespace) -> int:
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    """The model of the options, in training mode, on the CPU.
-
-    Raises:
-        UserError: If the model cannot be built as asked, or its weights cannot be had.
-    """
+    """The model of the options, in training mode, on the CPU."""
     if args.num_classes is not None and args.num_classes < num_classes:
         raise UserError(
             f'--num-classes {args.num_classes}: the data have {num_classes} classes; raise it or leave it out')
@@ -261,9 +250,6 @@ def _adjust_head(model: nn.Module, args: argparse.Namespace) -> None:
 
 def set_start(model: nn.Module, table: Resolved, args: argparse.Namespace, num_classes: int) -> None:
     """Give a model that does not resume the start that its Plan asks for: re-initialise, or have a start to decay to.
-
-    Raises:
-        UserError: If the Plan does not fit the model, or what it asks for cannot be had.
     """
     pulled = any(setting.l2sp_alpha for setting in table.parameters.values())
     if pulled and not (args.pretrained or args.initial_checkpoint):

@@ -120,12 +120,7 @@ def _write_module(module: nn.Module, path: Path, state: Optional[Mapping[str, to
 
 
 def save_weights(module: nn.Module, path: Union[str, Path]) -> None:
-    """Write a module's weights as safetensors, adapters merged, whole or not at all; equal weights give equal files.
-
-    Raises:
-        UserError: If a weight is not finite, or the disk is full or not writable; a file that was there before stays as
-            it was.
-    """
+    """Write a module's weights as safetensors, adapters merged, whole or not at all; equal weights give equal files."""
     with replacing(path, _REMEDY) as temporary:
         _write_module(module, temporary, merged_state(module))
 
@@ -154,11 +149,7 @@ def _read_tensors(path: Union[str, Path], missing: str) -> dict[str, torch.Tenso
 
 
 def load_weights(module: nn.Module, path: Union[str, Path]) -> None:
-    """Load weights written by `save_weights`; every tensor must fit.
-
-    Raises:
-        UserError: If the file is missing, damaged, or of another model.
-    """
+    """Load weights written by `save_weights`; every tensor must fit."""
     tensors = _read_tensors(path, 'no such checkpoint')
     try:
         module.load_state_dict(tensors)
@@ -242,9 +233,6 @@ class Checkpointer:
             optimizer: The optimiser.
             state: Plain data: counters, schedule, meters.
             l2sp: L2-SP, whose starting point is kept, or None.
-
-        Raises:
-            UserError: If the disk is full or not writable; the previous checkpoint stays whole.
         """
         if self.finite:
             _check_weights(model, self.last)
@@ -304,9 +292,6 @@ class Checkpointer:
 
         Returns:
             The state that was saved with it.
-
-        Raises:
-            UserError: If the folder is missing, damaged, or of another model or Plan.
         """
         source = Path(source)
         check_digests(source)
@@ -382,11 +367,7 @@ class Checkpointer:
 
 
 def read_state(source: Union[str, Path]) -> dict[str, Any]:
-    """The plain-data state of a `last/` folder.
-
-    Raises:
-        UserError: If there is none, or it is damaged.
-    """
+    """The plain-data state of a `last/` folder."""
     path = Path(source) / _STATE
     try:
         state = json.loads(path.read_text(encoding='utf-8'))

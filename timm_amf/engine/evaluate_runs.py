@@ -74,10 +74,6 @@ def evaluations(
 
     Returns:
         Of each run, in their order, and last on request of their ensemble.
-
-    Raises:
-        UserError: If a folder holds no run, or weights or data are not as its options have them; for an ensemble also
-            if the runs have other classes or images.
     """
     options = options or RunOptions()
     opened = [run if isinstance(run, Opened) else open_trained(run, options) for run in runs]

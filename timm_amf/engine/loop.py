@@ -191,11 +191,7 @@ class Trainer:
     # -- resuming -----------------------------------------------------------------------------------------------------
 
     def resume(self, source: Path) -> None:
-        """Continue from a `last/` folder.
-
-        Raises:
-            UserError: If it is missing, damaged, or of another model, Plan or data order.
-        """
+        """Continue from a `last/` folder."""
         args = self.args
         with restoring(source):
             state = read_state(source)

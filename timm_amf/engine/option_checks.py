@@ -25,11 +25,7 @@ _NEEDS = (
 
 
 def check_values(args: argparse.Namespace) -> None:
-    """Checks paths and combinations; imports nothing slow.
-
-    Raises:
-        UserError: For the first mistake.
-    """
+    """Checks paths and combinations; imports nothing slow."""
     for dests, needed in _NEEDS:
         if not any(getattr(args, name) for name in needed):
             for dest in filter(args.explicit.__contains__, dests):
@@ -137,11 +133,7 @@ def _check_data(args: argparse.Namespace) -> Iterator[tuple[Any, str, str]]:
 
 
 def check_names(args: argparse.Namespace) -> None:
-    """Checks the names that only timm knows: model, optimiser and augmentation. Imports `--device-modules` before.
-
-    Raises:
-        UserError: For the first mistake, with the nearest name.
-    """
+    """Checks the names that only timm knows: model, optimiser and augmentation. Imports `--device-modules` before."""
     from timm_amf.tuning.plan_args import common_plan
 
     for module in args.device_modules or ():

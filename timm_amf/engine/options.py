@@ -271,11 +271,7 @@ def resolve_lr(args: argparse.Namespace, global_batch_size: int) -> float:
 
 
 def resolve_trackers(args: argparse.Namespace) -> list[str]:
-    """Returns the names of Accelerate's trackers to log to.
-
-    Raises:
-        UserError: If the package of one that was asked for is not installed.
-    """
+    """Returns the names of Accelerate's trackers to log to."""
     names = [name for name in args.tracker if name != 'none']
     if 'auto' in names:
         names.remove('auto')

@@ -27,9 +27,6 @@ def find_resume(args: argparse.Namespace, folder: Path) -> Optional[Path]:
     """The checkpoint that `--resume` names, or None where there is nothing to resume.
 
     `auto` takes that of the experiment if there is one; else a path: a run's folder, its `last/`, or its `last.old/`.
-
-    Raises:
-        UserError: If the path holds no checkpoint of this script, or `auto` has no experiment to look in.
     """
     if not args.resume:
         return None
@@ -52,10 +49,6 @@ def find_resume(args: argparse.Namespace, folder: Path) -> Optional[Path]:
 @contextlib.contextmanager
 def claim_folder(folder: Path, overwrite: bool, resume: Optional[Path]) -> Iterator[None]:
     """Make a run the only one that writes to its folder, which is made if it is not there, and left if it stays empty.
-
-    Raises:
-        UserError: If another run is writing there, or one is there that is neither resumed nor to be overwritten, or
-            the folder cannot be made.
     """
     own = resume is not None and resume.parent.resolve() == folder.resolve()
     if not (own or overwrite) and Checkpointer(folder).holds_run():

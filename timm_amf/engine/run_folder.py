@@ -65,9 +65,6 @@ def read_run(run: Union[str, Path], flags: Sequence[str] = ()) -> argparse.Names
     Args:
         run: Folder with `args.yaml`.
         flags: What differs, as on the command line of `train_amf.py`.
-
-    Raises:
-        UserError: If the folder holds no run, or its options do not hold any more (data that moved, say).
     """
     if not is_run(run):
         raise UserError(f'{run}: no args.yaml there; give the folder of a run')
@@ -94,11 +91,7 @@ def best_epoch(run: Union[str, Path]) -> dict[str, float]:
 
 
 def find_weights(run: Union[str, Path], weights: str = 'best') -> Path:
-    """The file of the weights of a run; see `load_run`.
-
-    Raises:
-        UserError: If it is not there.
-    """
+    """The file of the weights of a run; see `load_run`."""
     folder = Path(run) if weights == 'best' else Checkpointer(run).found() or Checkpointer(run).last
     files = [folder / name for name in WEIGHTS[weights]]
     file = next((file for file in files if file.exists()), files[-1])
@@ -124,9 +117,6 @@ def load_run(
         num_classes: Classes of its data. None: as many as the classifier in the weights has.
         weights: `best` takes `model_best.safetensors`; `last` those of the last epoch as the run evaluated them (the
             moving average, if it kept one); `ema` the moving average; `raw` what the average is of.
-
-    Raises:
-        UserError: If the weights are missing, damaged, or of another model.
     """
     file = find_weights(run, weights)
     model = build_model(args, num_classes or args.num_classes or _count_classes(args, file))
@@ -241,9 +231,6 @@ def eval_loader(
         workers: Worker processes. None: the run's.
         ten_crop: Ten crops of each image in the place of one: batches are (B, 10, C, H, W).
         skip_bad: Give black, with class -1, in the place of an image that cannot be read.
-
-    Raises:
-        UserError: If the run's evaluation shows whole images, of which there are no ten crops.
     """
     config = resolve_data_config(vars(args), model=model, verbose=False)
     mean, std = (adapt_to_chs(config[name], config['input_size'][0]) for name in ('mean', 'std'))

@@ -66,9 +66,6 @@ def predict_run(
         cpu: Compute on the CPU even where there is a GPU.
         batch_size: Images at a time. None: the run's.
         workers: Worker processes. None: the run's.
-
-    Raises:
-        UserError: If the folder holds no such run, or the data are missing, damaged or those of another challenge.
     """
     options = RunOptions(data_dir=data_dir, weights=weights, cpu=cpu, batch_size=batch_size, workers=workers)
     opened = open_trained(run, options)
@@ -110,9 +107,6 @@ def write_results(predictions: Sequence[Predictions], path: Union[str, Path]) ->
 
     Returns:
         The number of predictions in it.
-
-    Raises:
-        UserError: If two runs are of one domain, or the file cannot be written.
     """
     domains = [p.domain for p in predictions]
     for domain in domains:

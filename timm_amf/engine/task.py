@@ -39,9 +39,6 @@ class AdaptiveTask(ClassificationTask):
         model: The bare model.
         settings: What the model may read of the run's settings.
         **kwargs: Arguments of `timm.task.ClassificationTask`.
-
-    Raises:
-        UserError: If a setting does not act on the model.
     """
 
     def __init__(self, model: nn.Module, settings: Optional[RunSettings] = None, **kwargs):
@@ -110,9 +107,6 @@ def create_criterion(args: argparse.Namespace, soft_targets: bool, train: Option
         args: Options.
         soft_targets: Whether mixup or cutmix makes them.
         train: The training images, which the weights of classes are of.
-
-    Raises:
-        UserError: If the weights do not fit the classes.
     """
     loss = args.loss or ('bce' if args.bce_loss else 'jsd' if args.jsd_loss else 'ce')
     weight = class_weights(args.class_weight, train, args.num_classes) if args.class_weight else None
@@ -136,9 +130,6 @@ def class_weights(choice: str, train: Mixture, num_classes: Optional[int] = None
             a row for each class.
         train: The training images.
         num_classes: Outputs of the model, where they are more than the classes of the data; the others weigh 1.
-
-    Raises:
-        UserError: If the file does not fit the classes.
     """
     weights = torch.ones(max(num_classes or 0, train.num_classes))
     if choice == 'balanced':
