@@ -139,7 +139,6 @@ def parse_args(
         sections (`plan`, `data`, `expected`, `card`) of the YAML file, and `explicit`, the names of the flags that are
         not at their defaults, which is what a written recipe needs. A folder of data is in `data_dir`, whichever way it
         was given.
-
     """
     before = CommandParser(add_help=False, allow_abbrev=False)
     before.add_argument('-c', '--config', default='')
@@ -218,19 +217,19 @@ def _settle_part_weights(args: argparse.Namespace) -> None:
         overlay = (kwargs or {}).get('pretrained_cfg_overlay') or {}
         return {**(kwargs or {}), 'pretrained_cfg_overlay': {**overlay, 'file': file}}
 
+    kwargs, files = args.model_kwargs, args.backbone_weights
     if args.policy_weights:
-        args.model_kwargs['policy_kwargs'] = with_file(args.model_kwargs.get('policy_kwargs'), args.policy_weights)
-    if args.backbone_weights:
-        given, files = args.model_kwargs.get('backbone_kwargs'), args.backbone_weights
-        if isinstance(given, (list, tuple)) or len(files) > 1:
-            given = given if isinstance(given, (list, tuple)) else [given] * len(files)
-            files = files if len(files) > 1 else files * len(given)
-            if len(given) != len(files):
-                raise UserError(f'--backbone-weights: {len(files)} files for {len(given)} branches; give one for each')
-            args.model_kwargs['backbone_kwargs'] = [with_file(kwargs, file) for kwargs, file in zip(given, files)]
-        else:
-            args.model_kwargs['backbone_kwargs'] = with_file(given, files[0])
-    args.pretrained = bool(args.pretrained or args.policy_weights or args.backbone_weights)
+        kwargs['policy_kwargs'] = with_file(kwargs.get('policy_kwargs'), args.policy_weights)
+    if files:
+        given = kwargs.get('backbone_kwargs')
+        many = isinstance(given, (list, tuple))
+        given = given if many else [given] * len(files)
+        files = files if len(files) > 1 else files * len(given)
+        if len(given) != len(files):
+            raise UserError(f'--backbone-weights: {len(files)} files for {len(given)} branches; give one for each')
+        found = [with_file(one, file) for one, file in zip(given, files)]
+        kwargs['backbone_kwargs'] = found if many or len(found) > 1 else found[0]
+    args.pretrained = bool(args.pretrained or args.policy_weights or files)
     args.policy_weights = args.backbone_weights = None
 
 
@@ -238,16 +237,13 @@ def _check_applicable(args: argparse.Namespace, defaults: Mapping) -> None:
     """Refuses values whose work nobody does here, and warns of flags whose work something else does."""
     for (dest, value), reason in REFUSED_VALUES.items():
         if getattr(args, dest) == value:
-            raise UserError(f'{_flag(dest)} {value}: {reason}')
+            raise UserError(f'--{dest} {value}: {reason}')
     first_process = os.environ.get('RANK', '0') == '0'
     for dest, reason in REPLACED.items():
         acts_as_cpu = dest == 'device' and args.device == 'cpu'
         if getattr(args, dest) != defaults[dest] and not acts_as_cpu and first_process:
-            _logger.warning(f'{_flag(dest)} has no effect of its own: {reason}')
-
-
-def _flag(dest: str) -> str:
-    return '--local_rank' if dest == 'local_rank' else '--' + dest.replace('_', '-')
+            flag = '--local_rank' if dest == 'local_rank' else '--' + dest.replace('_', '-')
+            _logger.warning(f'{flag} has no effect of its own: {reason}')
 
 
 def resolve_lr(args: argparse.Namespace, global_batch_size: int) -> float:
