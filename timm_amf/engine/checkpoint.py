@@ -267,12 +267,8 @@ class Checkpointer:
             ema: Optional[nn.Module],
             optimizer: Optional[torch.optim.Optimizer],
             l2sp: Optional[L2SP] = None,
-    ) -> dict[str, Any]:
-        """Load a `last/` folder into the model, its moving average, the optimiser, and the starting point of L2-SP.
-
-        Returns:
-            The state that was saved with it.
-        """
+    ) -> None:
+        """Load a `last/` folder into the model, its moving average, the optimiser, and the starting point of L2-SP."""
         source = Path(source)
         check_digests(source)
         state = read_state(source)
@@ -296,7 +292,6 @@ class Checkpointer:
             _logger.warning('%s: model_best.safetensors is gone; the best epoch from here on counts', source.parent)
             self.best_metric = self.best_epoch = None
         self.kept = [(float(metric), int(epoch)) for metric, epoch in state['kept']]
-        return state
 
     @staticmethod
     def _load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:

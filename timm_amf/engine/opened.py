@@ -158,11 +158,8 @@ def open_trained(run: Union[str, Path], options: RunOptions, needs_data: bool = 
         needs_data: Whether the folder of its images must be there.
     """
     flags = ['--val-split', options.split] if options.split else []
-    if not needs_data:  # the options want a folder that exists
-        flags += ['--data-dir', str(run)]
-    elif options.data_dir:
-        flags += ['--data-dir', options.data_dir]
-    args = read_run(run, [*flags, *options.flags])
+    flags += ['--data-dir', options.data_dir] if options.data_dir and needs_data else []
+    args = read_run(run, [*flags, *options.flags], needs_data)
     return Opened(
         str(run), args,
         load=lambda num_classes: load_run(args, run, num_classes, options.weights),

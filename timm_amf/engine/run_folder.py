@@ -4,7 +4,8 @@ What the run began from (pretrained weights, a checkpoint, the file of its Plan)
 """
 import argparse
 import csv
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -59,21 +60,30 @@ def is_run(folder: Union[str, Path]) -> bool:
     return (Path(folder) / 'args.yaml').is_file()
 
 
-def read_run(run: Union[str, Path], flags: Sequence[str] = ()) -> argparse.Namespace:
+def read_run(run: Union[str, Path], flags: Sequence[str] = (), needs_data: bool = True) -> argparse.Namespace:
     """The options of a run.
 
     Args:
         run: Folder with `args.yaml`.
         flags: What differs, as on the command line of `train_amf.py`.
+        needs_data: Whether the folder of its images must be there.
     """
-    if not is_run(run):
-        raise UserError(f'{run}: no args.yaml there; give the folder of a run')
+    options = _options(run)
     begun = ('--initial-checkpoint', '--pretrained-path', '--resume', '--plan', '--class-weight')
     without = [word for flag in begun for word in (flag, '')]
-    args = parse_args(['--config', str(Path(run) / 'args.yaml'), *without, '--tracker', 'none', *flags])
+    where = [] if needs_data else ['--data-dir', str(run)]  # a folder that exists
+    args = parse_args(['--config', str(Path(run) / 'args.yaml'), *without, '--tracker', 'none', *where, *flags])
+    args.data_dir = args.data_dir if needs_data else options.get('data_dir')
     args.pretrained = False
     args.split_file = str(Path(run) / 'split.csv')
     return args
+
+
+def _options(run: Union[str, Path]) -> Mapping[str, Any]:
+    """What the `args.yaml` of a run holds."""
+    if not is_run(run):
+        raise UserError(f'{run}: no args.yaml there; give the folder of a run')
+    return load_yaml(Path(run) / 'args.yaml')
 
 
 def best_epoch(run: Union[str, Path]) -> dict[str, float]:
@@ -82,7 +92,7 @@ def best_epoch(run: Union[str, Path]) -> dict[str, float]:
     Returns:
         The columns `eval_*` of its `summary.csv`, without that prefix.
     """
-    name = load_yaml(Path(run) / 'args.yaml').get('eval_metric', 'top1')
+    name = _options(run).get('eval_metric', 'top1')
     with open(Path(run) / 'summary.csv', newline='', encoding='utf-8') as file:
         rows = [
             {column[5:]: float(value) for column, value in row.items() if column.startswith('eval_') and value}
@@ -151,7 +161,7 @@ class OpenRun:
     """
     folder: Path
     args: argparse.Namespace
-    options: dict[str, Any]
+    options: Mapping[str, Any]
     plan: Plan
     model: nn.Module
     data: Optional[tuple[Mixture, Mixture]]
@@ -178,16 +188,10 @@ def open_run(
         data_dir: Folder of its data, where it is not that of the run.
         need_data: Whether missing data are an error.
     """
-    if not is_run(run):
-        raise UserError(f'{run}: no args.yaml there; give the folder of a run')
-    folder = Path(run)
-    options = load_yaml(folder / 'args.yaml')
+    folder, options = Path(run), _options(run)
     moved = options.get('data_dir')
-    if need_data or data_dir or not moved or Path(moved).exists():
-        args = read_run(folder, ['--data-dir', data_dir] if data_dir else [])
-    else:  # the options want a folder that exists
-        args = read_run(folder, ['--data-dir', str(folder)])
-        args.data_dir = moved
+    there = need_data or data_dir or not moved or Path(moved).exists()
+    args = read_run(folder, ['--data-dir', data_dir] if data_dir else [], there)
     data, missing = None, ''
     channels = input_channels(args)
     names = read_class_names(find_weights(folder, weights))
@@ -236,31 +240,20 @@ def eval_loader(
     mean, std = (adapt_to_chs(config[name], config['input_size'][0]) for name in ('mean', 'std'))
     common = dict(mean=mean, std=std, device=device, workers=args.workers if workers is None else workers)
     loader = create_loader(
-        data,
-        input_size=config['input_size'],
-        batch_size=batch_size or args.validation_batch_size or args.batch_size,
-        interpolation=config['interpolation'],
-        crop_pct=config['crop_pct'],
-        crop_mode=config['crop_mode'],
-        **common,
-    )
+        data, input_size=config['input_size'], interpolation=config['interpolation'], crop_pct=config['crop_pct'],
+        crop_mode=config['crop_mode'], batch_size=batch_size or args.validation_batch_size or args.batch_size, **common)
     transform = loader.transform
     if ten_crop:
         if config['crop_mode'] == 'border':
             raise UserError(
                 '--ten-crop: the run evaluates with crop mode border, which shows whole images; leave it out')
         resize, _, to_tensor = transform.transforms
-        transform = Compose([resize, TenCrop(config['input_size'][-2:]), _Stacked(to_tensor)])
+        transform = Compose([resize, TenCrop(config['input_size'][-2:]), functools.partial(_stack, to_tensor)])
     if ten_crop or skip_bad:
         loader = SeededLoader(data, loader.sampler, transform, seed=None, skip_bad=skip_bad, **common)
     return loader
 
 
-class _Stacked:
+def _stack(to_tensor: Callable[[Image.Image], torch.Tensor], images: Sequence[Image.Image]) -> torch.Tensor:
     """Several images as one tensor (N, C, H, W)."""
-
-    def __init__(self, to_tensor: Callable[[Image.Image], torch.Tensor]):
-        self.to_tensor = to_tensor
-
-    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        return torch.stack([self.to_tensor(image) for image in images])
+    return torch.stack([to_tensor(image) for image in images])
