@@ -52,8 +52,7 @@ _STATE_KEYS = {
 
 def _contiguous(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     # safetensors takes neither channels_last strides nor two names for one storage.
-    seen: set[int] = set()
-    tensors = {}
+    seen, tensors = set(), {}
     for name, tensor in named.items():
         tensor = tensor.detach().contiguous().cpu()
         if tensor.data_ptr() in seen:
@@ -205,19 +204,10 @@ class Checkpointer:
             state: dict[str, Any],
             l2sp: Optional[L2SP] = None,
     ) -> None:
-        """Write `last/`.
-
-        Args:
-            model: The bare model.
-            ema: Its moving average, or None.
-            optimizer: The optimiser.
-            state: Plain data: counters, schedule, meters.
-            l2sp: L2-SP, whose starting point is kept, or None.
-        """
+        """Write `last/`: the bare model, its moving average, the optimiser, and plain data; of L2-SP its start."""
         if self.finite:
-            _check_weights(model, self.last)
-            if ema is not None:
-                _check_weights(ema, self.last)
+            for module in filter(None, (model, ema)):
+                _check_weights(module, self.last)
             _check_finite(((f'{k} of the optimiser', v) for of_one in optimizer.state.values()
                            for k, v in of_one.items()), self.last)
         self.settle()

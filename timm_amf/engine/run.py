@@ -53,9 +53,9 @@ def claim_folder(folder: Path, overwrite: bool, resume: Optional[Path]) -> Itera
     own = resume is not None and resume.parent.resolve() == folder.resolve()
     if not (own or overwrite) and Checkpointer(folder).holds_run():
         raise UserError(f'{folder}: holds a run already; continue it with --resume auto, or add --overwrite')
+    lock = FileLock(folder / _LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / _LOCK)
         lock.acquire(blocking=False)
     except Timeout:
         raise UserError(f'{folder}: another run is writing there; choose another --experiment') from None

@@ -46,7 +46,8 @@ __all__ = [
     'open_run', 'read_run',
 ]
 
-# The weights of a run by the name of the choice, in order of preference; all but the first are in its checkpoint.
+# The weights of a run by the name of the choice, in order of preference; all but the first are in its checkpoint, of
+# the last epoch: as the run evaluated them, the moving average, and what the average is of.
 WEIGHTS = {
     'best': ('model_best.safetensors',),
     'last': ('ema.safetensors', 'model.safetensors'),
@@ -125,8 +126,7 @@ def load_run(
         args: The run's options, from `read_run`.
         run: Its folder.
         num_classes: Classes of its data. None: as many as the classifier in the weights has.
-        weights: `best` takes `model_best.safetensors`; `last` those of the last epoch as the run evaluated them (the
-            moving average, if it kept one); `ema` the moving average; `raw` what the average is of.
+        weights: One of `WEIGHTS`.
     """
     file = find_weights(run, weights)
     model = build_model(args, num_classes or args.num_classes or _count_classes(args, file))
@@ -227,10 +227,7 @@ def eval_loader(
     """Loader of the images of a run, in order, transformed as the run evaluates.
 
     Args:
-        args: The run's options.
-        model: Its model, which knows size and statistics of its input where the options do not say.
-        data: The images.
-        device: Where batches go.
+        args: The run's options; what they do not say of its input the model knows.
         batch_size: Images at a time. None: the run's.
         workers: Worker processes. None: the run's.
         ten_crop: Ten crops of each image in the place of one: batches are (B, 10, C, H, W).
