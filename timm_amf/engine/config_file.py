@@ -111,32 +111,24 @@ def args_content(args: argparse.Namespace) -> dict[str, Any]:
     if 'model' not in args.explicit:
         flags.pop('model', None)
     # Where there is a section `plan`, the flag of the same name is empty: `parse_args` sees to it.
-    return _for_yaml(_with_absolute_paths({**flags, **args.recipe}))
+    return _for_yaml({**flags, **args.recipe})
 
 
-def _with_absolute_paths(value: Any, key: str = '') -> Any:
-    """Where the images are, also for who asks from another folder: data folders and tables, and class maps."""
-    if isinstance(value, Mapping):
-        return {name: _with_absolute_paths(item, name) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_with_absolute_paths(item, key) for item in value]
-    if key == 'component' and isinstance(value, str):
-        pairs = (part.partition('=') for part in value.split(','))
-        return ','.join(f'{name}{sep}{_with_absolute_paths(item, name.strip())}' for name, sep, item in pairs)
-    if key in ('data_dir', 'root', 'path', 'class_map') and value and os.path.exists(value):
-        return os.path.abspath(value)
-    return value
-
-
-def _for_yaml(value: Any) -> Any:
-    """Drops secrets and writes tuples as strings, which `_with_tuples` reads."""
+def _for_yaml(value: Any, key: str = '') -> Any:
+    """Drops secrets, writes tuples as strings, which `read_value` reads, and says where the images are, also for who
+    asks from another folder: data folders and tables, and class maps.
+    """
     if isinstance(value, Mapping):
         return {
-            key: _for_yaml(item) for key, item in value.items()
-            if not (isinstance(item, str) and item and _SECRET_KEY.search(str(key)))
-        }
+            name: _for_yaml(item, name) for name, item in value.items()
+            if not (isinstance(item, str) and item and _SECRET_KEY.search(str(name)))}
     if isinstance(value, list):
-        return [_for_yaml(item) for item in value]
-    if isinstance(value, tuple):
-        return _for_yaml(repr(value))
-    return TOKEN.sub('***', value) if isinstance(value, str) else value
+        return [_for_yaml(item, key) for item in value]
+    text = repr(value) if isinstance(value, tuple) else value
+    if not isinstance(text, str):
+        return text
+    if key == 'component':
+        pairs = (part.partition('=') for part in text.split(','))
+        return ','.join(f'{name}{sep}{_for_yaml(item, name.strip())}' for name, sep, item in pairs)
+    is_place = key in ('data_dir', 'root', 'path', 'class_map') and text and os.path.exists(text)
+    return os.path.abspath(text) if is_place else TOKEN.sub('***', text)

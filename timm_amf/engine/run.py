@@ -35,14 +35,13 @@ def find_resume(args: argparse.Namespace, folder: Path) -> Optional[Path]:
             raise UserError('--resume auto looks in the folder of the experiment; name it with --experiment')
         return Checkpointer(folder).found()
     source = Path(args.resume)
-    if source.is_file():
-        raise UserError(
-            f'--resume {source}: is a file; give the folder of a run, or start from weights with --initial-checkpoint')
     if source.name == 'last.old':
         return source
     found = Checkpointer(source.parent if source.name == 'last' else source).found()
     if found is None:
-        raise UserError(f'--resume {args.resume}: no checkpoint there; give the folder of a run, or its last/')
+        raise UserError(
+            f'--resume {source}: no checkpoint there; give the folder of a run, or its last/, or start from a file of '
+            f'weights with --initial-checkpoint')
     return found
 
 
