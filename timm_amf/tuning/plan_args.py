@@ -5,14 +5,12 @@ import typing
 from collections.abc import Iterable, Iterator
 from typing import Any, Optional, Union
 
-import yaml
-
 from timm_amf.errors import UserError
 from timm_amf.flags import add_flags, path
 from timm_amf.tuning.plan import Plan, RolePlan, Schedule
 from timm_amf.yaml_text import load_yaml, parse_yaml
 
-__all__ = ['add_plan_args', 'common_plan', 'field_table', 'plan_from_args']
+__all__ = ['add_plan_args', 'common_plan', 'plan_from_args']
 
 # Roles that the flags of depth pass over: they have no blocks of their own, or none that train.
 _WITHOUT_BLOCKS = ('frozen', 'head', 'policy', 'stem', 'tail')
@@ -31,10 +29,6 @@ def _flags(cls, prefix: str = '') -> Iterator[tuple[dataclasses.Field, str, str]
             yield field, names, names.split()[0][2:].replace('-', '_')
 
 
-def _default(field: dataclasses.Field) -> Any:
-    return field.default_factory() if field.default is dataclasses.MISSING else field.default
-
-
 def _row(cls, field: dataclasses.Field, names: str, whose: str) -> tuple:
     """The row of a field for `add_flags`. Its default is None: what is not given changes nothing."""
     hint, keywords = typing.get_type_hints(cls)[field.name], {}
@@ -44,7 +38,8 @@ def _row(cls, field: dataclasses.Field, names: str, whose: str) -> tuple:
     if typing.get_origin(hint) is list:
         hint = typing.get_args(hint)[0]
         keywords['nargs'] = field.metadata.get('nargs', '+')
-    choices, text, default = field.metadata.get('choices'), field.metadata['help'], _default(field)
+    choices, text = field.metadata.get('choices'), field.metadata['help']
+    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
     if choices:
         keywords['choices'] = (*choices, 'none') if field.name == 'sched' else choices
     if not (whose or 'default' in text or default in (None, {}, False)):
@@ -73,20 +68,6 @@ def add_plan_args(parser: argparse.ArgumentParser) -> None:
             (RolePlan, 'policy_', 'policy: '), (Schedule, 'policy_', 'policy: ')):
         rows += [_row(cls, field, names, whose) for field, names, _ in _flags(cls, prefix)]
     add_flags(parser, 'Plan parameters', [*rows, *_ROLE_FLAGS], 'How the model, and each of its roles, is fine-tuned.')
-
-
-def field_table(cls) -> str:
-    """The table of a class in docs/plan.md."""
-    lines = ['| field | default | | flag |', '|---|---|---|---|']
-    for field in dataclasses.fields(cls):
-        default = _default(field)
-        shown = default is not None and not isinstance(default, Schedule)
-        default = yaml.safe_dump(default, default_flow_style=True).split('\n')[0] if shown else ''
-        flags = field.metadata.get('flag', f'--{field.name}').replace('_', '-').split()
-        flags += [f'--policy-{field.name}'.replace('_', '-')] if field.metadata.get('policy') else []
-        text = field.metadata['help'].replace('|', '\\|')
-        lines.append(f'| `{field.name}` | {default} | {text} | {", ".join(f"`{flag}`" for flag in flags)} |')
-    return '\n'.join(lines)
 
 
 def _number_or_word(text: str) -> Union[int, str]:
@@ -126,19 +107,14 @@ def common_plan(args: argparse.Namespace, lr: Optional[float] = None) -> Plan:
     schedule = {'noise_seed': noise_seed, **_values(args, Schedule)}
     if schedule.get('sched') == 'none':
         schedule.update(sched='constant', warmup_epochs=0)
-    if lr is None:
-        return plan.updated(dict(schedule=schedule))
-    asks_lr = any(getattr(args, name) is not None for name in ('lr', 'lr_base', 'lr_base_size', 'lr_base_scale'))
-    if asks_lr or 'lr' not in section:
-        plan = plan.updated(dict(lr=lr))
-    for flag, field in (('warmup_lr', 'warmup_scale'), ('min_lr', 'min_scale')):
-        value = getattr(args, flag)
-        if value is None:
-            continue
-        if value > plan.lr:
-            name = flag.replace('_', '-')
-            raise UserError(f'--{name} {value:g} is above the LR of {plan.lr:g}; lower it, or raise --lr')
-        schedule[field] = value / plan.lr if plan.lr else 0.
+    if lr is not None:
+        asks_lr = any(getattr(args, name) is not None for name in ('lr', 'lr_base', 'lr_base_size', 'lr_base_scale'))
+        plan = plan.updated(dict(lr=lr)) if asks_lr or 'lr' not in section else plan
+        for name, value, field in (('warmup', args.warmup_lr, 'warmup_scale'), ('min', args.min_lr, 'min_scale')):
+            if value is not None and value > plan.lr:
+                raise UserError(f'--{name}-lr {value:g} is above the LR of {plan.lr:g}; lower it, or raise --lr')
+            if value is not None:
+                schedule[field] = value / plan.lr if plan.lr else 0.
     return plan.updated(dict(schedule=schedule))
 
 
