@@ -214,15 +214,10 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What the order and size of the steps, and the loss, follow from."""
         return dict(
-            seed=self.args.seed,
-            samples=len(self.train_loader.dataset),
-            batch_size=self.args.batch_size,
-            grad_accum_steps=self.args.grad_accum_steps,
-            steps=self.steps,
-            processes=self.accelerator.num_processes,
-            **{name: getattr(self.args, name) for name in (
-                'class_sampling', 'class_weight', 'val_share', 'test_share', 'group')},
-        )
+            {name: getattr(self.args, name) for name in (
+                'seed', 'batch_size', 'grad_accum_steps', 'class_sampling', 'class_weight', 'val_share', 'test_share',
+                'group')},
+            samples=len(self.train_loader.dataset), steps=self.steps, processes=self.accelerator.num_processes)
 
     def _check_same_run(self, source: Path, state: dict[str, Any]) -> None:
         before = state['identity']  # earlier versions wrote fewer
@@ -300,7 +295,7 @@ class Trainer:
 
         Raises:
             Interrupted: After a signal, with a checkpoint written.
-            UserError: If the loss is no longer finite, or the disk is full.
+            Diverged: If the loss is no longer finite.
         """
         self._apply_plan()
         meter, record = _TrainMeter(self.accelerator.device, self.step), self._record_of_epoch()
@@ -316,7 +311,7 @@ class Trainer:
         self.scheduler.step_update(self.updates)
         start, images = time.monotonic(), 0
         bar = tqdm(
-            self.train_loader, total=self.steps, initial=self.step, desc=f'epoch {self.epoch}', leave=False,
+            self.train_loader, total=self.steps, initial=self.step, desc=f'epoch {self.epoch + 1}', leave=False,
             disable=not self._progress, dynamic_ncols=True)
         for step, batch in enumerate(bar, start=self.step):
             if self._begin is not None and not images:
