@@ -11,6 +11,7 @@ import copy
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, NoReturn, Optional
 
@@ -103,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
                "and which of timm's flags there are not.",
         formatter_class=HelpFormatter,
     )
+    parser._negative_number_matcher = re.compile(r'-\.?\d')  # argparse takes -1e-5 for a flag
     parser.add_argument(
         'data', nargs='?', type=path, default=None, metavar='DIR',
         help='folder of images: train and validation, and in each a folder for every class')
