@@ -564,7 +564,7 @@ def test_recipes_are_looked_for_in_wheel_and_checkout():
 
 @pytest.mark.parametrize('words', [
     [],
-    ['--amp', '--amp-dtype', 'bfloat16', '--mean', '0.1', '-1e-05', '0.3', '--model-kwargs', 'a=1', 'b=x', '--lr', '1e-5'],
+    ['--amp', '--amp-dtype', 'bfloat16', '--mean', '.1', '-1e-5', '.3', '--model-kwargs', 'a=1', 'b=x', '--lr', '1e-5'],
     ['--branch-lr', '1e-4', '0.1', '--freeze', 'policy', '--role', 'branch.0.lr=1', '--no-check-images', '--bce-loss'],
     ['--tracker', 'none', '--cpu', '--torchcompile', '--wandb-tags', '1', 'yes', '--experiment', '007'],
     ['--device', 'cpu', '--drop-con', '0.1', '--resume', 'auto', '--dist-bn', '', '--clip-grad', '1', '--pin-mem'],
