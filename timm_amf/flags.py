@@ -1,7 +1,7 @@
 """Flags of a command as rows of a table, and what gives them their values: words, Python keywords, a YAML file.
 
-A row is `(names, kind, default, help)` with an optional fifth item of `add_argument` keywords, and of limits: `low`,
-`high` and `above` of a number. `bool` makes a switch and `dict` a list of `key=value`.
+A row is `(names, kind, default, help)` with an optional fifth item of `add_argument` keywords. `bool` makes a switch
+and `dict` a list of `key=value`; of the numbers, `count` begins at 1, `natural` and `amount` at 0, and `share` ends at 1.
 """
 import argparse
 import ast
@@ -15,7 +15,9 @@ from typing import Any, Optional, Union
 from timm_amf.errors import UserError
 from timm_amf.yaml_text import MAX_NUMBER
 
-__all__ = ['HelpFormatter', 'KeyValues', 'add_flags', 'nearest', 'number', 'path', 'read_value', 'words_of']
+__all__ = [
+    'HelpFormatter', 'KeyValues', 'add_flags', 'amount', 'count', 'natural', 'nearest', 'number', 'path', 'read_value',
+    'share', 'words_of']
 
 path = os.path.expanduser  # the type of a flag that names a file or a folder
 
@@ -90,19 +92,22 @@ def number(
     return read
 
 
+count, natural, amount, share = number(int, 1), number(int, 0), number(float, 0), number(float, 0, 1)
+
+
 def add_flags(parser: argparse.ArgumentParser, title: str, rows: Iterable[tuple], about: Optional[str] = None) -> None:
     """Add the flags of a table, in a group of their own."""
     group = parser.add_argument_group(title, about)
     for names, kind, default, text, *extra in rows:
         keywords = {'default': default, 'help': text.replace('%', '%%'), **(extra[0] if extra else {})}
-        limits = {name: keywords.pop(name) for name in ('low', 'high', 'above') if name in keywords}
         if kind is bool:
             keywords.setdefault('action', 'store_true')
         elif kind is dict:
             keywords.update(action=KeyValues, nargs='*', metavar='KEY=VALUE')
         elif 'choices' not in keywords:
-            keywords.setdefault('metavar', {int: 'N', float: 'X', str: 'NAME', path: 'PATH'}.get(kind, 'N'))
-            keywords['type'] = number(kind, **limits) if kind in (int, float) else kind
+            metavar = {'int': 'N', 'float': 'X', 'str': 'NAME', 'expanduser': 'PATH'}.get(kind.__name__, 'N')
+            keywords.setdefault('metavar', metavar)
+            keywords['type'] = number(kind) if kind in (int, float) else kind
         group.add_argument(*names.split(), **keywords)
 
 

@@ -19,7 +19,7 @@ from timm_amf.engine.config_file import derived_flags, find_config, read_config,
 from timm_amf.engine.option_checks import check_names, check_values
 from timm_amf.engine.timm_flags import REFUSED_VALUES, REPLACED, TIMM_FLAGS, why_refused
 from timm_amf.errors import CommandParser, UserError
-from timm_amf.flags import HelpFormatter, add_flags, nearest, path
+from timm_amf.flags import HelpFormatter, add_flags, amount, count, nearest, number, path, share
 
 __all__ = ['build_parser', 'parse_args', 'resolve_lr', 'resolve_trackers', 'save_args']
 
@@ -58,16 +58,16 @@ RUN_FLAGS = (
     ('--class-weight', path, None, 'weight of each class in the loss: balanced, or a CSV file with columns class and '
      'weight', {'metavar': 'balanced|FILE'}),
     ('--class-sampling', str, None, 'balanced: draw each class equally often in an epoch', {'choices': ('balanced',)}),
-    ('--early-stop', int, None, 'stop when the --eval-metric has not improved for this many epochs',
-     {'low': 1, 'metavar': 'EPOCHS'}),
-    ('--budget', float, None, 'minutes that it may take, about: they set --epochs where it is not given',
-     {'above': 0, 'metavar': 'MINUTES'}),
-    ('--branch-loss', float, None, "weight of an extra loss on each branch's own logits (AMF, MultiTune; default: 1, "
-     "in recipes of the paper 0)", {'low': 0}),
-    ('--policy-balance', float, 0., "weight of a penalty on branches that get more than their share of the policy's "
-     'weight on average (AMF)', {'low': 0}),
-    ('--routing-eps', float, None, 'evaluate an AMF without the branches whose weight for an image is below this, and '
-     'tell what that changes', {'low': 0, 'high': 1}),
+    ('--early-stop', count, None, 'stop when the --eval-metric has not improved for this many epochs',
+     {'metavar': 'EPOCHS'}),
+    ('--budget', number(float, above=0), None,
+     'minutes that it may take, about: they set --epochs where it is not given', {'metavar': 'MINUTES'}),
+    ('--branch-loss', amount, None, "weight of an extra loss on each branch's own logits (AMF, MultiTune; default: 1, "
+     "in recipes of the paper 0)"),
+    ('--policy-balance', amount, 0., "weight of a penalty on branches that get more than their share of the policy's "
+     'weight on average (AMF)'),
+    ('--routing-eps', share, None, 'evaluate an AMF without the branches whose weight for an image is below this, and '
+     'tell what that changes'),
     ('--eval-blocks', str, None, "evaluate a SpotTune with the same path for all images: tuned, frozen, or the tuned "
      "blocks' indices with commas between", {'metavar': 'BLOCKS'}),
     ('--eval-sampling-seed', int, None, 'evaluate a SpotTune with decisions drawn with this seed, as its paper '
