@@ -1,7 +1,7 @@
 """Flags of a command as rows of a table, and what gives them their values: words, Python keywords, a YAML file.
 
 A row is `(names, kind, default, help)` with an optional fifth item of `add_argument` keywords. `bool` makes a switch
-and `dict` a list of `key=value`; of the numbers, `count` begins at 1, `natural` and `amount` at 0, and `share` ends at 1.
+and `dict` a list of `key=value`; a `count` begins at 1, a `natural` number and an `amount` at 0, a `share` ends at 1.
 """
 import argparse
 import ast
