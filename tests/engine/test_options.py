@@ -16,7 +16,7 @@ from timm_amf.engine import config_file
 from timm_amf.engine.options import build_parser, parse_args, resolve_lr, resolve_trackers, save_args
 from timm_amf.engine.timm_flags import REFUSED, REFUSED_VALUES, REPLACED, why_refused
 from timm_amf.errors import UserError
-from timm_amf.flags import KeyValues
+from timm_amf.flags import KeyValues, words_of
 from timm_amf.tuning import Plan, Schedule, plan_args, plan_from_args
 
 # The parser of timm's train.py as it was read in August 2026: names | default | type and number of values.
@@ -582,6 +582,19 @@ def test_saved_options_load_to_an_equal_namespace(tmp_path, folder, recipe, word
         assert all(type(value) is type(getattr(args, name)) for name, value in vars(again).items())
     changed = parse_args(['--config', str(tmp_path / 'args.yaml'), '--seed', '1'])
     assert changed.seed == 1 and changed.explicit == args.explicit | {'seed'}
+
+
+def test_a_setting_is_the_same_in_python_in_a_file_and_on_the_command_line(recipe, folder):
+    settings = dict(
+        model='resnet18', batch_size=8, lr=1e-3, amp=True, mean=[0.5, -1e-5, 0], model_kwargs={'a': (1, 'x'), 'b': '1'},
+        branch_lr=[0.1, 0.2], freeze=['policy'], check_images=False, torchcompile='eager', mixup=0.2, seed=0)
+    words = words_of(build_parser(), settings)
+    line = parse_args([folder, *words])
+    assert {name: getattr(line, name) for name in settings} == settings
+    text = yaml.safe_dump({**settings, 'model_kwargs': {'a': "(1, 'x')", 'b': '1'}})
+    file = parse_args([folder, '--config', recipe(text)])
+    file.config = line.config
+    assert vars(file) == vars(line)
 
 
 def test_plan_file_takes_the_place_of_the_section(tmp_path, folder, recipe):
