@@ -19,7 +19,8 @@ from timm_amf.engine.evaluation import Row
 from timm_amf.engine.opened import RunOptions
 from timm_amf.engine.run_folder import best_epoch
 from timm_amf.errors import CommandParser, UserError, user_errors
-from timm_amf.search.keywords import keyword_words, words_of
+from timm_amf.flags import words_of
+from timm_amf.search.keywords import keyword_words
 from timm_amf.tuning import Plan
 
 if TYPE_CHECKING:

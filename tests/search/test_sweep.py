@@ -23,7 +23,7 @@ import timm_amf
 import train_amf
 from timm_amf.cli import main
 from timm_amf.engine.intervals import holm, mean_interval, paired_p
-from timm_amf.errors import Interrupted, UserError
+from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.search import sweep as module
 from timm_amf.search.plots import plot_sweep, sweep_figure
 from timm_amf.search.sweep_results import Configuration, Sweep, ranked
@@ -62,7 +62,7 @@ def quick(monkeypatch):
         folder = Path(args.output) / args.experiment
         calls.append((folder.name, args.lr))
         if args.lr >= 1:
-            raise UserError('the loss is not finite in epoch 1')
+            raise Diverged('the loss is not finite in epoch 1')
         folder.mkdir(exist_ok=True)
         (folder / 'args.yaml').write_text('eval_metric: top1')
         timm_amf.Plan(lr=args.lr, epochs=args.epochs).to_yaml(folder / 'plan.yaml')

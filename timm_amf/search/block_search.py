@@ -34,6 +34,7 @@ from timm_amf.engine.options import parse_args, resolve_lr, save_args
 from timm_amf.engine.run import claim_folder
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing, write_text
+from timm_amf.flags import words_of
 from timm_amf.models.blocks import in_eval
 from timm_amf.search.candidates import (
     CUTS,
@@ -47,7 +48,7 @@ from timm_amf.search.candidates import (
     weighted_layers,
     window_candidates,
 )
-from timm_amf.search.keywords import parse_keywords, words_of
+from timm_amf.search.keywords import parse_keywords
 from timm_amf.search.proposal import config_text
 from timm_amf.search.results import BASELINES, CandidateResult, SearchResults, ranking, summary, write_csv
 from timm_amf.search.training import CandidateRuns, Stage

@@ -37,8 +37,8 @@ from timm_amf.engine.config_file import args_content
 from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs, table
 from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.engine.run_folder import best_epoch, is_run
-from timm_amf.errors import CommandParser, Interrupted, UserError
-from timm_amf.search.keywords import words_of
+from timm_amf.errors import CommandParser, Diverged, Interrupted, UserError
+from timm_amf.flags import words_of
 from timm_amf.search.sweep_results import Configuration, Sweep, ranked, write_rows
 from timm_amf.search.sweep_space import Space, pairs, seed_list
 from timm_amf.tuning.plan_args import common_plan
@@ -218,9 +218,7 @@ class _Worker:
 
         try:
             self._train([*words, '--output', str(self.folder), '--experiment', name, '--resume', 'auto'], after_epoch)
-        except (UserError, TrialPruned) as e:
-            if isinstance(e, UserError) and 'not finite' not in str(e):
-                raise
+        except (Diverged, TrialPruned) as e:
             end = str(e) if isinstance(e, TrialPruned) else f'diverged: seed {seed}'
             trial.set_user_attr('end', end)
             print(f'trial {place} ({configuration}): {end}', flush=True)
