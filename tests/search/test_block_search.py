@@ -101,7 +101,7 @@ def everything(tmp_path_factory, images, weights) -> tuple[Path, str]:
 def test_files(everything):
     folder, _ = everything
     assert {p.name for p in folder.iterdir()} == {
-        'search.yaml', 'args.yaml', 'results.json', 'candidates.csv', 'search.png', 'best.yaml'}
+        'search.yaml', 'args.yaml', 'environment.yaml', 'results.json', 'candidates.csv', 'search.png', 'best.yaml'}
     with Image.open(folder / 'search.png') as figure:
         assert min(figure.size) > 300 and len(figure.convert('L').getcolors()) > 5
 
@@ -479,7 +479,7 @@ def test_two_processes(base, search, tmp_path):
          'search', *base, *flags, '--experiment', 'two'],
         cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(root)}, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.count('Run it: train_amf.py') == 1
+    assert found.stdout.count('Run it: timm-amf train') == 1
     _, _, one = search(*flags, '-b', '16', name='one')
     assert_close(curves(tmp_path / 'two'), curves(one))
 

@@ -25,7 +25,6 @@ from timm_amf.cli import main
 from timm_amf.engine.intervals import holm, mean_interval, paired_p
 from timm_amf.errors import Interrupted, UserError
 from timm_amf.search import sweep as module
-from timm_amf.search.plots import sweep_figure
 from timm_amf.search.sweep_results import Configuration, Sweep, ranked
 from timm_amf.search.sweep_space import Space
 
@@ -55,8 +54,7 @@ def quick(monkeypatch):
     """Trainings that are a formula: top1 is highest at an LR of 0.01 and rises with the epochs; 1 and above diverge."""
     calls = []
 
-    def train(argv, after_epoch=None):
-        args = train_amf.parse_args(argv)
+    def train(argv, after_epoch=None, args=None):
         if args.dry_run:
             return
         folder = Path(args.output) / args.experiment
@@ -131,14 +129,14 @@ def _child(words, output, stalls):
     sys.stdout, sys.stderr = (os.fdopen(n, 'w', buffering=1) for n in (1, 2))
     original = train_amf.train
 
-    def train(argv, after_epoch=None):
+    def train(argv, after_epoch=None, args=None):
         def after(epoch, metric):
             after_epoch(epoch, metric)
             if stalls in argv and epoch == 1:
                 output.with_suffix('.stalled').touch()
                 time.sleep(600)
 
-        original(argv, after_epoch and after)
+        original(argv, after_epoch and after, args)
 
     train_amf.train = train
     os._exit(main(words))
@@ -199,13 +197,13 @@ def test_two_processes_share_the_trials(words, tmp_path):
 def test_interrupted(words, quick, tmp_path, monkeypatch, capsys):
     original, calls = train_amf.train, []
 
-    def stopped(argv, after_epoch=None):
+    def stopped(argv, after_epoch=None, args=None):
         calls.append(argv)
         if len(calls) == 4:
             raise Interrupted(signal.SIGTERM, 'stopped in epoch 1')
         if len(calls) == 6:
             raise KeyboardInterrupt
-        return original(argv, after_epoch)
+        return original(argv, after_epoch, args)
 
     monkeypatch.setattr(train_amf, 'train', stopped)
     keys = ['--grid', 'lr=0.1,0.01,0.001']  # three calls look at what it names
@@ -410,55 +408,3 @@ def test_ranking():
     assert 'diverged: seed 1' in text and f'{b.mean:.2f}' in text and f'{a.p_holm:.2g}' in text
     alone = ranked([configuration(0, {'lr': 1.}, [50.])], 'top1')
     assert alone[0].mean == 50 and alone[0].low is None and '95 %' not in str(Sweep(Path('x'), 'top1', alone))
-
-
-# -- the figure -------------------------------------------------------------------------------------------------------
-
-
-def lines(axes) -> dict:
-    return {label: list(zip(*line.get_data())) for line, label in zip(*axes.get_legend_handles_labels())}
-
-
-def test_figure_of_a_grid():
-    """A panel for each setting, in it a line for each value of the other; points where the means are."""
-    grid = itertools.product(('0.001', '0.01', '0.1'), ('0', '1'))
-    given = [configuration(i, {'lr': lr, 'reinit-blocks': k}, [50. + i, 51. + i]) for i, (lr, k) in enumerate(grid)]
-    given.append(configuration(6, {'lr': '1', 'reinit-blocks': '0'}, [], 'diverged: seed 0'))
-    figure = sweep_figure(Sweep(Path('x'), 'top1', ranked(given, 'top1'), 'net'))
-    one, other = figure.axes
-    assert (one.get_xlabel(), other.get_xlabel()) == ('lr', 'reinit-blocks')
-    assert (one.get_xscale(), other.get_xscale()) == ('log', 'linear')
-    assert lines(one)['reinit-blocks=1'] == [(0.001, 51.5), (0.01, 53.5), (0.1, 55.5)]
-    assert lines(other)['lr=0.01'] == [(0, 52.5), (1, 53.5)]
-    assert lines(one)['best'] == [(0.1, 55.5)] and [x for x, _ in lines(one)['pruned or diverged']] == [1]
-    assert [text.get_text() for text in one.get_xticklabels()] == ['0.001', '0.01', '0.1', '1']
-    figure.draw_without_rendering()
-    width, height = figure.bbox.size
-    boxes = [axes.get_tightbbox() for axes in figure.axes] + [figure._suptitle.get_window_extent()]
-    assert all(b.x0 >= 0 and b.x1 <= width and b.y0 >= 0 and b.y1 <= height for b in boxes)
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-
-
-def test_figure_of_a_mixture():
-    """AMF's Figure 4: a line for each component, the other LR as in the best."""
-    given = [
-        Configuration(2 * i + j, {'branch.0.lr': a, 'branch.1.lr': b}, {0: {
-            'top1': 60. + i + j, 'top1_birds': 50. + i, 'top1_cars': 70. - j, 'loss': 1.}}, 'complete')
-        for i, a in enumerate(('0.001', '0.01')) for j, b in enumerate(('0.1', '0.2'))]
-    one, other = sweep_figure(Sweep(Path('x'), 'top1', ranked(given, 'top1'), 'net')).axes
-    assert lines(one)['birds'] == [(0.001, 50), (0.01, 51)] and lines(one)['cars'] == [(0.001, 69), (0.01, 69)]
-    assert lines(other)['all'] == [(0.1, 61), (0.2, 62)] and lines(other)['cars'] == [(0.1, 70), (0.2, 69)]
-
-
-def test_figure_of_a_search():
-    """Points without lines; words have places."""
-    rng = np.random.default_rng(0)
-    given = [
-        configuration(i, {'lr': float(10 ** rng.uniform(-5, -1)), 'drop': rng.uniform(), 'opt': ('b', 'a')[i % 2]}, [i])
-        for i in range(9)]
-    one, _, other = sweep_figure(Sweep(Path('x'), 'top1', ranked(given, 'top1'), 'net')).axes
-    drawn = next(line for line in one.lines if line.get_label() == 'configuration')
-    assert drawn.get_linestyle() == 'None' and sorted(drawn.get_ydata()) == list(range(9))
-    assert [text.get_text() for text in other.get_xticklabels()] == ['b', 'a']
-    with pytest.raises(UserError, match='nothing differs'):
-        sweep_figure(Sweep(Path('x'), 'top1', ranked(given[:1], 'top1'), 'net'))

@@ -17,9 +17,9 @@ from timm_amf.data import Mixture
 from timm_amf.engine.build import build_model, set_start
 from timm_amf.engine.evaluation import Evaluation, Row
 from timm_amf.engine.intervals import mean_interval
-from timm_amf.engine.opened import Opened, RunOptions
+from timm_amf.engine.opened import Opened, RunOptions, open_trained
 from timm_amf.engine.options import parse_args
-from timm_amf.engine.run_folder import choose_device, eval_loader
+from timm_amf.engine.run_folder import choose_device, eval_loader, is_run
 from timm_amf.errors import UserError
 from timm_amf.models.charts import Chart, Seen
 from timm_amf.models.method import method_of
@@ -28,8 +28,8 @@ from timm_amf.tuning.resolve import resolve
 from timm_amf.yaml_text import load_yaml
 
 __all__ = [
-    'Section', 'Table', 'Told', 'compared', 'curves', 'differences', 'model_sections', 'read_told', 'results_of',
-    'setting',
+    'Section', 'Table', 'Told', 'compared', 'curves', 'differences', 'model_sections', 'policy_of', 'read_told',
+    'results_of', 'search_sections', 'setting', 'sweep_sections',
 ]
 
 _ERRORS = 25
@@ -140,7 +140,15 @@ def curves(told: Told) -> Section:
     return section
 
 
-def setting(told: Told, model: Optional[nn.Module], name: str = '') -> Section:
+def policy_of(told: Told, model: nn.Module) -> list[Section]:
+    """The model's own figures of what its policy did in training."""
+    parts = {name.removesuffix('_assigned_0') for name in told.policy if name.endswith('_assigned_0')}
+    parts -= {'train', *(f'train_{part}' for part in parts)} | {'assigned_0'}
+    charts = method_of(model).charts(Seen(told.policy, sorted(parts)))
+    return [Section('The policy', charts)] if charts else []
+
+
+def setting(told: Told, model: Optional[nn.Module], name: str = '', config: str = 'args.yaml') -> Section:
     """The Plan in words, what trains, command, versions, hardware and cost."""
     plan, about, parts = told.plan, told.environment, []
     parts.append(
@@ -163,7 +171,7 @@ def setting(told: Told, model: Optional[nn.Module], name: str = '') -> Section:
     facts = [('folder', str(told.folder))]
     if about.get('command'):
         facts.append(('command', str(about['command'])))
-    facts.append(('the same run', f'timm-amf train --config {shlex.quote(str(told.folder / "args.yaml"))}'))
+    facts.append(('the same run', f'timm-amf train --config {shlex.quote(str(told.folder / config))}'))
     for title in ('versions', 'hardware'):
         found = about.get(title) or {}
         facts.append((title, ', '.join(f'{k} {v}' for k, v in found.items()) or 'not kept by the version that ran it'))
@@ -388,3 +396,51 @@ def differences(found: Sequence[Evaluation]) -> Table:
     return Table(
         "Differences of top-1 accuracy, percentage points, paired over the images (Student's t interval)",
         ('runs', 'difference', '95 % interval', 'images that one of them alone gets right'), rows)
+
+
+# -- a search, a sweep ------------------------------------------------------------------------------------------------
+
+
+def search_sections(folder: Path) -> list[Section]:
+    """Of a block-wise search: accuracy by position with both baselines, the tables, the best Plan."""
+    from timm_amf.search.charts import search_charts
+    from timm_amf.search.results import SearchResults, ranking, summary
+
+    if not (folder / 'results.json').is_file():
+        raise UserError(f'{folder}: the search has not ended; give its command again, with --resume auto')
+    results = SearchResults.read(folder / 'results.json')
+    best, about, (first, *ways), (head, *every) = (
+        results.winner(), folder / 'environment.yaml', summary(results), ranking(results))
+    told = Told(
+        folder, load_yaml(folder / 'args.yaml'), Plan.from_yaml(folder / 'best.yaml'), {}, {}, {},
+        load_yaml(about) if about.is_file() else {})
+    plan = setting(told, None, config='best.yaml')
+    what = ', '.join(best.candidate.modules) or 'nothing'
+    plan.parts.insert(0, f'Beside the classifier {"everything" if best.candidate.way == "all" else what} trains.')
+    return [
+        Section('Search', [f'{results.title}.', *search_charts(results), Table('The best of each way', first, ways)]),
+        Section('Candidates', [Table('All candidates, the best first', head, every)]), plan]
+
+
+def sweep_sections(folder: Path) -> list[Section]:
+    """Of a sweep: the metric by each setting, the table with its tests, the test images, the best Plan."""
+    from timm_amf.search.charts import sweep_charts
+    from timm_amf.search.sweep_results import HOW, Sweep
+
+    found = Sweep.read(folder)
+    head, *rows = found.table
+    section = Section('Sweep', [
+        f'Of {len(rows)} configurations the best on the validation images is {found.best}: {found.metric} '
+        f'{found.best.mean:.2f}.', *sweep_charts(found), Table('Configurations, the best first', head, rows)])
+    if len(found.best.runs) > 1:
+        section.parts.append(f'{HOW}.'.capitalize())
+    sections = [section]
+    if (folder / 'test.csv').is_file():
+        with open(folder / 'test.csv', newline='', encoding='utf-8') as file:
+            head, *rows = csv.reader(file)
+        sections.append(Section('Test images', [Table('Runs of the best configuration, evaluated once', head, rows)]))
+    run = found.runs(found.best)[0]
+    if is_run(run):
+        model = open_trained(run, RunOptions(), False).load(None)
+        sections.append(setting(read_told(run), model, str(run)))
+    return sections

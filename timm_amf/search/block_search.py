@@ -31,10 +31,11 @@ from torch import nn
 from timm_amf.data import Mixture
 from timm_amf.engine import build
 from timm_amf.engine.options import parse_args, resolve_lr, save_args
-from timm_amf.engine.run import claim_folder
+from timm_amf.engine.run import claim_folder, environment
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing, write_text
 from timm_amf.models.blocks import in_eval
+from timm_amf.report import check_installed, report
 from timm_amf.search.candidates import (
     CUTS,
     Candidate,
@@ -47,10 +48,12 @@ from timm_amf.search.candidates import (
     weighted_layers,
     window_candidates,
 )
+from timm_amf.search.charts import search_charts, write_figure
 from timm_amf.search.keywords import parse_keywords, words_of
 from timm_amf.search.proposal import config_text
 from timm_amf.search.results import BASELINES, CandidateResult, SearchResults, ranking, summary, write_csv
 from timm_amf.search.training import CandidateRuns, Stage
+from timm_amf.text import columns
 from timm_amf.tuning import Plan, Schedule, model_roles, plan_from_args
 from timm_amf.tuning.plan_args import common_plan
 from timm_amf.tuning.resolve import resolve
@@ -111,6 +114,8 @@ def _checked(own: argparse.Namespace, args: argparse.Namespace) -> tuple[argpars
             raise UserError(f'--{name.replace("_", "-")} {value:g}: must be above 0')
     if 'model' not in args.explicit:
         raise UserError('no model: name one with --model, or a recipe with --config')
+    if args.report:
+        check_installed()
     for name in _REFUSED:
         if getattr(args, name):
             raise UserError(f'--{name.replace("_", "-")}: a search cannot train with it; leave it out of the search')
@@ -150,7 +155,11 @@ class BlockSearch:
         return self.results.winner()
 
     def __str__(self) -> str:
-        return '\n\n'.join([ranking(self.results, limit=5), summary(self.results), *self.notes])
+        rows = ranking(self.results, limit=5)
+        tables = [columns(rows, right=(0, 3, 6)), columns(summary(self.results), right=(1, 3, 5, 6, 7))]
+        if len(rows) <= len(self.results.results):
+            tables[0] += f'\nand {len(self.results.results) - len(rows) + 1} more, beyond the first 5 of each way'
+        return '\n\n'.join([*(f'{self.results.title}\n{table}' for table in tables), *self.notes])
 
     def to_yaml(self, path: Union[str, Path]) -> None:
         """Write the file for `train_amf.py --config`, whole or not at all."""
@@ -322,7 +331,7 @@ class Search:
     def _identity(self) -> str:
         """What the results follow from, as text."""
         skip = ('overwrite', 'resume', 'no_progress', 'workers', 'explicit', 'config', 'output', 'experiment')
-        values = {k: v for k, v in vars(self.args).items() if k not in skip}
+        values = {k: v for k, v in vars(self.args).items() if k not in skip} | {'report': False}
         flags = {k: v for k, v in vars(self.own).items() if k not in ('chunk', 'memory', 'help')}
         return json.dumps({'search': flags, 'options': values}, indent=1, sort_keys=True, default=str)
 
@@ -343,6 +352,8 @@ class Search:
             (self.folder / 'state').mkdir(parents=True, exist_ok=True)
             write_text(path, identity)
             save_args(args, self.folder / 'args.yaml')
+            about = environment(self.accelerator.num_processes, self.accelerator.device)
+            write_text(self.folder / 'environment.yaml', yaml.safe_dump(about, sort_keys=False))
         self.accelerator.wait_for_everyone()
 
     def _finish(self, results: SearchResults, plan: Plan) -> BlockSearch:
@@ -357,13 +368,10 @@ class Search:
             results.write(self.folder / 'results.json')
             write_csv(results, self.folder / 'candidates.csv')
             found.to_yaml(self.folder / 'best.yaml')
-            from timm_amf.search.plots import plot_search
-
-            try:
-                plot_search(results, self.folder / 'search.png')
-            except (ImportError, UserError) as e:  # the figure is an extra; the rest is there
-                self.notes.append(f'No figure: {e}')
+            self.notes += write_figure(search_charts(results), self.folder / 'search.png')
             shutil.rmtree(self.folder / 'state', ignore_errors=True)
+            if self.args.report:
+                self.notes.append(f'Report: {report([self.folder])}')
         return found
 
 

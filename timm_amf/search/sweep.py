@@ -38,6 +38,8 @@ from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs, table
 from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.engine.run_folder import best_epoch, is_run
 from timm_amf.errors import CommandParser, Interrupted, UserError
+from timm_amf.report import check_installed, report
+from timm_amf.search.charts import sweep_charts, write_figure
 from timm_amf.search.keywords import words_of
 from timm_amf.search.sweep_results import Configuration, Sweep, ranked, write_rows
 from timm_amf.search.sweep_space import Space, pairs, seed_list
@@ -51,7 +53,7 @@ _PRUNERS = ('none', 'median', 'hyperband')
 _REFUSED = {'resume': '--resume', 'dry_run': '--dry-run', 'eval_only': '--eval-only', 'publish': '--publish',
             'finds_plan': '--plan auto', 'budget': '--budget'}
 # What the scores do not follow from.
-_ANYWHERE = ('overwrite', 'no_progress', 'workers', 'output', 'experiment', 'seed', 'tracker')
+_ANYWHERE = ('overwrite', 'no_progress', 'workers', 'output', 'experiment', 'seed', 'tracker', 'report')
 
 
 class _Repeated(Exception):
@@ -93,6 +95,8 @@ class _Worker:
                 raise UserError(f'{flag}: is nothing for a sweep; leave it out')
         if trials is not None and (self.space.is_grid or trials < 1):
             raise UserError('--trials: give 1 or more with --space; a grid trains all its configurations')
+        if self.args.report:
+            check_installed()
         if pruner not in _PRUNERS:
             raise UserError(f'--pruner {pruner}: unknown; choose from {", ".join(_PRUNERS)}')
         if len(set(self.seeds)) < len(self.seeds):
@@ -230,8 +234,10 @@ class _Worker:
         return found
 
     def _train(self, words: Sequence[str], after_epoch: Optional[Callable] = None) -> None:
+        args = parse_args(words)
+        args.report = False  # of the sweep, not of its runs
         with contextlib.redirect_stdout(io.StringIO()):
-            importlib.import_module('train_amf').train(words, after_epoch)
+            importlib.import_module('train_amf').train(words, after_epoch, args)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -242,11 +248,15 @@ class _Worker:
             raise UserError(f'{self.folder}: no configuration was trained to its end; lower the LRs, or do not prune')
         with self.lock:
             found.write()
+            found.notes += write_figure(
+                sweep_charts(found), *(self.folder / f'sweep.{kind}' for kind in ('png', 'svg')))
             if all(map(is_run, found.runs(found.best))):
                 found.write_best(parse_args([*self.space.words(found.best.values), '--seed', str(min(self.seeds))]))
                 self._test(found, study)
             else:
                 found.notes.append(f'Runs of {found.best} are on another machine: no best.yaml, no test.')
+            if self.args.report:
+                found.notes.append(f'Report: {report([self.folder])}')
         return found
 
     def _test(self, found: Sweep, study: optuna.Study) -> None:
