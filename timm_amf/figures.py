@@ -9,8 +9,9 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -64,17 +65,19 @@ def draw(chart: Chart, thumbnail: Optional[Thumbnail] = None) -> 'Figure':
         chart: What is drawn.
         thumbnail: Gives an image of the data by its index.
     """
-    drawers = dict(lines=_lines, dots=_lines, columns=_columns, bars=_bars, heat=_heat, points=_points, panels=_panels)
+    drawers = dict(
+        lines=_lines, dots=_lines, columns=_columns, bars=_bars, heat=_heat, points=_points, panels=_panels,
+        images=partial(_images, thumbnail=thumbnail))
     with _drawing():
-        return _laid_out(_images(chart, thumbnail) if chart.kind == 'images' else drawers[chart.kind](chart))
+        return _laid_out(drawers[chart.kind](chart))
 
 
 def write_sheet(charts: Sequence[Chart], path: Path) -> None:
-    """Charts of lines or dots below each other, with their titles, as one file.
+    """Charts of lines or dots below each other, with their titles, as one file, whole or not at all.
 
     Args:
         charts: Without any there is no file.
-        path: A name with `.png` or `.svg`; the file is whole or not there.
+        path: A name with `.png` or `.svg`.
     """
     if not charts:
         return
@@ -85,9 +88,26 @@ def write_sheet(charts: Sequence[Chart], path: Path) -> None:
         for part, chart in zip(parts, charts):
             _draw_lines(part, chart)
             part.suptitle(textwrap.fill(chart.title, int(figure.get_figwidth() * 11)), fontsize=10)
-        figure = _laid_out(figure)
+        data = _saved(_laid_out(figure), path.suffix[1:])
     with replacing(path) as temporary:
-        temporary.write_bytes(png(figure) if path.suffix == '.png' else _svg(figure, path.stem).encode())
+        temporary.write_bytes(data)
+
+
+def svg(figure: 'Figure', name: str, title: str) -> str:
+    """The figure as an element of a page: its text is text, its ids begin with the name, its colours are the page's."""
+    text = '<svg ' + _saved(figure, 'svg', name).decode().partition('<svg ')[2]
+    text = re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{name}-', text)
+    variables = {**{colour: f's{i}' for i, colour in enumerate(LIGHT)}, _INK: 'ink', '#000000': 'ink', _GRID: 'grid'}
+    for colour, variable in variables.items():
+        text = text.replace(colour, f'var(--{variable})')
+    own = f'style="--own: {72 * figure.get_figwidth():.0f}pt"'
+    return text.replace('<svg ', f'<svg {own} role="img" aria-label="{html.escape(title)}" ', 1)
+
+
+def png(figure: 'Figure') -> bytes:
+    """The figure as a PNG file on white."""
+    return _saved(figure, 'png')
 
 
 def _laid_out(figure: 'Figure') -> 'Figure':
@@ -96,31 +116,13 @@ def _laid_out(figure: 'Figure') -> 'Figure':
     return figure
 
 
-def svg(figure: 'Figure', name: str, title: str) -> str:
-    """The figure as an element of a page: its text is text, its ids begin with the name, its colours are the page's."""
-    text = _svg(figure, name).partition('<svg ')[2]
-    text = '<svg ' + re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.DOTALL)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{name}-', text)
-    for i, colour in enumerate(LIGHT):
-        text = re.sub(colour, f'var(--s{i})', text, flags=re.IGNORECASE)
-    for colour, variable in ((_INK, 'var(--ink)'), ('#000000', 'var(--ink)'), (_GRID, 'var(--grid)')):
-        text = text.replace(colour, variable)
-    own = f'style="--own: {72 * figure.get_figwidth():.0f}pt"'
-    return text.replace('<svg ', f'<svg {own} role="img" aria-label="{html.escape(title)}" ', 1)
-
-
-def _svg(figure: 'Figure', name: str) -> str:
+def _saved(figure: 'Figure', kind: str, name: str = '') -> bytes:
     file = io.BytesIO()
     with _drawing(name):
-        figure.savefig(file, format='svg', bbox_inches='tight', transparent=True, metadata={'Date': None})
-    return file.getvalue().decode()
-
-
-def png(figure: 'Figure') -> bytes:
-    """The figure as a PNG file on white."""
-    file = io.BytesIO()
-    with _drawing():
-        figure.savefig(file, format='png', dpi=150, bbox_inches='tight', facecolor='white')
+        if kind == 'svg':
+            figure.savefig(file, format=kind, bbox_inches='tight', transparent=True, metadata={'Date': None})
+        else:
+            figure.savefig(file, format=kind, bbox_inches='tight', dpi=150, facecolor='white')
     return file.getvalue()
 
 
@@ -141,12 +143,9 @@ def shown(value: Any) -> str:
 
 
 def _figure(width: float, height: float) -> 'Figure':
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout='constrained')
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout='constrained')
 
 
 def _plain_axes(axes: 'Axes', chart: Chart, grid: str = 'y') -> None:
@@ -248,11 +247,8 @@ def _columns(chart: Chart) -> 'Figure':
     names = [str(name) for name in next(iter(chart.table.values()))]
     figure = _figure(max(_WIDTH, min(14., 0.12 * len(names) * len(chart.drawn))), 3.4)
     axes = figure.subplots()
-    width = 0.84 / len(chart.drawn)
-    for i, name in enumerate(chart.drawn):
-        axes.bar(
-            np.arange(len(names)) + (i - (len(chart.drawn) - 1) / 2) * width, _numbers(chart.table[name]), width,
-            color=LIGHT[i % 8], hatch=_HATCHES[i % 8], edgecolor=_INK, linewidth=0.4, label=name)
+    for place, values, _, look in _bar_groups(chart, slice(None)):
+        axes.bar(place, values, 0.84 / len(chart.drawn), **look)
     step = -(-len(names) // int(figure.get_figwidth() * 4))
     axes.set_xticks(range(0, len(names), step), names[::step])
     axes.set_xlim(-0.7, len(names) - 0.3)
@@ -270,27 +266,30 @@ def _bars(chart: Chart) -> 'Figure':
     rows = -(-len(names) // panels)
     figure = _figure(max(_WIDTH, 3.6 * panels), 1.3 + rows * max(_ROW, 0.13 * count + 0.05))
     every = figure.subplots(1, panels, sharex=True, squeeze=False)[0]
-    values = {name: np.array(_numbers(chart.table[name])) for name in chart.drawn}
     for k, axes in enumerate(every):
         part = slice(k * rows, (k + 1) * rows)
-        y = np.arange(len(names[part]))
-        for i, name in enumerate(chart.drawn):
-            limits = [chart.table.get(f'{name}_{end}') for end in ('low', 'high')]
-            error = None
-            if limits[0] is not None:
-                error = [np.maximum(sign * (values[name] - np.array(limit, dtype=float)), 0)[part]
-                         for sign, limit in zip((1, -1), limits)]
-            axes.barh(
-                y + (i - (count - 1) / 2) * 0.84 / count, values[name][part], 0.84 / count, xerr=error,
-                color=LIGHT[i % 8], hatch=_HATCHES[i % 8], edgecolor=_INK, linewidth=0.4, label=name,
-                error_kw=dict(ecolor=_INK, elinewidth=0.9, capsize=1.5))
-        axes.set_yticks(y, names[part], fontsize=9 if rows < 30 else 8)
+        for place, values, error, look in _bar_groups(chart, part):
+            whisker = dict(ecolor=_INK, elinewidth=0.9, capsize=1.5)
+            axes.barh(place, values, 0.84 / count, xerr=error, error_kw=whisker, **look)
+        axes.set_yticks(range(len(names[part])), names[part], fontsize=9 if rows < 30 else 8)
         axes.set_ylim(rows - 0.4, -0.6)
         _plain_axes(axes, chart, 'x')
         if chart.range:
             axes.set_xlim(*chart.range)
     _legend(figure, every[0])
     return figure
+
+
+def _bar_groups(chart: Chart, part: slice) -> Iterator[tuple[np.ndarray, np.ndarray, Optional[np.ndarray], dict]]:
+    """Of each series places, values, lengths of whiskers, and look of its bars."""
+    for i, name in enumerate(chart.drawn):
+        values, error = np.array(_numbers(chart.table[name]))[part], None
+        if f'{name}_low' in chart.table:
+            low, high = (np.array(chart.table[f'{name}_{end}'], dtype=float)[part] for end in ('low', 'high'))
+            error = np.maximum([values - low, high - values], 0)
+        place = np.arange(len(values)) + (i - (len(chart.drawn) - 1) / 2) * 0.84 / len(chart.drawn)
+        yield place, values, error, dict(
+            color=LIGHT[i % 8], hatch=_HATCHES[i % 8], edgecolor=_INK, linewidth=0.4, label=name)
 
 
 def _heat(chart: Chart) -> 'Figure':

@@ -325,7 +325,7 @@ def test_no_model(data, capsys):
 
 
 def test_without_the_extras(words, quick, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, 'matplotlib.backends.backend_agg', None)
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     assert main([*words, '--grid', 'lr=0.1,0.01']) == 0
     assert 'No figure' in capsys.readouterr().out and (tmp_path / 'found' / 'best.yaml').exists()
     monkeypatch.setitem(sys.modules, 'optuna', None)

@@ -94,8 +94,7 @@ def read_told(folder: Path) -> Told:
 def _columns(path: Path, needed: Sequence[str]) -> dict[str, list[float]]:
     if not path.is_file():
         return {}
-    with open(path, newline='', encoding='utf-8') as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows(path)
     for name in needed:
         if not rows or name not in rows[0]:
             raise UserError(f'{path}: has no column {name!r}' if rows else f'{path}: has no rows; train the run on')
@@ -103,6 +102,11 @@ def _columns(path: Path, needed: Sequence[str]) -> dict[str, list[float]]:
         return {name: [float(row[name]) if row[name] else math.nan for row in rows] for name in rows[0]}
     except (TypeError, ValueError) as e:
         raise UserError(f'{path}: is damaged ({e})') from None
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
 
 
 # -- from the files ---------------------------------------------------------------------------------------------------
@@ -180,9 +184,9 @@ def setting(told: Told, model: Optional[nn.Module], name: str = '', config: str 
         facts.append((
             'parameters', f'{sum(p.numel() for p in model.parameters()):,}, of which {trained:,} were trained'))
     if told.speed:
-        seconds = sum(value for value in told.speed['seconds'] if value == value)
-        epochs = len(told.speed['epoch'])
-        facts.append(('cost', f'{timedelta(seconds=round(seconds))} of training steps in {epochs} epochs'))
+        seconds, epochs = np.nansum(told.speed['seconds']), len(told.speed['epoch'])
+        cost = f'{timedelta(seconds=round(seconds))} of training steps in {epochs} epoch{"s" * (epochs != 1)}'
+        facts.append(('cost', cost))
     parts.append(Table('The run', ('', ''), facts))
     return Section(f'How it was fine-tuned{name and f": {name}"}', parts)
 
@@ -433,14 +437,17 @@ def sweep_sections(folder: Path) -> list[Section]:
         f'Of {len(rows)} configurations the best on the validation images is {found.best}: {found.metric} '
         f'{found.best.mean:.2f}.', *sweep_charts(found), Table('Configurations, the best first', head, rows)])
     if len(found.best.runs) > 1:
-        section.parts.append(f'{HOW}.'.capitalize())
+        section.parts.append(f'{HOW}.')
     sections = [section]
     if (folder / 'test.csv').is_file():
-        with open(folder / 'test.csv', newline='', encoding='utf-8') as file:
-            head, *rows = csv.reader(file)
-        sections.append(Section('Test images', [Table('Runs of the best configuration, evaluated once', head, rows)]))
+        tested = [
+            Row(row.pop('run'), row.pop('component'), int(row.pop('images')),
+                **{name: float(value) if value else None for name, value in row.items()})
+            for row in _rows(folder / 'test.csv')]
+        sections.append(Section('Test images', [
+            'The runs of the best configuration, evaluated once.', results_of(tested)]))
     run = found.runs(found.best)[0]
     if is_run(run):
         model = open_trained(run, RunOptions(), False).load(None)
-        sections.append(setting(read_told(run), model, str(run)))
+        sections.append(setting(read_told(run), model, run.name))
     return sections

@@ -5,10 +5,9 @@ modules that train together, besides the classifier. Which parameters these are,
 `candidate_plan` makes the Plan that trains them.
 """
 import bisect
-import contextlib
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,7 +69,7 @@ def weighted_layers(
         model: nn.Module,
         input_size: Sequence[int],
         role: str = 'backbone',
-        norms: str = 'joined',
+        separate_norms: bool = False,
         features_only: bool = False,
 ) -> list[Layer]:
     """The layers of a role that own weights, without the classifier, in the order in which they first compute.
@@ -82,17 +81,16 @@ def weighted_layers(
         model: Any timm model, or a composite with `tuning_roles`, on any device.
         input_size: (C, H, W) of the images.
         role: The role, such as `backbone` or `branch.0`.
-        norms: With `joined`, what owns vectors only (norms, layer scales) or is a parameter of a module with others
-            below it (position embeddings and biases) goes with the matrix or kernel before it in the same block, else
-            with the one after it. Outside of blocks, what lies between the same two blocks counts as a block, and what
-            finds nothing there (a last norm) goes with the layer before it. With `separate`, each is a layer of its
-            own, as in the paper's networks, where batch norm is a layer.
+        separate_norms: What owns vectors only (norms, layer scales) or is a parameter of a module with others below it
+            (position embeddings and biases) is a layer of its own, as in the paper's networks, where batch norm is a
+            layer. Else it goes with the matrix or kernel before it in the same block, else with the one after it.
+            Outside of blocks, what lies between the same two blocks counts as a block, and what finds nothing there (a
+            last norm) goes with the layer before it.
         features_only: The classifier reads `forward_features`, so that what `forward_head` computes has no part in it
             (VGG's `pre_logits`, MobileNetV3's `conv_head`).
     """
-    if norms not in ('joined', 'separate'):
-        raise ValueError(f'norms must be joined or separate, not {norms!r}')
-    return [layer for layer, _ in _placed_layers(model, _trace(model, input_size, features_only), role, norms)]
+    trace = _trace(model, input_size, features_only)
+    return [layer for layer, _ in _placed_layers(model, trace, role, separate_norms)]
 
 
 def trainable_parameters(model: nn.Module, input_size: Sequence[int], features_only: bool = False) -> set[str]:
@@ -134,14 +132,12 @@ def block_candidates(
             two calls of an activation or pooling module; with `pooling`, of a pooling module.
         features_only: As for `weighted_layers`.
     """
-    if cut not in CUTS:
-        raise UserError(f'cut {cut!r} is unknown; choose one of {", ".join(CUTS)}')
     trace = _trace(model, input_size, features_only)
     if cut == 'residual':
         return _residual_candidates(model, trace, role)
     calls = sorted(trace.poolings + (trace.activations if cut == 'activation' else []))
     pieces: dict[int, list[Layer]] = {}
-    for layer, time in _placed_layers(model, trace, role, 'joined'):
+    for layer, time in _placed_layers(model, trace, role):
         pieces.setdefault(bisect.bisect(calls, time), []).append(layer)
     return [Candidate(_span(piece), 'block', i, _modules(piece)) for i, piece in enumerate(pieces.values())]
 
@@ -154,16 +150,12 @@ def top_candidate(layers: Sequence[Layer], accuracies: Mapping[str, float], k: i
         accuracies: Accuracy of each, by its name.
         k: How many.
     """
-    if not 1 <= k <= len(layers):
-        raise UserError(f'top {k}: the model has {len(layers)} layers; choose a number from 1 to that')
     ranked = sorted(range(len(layers)), key=lambda i: (accuracies[layers[i].name], i), reverse=True)
     return Candidate(f'top{k}', f'top{k}', 0, _modules(layers[i] for i in sorted(ranked[:k])))
 
 
 def random_candidate(layers: Sequence[Layer], k: int, seed: int) -> Candidate:
     """k layers at random (the paper's Figure 3)."""
-    if not 1 <= k <= len(layers):
-        raise UserError(f'random {k}: the model has {len(layers)} layers; choose a number from 1 to that')
     drawn = sorted(np.random.RandomState(seed % 2**32).choice(len(layers), k, replace=False))
     return Candidate(f'random{k}', f'random{k}', 0, _modules(layers[i] for i in drawn))
 
@@ -268,29 +260,19 @@ def _trace(model: nn.Module, input_size: Sequence[int], features_only: bool = Fa
         copied = copy.deepcopy(model, dict(weights)).train()
         images = torch.zeros(2, *input_size, device=example.device, dtype=example.dtype)
         names = {id(p): name for name, p in copied.named_parameters()}
-        with method_of(copied).exportable() as net, _marks(net, trace), _UseRecorder(trace, names):
-            outputs = (net.forward_features if features_only else net)(images)
+        with method_of(copied).exportable() as net:
+            for module in net.modules():
+                for kinds, moments in ((_ACTIVATIONS, trace.activations), (_POOLINGS, trace.poolings)):
+                    if isinstance(module, kinds):
+                        module.register_forward_hook(lambda *_, moments=moments: moments.append(trace.tick()))
+            with _UseRecorder(trace, names):
+                outputs = (net.forward_features if features_only else net)(images)
         total = sum(t.sum() for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad)
         params = {name: p for name, p in copied.named_parameters() if p.requires_grad}
         found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
     reached = {name for name, gradient in zip(params, found) if gradient is not None}
     trace.first_use = {name: time for name, time in trace.first_use.items() if name in reached}
     return trace
-
-
-@contextlib.contextmanager
-def _marks(model: nn.Module, trace: _Trace) -> Iterator[None]:
-    """Note each call of an activation or a pooling."""
-    handles = []
-    for module in model.modules():
-        moments = trace.activations if isinstance(module, _ACTIVATIONS) else trace.poolings
-        if isinstance(module, (*_ACTIVATIONS, *_POOLINGS)):
-            handles.append(module.register_forward_hook(lambda *_, moments=moments: moments.append(trace.tick())))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # --- Layers.
@@ -341,11 +323,16 @@ def _is_matrix(param: nn.Parameter, owner: nn.Module) -> bool:
     return param.ndim > 1 and (isinstance(owner, (nn.Linear, _ConvNd)) or param.numel() > max(param.shape))
 
 
-def _placed_layers(model: nn.Module, trace: _Trace, role: str, norms: str) -> list[tuple[Layer, int]]:
+def _placed_layers(
+        model: nn.Module,
+        trace: _Trace,
+        role: str,
+        separate_norms: bool = False,
+) -> list[tuple[Layer, int]]:
     """The layers, each with the moment at which its own weights first compute."""
     units = _units(model, trace, role)
     blocks = role_blocks(model, role)
-    owner_of = list(range(len(units))) if norms == 'separate' else [_leader(units, i) for i in range(len(units))]
+    owner_of = list(range(len(units))) if separate_norms else [_leader(units, i) for i in range(len(units))]
     layers = []
     for i, unit in enumerate(units):
         modules = tuple(units[j].path for j, owner in enumerate(owner_of) if owner == i)

@@ -87,7 +87,7 @@ def _setting(found: Sweep, key: str) -> Chart:
     at = complete.index(found.best) if kind == 'dots' else every.index(found.best.values[key])
     table['best'] = [found.best.mean if i == at else math.nan for i in range(len(every))]
     return Chart(
-        f'sweep_{key}', key, f'{found.model}, validation images; best: {found.best}.'
+        f'sweep_{key}', f'Validation {found.metric} by {key}', f'{found.model}, validation images; best: {found.best}.'
         + (' Limits: the lowest and the highest seed.' if len(found.best.runs) > 1 else ''), kind, table, x=key,
         y=f'validation {found.metric}{"" if found.metric == "loss" else " (%)"}',
         log=are_numbers and min(numbers) > 0 and max(numbers) >= _LOG * min(numbers))

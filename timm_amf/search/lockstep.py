@@ -9,6 +9,7 @@ summed; no candidate has a parameter of another, so each gets the gradient that 
 parameters, has a `_Unit` in the place of each block, of each layer outside of blocks, and of the classifier. What the
 architecture computes between them, it computes itself, on a batch that grows from unit to unit.
 """
+import contextlib
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,26 +90,29 @@ class Member:
         return {**self.params, **buffers, **{f'{HEAD}{n}': b for n, b in self.head.named_buffers()}}
 
 
-def _own_copy(unit: nn.Module, path: str, modules: Sequence[str]) -> nn.Module:
-    """A copy of a unit that shares what is frozen."""
-    named = [*unit.named_parameters(), *unit.named_buffers()]
-    shared = {id(t): t for n, t in named if not is_within(_join(path, n), modules)}
-    return copy.deepcopy(unit, shared)
-
-
-def _member(candidate: Candidate, copies: dict[str, nn.Module], head: nn.Module, trains: Iterable[str]) -> Member:
+def _member(
+        model: nn.Module,
+        units: Iterable[str],
+        candidate: Candidate,
+        head: nn.Module,
+        trains: Iterable[str],
+) -> Member:
+    """A candidate with copies of units that share what is frozen."""
     trains = set(trains)
-    member = Member(candidate, copies, head)
-    for path, unit in copies.items():
+    member = Member(candidate, {}, copy.deepcopy(head))
+    for path in units:
+        unit = model.get_submodule(path)
+        named = [*unit.named_parameters(), *unit.named_buffers()]
+        shared = {id(t): t for n, t in named if not is_within(_join(path, n), candidate.modules)}
+        member.copies[path] = unit = copy.deepcopy(unit, shared)
         for name, param in unit.named_parameters():
-            full = _join(path, name)
-            if full in trains:
-                member.params[full] = param.requires_grad_(True)
+            if _join(path, name) in trains:
+                member.params[_join(path, name)] = param.requires_grad_(True)
         for name, module in unit.named_modules():
             own = [_join(path, name, n) for n, _ in module.named_parameters(recurse=False)]
             if isinstance(module, _NormBase) and own and not trains.intersection(own):
                 module.norm_is_fixed = True
-    member.params.update({f'{HEAD}{n}': p.requires_grad_(True) for n, p in head.named_parameters()})
+    member.params.update({f'{HEAD}{n}': p.requires_grad_(True) for n, p in member.head.named_parameters()})
     member.train(False)
     return member
 
@@ -122,7 +126,7 @@ def plain_member(model: nn.Module, candidate: Candidate, head: nn.Module, trains
         head: Classifier to copy.
         trains: Names of the parameters that train, as the Plan has it.
     """
-    return _member(candidate, {'': _own_copy(model, '', candidate.modules)}, copy.deepcopy(head), trains)
+    return _member(model, [''], candidate, head, trains)
 
 
 def lockstep_member(
@@ -135,22 +139,19 @@ def lockstep_member(
     """A candidate that shares a network with others, with its own copies of the units that it tunes.
 
     Args:
-        model: The frozen network, left as it is.
+        model: As for `plain_member`, and so the rest.
         probe: What `probe_units` told of it.
-        candidate: What to tune.
-        head: Classifier to copy.
-        trains: Names of the parameters that train, as the Plan has it.
     """
-    reached = {path: [u for u in probe.order if is_within(path, [u]) or is_within(u, [path])]
-               for path in candidate.modules}
-    for path, units in reached.items():
-        missed = [n for n in probe.refused if is_within(n, [path]) or is_within(path, [n])]
-        if missed or not units or not path:
+    def meet(one: str, other: str) -> bool:
+        return is_within(one, [other]) or is_within(other, [one])
+
+    for path in candidate.modules:
+        missed = [n for n in probe.refused if meet(n, path)]
+        if missed or not path or not any(meet(u, path) for u in probe.order):
             reason = probe.refused[missed[0]] if missed else 'is in no block and no layer'
             raise LockstepUnfit(f'{missed[0] if missed else path or "the whole network"} {reason}')
-    units = [u for u in probe.order if any(u in found for found in reached.values())]
-    copies = {u: _own_copy(model.get_submodule(u), u, candidate.modules) for u in units}
-    return _member(candidate, copies, copy.deepcopy(head), trains)
+    units = [u for u in probe.order if any(meet(u, path) for path in candidate.modules)]
+    return _member(model, units, candidate, head, trains)
 
 
 def _join(*names: str) -> str:
@@ -229,19 +230,25 @@ class Lockstep:
             _Unit(name, i, model.get_submodule(name), pairs_below(probe.pairs, name))
             for i, name in enumerate(probe.order)]
         self.head_unit = _Unit(_HEAD_UNIT, len(self.units), heads[0], [])
-        for unit in (*self.units, self.head_unit):
+        self._places = [*self.units, self.head_unit]
+        for unit in self._places:
             unit.net = self
         replaced: dict[str, nn.Module] = {unit.name: unit for unit in self.units}
         if own_head:
             replaced.update({n: self.head_unit for n, m in model.named_modules() if m is heads[0]})
         self.view = view_with(model, replaced)
-        self._folds = {(m.name, u): _own_folds(probe, m, u) for m in members for u in m.copies}
+        # Of each copy what to fold in evaluation, and in training, where what trains has its batch's statistics.
+        self._folds: dict[tuple[str, str], tuple[Folds, Folds]] = {}
         self._starts: dict[int, list[Member]] = {}
         for member in self.members:
             first = next((u.index for u in self.units if u.name in member.copies), self.head_unit.index)
             self._starts.setdefault(first, []).append(member)
-        self._pass: Optional[_Pass] = None
-        self._shapes: dict[tuple, torch.Size] = {}
+            for path in member.copies:
+                pairs = pairs_below(probe.pairs, path)
+                fixed = [p for p in pairs if not is_within(f'{path}.{p[1]}', member.candidate.modules)]
+                self._folds[member.name, path] = Folds(pairs), Folds(fixed)
+        self._pass = _Pass()
+        self._shapes: dict[str, torch.Size] = {}  # of what a unit gives of one image
 
     @torch.no_grad()
     def check(self, input_size: Sequence[int]) -> None:
@@ -269,16 +276,13 @@ class Lockstep:
     @property
     def tap_names(self) -> list[str]:
         """Names of the units whose inputs the candidates begin at; the classifier's is the last if it is one."""
-        return [(*self.units, self.head_unit)[i].name for i in sorted(self._starts)]
+        return [self._places[i].name for i in sorted(self._starts)]
 
     def taps(self, x: Tensor) -> dict[str, Tensor]:
         """What arrives in the frozen network at each of `tap_names`, without a graph."""
-        self._pass = _Pass(trunk=True, images=x.shape, missing=set(self.tap_names))
-        with torch.no_grad():
-            try:
-                self._run(x)
-            except _Reached:
-                pass
+        self._pass = _Pass(trunk=True)
+        with torch.no_grad(), contextlib.suppress(_Reached):
+            self._run(x)
         return self._pass.taps
 
     def __call__(self, x: Tensor, taps: Optional[Mapping[str, Tensor]] = None) -> dict[str, Tensor]:
@@ -286,16 +290,12 @@ class Lockstep:
 
         Args:
             x: Images, (B, C, H, W).
-            taps: What `taps(x)` gave, if that is known.
+            taps: In the place of `taps(x)`, of other images of the same shape, which `check` gives.
         """
-        taps = self.taps(x) if taps is None else taps
+        self._pass = _Pass(batch=len(x), taps=dict(taps or self.taps(x)))
         # Before the first candidate begins there is nothing to compute: one image, and units that pass on zeros.
-        self._pass = _Pass(trunk=False, images=x.shape, taps=dict(taps), begins=min(self._starts))
-        try:
-            logits = self._run(x[:1])
-            order = self._pass.order
-        finally:
-            self._pass = None
+        logits = self._run(x[:1])
+        order, self._pass = self._pass.order, _Pass()
         return dict(zip([m.name for m in order], logits.split(len(x))))
 
     def _run(self, x: Tensor) -> Tensor:
@@ -306,9 +306,9 @@ class Lockstep:
         """What a unit gives for the batch that stands before it."""
         if self._pass.trunk:
             return self._run_trunk(unit, x, args, kwargs)
-        if unit.index < self._pass.begins:
-            return self._placeholder(unit, x, args, kwargs)
-        order, batch = self._pass.order, self._pass.images[0]
+        if unit.index < min(self._starts):
+            return x.new_zeros((1, *self._shapes[unit.name]))
+        order, batch = self._pass.order, self._pass.batch
         begin = self._starts.get(unit.index, [])
         rest = [m for m in order if unit is not self.head_unit and unit.name not in m.copies]
         here = [m for m in order if m not in rest]
@@ -326,23 +326,13 @@ class Lockstep:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _run_trunk(self, unit: _Unit, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        state = self._pass
-        if unit.name in state.missing:
-            state.taps[unit.name] = x
-            state.missing.remove(unit.name)
-            if not state.missing:
+        if unit.index in self._starts:
+            self._pass.taps[unit.name] = x
+            if unit.index == max(self._starts):
                 raise _Reached
         y = unit.frozen(x, args, kwargs)
-        self._shapes[unit.name, state.images[1:]] = y.shape[1:]
+        self._shapes[unit.name] = y.shape[1:]
         return y
-
-    def _placeholder(self, unit: _Unit, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        """One row of zeros in the shape that the unit gives."""
-        key = unit.name, self._pass.images[1:]
-        if key not in self._shapes:
-            with torch.no_grad():
-                self._shapes[key] = unit.frozen(x[:1], args, kwargs).shape[1:]
-        return x.new_zeros((1, *self._shapes[key]))
 
     def _run_own(self, member: Member, unit: _Unit, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
         module = member.head
@@ -361,26 +351,14 @@ class _Pass:
 
     Attributes:
         trunk: The pass of the frozen network alone.
-        images: Shape of the images.
+        batch: Number of images.
         taps: What arrives at the units where candidates begin.
-        missing: Of those, which the pass has not come to.
-        begins: Index of the first of them.
         order: Candidates that have begun, in the order of their rows.
     """
-    trunk: bool
-    images: torch.Size
+    trunk: bool = False
+    batch: int = 0
     taps: dict[str, Tensor] = field(default_factory=dict)
-    missing: set[str] = field(default_factory=set)
-    begins: int = 0
     order: list[Member] = field(default_factory=list)
-
-
-def _own_folds(probe: Units, member: Member, path: str) -> tuple[Folds, Folds]:
-    """For a candidate's copy of a unit, what to fold in evaluation, and in training."""
-    pairs = pairs_below(probe.pairs, path)
-    # Norms that train have their batch's statistics in training.
-    fixed = [p for p in pairs if not is_within(f'{path}.{p[1]}', member.candidate.modules)]
-    return Folds(pairs), Folds(fixed)
 
 
 # -- As a model of the engine's trainer.

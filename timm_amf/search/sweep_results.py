@@ -18,7 +18,7 @@ from timm_amf.yaml_text import load_yaml
 
 __all__ = ['HOW', 'Configuration', 'Sweep', 'ranked', 'shown', 'write_rows']
 
-HOW = "interval: Student's t over the seeds, none where all agree; p: paired t test against the best"
+HOW = "Interval: Student's t over the seeds, none where all agree; p: paired t test against the best"
 _STATISTICS = ('mean', 'std', 'low', 'high', 'difference', 'p', 'p_holm')
 
 
