@@ -106,6 +106,24 @@ def test_files(everything):
         assert min(figure.size) > 300 and len(figure.convert('L').getcolors()) > 5
 
 
+def test_report(everything, tmp_path, capsys):
+    """A chart for each way, the tables, and how to run the best."""
+    folder, _ = everything
+    assert call(folder, '--output', tmp_path, verb='report') == 0
+    page = (tmp_path / 'index.html').read_text(encoding='utf-8')
+    for way in ('layer', 'block', 'window'):
+        assert f'id="search_{way}"' in page and (tmp_path / f'search_{way}.png').is_file()
+        with open(tmp_path / f'search_{way}.csv', newline='') as file:
+            drawn = [(row['candidate'], float(row['accuracy'])) for row in csv.DictReader(file)]
+        found = SearchResults.read(folder / 'results.json').of_way(way)
+        assert drawn == [(r.candidate.name, r.top1) for r in found]
+    for words in ('level with the best', 'baseline II', f'train --config {folder / "best.yaml"}', 'Beside the'):
+        assert words in page
+    capsys.readouterr()
+    (tmp_path / 'search.yaml').touch()
+    assert call(tmp_path, verb='report') == 2 and 'the search has not ended' in capsys.readouterr().err
+
+
 def test_every_way_is_there(everything, weights):
     folder, _ = everything
     results = SearchResults.read(folder / 'results.json')
@@ -398,12 +416,12 @@ def test_starting_weights_are_the_files(search, monkeypatch, weights):
 
 
 @pytest.mark.parametrize('extra,message', [
-    (['--ways', 'blocks'], '--ways blocks: unknown'),
-    (['--ways', 'top0'], '--ways top0: unknown'),
+    (['--ways', 'blocks'], 'blocks: unknown; choose from layer'),
+    (['--ways', 'top0'], 'top0: unknown'),
     (['--ways', 'top40'], '--ways top40: the model has 15 layers'),
     (['--ways', 'window', '--window', '16'], 'window of 16 layers: the model has 15'),
     (['--ways', 'window', '--window', '0'], 'window of 0 layers'),
-    (['--cut', 'conv'], '--cut conv: unknown'),
+    (['--cut', 'conv'], 'activation'),
     (['--search-role', 'branch.0'], '--search-role branch.0: the model has no blocks there; it has backbone, head'),
     (['--search-role', 'head'], '--search-role head'),
     (['--search-share', '0'], '--search-share 0: must be above 0'),

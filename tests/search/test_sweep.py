@@ -78,7 +78,7 @@ def quick(monkeypatch):
 
 def test_a_grid_with_seeds(words, tmp_path, capsys):
     """Scores are means over seeds of what the runs' summaries have; the best YAML repeats the best run to the bit."""
-    keys = ['--grid', 'lr=0.05,0.0001', 'head.lr=0.1,0.0002', '--seeds', '3,1']
+    keys = ['--grid', 'lr=0.05,0.0001', 'head.lr=0.1,0.0002', '--seeds', '3,1', '--report']
     assert main([*words, *keys, '--test-split', 'test']) == 0
     out = capsys.readouterr().out
     folder = tmp_path / 'found'
@@ -99,6 +99,17 @@ def test_a_grid_with_seeds(words, tmp_path, capsys):
     runs = read(folder / 'runs.csv')
     assert len(runs) == 8 and {row['run'] for row in runs} == {path.name for path in folder.glob('trial*')}
     assert (folder / 'sweep.png').read_bytes()[1:4] == b'PNG' and b'<svg' in (folder / 'sweep.svg').read_bytes()
+
+    # Read from its files it is what it was; one page, of the sweep and not of its runs.
+    found = Sweep.read(folder)
+    assert str(found) in out and [c.runs for c in found.configurations] == [
+        {int(r['seed']): {k[5:]: float(v) for k, v in read(folder / r['run'] / 'summary.csv')[0].items()
+                          if k.startswith('eval_') and v} for r in runs if r['trial'] == row['trial']} for row in rows]
+    assert f'Report: {folder / "report" / "index.html"}' in out and not list(folder.glob('trial*/report'))
+    page = (folder / 'report' / 'index.html').read_text(encoding='utf-8')
+    for words_ in ('id="sweep_lr"', 'id="sweep_head.lr"', 'p (Holm)', 'Test images', 'What trains'):
+        assert words_ in page
+    assert [row['lr'] for row in read(folder / 'report' / 'sweep_lr.csv')] == ['0.0001', '0.05']
 
     best = rows[0]
     assert f'timm-amf train --config {folder / "best.yaml"}' in out
@@ -288,6 +299,14 @@ def test_the_test_images_are_looked_at_once(words, quick, tmp_path, monkeypatch)
     more = run(15)
     assert more.best.number != first.best.number and more.test == first.test and len(tested) == 1
     assert f'Trial {first.best.number} was the best' in more.notes[0]
+
+
+def test_report_of_what_has_not_ended(tmp_path, capsys):
+    (tmp_path / 'trial0-seed0').mkdir()
+    assert main(['report', str(tmp_path)]) == 2 and 'the sweep has not ended' in capsys.readouterr().err
+    for name in ('sweep.csv', 'runs.csv'):
+        (tmp_path / name).write_text('trial,lr,seeds,metric,mean\nx,0.1,1,top1,50\n')
+    assert main(['report', str(tmp_path)]) == 2 and 'sweep.csv: is damaged' in capsys.readouterr().err
 
 
 def test_nothing_is_left(words, quick, tmp_path, capsys):

@@ -59,13 +59,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def check_installed() -> None:
-    """Refuses before any work where the extra is not installed.
-
-    Raises:
-        UserError: It names the extra.
-    """
+    """Refuses before any work where the extra is not installed."""
     try:
-        import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
     except ImportError as e:
@@ -88,9 +83,6 @@ def report(
 
     Returns:
         The page, `index.html`.
-
-    Raises:
-        UserError: If a folder holds no run, or one that is not finished, or its images are gone.
     """
     check_installed()
     options, folders = options or RunOptions(), [Path(run) for run in runs]

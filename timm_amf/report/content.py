@@ -2,6 +2,7 @@
 import argparse
 import csv
 import math
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,11 +76,7 @@ class Told:
 
 
 def read_told(folder: Path) -> Told:
-    """Reads the files of a run.
-
-    Raises:
-        UserError: If one is missing or not as a run writes it.
-    """
+    """Reads the files of a run."""
     for name in ('plan.yaml', 'summary.csv'):
         if not (folder / name).is_file():
             raise UserError(f'{folder / name}: is missing; the run has no finished epoch, or is of an older version')
@@ -112,36 +109,29 @@ def _rows(path: Path) -> list[dict[str, str]]:
 # -- from the files ---------------------------------------------------------------------------------------------------
 
 
+_EACH = 'On the validation images, after each epoch.'
+# Name, title, caption, the columns that it shows, and their unit.
 _CURVES = (
-    ('loss', 'Loss', 'Mean over the images of an epoch.', ('train_loss', 'eval_loss'), ''),
-    ('accuracy', 'Accuracy', 'On the validation images, after each epoch.', (
-        'eval_top1', 'eval_top5', 'eval_balanced_accuracy', 'eval_macro_f1'), 'percent'),
+    ('loss', 'Loss', 'Mean over the images of an epoch.', 'train_loss|eval_loss', ''),
+    ('accuracy', 'Accuracy', _EACH, 'eval_(top1|top5|balanced_accuracy|macro_f1)', 'percent'),
+    ('components', 'Accuracy by component', _EACH, 'eval_top1_.+', 'percent'),
+    ('lr', 'Learning rate', 'The highest of each role, at the end of an epoch.', 'lr_.+', 'LR'),
+    ('lr', 'Learning rate', 'At the end of an epoch.', 'lr', 'LR'),  # of a version without roles
+    ('speed', 'Images per second', 'In training, over all processes, loading included.', 'images_per_s', 'images/s'),
 )
 
 
 def curves(told: Told) -> Section:
     """Loss, metrics, LR and images/s by epoch."""
-    section, epochs = Section('Training'), {'epoch': told.summary['epoch']}
-    metrics = [*_CURVES, (
-        'components', 'Accuracy by component', 'On the validation images, after each epoch.',
-        [name for name in told.summary if name.startswith('eval_top1_')], 'percent')]
-    for name, title, caption, columns, y in metrics:
-        table = {column: told.summary[column] for column in columns if column in told.summary}
+    found: dict[str, Chart] = {}
+    for name, title, caption, shown, y in _CURVES:
+        columns = told.speed if name == 'speed' else told.summary
+        table = {column: values for column, values in columns.items() if re.fullmatch(shown, column)}
         if table:
-            section.parts.append(Chart(
-                name, title, caption, 'lines', {**epochs, **table}, x='epoch', y=y,
+            found.setdefault(name, Chart(
+                name, title, caption, 'lines', {'epoch': columns['epoch'], **table}, x='epoch', y=y,
                 range=(0, 100) if y == 'percent' else None))
-    lrs = {name: values for name, values in told.summary.items() if name.startswith('lr_')}
-    lrs = lrs or {name: told.summary[name] for name in ('lr',) if name in told.summary}
-    if lrs:
-        section.parts.append(Chart(
-            'lr', 'Learning rate', 'The highest of each role, at the end of an epoch.', 'lines', {**epochs, **lrs},
-            x='epoch', y='LR'))
-    if told.speed:
-        section.parts.append(Chart(
-            'speed', 'Images per second', 'In training, over all processes, loading included.', 'lines',
-            {'epoch': told.speed['epoch'], 'images/s': told.speed['images_per_s']}, x='epoch', y='images/s'))
-    return section
+    return Section('Training', list(found.values()))
 
 
 def policy_of(told: Told, model: nn.Module) -> list[Section]:
@@ -160,11 +150,10 @@ def setting(told: Told, model: Optional[nn.Module], name: str = '', config: str 
         f'{told.options.get("img_size") or "the size of the model"}{" px" if told.options.get("img_size") else ""}, '
         f'{told.options.get("batch_size")} a step.')
     if model is not None:
-        rows = []
-        groups = param_groups(model, plan)
-        for role, settings in resolve(model, plan).roles.items():
+        rows, groups, table = [], param_groups(model, plan), resolve(model, plan)
+        for role, settings in table.roles.items():
             mine = [group for group in groups if group['role'] == role]
-            total = sum(s.place.role == role for s in resolve(model, plan).parameters.values())
+            total = sum(s.place.role == role for s in table.parameters.values())
             rows.append((
                 role, _trains(settings.plan.train, mine), _span([group['lr'] for group in mine]),
                 _span([group['weight_decay'] for group in mine]), f'{sum(len(g["params"]) for g in mine)} of {total}',
@@ -180,7 +169,7 @@ def setting(told: Told, model: Optional[nn.Module], name: str = '', config: str 
         found = about.get(title) or {}
         facts.append((title, ', '.join(f'{k} {v}' for k, v in found.items()) or 'not kept by the version that ran it'))
     if model is not None:
-        trained = sum(p.numel() for g in param_groups(model, plan) for p in g['params'])
+        trained = sum(p.numel() for g in groups for p in g['params'])
         facts.append((
             'parameters', f'{sum(p.numel() for p in model.parameters()):,}, of which {trained:,} were trained'))
     if told.speed:

@@ -49,7 +49,10 @@ __all__ = ['main', 'sweep']
 
 # Seconds between two signs of life of a process, and without one until its trial is another's.
 _HEARTBEAT, _GRACE = 15, 60
-_PRUNERS = ('none', 'median', 'hyperband')
+_PRUNERS = {  # of the epochs of a run
+    'none': lambda epochs: NopPruner(),
+    'median': lambda epochs: MedianPruner(n_warmup_steps=epochs // 3),
+    'hyperband': lambda epochs: HyperbandPruner()}
 _REFUSED = {'resume': '--resume', 'dry_run': '--dry-run', 'eval_only': '--eval-only', 'publish': '--publish',
             'finds_plan': '--plan auto', 'budget': '--budget'}
 # What the scores do not follow from.
@@ -79,9 +82,7 @@ class _Worker:
         self.folder = Path(self.args.output or 'output/sweep') / (
             self.args.experiment or Path(self.args.data_dir or 'mixture').resolve().name)
         self.lock = FileLock(self.folder / 'sweep.lock')
-        self.pruner = {
-            'none': NopPruner(), 'hyperband': HyperbandPruner(),
-            'median': MedianPruner(n_warmup_steps=common_plan(self.args).epochs // 3)}[pruner]
+        self.pruner = _PRUNERS[pruner](common_plan(self.args).epochs)
         self.retry = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
         self.number: Optional[int] = None  # of the trial that it trains
 
@@ -252,7 +253,8 @@ class _Worker:
                 sweep_charts(found), *(self.folder / f'sweep.{kind}' for kind in ('png', 'svg')))
             if all(map(is_run, found.runs(found.best))):
                 found.write_best(parse_args([*self.space.words(found.best.values), '--seed', str(min(self.seeds))]))
-                self._test(found, study)
+                if self.test_split:
+                    self._test(found, study)
             else:
                 found.notes.append(f'Runs of {found.best} are on another machine: no best.yaml, no test.')
             if self.args.report:
@@ -263,18 +265,18 @@ class _Worker:
         """Evaluate the best configuration on the test images, unless one was before."""
         if study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             found.notes.append('Trials run elsewhere or were killed, which this storage cannot tell: no test yet.')
-        elif self.test_split:
-            if 'test' not in study.user_attrs:
-                options = RunOptions(self.test_split, cpu=self.args.cpu, workers=self.args.workers)
-                rows = evaluate_runs(found.runs(found.best), options)
-                write_rows(self.folder / 'test.csv', [asdict(row) for row in rows])
-                text = f'best configuration, split {self.test_split}\n{table(rows)}'
-                study.set_user_attr('test', [found.best.number, text])
-            number, found.test = study.user_attrs['test']
-            if number != found.best.number:
-                found.notes.append(
-                    f'Trial {number} was the best when the test images were looked at, which is done once. For others '
-                    'see timm-amf evaluate.')
+            return
+        if 'test' not in study.user_attrs:
+            options = RunOptions(self.test_split, cpu=self.args.cpu, workers=self.args.workers)
+            rows = evaluate_runs(found.runs(found.best), options)
+            write_rows(self.folder / 'test.csv', [asdict(row) for row in rows])
+            text = f'best configuration, split {self.test_split}\n{table(rows)}'
+            study.set_user_attr('test', [found.best.number, text])
+        number, found.test = study.user_attrs['test']
+        if number != found.best.number:
+            found.notes.append(
+                f'Trial {number} was the best when the test images were looked at, which is done once. For others '
+                'see timm-amf evaluate.')
 
     def _configurations(self, study: optuna.Study) -> list[Configuration]:
         found = []
@@ -343,7 +345,8 @@ def main(argv: Sequence[str]) -> None:
         help='what to draw from: LOW:HIGH, log:LOW:HIGH (whole numbers if both limits are), or V,V,...')
     add('--seeds', type=seed_list, default=[], metavar='N,N', help='train each configuration with each')
     add('--trials', type=int, metavar='N', help='configurations to draw from a --space (default: 20)')
-    add('--pruner', choices=_PRUNERS, default='none', help='end configurations that fall behind (default: %(default)s)')
+    add('--pruner', choices=tuple(_PRUNERS), default='none',
+        help='end configurations that fall behind (default: %(default)s)')
     add('--storage', metavar='URL', help="database or journal file of Optuna (default: SQLite in the sweep's folder)")
     add('--test-split', metavar='NAME', help='evaluate the best configuration on this split, once, at the end')
     own, words = parser.parse_known_args([word for word in argv if word != '--'])
