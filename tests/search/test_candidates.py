@@ -88,13 +88,12 @@ def mobilenetv2_pairs():
 
 def test_layers_of_vgg11(vgg):
     layers = weighted_layers(vgg, (3, 32, 32))
-    assert layers == [Layer(n, (n,), n if n.startswith('features') else '') for n in VGG11]
+    assert layers == [Layer(n, (n,)) for n in VGG11]
 
 
 def test_layers_of_resnet18(resnet):
     layers = weighted_layers(resnet, SIZE)
     assert modules(layers) == list(resnet18_pairs())
-    assert [layer.block for layer in layers[:4]] == ['', 'layer1.0', 'layer1.0', 'layer1.1']
     separate = weighted_layers(resnet, SIZE, separate_norms=True)
     assert modules(separate) == [(n,) for pair in resnet18_pairs() for n in pair]
     assert [layer.name for layer in separate] == [n for pair in resnet18_pairs() for n in pair]
@@ -114,7 +113,7 @@ def test_layers_of_convnext():
     assert layers[f'{block}.mlp.fc2'].modules == (f'{block}.mlp.fc2', f'{block}.gamma')
     # Its norm stands before it, between the same two blocks.
     down = layers['stages.1.downsample.1']
-    assert down.modules == ('stages.1.downsample.0', 'stages.1.downsample.1') and down.block == ''
+    assert down.modules == ('stages.1.downsample.0', 'stages.1.downsample.1')
     last = 'stages.3.blocks.1'
     assert layers[f'{last}.mlp.fc2'].modules == (f'{last}.mlp.fc2', f'{last}.gamma', 'head.norm')
     assert len(layers) == 1 + 3 * 12 + 3
@@ -158,7 +157,7 @@ def test_layers_of_a_branch(amf, branch):
     plain = weighted_layers(build('resnet10t'), SIZE)
     path = f'branches.{branch}.'
     assert weighted_layers(amf, SIZE, f'branch.{branch}') == [
-        Layer(path + a.name, tuple(path + m for m in a.modules), a.block and path + a.block) for a in plain]
+        Layer(path + a.name, tuple(path + m for m in a.modules)) for a in plain]
     assert modules(plain)[:3] == [('conv1.0', 'conv1.1'), ('conv1.3', 'conv1.4'), ('conv1.6', 'bn1')]
 
 

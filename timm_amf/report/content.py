@@ -24,6 +24,9 @@ from timm_amf.engine.run_folder import choose_device, eval_loader, is_run
 from timm_amf.errors import UserError
 from timm_amf.models.charts import Chart, Seen
 from timm_amf.models.method import method_of
+from timm_amf.search.charts import search_charts, sweep_charts
+from timm_amf.search.results import SearchResults, ranking, summary
+from timm_amf.search.sweep_results import HOW, Sweep
 from timm_amf.tuning import Plan, describe_depths, param_groups
 from timm_amf.tuning.resolve import resolve
 from timm_amf.yaml_text import load_yaml
@@ -80,12 +83,16 @@ def read_told(folder: Path) -> Told:
     for name in ('plan.yaml', 'summary.csv'):
         if not (folder / name).is_file():
             raise UserError(f'{folder / name}: is missing; the run has no finished epoch, or is of an older version')
-    about = folder / 'environment.yaml'
     return Told(
         folder, load_yaml(folder / 'args.yaml'), Plan.from_yaml(folder / 'plan.yaml'),
         _columns(folder / 'summary.csv', ('epoch', 'train_loss', 'eval_loss', 'eval_top1')),
         *(_columns(folder / name, ('epoch',)) for name in ('policy.csv', 'speed.csv')),
-        load_yaml(about) if about.is_file() else {})
+        _environment(folder))
+
+
+def _environment(folder: Path) -> dict[str, Any]:
+    """Empty of a version that did not keep it."""
+    return load_yaml(folder / 'environment.yaml') if (folder / 'environment.yaml').is_file() else {}
 
 
 def _columns(path: Path, needed: Sequence[str]) -> dict[str, list[float]]:
@@ -396,30 +403,24 @@ def differences(found: Sequence[Evaluation]) -> Table:
 
 def search_sections(folder: Path) -> list[Section]:
     """Of a block-wise search: accuracy by position with both baselines, the tables, the best Plan."""
-    from timm_amf.search.charts import search_charts
-    from timm_amf.search.results import SearchResults, ranking, summary
-
     if not (folder / 'results.json').is_file():
         raise UserError(f'{folder}: the search has not ended; give its command again, with --resume auto')
     results = SearchResults.read(folder / 'results.json')
-    best, about, (first, *ways), (head, *every) = (
-        results.winner(), folder / 'environment.yaml', summary(results), ranking(results))
-    told = Told(
+    best, ways, candidates = results.winner().candidate, summary(results), ranking(results)
+    plan = setting(Told(
         folder, load_yaml(folder / 'args.yaml'), Plan.from_yaml(folder / 'best.yaml'), {}, {}, {},
-        load_yaml(about) if about.is_file() else {})
-    plan = setting(told, None, config='best.yaml')
-    what = ', '.join(best.candidate.modules) or 'nothing'
-    plan.parts.insert(0, f'Beside the classifier {"everything" if best.candidate.way == "all" else what} trains.')
+        _environment(folder)), None, config='best.yaml')
+    what = 'everything' if best.way == 'all' else ', '.join(best.modules) or 'nothing'
+    plan.parts.insert(0, f'Beside the classifier {what} trains.')
     return [
-        Section('Search', [f'{results.title}.', *search_charts(results), Table('The best of each way', first, ways)]),
-        Section('Candidates', [Table('All candidates, the best first', head, every)]), plan]
+        Section('Search', [
+            f'{results.title}. It took {timedelta(seconds=round(results.seconds))}.', *search_charts(results),
+            Table('The best of each way', ways[0], ways[1:])]),
+        Section('Candidates', [Table('All candidates, the best first', candidates[0], candidates[1:])]), plan]
 
 
 def sweep_sections(folder: Path) -> list[Section]:
     """Of a sweep: the metric by each setting, the table with its tests, the test images, the best Plan."""
-    from timm_amf.search.charts import sweep_charts
-    from timm_amf.search.sweep_results import HOW, Sweep
-
     found = Sweep.read(folder)
     head, *rows = found.table
     section = Section('Sweep', [

@@ -325,7 +325,7 @@ class Search:
     def _prepare_folder(self) -> None:
         """Make the folder, or find that it holds this search, which goes on."""
         args, path = self.args, self.folder / 'search.yaml'
-        values = {k: v for k, v in vars(args).items() if k not in _ANYWHERE}
+        values = {k: v for k, v in vars(args).items() if k not in _ANYWHERE} | {'report': False}
         flags = {k: v for k, v in vars(self.own).items() if k not in ('chunk', 'memory', 'help')}
         # What the results follow from.
         identity = json.dumps({'search': flags, 'options': values}, indent=1, sort_keys=True, default=str)

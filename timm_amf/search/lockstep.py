@@ -25,8 +25,7 @@ from timm_amf.models.method import Method
 from timm_amf.search.candidates import Candidate
 
 __all__ = [
-    'HEAD', 'Lockstep', 'LockstepModel', 'LockstepUnfit', 'Member', 'lockstep_member', 'plain_logits',
-    'plain_member',
+    'HEAD', 'Lockstep', 'LockstepModel', 'LockstepUnfit', 'Member', 'create_member', 'plain_logits',
 ]
 
 _BATCH = 3  # images of the comparison with the plain network
@@ -45,7 +44,8 @@ def pairs_below(pairs: Iterable[tuple[str, str]], path: str) -> list[tuple[str, 
     return [(c[len(prefix):], n[len(prefix):]) for c, n in pairs if c.startswith(prefix) and n.startswith(prefix)]
 
 
-# -- A candidate with weights of its own.
+# -- a candidate with weights of its own ------------------------------------------------------------------------------
+
 
 @dataclass
 class Member:
@@ -76,40 +76,47 @@ class Member:
         """Put what is tuned in training mode, or all in evaluation mode; what is frozen stays in evaluation mode."""
         for path, unit in self.copies.items():
             unit.eval()
-            for name, module in unit.named_modules():
-                full = _join(path, name)
-                if mode and is_within(full, self.candidate.modules):
+            for name, module in unit.named_modules(prefix=path):
+                if mode and is_within(name, self.candidate.modules):
                     module.training = not (isinstance(module, _NormBase) and getattr(module, 'norm_is_fixed', False))
         self.head.train(mode)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training changes: parameters, and the statistics of its norms."""
         buffers = {
-            _join(path, name): b for path, unit in self.copies.items() for name, b in unit.named_buffers()
-            if is_within(_join(path, name), self.candidate.modules)}
+            name: b for path, unit in self.copies.items() for name, b in unit.named_buffers(path)
+            if is_within(name, self.candidate.modules)}
         return {**self.params, **buffers, **{f'{HEAD}{n}': b for n, b in self.head.named_buffers()}}
 
 
-def _member(
+def create_member(
         model: nn.Module,
-        units: Iterable[str],
         candidate: Candidate,
         head: nn.Module,
         trains: Iterable[str],
+        probe: Optional[Units] = None,
 ) -> Member:
-    """A candidate with copies of units that share what is frozen."""
-    trains = set(trains)
-    member = Member(candidate, {}, copy.deepcopy(head))
-    for path in units:
+    """A candidate with its own copies of the units that it tunes, which share what is frozen.
+
+    Args:
+        model: The frozen network, left as it is.
+        candidate: What to tune.
+        head: Classifier to copy.
+        trains: Names of the parameters that train, as the Plan has it.
+        probe: What `probe_units` told of the network. Without it the candidate has a network to itself: the one that
+            tunes all layers, or each where lockstep does not apply.
+    """
+    trains, member = set(trains), Member(candidate, {}, copy.deepcopy(head))
+    for path in [''] if probe is None else _units_of(probe, candidate):
         unit = model.get_submodule(path)
-        named = [*unit.named_parameters(), *unit.named_buffers()]
-        shared = {id(t): t for n, t in named if not is_within(_join(path, n), candidate.modules)}
-        member.copies[path] = unit = copy.deepcopy(unit, shared)
-        for name, param in unit.named_parameters():
-            if _join(path, name) in trains:
-                member.params[_join(path, name)] = param.requires_grad_(True)
-        for name, module in unit.named_modules():
-            own = [_join(path, name, n) for n, _ in module.named_parameters(recurse=False)]
+        named = [*unit.named_parameters(path), *unit.named_buffers(path)]
+        unit = copy.deepcopy(unit, {id(t): t for n, t in named if not is_within(n, candidate.modules)})
+        member.copies[path] = unit
+        for name, param in unit.named_parameters(path):
+            if name in trains:
+                member.params[name] = param.requires_grad_(True)
+        for name, module in unit.named_modules(prefix=path):
+            own = [n for n, _ in module.named_parameters(name, recurse=False)]
             if isinstance(module, _NormBase) and own and not trains.intersection(own):
                 module.norm_is_fixed = True
     member.params.update({f'{HEAD}{n}': p.requires_grad_(True) for n, p in member.head.named_parameters()})
@@ -117,31 +124,8 @@ def _member(
     return member
 
 
-def plain_member(model: nn.Module, candidate: Candidate, head: nn.Module, trains: Iterable[str]) -> Member:
-    """A candidate with a network to itself: the one that tunes all layers, or each where lockstep does not apply.
-
-    Args:
-        model: The frozen network, left as it is.
-        candidate: What to tune.
-        head: Classifier to copy.
-        trains: Names of the parameters that train, as the Plan has it.
-    """
-    return _member(model, [''], candidate, head, trains)
-
-
-def lockstep_member(
-        model: nn.Module,
-        probe: Units,
-        candidate: Candidate,
-        head: nn.Module,
-        trains: Iterable[str],
-) -> Member:
-    """A candidate that shares a network with others, with its own copies of the units that it tunes.
-
-    Args:
-        model: As for `plain_member`, and so the rest.
-        probe: What `probe_units` told of it.
-    """
+def _units_of(probe: Units, candidate: Candidate) -> list[str]:
+    """The units in which a candidate lies."""
     def meet(one: str, other: str) -> bool:
         return is_within(one, [other]) or is_within(other, [one])
 
@@ -150,15 +134,11 @@ def lockstep_member(
         if missed or not path or not any(meet(u, path) for u in probe.order):
             reason = probe.refused[missed[0]] if missed else 'is in no block and no layer'
             raise LockstepUnfit(f'{missed[0] if missed else path or "the whole network"} {reason}')
-    units = [u for u in probe.order if any(meet(u, path) for path in candidate.modules)]
-    return _member(model, units, candidate, head, trains)
+    return [u for u in probe.order if any(meet(u, path) for path in candidate.modules)]
 
 
-def _join(*names: str) -> str:
-    return '.'.join(n for n in names if n)
+# -- the network that candidates share --------------------------------------------------------------------------------
 
-
-# -- The network that candidates share.
 
 def plain_logits(model: nn.Module, head: nn.Module, x: Tensor, own_head: bool) -> Tensor:
     """Logits of a network with a classifier other than its own.
@@ -211,7 +191,7 @@ class Lockstep:
         model: The network with its starting weights. It is put in evaluation mode and stays as it is otherwise; no
             parameter of it may require a gradient.
         probe: What `probe_units` told of it.
-        members: The candidates, by `lockstep_member`.
+        members: The candidates, by `create_member`.
         own_head: Whether their classifiers stand in the place of the network's; else they take the network's features.
 
     Attributes:
@@ -273,13 +253,8 @@ class Lockstep:
             if logits.shape != right.shape or (logits - right).abs().max() > 1e-3 * scale:
                 raise LockstepUnfit(f'it gives other values for candidate {name} than alone')
 
-    @property
-    def tap_names(self) -> list[str]:
-        """Names of the units whose inputs the candidates begin at; the classifier's is the last if it is one."""
-        return [self._places[i].name for i in sorted(self._starts)]
-
     def taps(self, x: Tensor) -> dict[str, Tensor]:
-        """What arrives in the frozen network at each of `tap_names`, without a graph."""
+        """What arrives in the frozen network where candidates begin, by the name of the unit, without a graph."""
         self._pass = _Pass(trunk=True)
         with torch.no_grad(), contextlib.suppress(_Reached):
             self._run(x)
@@ -361,7 +336,8 @@ class _Pass:
     order: list[Member] = field(default_factory=list)
 
 
-# -- As a model of the engine's trainer.
+# -- as a model of the engine's trainer -------------------------------------------------------------------------------
+
 
 class LockstepModel(Method, nn.Module):
     """Candidates as one model: it trains their layers and classifiers side by side, each as if it were alone.
