@@ -282,17 +282,15 @@ class Search:
         return found, layers
 
     def _runs(self, model: nn.Module, plan: Plan, num_classes: int) -> CandidateRuns:
-        own, alone = self.own, ''
-        if own.one_by_one:
-            alone = 'as asked for'
-        elif self.role != 'backbone':
-            alone = 'they are in a branch of a composite'
-        elif 'lamb' in plan.opt.lower():
-            alone = f'{plan.opt} scales by the gradients of all parameters'
+        own, args = self.own, self.args
+        reasons = {
+            'as asked for': own.one_by_one, 'they are in a branch of a composite': self.role != 'backbone',
+            f'{plan.opt} scales by the gradients of all parameters': 'lamb' in plan.opt.lower()}
+        head = _mlp_head(model, self.input_size, num_classes, args.seed) if own.search_head == 'mlp' else None
+        memory = own.memory * 2**30 if own.memory else _free_memory(self.accelerator) / 2
         return CandidateRuns(
-            model, self.input_size, self.role, self.args, self.accelerator, self.folder / 'state',
-            _mlp_head(model, self.input_size, num_classes, self.args.seed) if own.search_head == 'mlp' else None,
-            alone, own.chunk, own.memory * 2**30 if own.memory else _free_memory(self.accelerator) / 2, self.progress)
+            model, self.input_size, self.role, args, self.accelerator, self.folder / 'state', head,
+            next((reason for reason, holds in reasons.items() if holds), ''), own.chunk, memory, self.progress)
 
     @contextlib.contextmanager
     def _stage(self, model: nn.Module, name: str, train: Mixture, val: Mixture, plan: Plan):
@@ -371,21 +369,19 @@ def _stratified(dataset: Mixture, shares: Sequence[float], seed: int) -> list[Mi
 
     A part of each class has its share of the images, rounded, and one at least.
     """
-    parts: list[list[np.ndarray]] = [[] for _ in shares]
+    parts: list[list[np.ndarray]] = []
     for number in range(dataset.num_classes):
         members = np.flatnonzero(dataset.targets == number)
         if len(members) < len(shares):
             raise UserError(
                 f'data: class {dataset.class_names[number]!r} has {len(members)} images, too few for {len(shares)} '
                 f'parts; add images, or search without shares')
+        ends = [0]
+        for left, end in zip(range(len(shares) - 1, -1, -1), np.cumsum(shares)):
+            ends.append(min(max(round(float(end) * len(members)), ends[-1] + 1), len(members) - left))
         drawn = np.random.RandomState((seed + 7919 * number) % 2**32).permutation(members)
-        start = 0
-        for i, end in enumerate(np.cumsum(shares)):
-            left = len(shares) - i - 1
-            stop = min(max(round(float(end) * len(members)), start + 1), len(members) - left)
-            parts[i].append(drawn[start:stop])
-            start = stop
-    return [dataset.subset(np.sort(np.concatenate(part))) for part in parts]
+        parts.append(np.split(drawn, ends)[1:-1])
+    return [dataset.subset(np.sort(np.concatenate(part))) for part in zip(*parts)]
 
 
 def _mlp_head(model: nn.Module, input_size: Sequence[int], num_classes: int, seed: int) -> nn.Module:
@@ -402,10 +398,8 @@ def _mlp_head(model: nn.Module, input_size: Sequence[int], num_classes: int, see
         head = nn.Sequential(
             nn.Flatten(), nn.Linear(width, 128), nn.Dropout(0.5), nn.Linear(128, 64), nn.ReLU(),
             nn.Linear(64, num_classes))
-        for layer in head:
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        for param in head.parameters():
+            nn.init.xavier_uniform_(param) if param.ndim > 1 else nn.init.zeros_(param)
     return head.to(device=first.device, dtype=first.dtype)
 
 

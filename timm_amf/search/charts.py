@@ -46,7 +46,7 @@ def search_charts(results: SearchResults) -> list[Chart]:
             table.update({f'{one[0].candidate.way} layers': [one[0].top1] * len(candidates) for one in alone})
         found.append(Chart(
             f'search_{way}', f'{_TITLES[way]}: best is {best.candidate.name}, {best.top1:.1f} %',
-            f'{results.title}. Shaded: 95 % intervals (Wilson).', 'lines',
+            "Shaded: Wilson's 95 % intervals.", 'lines',
             {name: values for name, values in table.items() if values},
             x='from the input (left) to the output (right)', y='top-1 accuracy (%)'))
     return found
