@@ -218,7 +218,9 @@ def _draw_lines(figure: Any, chart: Chart) -> None:
         axes.set_ylim(chart.range[0] - margin, chart.range[1] + margin)
     if names:
         step = -(-len(names) // int((_lines_size(chart)[0] - 1) * 8))
-        axes.set_xticks(range(0, len(names), step), _ticks(names)[::step], rotation=90 * (len(names) > 8), fontsize=7)
+        labels = _ticks(names)[::step]
+        upright = sum(map(len, labels)) > 80
+        axes.set_xticks(range(0, len(names), step), labels, rotation=90 * upright, fontsize=7)
         axes.set_xlim(-0.5, len(names) - 0.5)
     elif chart.log:
         axes.set_xscale('log')
