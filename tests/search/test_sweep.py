@@ -364,7 +364,9 @@ def test_other_settings_are_another_sweep(words, quick, tmp_path, capsys):
                   ['--grid', 'lr=0.1,0.01', '--seeds', '5']):
         assert main([*words, *other]) == 2
         assert 'holds a sweep with other settings' in capsys.readouterr().err
+    (tmp_path / 'found' / 'test.csv').touch()
     assert main([*words, '--grid', 'lr=0.001', '--overwrite']) == 0
+    assert not (tmp_path / 'found' / 'test.csv').exists()
     assert [row['lr'] for row in read(tmp_path / 'found' / 'sweep.csv')] == ['0.001']
     assert [path.name for path in (tmp_path / 'found').glob('trial*')] == ['trial0-seed42']
 

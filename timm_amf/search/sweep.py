@@ -144,6 +144,8 @@ class _Worker:
                     optuna.delete_study(study_name=name, storage=storage)
                 for run in self.folder.glob('trial*-seed*'):
                     shutil.rmtree(run)
+                for file in ('sweep.csv', 'runs.csv', 'test.csv'):  # a report would read them
+                    (self.folder / file).unlink(missing_ok=True)
             known = {s.study_name: s.user_attrs.get('asked') for s in optuna.get_all_study_summaries(storage)}
             if name not in known:
                 for values in self.space.samples():  # mistakes are found before anything is trained
