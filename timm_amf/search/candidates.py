@@ -122,13 +122,10 @@ def block_candidates(
     `BatchNormAct2d`); those that a model computes by a function are not.
 
     Args:
-        model: Any timm model, or a composite with `tuning_roles`.
-        input_size: (C, H, W) of the images that show the order of execution.
-        role: The role, such as `backbone` or `branch.0`.
+        model: As for `weighted_layers`, and so what is not named here.
         cut: With `residual`, the blocks of `timm_amf.list_blocks`, and what lies before (`stem`), between and after
             them (`tail`) where it has a matrix or kernel. With `activation`, the layers of `weighted_layers` between
             two calls of an activation or pooling module; with `pooling`, of a pooling module.
-        features_only: As for `weighted_layers`.
     """
     trace = _trace(model, input_size, features_only)
     if cut == 'residual':
@@ -140,13 +137,7 @@ def block_candidates(
 
 
 def top_candidate(layers: Sequence[Layer], accuracies: Mapping[str, float], k: int) -> Candidate:
-    """The k layers that were best on their own (section III-C); of equal ones those nearer the output.
-
-    Args:
-        layers: Layers in order of execution.
-        accuracies: Accuracy of each, by its name.
-        k: How many.
-    """
+    """The k layers that were best on their own (section III-C); of equals those nearer the output."""
     ranked = sorted(range(len(layers)), key=lambda i: (accuracies[layers[i].name], i), reverse=True)
     return Candidate(f'top{k}', f'top{k}', 0, _modules(layers[i] for i in sorted(ranked[:k])))
 

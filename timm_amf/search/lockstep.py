@@ -141,14 +141,7 @@ def _units_of(probe: Units, candidate: Candidate) -> list[str]:
 
 
 def plain_logits(model: nn.Module, head: nn.Module, x: Tensor, own_head: bool) -> Tensor:
-    """Logits of a network with a classifier other than its own.
-
-    Args:
-        model: The network.
-        head: The classifier.
-        x: Images, (B, C, H, W).
-        own_head: Whether `head` stands in the place of the network's classifier; else it takes the network's features.
-    """
+    """Logits of images (B, C, H, W) with another classifier: in the place of the network's, or on its features."""
     if not own_head:
         return head(model.forward_features(x))
     (own,) = classifiers(model)
@@ -346,8 +339,8 @@ class LockstepModel(Method, nn.Module):
     checkpoints nor reducers see it.
 
     Args:
-        members: The candidates: such as share a network, or a single one with a network to itself.
-        net: The network that they share; None for a single candidate with a network to itself.
+        members: The candidates that share `net`; without one, a single candidate with a network to itself.
+        net: The network.
         own_head: As for `Lockstep`.
     """
     tuning_roles = {'head': 'trained'}
