@@ -404,7 +404,7 @@ def differences(found: Sequence[Evaluation]) -> Table:
 def search_sections(folder: Path) -> list[Section]:
     """Of a block-wise search: accuracy by position with both baselines, the tables, the best Plan."""
     if not (folder / 'results.json').is_file():
-        raise UserError(f'{folder}: the search has not ended; wait for it, or give its command again with --resume auto')
+        raise UserError(f'{folder}: the search has not ended; wait, or give its command with --resume auto')
     results = SearchResults.read(folder / 'results.json')
     best, ways, candidates = results.winner().candidate, summary(results), ranking(results)
     plan = setting(Told(

@@ -154,7 +154,8 @@ class Sweep:
         tables = []
         for name in ('sweep.csv', 'runs.csv'):
             if not (folder / name).is_file():
-                raise UserError(f'{folder / name}: is missing; the sweep has not ended: wait for it, or give its command again')
+                raise UserError(
+                    f'{folder / name}: is missing; the sweep has not ended: wait, or give its command again')
             with open(folder / name, newline='', encoding='utf-8') as file:
                 tables.append(list(csv.DictReader(file)))
         try:
