@@ -361,19 +361,19 @@ def _pooled(model: nn.Module, args: argparse.Namespace, data: Mixture, device: t
 
 def compared(every: Sequence[Told], found: Sequence[Evaluation]) -> Section:
     """Curves of several runs on shared axes, and differences of their accuracies over the same images."""
-    section, names = Section('Compared'), [str(told.folder) for told in every]
-    epochs = sorted({epoch for told in every for epoch in told.summary['epoch']})
-    for column, title, y in (
-            ('train_loss', 'Training loss', ''), ('eval_loss', 'Validation loss', ''),
-            ('eval_top1', 'Validation accuracy', 'percent'),
-            *((name, f'Validation accuracy: {name[10:]}', 'percent') for name in every[0].summary
-              if name.startswith('eval_top1_'))):
-        table: dict[str, list[float]] = {'epoch': epochs}
-        for name, told in zip(names, every):
+    section, epochs = Section('Compared'), sorted({epoch for told in every for epoch in told.summary['epoch']})
+    columns = {
+        'train_loss': 'Training loss', 'eval_loss': 'Validation loss', 'eval_top1': 'Validation accuracy',
+        **{name: f'Validation accuracy: {name[10:]}' for name in every[0].summary if name.startswith('eval_top1_')}}
+    for column, title in columns.items():
+        table = {'epoch': epochs}
+        for told in every:
             values = dict(zip(told.summary['epoch'], told.summary.get(column, [])))
-            table[name] = [values.get(epoch, math.nan) for epoch in epochs]
+            table[str(told.folder)] = [values.get(epoch, math.nan) for epoch in epochs]
+        percent = column.startswith('eval_top1')
         section.parts.append(Chart(
-            column, title, 'After each epoch.', 'lines', table, x='epoch', y=y, range=(0, 100) if y else None))
+            column, title, 'After each epoch.', 'lines', table, x='epoch', y='percent' if percent else '',
+            range=(0, 100) if percent else None))
     if len(found) > 1:
         section.parts.append(differences(found))
     return section
