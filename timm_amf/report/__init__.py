@@ -93,7 +93,7 @@ def report(
             return _write(target, title, '', of_folder(folders[0]), None)
     for folder in folders:
         if not is_run(folder):
-            raise UserError(f'{folder}: no args.yaml there; give the folder of a run, or one of a search or sweep alone')
+            raise UserError(f'{folder}: no args.yaml there; give the folder of a run, or of one search or sweep')
         check_finished(folder)
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError('a run is given twice; leave one out')
