@@ -25,6 +25,7 @@ from timm_amf.cli import main
 from timm_amf.engine.intervals import holm, mean_interval, paired_p
 from timm_amf.errors import Interrupted, UserError
 from timm_amf.search import sweep as module
+from timm_amf.search.charts import write_figure
 from timm_amf.search.sweep_results import Configuration, Sweep, ranked
 from timm_amf.search.sweep_space import Space
 
@@ -73,6 +74,7 @@ def quick(monkeypatch):
                 after_epoch(epoch, top1)
 
     monkeypatch.setattr(train_amf, 'train', train)
+    monkeypatch.setattr(module, 'write_figure', lambda *args: [])
     return calls
 
 
@@ -344,6 +346,7 @@ def test_no_model(data, capsys):
 
 
 def test_without_the_extras(words, quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, 'write_figure', write_figure)
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     assert main([*words, '--grid', 'lr=0.1,0.01']) == 0
     assert 'No figure' in capsys.readouterr().out and (tmp_path / 'found' / 'best.yaml').exists()
