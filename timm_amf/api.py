@@ -153,7 +153,7 @@ def report(runs: Paths, output: Union[str, Path, None] = None, **options: Any) -
     """Write a page of figures and tables about runs, as `timm-amf report` does.
 
     Args:
-        runs: Folder of a run or of a search, or folders of several runs.
+        runs: Folder of a run, of a search or of a sweep, or folders of several runs.
         output: Folder of the page. None: `report/` in that of the first run.
         **options: Flags of `timm-amf report` by name, such as `split`, `data_dir`, `no_eval`.
 

@@ -20,7 +20,7 @@ _COMMANDS = {
     'evaluate': (
         'timm_amf.inference.evaluate', 'evaluate runs from their folders, or a checkpoint with the flags of train'),
     'predict': ('timm_amf.inference.predict', 'classes and probabilities of images, by a run, a model or a file'),
-    'report': ('timm_amf.report', 'a page of figures and tables of a run, of several, or of a search'),
+    'report': ('timm_amf.report', 'a page of figures and tables of a run, of several, of a search or a sweep'),
     'models': ('timm_amf.engine.listing', 'list the models, their tags, the recipes, and what is published'),
     'advise': (
         'timm_amf.search.advise', 'measure how well pretrained weights fit the data, and write a Plan'),
