@@ -26,7 +26,7 @@ from .parts import Part, meta_part
 from .sources import as_names
 
 __all__ = [
-    'Probe', 'Units', 'classifier_names', 'classifiers', 'in_eval', 'is_within', 'layer_ids', 'list_blocks',
+    'Probe', 'Units', 'ancestors', 'classifier_names', 'classifiers', 'in_eval', 'is_within', 'layer_ids', 'list_blocks',
     'probe_part', 'probe_units',
 ]
 
@@ -176,7 +176,7 @@ def _weight_counts(model: nn.Module) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if any(p is not None and p.ndim > 1 for p in module._parameters.values()):
-            for path in _ancestors(name):
+            for path in ancestors(name):
                 counts[path] = counts.get(path, 0) + 1
     return counts
 
@@ -184,12 +184,12 @@ def _weight_counts(model: nn.Module) -> dict[str, int]:
 def _ids_below(ids: dict[str, int]) -> dict[str, set[int]]:
     below: dict[str, set[int]] = {}
     for name, i in ids.items():
-        for path in _ancestors(name):
+        for path in ancestors(name):
             below.setdefault(path, set()).add(i)
     return below
 
 
-def _ancestors(name: str) -> list[str]:
+def ancestors(name: str) -> list[str]:
     """The path itself and all above it, the root '' last."""
     parts = name.split('.') if name else []
     return ['.'.join(parts[:i]) for i in range(len(parts), -1, -1)]
