@@ -26,8 +26,8 @@ from .parts import Part, meta_part
 from .sources import as_names
 
 __all__ = [
-    'Probe', 'Units', 'ancestors', 'classifier_names', 'classifiers', 'in_eval', 'is_within', 'layer_ids', 'list_blocks',
-    'probe_part', 'probe_units',
+    'Probe', 'Units', 'ancestors', 'classifier_names', 'classifiers', 'in_eval', 'is_within', 'layer_ids',
+    'list_blocks', 'probe_part', 'probe_units',
 ]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
