@@ -91,11 +91,8 @@ def fine_tuned_cfgs(variants: Mapping[str, Any], cfg_of: Callable[[str, Mapping]
 def tag_arguments(variant: str, pretrained_cfg: Any) -> dict[str, Any]:
     """The keyword arguments that a tag (or the tag of a cfg) of a registered model stands for, if any."""
     if isinstance(pretrained_cfg, PretrainedCfg):
-        tag = pretrained_cfg.tag
-    elif isinstance(pretrained_cfg, Mapping):
-        tag = pretrained_cfg.get('tag')
-    else:
-        tag = pretrained_cfg
+        pretrained_cfg = vars(pretrained_cfg)
+    tag = pretrained_cfg.get('tag') if isinstance(pretrained_cfg, Mapping) else pretrained_cfg
     tuned = FINE_TUNED.get(f'{variant}.{tag}')
     return dict(tuned.model_args) if tuned else {}
 
