@@ -424,9 +424,9 @@ def probe_units(model: nn.Module, input_size: Sequence[int]) -> Units:
     net = copy.deepcopy(model, on_meta).eval()
     x = torch.empty(_BATCH, *input_size, device='meta', dtype=next(net.parameters()).dtype)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        with _watch(net, _outermost(net)) as (order, refused), find_pairs(net) as finder:
+        with _watch(net, _outermost(net)) as (order, refused), find_pairs(net) as pairs_of:
             logits = net.forward_head(net.forward_features(x))
-    return Units(order, refused, finder.pairs(logits) if torch.is_tensor(logits) else [])
+    return Units(order, refused, pairs_of(logits) if torch.is_tensor(logits) else [])
 
 
 def _outermost(model: nn.Module) -> list[str]:

@@ -4,7 +4,9 @@ In evaluation mode a batch norm is one multiplication and one addition a channel
 do. A view of a module computes that way and leaves the module itself as it is.
 """
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Optional
 
 import torch
@@ -147,58 +149,52 @@ def view_with(module: nn.Module, replaced: Mapping[str, nn.Module], path: str = 
     return clone
 
 
-class find_pairs:  # noqa: N801  used as a context, as torch's are
-    """Watches one forward pass with gradients, and says which norm directly follows which convolution.
+@contextmanager
+def find_pairs(model: nn.Module) -> Iterator[Callable[[Tensor], list[tuple[str, str]]]]:
+    """Watches one forward pass with gradients, to say which norm directly follows which convolution.
 
     A pair is folded only if nothing else reads the convolution's output, which the graph tells.
 
     Args:
         model: The model that is about to run.
+
+    Yields:
+        From what the forward pass came to the pairs by name.
     """
+    names = {m: n for n, m in model.named_modules()}
+    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}
+    found: list[tuple[nn.Module, nn.Module, object]] = []
+    calls: Counter[nn.Module] = Counter()
 
-    def __init__(self, model: nn.Module):
-        self._names = {id(m): n for n, m in model.named_modules()}
-        self._convs = [m for m in model.modules() if _is_conv(m)]
-        self._norms = [m for m in model.modules() if _is_norm(m)]
-        self._outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}
-        self._found: list[tuple[nn.Module, nn.Module, object]] = []
-        self._calls: dict[int, int] = {}
-        self._hooks: list = []
+    def after_conv(conv, inputs, output) -> None:
+        calls[conv] += 1
+        outputs[id(output)] = conv, output, output._version  # kept alive, so that ids stay unique
 
-    def __enter__(self) -> 'find_pairs':
-        for conv in self._convs:
-            self._hooks.append(conv.register_forward_hook(self._after_conv))
-        for norm in self._norms:
-            self._hooks.append(norm.register_forward_pre_hook(self._before_norm))
-        return self
-
-    def __exit__(self, *_) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _after_conv(self, conv, inputs, output) -> None:
-        self._calls[id(conv)] = self._calls.get(id(conv), 0) + 1
-        self._outputs[id(output)] = conv, output, output._version  # kept alive, so that ids stay unique
-
-    def _before_norm(self, norm, inputs) -> None:
-        self._calls[id(norm)] = self._calls.get(id(norm), 0) + 1
-        conv, output, version = self._outputs.get(id(inputs[0]), (None, None, 0))
+    def before_norm(norm, inputs) -> None:
+        calls[norm] += 1
+        conv, output, version = outputs.get(id(inputs[0]), (None, None, 0))
         # Another version is another tensor, made by what worked in place on the convolution's output.
         if conv is not None and output.grad_fn is not None and output._version == version:
-            self._found.append((conv, norm, output.grad_fn))
+            found.append((conv, norm, output.grad_fn))
 
-    def pairs(self, result: Tensor) -> list[tuple[str, str]]:
-        """The pairs by name, given what the forward pass came to."""
+    def pairs(result: Tensor) -> list[tuple[str, str]]:
         readers = _count_readers(result)
         return [
-            (self._names[id(conv)], self._names[id(norm)]) for conv, norm, node in self._found
-            if self._calls[id(conv)] == self._calls[id(norm)] == 1 and readers.get(node) == 1
-        ]
+            (names[conv], names[norm]) for conv, norm, node in found
+            if calls[conv] == calls[norm] == 1 and readers.get(node) == 1]
+
+    hooks = [m.register_forward_hook(after_conv) for m in names if _is_conv(m)]
+    hooks += [m.register_forward_pre_hook(before_norm) for m in names if _is_norm(m)]
+    try:
+        yield pairs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _count_readers(result: Tensor) -> dict[object, int]:
     """For every node of the graph behind a result, how many others read it."""
-    counts: dict[object, int] = {}
+    counts: Counter[object] = Counter()
     seen, stack = set(), [result.grad_fn] if result.grad_fn is not None else []
     while stack:
         node = stack.pop()
@@ -207,6 +203,6 @@ def _count_readers(result: Tensor) -> dict[object, int]:
         seen.add(node)
         for source, _ in node.next_functions:
             if source is not None:
-                counts[source] = counts.get(source, 0) + 1
+                counts[source] += 1
                 stack.append(source)
     return counts
