@@ -129,8 +129,10 @@ class SpotTune(Composite):
         self._tail = probe.tail
 
         of_policy = Part(policy, 2 * len(self._names), policy_kwargs).sized(as_pair(policy_input_size) or size)
-        (self.backbone,), (self.renorm,), self.policy = build_networks(
+        # In this order, which the states of optimisers follow.
+        (net,), (renorm,), self.policy = build_networks(
             self.backbone_parts, of_policy, in_chans, policy_input_size, random_policy=True, **build)
+        self.renorm, self.backbone = renorm, net
         dd = get_device_dtype(self)
         for index, name in enumerate(self._names):
             block = self.backbone.get_submodule(name)

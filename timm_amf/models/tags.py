@@ -74,7 +74,12 @@ FINE_TUNED: dict[str, FineTuned] = {
 
 
 def fine_tuned_cfgs(variants: Mapping[str, Any], cfg_of: Callable[[str, Mapping], dict]) -> Iterator[tuple[str, dict]]:
-    """Name and `pretrained_cfg` of each tag of some registered models; `cfg_of` as for `composite.variant_cfgs`."""
+    """Name and `pretrained_cfg` of each tag of some registered models.
+
+    Args:
+        variants: Registered names.
+        cfg_of: From a name and the arguments of a tag to the `pretrained_cfg`.
+    """
     for name, tuned in FINE_TUNED.items():
         variant, _, tag = name.partition('.')
         if variant in variants:
