@@ -119,7 +119,8 @@ def build_networks(
         pretrained_parts: bool = False,
         cache_dir=None,
         random_policy: bool = False,
-        **dd,
+        device=None,
+        dtype=None,
 ) -> tuple[list[nn.Module], list[nn.Module], Optional[PolicyNetwork]]:
     """Backbones, what takes the composite's input to the statistics of each, and the policy with its own.
 
@@ -133,8 +134,10 @@ def build_networks(
         pretrained_parts: Load the pretrained weights of each architecture into its networks.
         cache_dir: Where those are cached.
         random_policy: A policy of which no weights were published starts from random ones.
-        **dd: `device` and `dtype`.
+        device: Of the networks.
+        dtype: Of the networks.
     """
+    dd = {'device': device, 'dtype': dtype}
     parts = [*backbones, *([] if policy is None else [policy])]
     load = [pretrained_parts] * len(parts)
     if pretrained_parts and random_policy and not has_source(part_cfg(policy)):
