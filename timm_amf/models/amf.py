@@ -19,7 +19,6 @@ Features: `forward_features` has the weights applied, is 4-D, and has `num_featu
 """
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
@@ -43,7 +42,7 @@ from .composite import (
 from .method import RunSettings
 from .parts import Part, as_pair
 from .records import PolicyRecord
-from .routing import eager, kept_branches, routing_error, run_kept_branches
+from .routing import eager, kept_branches, routing_error, take
 
 __all__ = ['AMF', 'MultiTune']
 
@@ -252,9 +251,20 @@ class AMF(Composite):
         return _weigh_and_concat(self.forward_branches(x), self._weights(x))
 
     def _fuse_routed(self, x: Tensor, eps: float) -> Tensor:
+        """The same, each branch run on the images for which it counts, and zero for the others."""
         weights = self.policy(x)
-        branches = [partial(self._run_branch, i) for i in range(len(self.branches))]
-        return _weigh_and_concat(run_kept_branches(x, kept_branches(weights, eps), branches, self.widths), weights)
+        kept, pooled = kept_branches(weights, eps), []
+        for i, count in enumerate(kept.sum(dim=0).tolist()):  # the one point at which the host waits for the device
+            if count == len(x):
+                pooled.append(self._run_branch(i, x))
+                continue
+            m = x.new_zeros(len(x), self.widths[i])
+            if count:
+                index = kept[:, i].nonzero().squeeze(1)
+                of_kept = self._run_branch(i, take(x, index))
+                m = m.to(of_kept.dtype).index_copy(0, index, of_kept)
+            pooled.append(m)
+        return _weigh_and_concat(pooled, weights)
 
     def forward_train(self, x: Tensor, settings: RunSettings) -> dict[str, Tensor]:
         """`output` (B, classes); with a policy `weights` (B, n); `branch_outputs` (n, B, classes) if a loss needs them.
@@ -364,13 +374,12 @@ class AMF(Composite):
 
         The arguments are timm's; `norm` applies each branch's last norm to its maps.
         """
-        self._require_levels()
-        take, _ = feature_take_indices(len(self.feature_info), indices)
+        taken = self._take(indices)
         finals, levels = [], []
         for renorm, branch, own in zip(self.renorms, self.branches, self._levels, strict=True):
             result = branch.forward_intermediates(
                 renorm(x),
-                indices=[own[i] for i in take],
+                indices=[own[i] for i in taken],
                 norm=norm,
                 stop_early=stop_early,
                 output_fmt='NCHW',
@@ -388,10 +397,11 @@ class AMF(Composite):
         pooled = [b.forward_head(f, pre_logits=True) for b, f in zip(self.branches, finals, strict=True)]
         return _weigh_and_concat(pooled, weights)[:, :, None, None], fused
 
-    def _require_levels(self) -> None:
+    def _take(self, indices: Optional[Union[int, list[int]]]) -> list[int]:
         if not self.feature_info:
             names = ', '.join(p.name for p in self.backbone_parts)
             raise UserError(f'{names} have no level of features in common, so there are no intermediate features.')
+        return feature_take_indices(len(self.feature_info), indices)[0]
 
     def prune_intermediate_layers(
             self,
@@ -403,14 +413,13 @@ class AMF(Composite):
 
         With `prune_head` only `forward_intermediates` runs afterwards.
         """
-        self._require_levels()
-        take, _ = feature_take_indices(len(self.feature_info), indices)
+        taken = self._take(indices)
         for branch, own in zip(self.branches, self._levels, strict=True):
             if hasattr(branch, 'prune_intermediate_layers'):
-                branch.prune_intermediate_layers([own[i] for i in take], prune_norm=prune_norm, prune_head=prune_head)
+                branch.prune_intermediate_layers([own[i] for i in taken], prune_norm=prune_norm, prune_head=prune_head)
         if prune_head:
             self.reset_classifier(0)
-        return take
+        return taken
 
     def set_input_size(self, img_size: Union[int, tuple[int, int]]) -> None:
         super().set_input_size(img_size)

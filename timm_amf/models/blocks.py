@@ -9,6 +9,7 @@ layer), the stage is opened; where there is none, containers decide alone.
 pass, and keeps what it saw.
 """
 import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,11 +113,13 @@ class _BlockFinder:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.weights = _weight_counts(model)
         self.classifiers = classifier_names(model)
-        self.layers: dict[str, set[int]] = {}
+        self.layers: dict[str, set[int]] = {}  # of the matcher, at or below each path
         self.top = 0
         if hasattr(model, 'group_matcher'):
             ids, self.top = _matcher_ids(model, [n for n, _ in model.named_parameters()])
-            self.layers = _ids_below(ids)
+            for name, i in ids.items():
+                for path in ancestors(name):
+                    self.layers.setdefault(path, set()).add(i)
 
     def find(self) -> list[str]:
         names = list(self._by_layers('')) if self.layers else []
@@ -171,22 +174,11 @@ class _BlockFinder:
             yield path
 
 
-def _weight_counts(model: nn.Module) -> dict[str, int]:
+def _weight_counts(model: nn.Module) -> Counter[str]:
     """Number of modules at or below each path that own a matrix or a kernel."""
-    counts: dict[str, int] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if any(p is not None and p.ndim > 1 for p in module._parameters.values()):
-            for path in ancestors(name):
-                counts[path] = counts.get(path, 0) + 1
-    return counts
-
-
-def _ids_below(ids: dict[str, int]) -> dict[str, set[int]]:
-    below: dict[str, set[int]] = {}
-    for name, i in ids.items():
-        for path in ancestors(name):
-            below.setdefault(path, set()).add(i)
-    return below
+    return Counter(
+        path for name, module in model.named_modules(remove_duplicate=False)
+        if any(p is not None and p.ndim > 1 for p in module._parameters.values()) for path in ancestors(name))
 
 
 def ancestors(name: str) -> list[str]:
