@@ -184,7 +184,7 @@ def _roles(model: nn.Module, plan: Plan, role_of: dict[str, str]) -> dict[str, R
         role, blocks = plan.role(name, role_defaults(model)), role_blocks(model, name)
         _check_counts(name, role, len(blocks))
         owned = [n for n, owner in role_of.items() if owner == name]
-        roles[name] = RoleSettings(role, blocks, _training(name, role.train, role, blocks, owned, paths[name]))
+        roles[name] = RoleSettings(role, blocks, _training(name, role, blocks, owned, paths[name]))
     return roles
 
 
@@ -213,29 +213,23 @@ def _check_counts(name: str, role: RolePlan, count: int) -> None:
 
 
 def _training(
-        name: str,
-        train: Union[str, list],
-        role: RolePlan,
-        blocks: list[str],
-        owned: list[str],
-        paths: list[str],
-) -> Optional[frozenset[str]]:
+        name: str, role: RolePlan, blocks: list[str], owned: list[str], paths: list[str]) -> Optional[frozenset[str]]:
     """What trains of a role, see `RoleSettings.training`; `owned` are its parameters, `paths` what it covers."""
-    if train == 'random':
+    if role.train == 'random':
         if not blocks:
             raise UserError(f'plan: {name} has no blocks to draw from; set its train to "all" or "none"')
         number = max(1, math.floor(role.train_share * len(blocks) + 0.5))
         # A generator whose numbers NumPy keeps the same for good: a resumed run draws the same blocks.
         drawn = np.random.RandomState(role.train_seed).permutation(len(blocks))[:number]
         return frozenset([*(blocks[i] for i in drawn), 'tail'])
-    if isinstance(train, str):
-        return None if train == 'all' else frozenset()
+    if isinstance(role.train, str):
+        return None if role.train == 'all' else frozenset()
     tops = [path for path in paths if path]
     # Modules and parameters of the role, none of them above the role itself.
     known = dict.fromkeys(
         path for n in owned for path in ancestors(n) if path and not any(t.startswith(f'{path}.') for t in tops))
     training = set()
-    for item in train:
+    for item in role.train:
         if isinstance(item, int):
             if not -len(blocks) <= item < len(blocks):
                 raise UserError(f'plan: {name} has {len(blocks)} blocks, so train: [{item}] is out of range')
