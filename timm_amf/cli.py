@@ -86,7 +86,8 @@ def _run(command: str, words: list[str]) -> Optional[int]:
         words.append('--eval-only')
     if command == 'train':
         args = importlib.import_module('timm_amf.engine.options').parse_args(words)  # without torch
-        return importlib.import_module('train_amf').train(words, args=args)
+        importlib.import_module('train_amf').train(words, args=args)
+        return None
     return importlib.import_module(module).main(words)
 
 
