@@ -147,9 +147,9 @@ def _open_images(run: Opened, spec: DataSpec, split: str, options: RunOptions) -
 
 def _difference(a: Evaluation, b: Evaluation) -> Optional[str]:
     """What keeps two runs from being averaged; None where they have the same images and classes."""
-    images = [[f'{path} of class {target}' for path, target in zip(e.paths, e.targets)] for e in (a, b)]
     for what, one, other in (
-            ('classes', a.class_names, b.class_names), ('images', *images), ('components', a.components, b.components)):
+            ('classes', a.class_names, b.class_names), ('images', a.paths, b.paths),
+            ('labels', a.targets.tolist(), b.targets.tolist()), ('components', a.components, b.components)):
         if one != other:
             first = next((f'{x} and {y}' for x, y in zip(one, other) if x != y), '')
             how = first if len(one) == len(other) else f'{len(one)} and {len(other)} of them'
