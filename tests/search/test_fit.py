@@ -1,5 +1,6 @@
 """One line that fine-tunes: never below its floor, an ordinary run, and what it left is what it says."""
 import csv
+import importlib
 import json
 import shutil
 
@@ -18,7 +19,7 @@ from timm_amf.cli import main
 from timm_amf.engine.head import C_GRID, logistic_regression
 from timm_amf.engine.options import parse_args
 from timm_amf.errors import Diverged
-from timm_amf.search.fit import Candidate, _choose, _contest, _Progress
+from timm_amf.search.fit import CANDIDATES, Candidate, _choose, _contest, _Progress
 
 FLAGS = ['--model', 'test_resnet', '--img-size', '32', '--cpu', '-j', '0', '--batch-size', '8']
 
@@ -244,3 +245,23 @@ def test_a_mix_is_undone_when_the_run_goes_on(words, tmp_path, capsys):
     for name, tensor in best.items():
         if tensor.is_floating_point():
             assert torch.allclose(tensor, start[name] + share * (tuned[name] - start[name]), atol=1e-6), name
+
+
+def test_a_network_that_an_epoch_wrecks_gets_a_tenth_of_the_lr(words, tmp_path, monkeypatch, capsys):
+    wild = tuple((name, ('--lr', '10')) for name, _ in CANDIDATES)
+    monkeypatch.setattr(importlib.import_module('timm_amf.search.fit'), 'CANDIDATES', wild)
+    monkeypatch.setattr(importlib.import_module('timm_amf.search.fit'), '_WRECKED', 0.99)
+    assert main([*words, '--epochs', '2']) == 0
+    out = capsys.readouterr().out
+    assert f'{wild[0][0]} is too high for this network' in out
+    with open(tmp_path / 'run' / 'fit.csv', newline='') as file:
+        winner, = (row for row in csv.DictReader(file) if row['winner'] == 'True')
+    assert winner['flags'] == '--lr 3e-5'
+    assert 'lr: 3.0e-05' in (tmp_path / 'run' / 'plan.yaml').read_text()
+
+
+def test_a_given_lr_is_the_only_candidate(words, tmp_path, capsys):
+    assert main([*words, '--epochs', '2', '--lr', '10']) == 0
+    assert 'once more' not in capsys.readouterr().out
+    with open(tmp_path / 'run' / 'fit.csv', newline='') as file:
+        assert [row['candidate'] for row in csv.DictReader(file)] == ['frozen features', 'LR 10']

@@ -4,11 +4,12 @@
     timm-amf fit photos --model convnext_tiny.fb_in22k --budget 30
 
 It measures instead of asking. A logistic regression on the frozen features is the floor and the start of every
-candidate; candidates are ordinary command lines of `timm-amf train`, which differ in how fast what depth trains. Few
-epochs have time for the last layers only. Many have time for all, unless the pilots object: whole trainings, schedule
-and all, of a sixth of the epochs. The chosen one trains in full; then the weights between its start and its best epoch
-that validate best are kept, so that it never ends below the floor on the validation images. What is left is an ordinary
-run: `args.yaml` repeats the training of the winner, and `fit.csv` says what was tried.
+candidate; candidates are ordinary command lines of `timm-amf train`, which differ in their LR. Few epochs get a low
+one. Many have time for a high one, unless the pilots object: whole trainings, schedule and all, of a sixth of the
+epochs. The chosen one trains in full, with a tenth of its LR if the first epoch wrecks the features; then the weights
+between its start and its best epoch that validate best are kept, so that it never ends below the floor on the
+validation images. What is left is an ordinary run: `args.yaml` repeats the training of the winner, and `fit.csv` says
+what was tried.
 """
 import argparse
 import contextlib
@@ -22,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -70,13 +71,12 @@ class Candidate:
     seconds: float = 0.
 
 
-# From so many epochs and updates on there is time for all layers, and for pilots.
+# From so many epochs and updates on there is time for a high LR, and for pilots.
 _MANY_EPOCHS, _MANY_UPDATES = 12, 250
-# (name, flags): for few, and for many.
-CANDIDATES = (
-    ('layer decay 0.75, LR 1e-3', ('--lr', '1e-3', '--layer-decay', '0.75')),
-    ('all, LR 1e-3', ('--lr', '1e-3')),
-)
+# (name, flags): for few, and for many; and for a network that one epoch with either wrecks, so that it keeps less than
+# this share of the accuracy of its frozen features.
+CANDIDATES = (('LR 3e-4', ('--lr', '3e-4')), ('LR 1e-3', ('--lr', '1e-3')))
+_CAUTIOUS, _WRECKED = ('LR 3e-5', ('--lr', '3e-5')), 0.5
 
 
 @dataclass
@@ -158,11 +158,24 @@ def fit_words(words: Sequence[str]) -> Fit:
         raise UserError(f'{folder}: holds a run already; name another with --experiment, or add --overwrite')
     progress.words = progress.words or complete(words)
     if not progress.winner:
+        if args.lr is not None:  # then there is nothing to choose
+            progress.candidates = [Candidate(f'LR {args.lr:g}', ())]
         _contest(progress, parse_args(progress.words))
         shutil.rmtree(folder, ignore_errors=True)
-    winner = next(c for c in progress.candidates if c.name == progress.winner)
-    start = time.monotonic()
-    _train(winner, [*progress.words, '--wise-ft'], folder)
+    start, ours = time.monotonic(), progress.winner in dict(CANDIDATES)
+    try:
+        _train(progress.chosen, [*progress.words, '--wise-ft'], folder,
+               after_epoch=_stop_if_wrecked(folder, args) if ours else None)
+    except Diverged as e:
+        if not ours:
+            raise
+        print(f'{e}\n{progress.winner} is too high for this network: once more with {_CAUTIOUS[0]}', flush=True)
+        progress.candidates.append(Candidate(*_CAUTIOUS))
+        progress.winner = _CAUTIOUS[0]
+        progress.write()
+        shutil.rmtree(folder, ignore_errors=True)
+        _train(progress.chosen, [*progress.words, '--wise-ft'], folder)
+    winner = progress.chosen
     winner.metric = best_epoch(folder)[args.eval_metric]
     winner.seconds += time.monotonic() - start
     floor = read_state(folder / 'last')['start'][args.eval_metric]
@@ -191,6 +204,10 @@ class _Progress:
     candidates: list[Candidate]
     winner: str = ''
 
+    @property
+    def chosen(self) -> Candidate:
+        return next(c for c in self.candidates if c.name == self.winner)
+
     @classmethod
     def open(cls, folder: Path, asked: list[str]) -> '_Progress':
         file = folder / 'fit.json'
@@ -207,7 +224,8 @@ class _Progress:
 def _contest(progress: _Progress, args: argparse.Namespace) -> None:
     """Give all candidates a pilot and choose; with few epochs or updates, the first."""
     whole, candidates = common_plan(args).epochs, progress.candidates
-    many = whole >= _MANY_EPOCHS and whole * len(_images(args, 'train')) >= _MANY_UPDATES * args.batch_size
+    many = len(candidates) > 1 and whole >= _MANY_EPOCHS
+    many = many and whole * len(_images(args, 'train')) >= _MANY_UPDATES * args.batch_size
     shared = None
     for candidate in candidates if many else ():
         folder = progress.folder / re.sub(r'[^\w.-]', '-', candidate.name)
@@ -306,10 +324,19 @@ def epochs_within(words: Sequence[str], pilots: float = 1.) -> int:
     return max(1, round(60 * args.budget / (pilots * (time.monotonic() - start))))
 
 
-def _train(candidate: Candidate, words: Sequence[str], folder: Path, quiet: bool = False) -> None:
+def _stop_if_wrecked(folder: Path, args: argparse.Namespace) -> Callable[[int, Optional[float]], None]:
+    def stop_if_wrecked(epoch: int, metric: Optional[float]) -> None:
+        if epoch == 0 and metric is not None and args.eval_metric != 'loss':
+            floor = read_state(folder / 'last')['start'][args.eval_metric]
+            if metric < _WRECKED * floor:
+                raise Diverged(f'one epoch took the features from {floor:.2f} to {metric:.2f}')
+    return stop_if_wrecked
+
+
+def _train(candidate: Candidate, words: Sequence[str], folder: Path, quiet: bool = False, **options: Any) -> None:
     """Train a candidate, or go on with that."""
     try:
-        run([*COMMON, *candidate.flags, *words, '--resume', 'auto', *_where(folder)], quiet)
+        run([*COMMON, *candidate.flags, *words, '--resume', 'auto', *_where(folder)], quiet, **options)
     except Interrupted as e:
         raise Interrupted(e.signum, 'stopped; the same command goes on where it stopped') from e
 
@@ -318,12 +345,12 @@ def _where(folder: Path) -> list[str]:
     return ['--output', str(folder.parent), '--experiment', folder.name, '--tracker', 'none']
 
 
-def run(words: Sequence[str] = (), quiet: bool = False, args: Optional[argparse.Namespace] = None) -> None:
-    """`timm-amf train` by a command line, or by options; quiet: without what it prints."""
+def run(words: Sequence[str] = (), quiet: bool = False, **options: Any) -> None:
+    """`timm-amf train` by a command line, or by the options of `train_amf.train`; quiet: without what it prints."""
     from train_amf import train  # which calls this module
 
     with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
-        train(words, args=args)
+        train(words, **options)
 
 
 def main(argv: Sequence[str]) -> None:
