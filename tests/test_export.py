@@ -102,7 +102,7 @@ def assert_same(file, model, size: int = 64, batches=(1, 4, 7)):
 
 # The ONNX exporter takes seconds a network; `test_amf_run` has an AMF.
 @pytest.mark.parametrize('name, form', [
-    ('spottune', 'onnx'), pytest.param('vit', 'onnx', marks=pytest.mark.slow),
+    pytest.param('spottune', 'onnx', marks=pytest.mark.slow), pytest.param('vit', 'onnx', marks=pytest.mark.slow),
     pytest.param('amf', 'pt2', marks=pytest.mark.slow), pytest.param('multitune', 'pt2', marks=pytest.mark.slow),
     ('spottune', 'pt2'), pytest.param('vit', 'pt2', marks=pytest.mark.slow),
     ('amf', 'safetensors'), ('spottune', 'safetensors'),

@@ -1,4 +1,7 @@
 """Every recipe parses, and its Plan fits its model."""
+import ast
+from functools import cache
+
 import pytest
 import timm
 import torch
@@ -10,13 +13,23 @@ from timm_amf.tuning import GroupScheduler, create_optimizer, model_roles, plan_
 from timm_amf.tuning.resolve import resolve
 
 
+def meta_model(args):
+    """The model of a recipe, without memory and to be read only: many recipes have the same."""
+    return _meta_model(args.model, repr(args.model_kwargs))
+
+
+@cache
+def _meta_model(name, kwargs):
+    with torch.device('meta'):
+        return timm.create_model(name, num_classes=10, **ast.literal_eval(kwargs))
+
+
 @pytest.mark.parametrize('name', list_recipes())
 def test_recipe(name, tmp_path):
     args = parse_args(['--config', name, '--data-dir', str(tmp_path)])
     spec = data_spec_from_args(args, args.recipe.get('data'))
     assert spec.components
-    with torch.device('meta'):
-        model = timm.create_model(args.model, num_classes=10, **args.model_kwargs)
+    model = meta_model(args)
     plan = plan_from_args(args, model_roles(model), resolve_lr(args, args.batch_size))
     scheduler = GroupScheduler(create_optimizer(model, plan), plan)
     assert scheduler.total_epochs == plan.epochs

@@ -1,10 +1,9 @@
 import errno
 import io
+import multiprocessing
 import os
 import pickle
-import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -105,29 +104,24 @@ def test_a_folder_that_cannot_be_is_one_line(dataset, tmp_path):
         build_cache(dataset, 32, tmp_path / 'file' / 'cache')
 
 
-KILLED = """
-import sys, time
-from timm_amf.data import Component, DataSpec, build_cache, create_dataset
-data = create_dataset(DataSpec((Component('x', root=sys.argv[1]),)))
-original = data.load_original
-def slow(index):
-    if index == 5:
-        print('now', flush=True)
-        time.sleep(60)
-    return original(index)
-data.load_original = slow
-import timm_amf.data.cache as cache
-cache._CHUNK = 1
-build_cache(data, 32, sys.argv[2])
-"""
+def test_a_killed_build_leaves_no_broken_cache(dataset, tmp_path, monkeypatch):
+    context = multiprocessing.get_context('fork')
+    original, reached = dataset.load_original, context.Event()
 
+    def slow(index):
+        if index == 5:
+            reached.set()
+            time.sleep(60)
+        return original(index)
 
-def test_a_killed_build_leaves_no_broken_cache(dataset, tmp_path):
-    root = os.path.dirname(os.path.dirname(os.path.dirname(dataset.filename(0))))
-    process = subprocess.Popen([sys.executable, '-c', KILLED, root, str(tmp_path / 'c')], stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b'now\n'
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, 'load_original', slow)
+        patch.setattr(cache_module, '_CHUNK', 1)
+        process = context.Process(target=build_cache, args=(dataset, 32, tmp_path / 'c'))
+        process.start()
+    assert reached.wait(60)
+    process.kill()
+    process.join()
     left = [path.name for path in (tmp_path / 'c').iterdir()]
     assert len(left) == 1 and '.tmp-' in left[0]
     build_cache(dataset, 32, tmp_path / 'c')

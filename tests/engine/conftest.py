@@ -1,1 +1,1 @@
-from conftest_engine import components, folders, run  # noqa: F401  fixtures
+from conftest_engine import components, finished, folders, run, trained  # noqa: F401  fixtures

@@ -1,5 +1,6 @@
 """Small real runs of the train script: a folder of generated images, a run in this process, what it left behind."""
 import csv
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ SMALL = [
     '--img-size', '32', '-b', '8', '--epochs', '3', '--workers', '0', '--lr', '0.05', '--warmup-epochs', '0', '--cpu',
     '--tracker', 'none', '--branch-lr', '0.01', '0.05', '--policy-lr', '0.02',
 ]
+ONE = ['--model', 'test_resnet', *SMALL[5:-5]]  # a fifth of the time, where a composite has no part in it
 
 
 @pytest.fixture(scope='session')
@@ -67,6 +69,31 @@ def run(components, tmp_path, monkeypatch):
 
     yield _run
     reset_accelerate()
+
+
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory) -> tuple[dict, Path]:
+    return {}, tmp_path_factory.mktemp('finished')
+
+
+@pytest.fixture
+def trained(run, components, finished, tmp_path):
+    """As `run`, for a run that is only what a test begins with: trained once for all tests, each has a copy."""
+    made, store = finished
+
+    def _trained(name: str, *flags: str, base=SMALL, data=components) -> Path:
+        key = (name, flags, *map(tuple, (base, data)))
+        if key not in made:
+            run(name, *flags, base=base, data=data)
+            made[key] = shutil.copytree(tmp_path / name, store / str(len(made))), str(tmp_path)
+            return tmp_path / name
+        kept, where = made[key]
+        folder = shutil.copytree(kept, tmp_path / name)
+        args = folder / 'args.yaml'
+        args.write_text(args.read_text().replace(where, str(tmp_path)))
+        return folder
+
+    return _trained
 
 
 def reset_accelerate() -> None:

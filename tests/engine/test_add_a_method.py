@@ -29,7 +29,7 @@ def _train(output: Path, name: str, method: str, data: list[str], *flags: str) -
     kwargs, lrs, _ = METHODS[method]
     reset_accelerate()
     train_amf.train([
-        '--device-modules', method, '--model', method, '--model-kwargs', *kwargs, *lrs, '--img-size', '32', '-b', '8',
+        '--device-modules', method, '--model', method, '--model-kwargs', *kwargs, *lrs, '--img-size', '32', '-b', '15',
         '--epochs', '2', '--workers', '0', '--lr', '0.05', '--warmup-epochs', '0', '--cpu', '--tracker', 'none',
         *data, '--output', str(output), '--experiment', name, *flags])
     return output / name

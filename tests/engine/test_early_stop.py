@@ -1,6 +1,6 @@
 """A run stops when nothing gets better, at the same epoch whether it is resumed or not."""
 import pytest
-from conftest_engine import SMALL, assert_same_run, rows
+from conftest_engine import ONE, SMALL, assert_same_run, rows
 from test_train import torchrun
 
 from timm_amf import UserError
@@ -15,7 +15,7 @@ def early(run, monkeypatch):
     """Run 8 epochs whose accuracies are `TOP1`."""
     original = loop.Trainer.evaluate_now
     monkeypatch.setattr(loop.Trainer, 'evaluate_now', lambda self: {**original(self), 'top1': TOP1[self.epoch]})
-    return lambda name, *flags: run(name, '--epochs', '8', *flags)
+    return lambda name, *flags: run(name, '--epochs', '8', '-b', '45', *flags, base=ONE)
 
 
 def test_it_stops_and_a_resumed_run_too(early, capsys):

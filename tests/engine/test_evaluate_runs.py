@@ -47,9 +47,9 @@ def oblong(tmp_path_factory):
 
 
 @pytest.fixture
-def plain(run, oblong):
+def plain(trained, oblong):
     def _run(name, *flags, base=PLAIN):
-        return run(name, *flags, base=base, data=['--data-dir', str(oblong)])
+        return trained(name, *flags, base=base, data=['--data-dir', str(oblong)])
     return _run
 
 
@@ -74,7 +74,7 @@ def probabilities(model, root, split, ten_crop):
     for path, _ in images(root, split):
         crops = [last(c) for c in steps(Image.open(path).convert('RGB'))]
         with torch.no_grad():
-            result.append(np.mean([model(c[None]).double().softmax(1)[0].numpy() for c in crops], 0))
+            result.append(model(torch.stack(crops)).double().softmax(1).mean(0).numpy())
     return np.array(result)
 
 
@@ -93,7 +93,7 @@ def assert_row(row, p, targets):
 
 def test_crops_mean_and_ensemble(plain, oblong, tmp_path, capsys):
     runs = [plain(f's{seed}', '--seed', str(seed)) for seed in range(3)]
-    for ten_crop, split in ((False, 'validation'), (True, 'validation'), (True, 'test')):
+    for ten_crop, split in ((False, 'validation'), (True, 'test')):
         targets = np.array([k for _, k in images(oblong, split)])
         each = [probabilities(network(run), oblong, split, ten_crop) for run in runs]
         got = evaluate_runs(runs, RunOptions(split=split, ten_crop=ten_crop, cpu=True), ensemble=True)
@@ -202,7 +202,7 @@ def test_a_global_policy(plain, oblong):
 
 
 def test_what_cannot_be_averaged(plain, run, oblong, tmp_path, capsys):
-    a, b = plain('a', '--epochs', '1'), plain('b', '--epochs', '1', '--num-classes', '8')
+    a, b = plain('a'), plain('b', '--epochs', '1', '--num-classes', '8')
     mixed = run('mixed', '--epochs', '1')
     other = tmp_path / 'other'
     shutil.copytree(oblong, other)

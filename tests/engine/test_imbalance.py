@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest_engine import SMALL, assert_same_run
+from conftest_engine import ONE, SMALL, assert_same_run
 from test_resume import Killed, kill_at
 from torch import nn
 
@@ -74,13 +74,14 @@ def test_combinations_that_are_refused(folders, flags, match):
         parse_args([str(folders / 'stripes'), '--model', 'test_resnet', *flags])
 
 
-@pytest.mark.parametrize('flags', [
-    ['--class-sampling', 'balanced'], ['--class-weight', 'balanced', '--mixup', '0.3', '--branch-loss', '0.1']])
-def test_resume_is_exact(run, monkeypatch, flags):
-    flags = [*flags, '--recovery-interval', '1']
-    whole = run('whole', *flags, base=SMALL)
+@pytest.mark.parametrize('base, flags', [
+    (ONE, ['--class-sampling', 'balanced']),
+    (SMALL, ['--class-weight', 'balanced', '--mixup', '0.3', '--branch-loss', '0.1'])])
+def test_resume_is_exact(run, monkeypatch, base, flags):
+    flags = [*flags, '--recovery-interval', '1', '--epochs', '2', '-b', '12']
+    whole = run('whole', *flags, base=base)
     with monkeypatch.context() as patch:
         kill_at(patch, 1, 3)
         with pytest.raises(Killed):
-            run('killed', *flags)
-    assert_same_run(whole, run('killed', *flags, '--resume', 'auto'))
+            run('killed', *flags, base=base)
+    assert_same_run(whole, run('killed', *flags, '--resume', 'auto', base=base))

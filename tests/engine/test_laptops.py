@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from conftest_engine import SMALL, rows
+from conftest_engine import ONE, SMALL, rows
 from conftest_no_float64 import no_float64  # noqa: F401  fixture
 from conftest_windows import windows  # noqa: F401  fixture
 
@@ -38,12 +38,12 @@ def test_the_emulated_layer_refuses(windows, tmp_path):  # noqa: F811
 
 def test_a_run_on_windows_saves_resumes_and_mixes(run, windows, tmp_path):  # noqa: F811
     """All that a run writes: checkpoints, those kept, a resumed run, a mix, another run in the place of one."""
-    flags = ['--head-start', 'zero', '--wise-ft', '--checkpoint-hist', '2', '--model-ema']
-    folder = run('windows', *flags, '--stop-epoch', '2')
-    run('windows', *flags, '--resume', 'auto')
+    flags = ['--head-start', 'zero', '--wise-ft', '--checkpoint-hist', '2', '--model-ema', '-b', '15']
+    folder = run('windows', *flags, '--stop-epoch', '2', base=ONE)
+    run('windows', *flags, '--resume', 'auto', base=ONE)
     assert len(rows(folder / 'summary.csv')) == 3
     assert (folder / 'mix.csv').exists() and (folder / 'last.old').is_dir()
-    run('windows', *flags, '--epochs', '1', '--overwrite')
+    run('windows', *flags, '--epochs', '1', '--overwrite', base=ONE)
     assert len(rows(folder / 'summary.csv')) == 1
     # Nothing but what Windows cannot do anyway was refused, or it would have been an error.
     assert windows and all(line.startswith('opening a folder') or line.endswith('.lock') for line in windows)
@@ -68,7 +68,7 @@ SPOTTUNE = [
 @pytest.mark.parametrize('base', [SMALL, SPOTTUNE, [*SPOTTUNE, '--global-k', '2']], ids=['amf', 'spottune', 'global-k'])
 def test_a_run_on_a_device_without_float64_is_that_of_the_cpu(run, base, request, monkeypatch):
     """Training, evaluation, and evaluation alone, to the bit: only where the sums are kept differs."""
-    flags = ['--mixup', '0.4', '--reprob', '0.5', '--clip-grad', '1', '--drop', '0.2']
+    flags = ['--mixup', '0.4', '--reprob', '0.5', '--clip-grad', '1', '--drop', '0.2', '-b', '15', '--epochs', '1']
     here = run('cpu', *flags, base=base)
     device, said = request.getfixturevalue('no_float64'), []
     monkeypatch.setattr(records._logger, 'warning', lambda text, *args: said.append(text % args))

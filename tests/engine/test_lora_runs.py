@@ -1,6 +1,6 @@
 """A run with adapters: resumed to the same bits, and what it writes for use is a plain model."""
 import pytest
-from conftest_engine import SMALL, assert_same_run, rows
+from conftest_engine import ONE, SMALL, assert_same_run, rows
 from safetensors.torch import load_file
 from test_resume import Killed, kill_at
 
@@ -8,11 +8,10 @@ import timm_amf
 from timm_amf.engine.evaluate_runs import evaluate_runs
 
 pytest.importorskip('peft')
-FLAGS = ['--lora-rank', '2', '--model-ema', '--model-ema-decay', '0.5', '--wise-ft']
-PLAIN = ['--model', 'test_resnet', *SMALL[5:-5]]
+FLAGS = ['--epochs', '2', '-b', '15', '--lora-rank', '2', '--model-ema', '--model-ema-decay', '0.5', '--wise-ft']
 
 
-@pytest.mark.parametrize('base', [SMALL, PLAIN], ids=['amf', 'plain'])
+@pytest.mark.parametrize('base', [SMALL, ONE], ids=['amf', 'plain'])
 def test_killed_and_resumed(run, monkeypatch, base):
     whole = run('whole', *FLAGS, base=base)
     with monkeypatch.context() as patch:
@@ -26,7 +25,7 @@ def test_killed_and_resumed(run, monkeypatch, base):
 
 
 def test_is_a_plain_model_afterwards(run):
-    folder = run('lora', '--lora-rank', '2', base=PLAIN)
+    folder = run('lora', '--lora-rank', '2', base=ONE)
     best = max(float(row['eval_top1']) for row in rows(folder / 'summary.csv'))
     assert evaluate_runs([folder])[0].top1 == pytest.approx(best, abs=1e-3)
     model = timm_amf.load(folder)

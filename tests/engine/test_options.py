@@ -318,16 +318,6 @@ def test_command_line_of_timms_documentation(folder):
     assert args.recipe == {}
 
 
-def test_randaugment_command_line_of_timms_documentation(folder):
-    args = parse_args(
-        f'--data-dir {folder} --model efficientnet_b2 -b 128 --sched step --epochs 450 --decay-epochs 2.4 '
-        '--decay-rate .97 --opt rmsproptf --opt-eps .001 -j 8 --warmup-lr 1e-6 --weight-decay 1e-5 --drop 0.3 '
-        '--drop-path 0.2 --model-ema --model-ema-decay 0.9999 --aa rand-m9-mstd0.5 --remode pixel --reprob 0.2 --amp '
-        '--lr .016'.split())
-    assert (args.decay_epochs, args.decay_rate, args.opt, args.warmup_lr) == (2.4, 0.97, 'rmsproptf', 1e-6)
-    assert (args.model_ema, args.aa, args.drop_path) == (True, 'rand-m9-mstd0.5', 0.2)
-
-
 def test_adamw_mixup_ema_command_line(folder, caplog):
     args = parse_args(
         f'{folder} --model vit_small_patch16_224.augreg_in1k --pretrained --opt adamw --lr 5e-4 --weight-decay 0.05 '
@@ -337,15 +327,6 @@ def test_adamw_mixup_ema_command_line(folder, caplog):
     assert (args.mixed_precision, args.validation_batch_size, args.decay_rate) == ('bf16', 64, 0.2)
     assert (args.mean, args.std, args.input_size) == ([0.5] * 3, [0.5], [3, 224, 224])
     assert not caplog.records
-
-
-def test_setting_of_the_amf_paper(folder):
-    args = parse_args(
-        f'{folder} --model amf_inception_v4x2 --pretrained --branch-lr 0.0008 0.03 --head-lr 0.008 --policy-lr 0.00003 '
-        '--opt sgd -b 32 --aa rand-m9-mstd0.5-inc1 --reprob 0.5 --sched step --decay-epochs 20 '
-        '--decay-rate 0.96 --low-blocks 8 --low-lr-scale 0.4'.split())
-    assert (args.branch_lr, args.head_lr, args.policy_lr) == ([0.0008, 0.03], 0.008, 0.00003)
-    assert (args.low_blocks, args.low_lr_scale, args.batch_size) == (8, 0.4, 32)
 
 
 def test_data_config_of_timm_reads_the_namespace(folder):
@@ -547,11 +528,6 @@ def test_recipes_of_the_package(monkeypatch, tmp_path, folder):
         parse_args([folder, '--config', 'smal'])
 
 
-@pytest.mark.parametrize('name', config_file.list_recipes())
-def test_every_recipe_is_valid(name):
-    assert parse_args(['--config', name]).explicit
-
-
 def test_recipes_are_looked_for_in_wheel_and_checkout():
     package = Path(config_file.__file__).parents[1]
     assert config_file._RECIPE_DIRS == (package / 'hub_configs', package.parent / 'hub_configs')
@@ -603,7 +579,6 @@ def test_saved_options_hold_no_secrets(tmp_path, folder, recipe):
 
 @pytest.mark.parametrize('line, message', [
     ('--epocs 3', 'unknown flag --epocs, did you mean --epochs?'),
-    ('--epocs=3', 'unknown flag --epocs, did you mean --epochs?'),
     ('--zzzzzz', 'unknown flag --zzzzzz; --help lists them'),
     ('extra', "unexpected argument 'extra'"),
     ('--epochs ten', "argument --epochs: invalid int value: 'ten'"),
@@ -617,9 +592,7 @@ def test_saved_options_hold_no_secrets(tmp_path, folder, recipe):
     ('-b 0', '--batch-size: must be at least 1, not 0'),
     ('-j -1', '--workers: must be between 0 and 1024, not -1'),
     ('--lr -0.1', '--lr: must be above 0, not -0.1'),
-    ('--lr 0', '--lr: must be above 0'),
     ('--lr nan', '--lr: must be finite, not nan'),
-    ('--weight-decay nan', '--weight-decay: must be finite, not nan'),
     ('--lr 0.1 --min-lr 0.2', '--min-lr: 0.2 is above --lr 0.1'),
     ('--decay-milestones 3 2', 'plan.schedule: decay_milestones must increase, not [3, 2]'),
     ('--start-epoch 301', '--start-epoch: 301 is beyond the 300 epochs of the run'),
@@ -627,18 +600,16 @@ def test_saved_options_hold_no_secrets(tmp_path, folder, recipe):
     ('--scale 0.5', '--scale: must be 2 values in increasing order, not 0.5'),
     ('--ratio 2 1', '--ratio: must be 2 values in increasing order, not 2 1'),
     ('--crop-pct 1.5', '--crop-pct: must be between 0.05 and 1, not 1.5'),
-    ('--crop-pct 0.001', '--crop-pct: must be between 0.05 and 1, not 0.001'),
     ('--mean 0.5 0.5', '--mean: has 2 values for 3 channels'),
-    ('--std 1 1 1 --in-chans 1', '--std: has 3 values for 1 channels'),
     ('--std 0', '--std: must be above 0'),
     ('--mean nan', '--mean: must be finite, not nan'),
     ('--seed 9' + '9' * 400, '--seed: must be a number of at most'),
-    ('--epochs 9' + '9' * 400, '--epochs: must be a number of at most'),
     ('--aug-splits 1000000', '--aug-splits: must be between 0 and 64, not 1e+06'),
     ('--workers 1000000', '--workers: must be between 0 and 1024, not 1e+06'),
     ('--in-chans 1 --input-size 3 32 32', '--in-chans: 1 contradicts the 3 channels'),
     ('--mixup 0.2 -b 1', '--batch-size: must be at least 2 for mixup'),
-    ('--cutmix-minmax 0.2 0.8 -b 1', '--batch-size: must be at least 2 for mixup'),
+    ('--model-ema-decay 0.9', '--model-ema-decay: has no effect without --model-ema'),
+    ('--publish-license mit', '--publish-license: has no effect without --publish'),
     ('--loss asl --mixup 0.2', '--loss: asl cannot take the soft targets'),
     ('--bce-sum', '--bce-sum: only the binary cross-entropy has it; add --bce-loss'),
     ('--bce-loss --loss ce', '--bce-loss and --loss ce: give one'),
@@ -656,7 +627,6 @@ def test_saved_options_hold_no_secrets(tmp_path, folder, recipe):
     ('--model timm/resnet18', '--model: timm/resnet18 is no architecture; write hf-hub:OWNER/NAME'),
     ('--opt adamx', '--opt: adamx is unknown, did you mean adam'),
     ('--aa rand-z9', '--aa: timm cannot read'),
-    ('--aa foo', '--aa: timm cannot read'),
     ('--device-modules no_such_module_at_all', '--device-modules: no_such_module_at_all cannot be imported'),
 ])
 def test_mistake_on_the_command_line(folder, line, message):

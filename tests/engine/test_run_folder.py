@@ -43,16 +43,16 @@ def test_one_owner_at_a_time(run, tmp_path):
     ['--overwrite', '--aug-splits', '2', '--jsd-loss', '--in-chans', '4', '--mean', '0.5', '0.5'],
     ['--overwrite', '--branch-loss', '0.3'],
 ])
-def test_what_is_refused_leaves_the_run_as_it_was(run, flags):
-    folder = run('first', base=PLAIN)
+def test_what_is_refused_leaves_the_run_as_it_was(run, trained, flags):
+    folder = trained('first', base=PLAIN)
     before = contents(folder)
     with pytest.raises(UserError):
         run('first', *flags, '--epochs', '3', base=PLAIN)
     assert contents(folder) == before
 
 
-def test_a_first_step_that_fails_leaves_the_run_as_it_was(run, monkeypatch):
-    folder = run('first', base=PLAIN)
+def test_a_first_step_that_fails_leaves_the_run_as_it_was(run, trained, monkeypatch):
+    folder = trained('first', base=PLAIN)
     before = contents(folder)
 
     def fail(*_):
@@ -94,8 +94,8 @@ def test_the_trial_changes_no_bit(run, monkeypatch):
     assert (tried / 'last/model.safetensors').read_bytes() == (plain / 'last/model.safetensors').read_bytes()
 
 
-def test_resumed_elsewhere_has_what_it_names(run, capsys):
-    first = run('first', base=PLAIN)
+def test_resumed_elsewhere_has_what_it_names(run, trained, capsys):
+    first = trained('first', base=PLAIN)
     second = run('second', '--resume', str(first), base=PLAIN)  # nothing is left to train
     named = capsys.readouterr().out.strip().splitlines()[-1].split('; ')[-1]
     assert os.path.isfile(named) and 'second' in named
@@ -160,9 +160,9 @@ def test_a_resume_keeps_the_labels(run, colours, tmp_path):
         run('first', '--resume', 'auto', '--epochs', '3', base=PLAIN, data=[data])
 
 
-def test_weights_of_before_have_no_names(run):
+def test_weights_of_before_have_no_names(trained):
     """They are evaluated as they were."""
-    folder = run('first', base=PLAIN)
+    folder = trained('first', base=PLAIN)
     path = folder / 'model_best.safetensors'
     with_names = evaluate_runs([folder])[0]
     save_file(load_file(path), path, metadata={'format': 'pt'})
@@ -179,9 +179,9 @@ def flip(path, at=0.5):
 
 
 @pytest.mark.parametrize('name', ['model.safetensors', 'optimizer.pt', 'state.json', 'digests.json'])
-def test_a_flipped_bit_is_named_and_the_checkpoint_before_goes_on(run, name, tmp_path):
-    whole = run('whole', base=PLAIN)
-    folder = run('first', base=PLAIN)
+def test_a_flipped_bit_is_named_and_the_checkpoint_before_goes_on(run, trained, name, tmp_path):
+    whole = trained('whole', base=PLAIN)
+    folder = trained('first', base=PLAIN)
     flip(folder / 'last' / name, 0.4)
     with pytest.raises(UserError, match=rf'last/.*is (damaged|not there).*--resume {folder}/last.old'):
         run('first', '--resume', 'auto', base=PLAIN)
@@ -198,8 +198,8 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_goes_on(run, name, tmp
     (('identity',), {'seed': []}),
     (('plan',), {}),
 ])
-def test_a_state_of_other_types_is_damaged(run, keys, value):
-    folder = run('first', '--sched', 'plateau', base=PLAIN)
+def test_a_state_of_other_types_is_damaged(run, trained, keys, value):
+    folder = trained('first', '--sched', 'plateau', base=PLAIN)
     (folder / 'last/digests.json').unlink()
     whole = state = json.loads((folder / 'last/state.json').read_text())
     for key in keys[:-1]:
@@ -213,8 +213,8 @@ def test_a_state_of_other_types_is_damaged(run, keys, value):
             run('first', '--sched', 'plateau', '--resume', 'auto', '--epochs', '3', base=PLAIN)
 
 
-def test_an_optimizer_of_other_groups_is_damaged(run):
-    folder = run('first', base=PLAIN)
+def test_an_optimizer_of_other_groups_is_damaged(run, trained):
+    folder = trained('first', base=PLAIN)
     (folder / 'last/digests.json').unlink()
     state = torch.load(folder / 'last/optimizer.pt', weights_only=True)
     state['param_groups'][0]['params'].pop()
@@ -224,16 +224,16 @@ def test_an_optimizer_of_other_groups_is_damaged(run):
 
 
 @pytest.mark.parametrize('names', ['5', '[', '[1, null]', '[' * 100_000, '{}'])
-def test_names_of_classes_that_are_no_names_are_damaged(run, names):
-    path = run('first', base=PLAIN) / 'model_best.safetensors'
+def test_names_of_classes_that_are_no_names_are_damaged(trained, names):
+    path = trained('first', base=PLAIN) / 'model_best.safetensors'
     save_file(load_file(path), path, metadata={'class_names': names})
     with pytest.raises(UserError, match='model_best.safetensors: is damaged: its names of classes'):
         read_class_names(path)
 
 
 @pytest.mark.parametrize('content', [b'12345', b'', None])
-def test_weights_that_are_no_weights_are_named(run, content):
-    path = run('first', base=PLAIN) / 'model_best.safetensors'
+def test_weights_that_are_no_weights_are_named(trained, content):
+    path = trained('first', base=PLAIN) / 'model_best.safetensors'
     path.unlink()
     path.mkdir() if content is None else path.write_bytes(content)
     for need_data in (True, False):
@@ -241,15 +241,15 @@ def test_weights_that_are_no_weights_are_named(run, content):
             open_run(path.parent, need_data=need_data)
 
 
-def test_a_checkpoint_without_its_state_does_not_start_again(run):
-    folder = run('first', base=PLAIN)
+def test_a_checkpoint_without_its_state_does_not_start_again(run, trained):
+    folder = trained('first', base=PLAIN)
     (folder / 'last/state.json').unlink()
     with pytest.raises(UserError, match='state.json: is not there; .*--resume .*last.old'):
         run('first', '--resume', 'auto', base=PLAIN)
 
 
-def test_a_checkpoint_between_two_renames_is_found(run):
-    folder = run('first', base=PLAIN)
+def test_a_checkpoint_between_two_renames_is_found(trained):
+    folder = trained('first', base=PLAIN)
     os.rename(folder / 'last', folder / 'last.new')
     before = contents(folder)
     assert evaluate_runs([folder], RunOptions(weights='last'))[0].images
@@ -272,8 +272,8 @@ def test_nothing_that_is_saved_is_not_finite(run, tmp_path, flags):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
 
 
-def test_an_evaluation_that_is_not_finite_is_no_best_epoch(run, tmp_path, monkeypatch):
-    weights = load_file(run('first', base=PLAIN) / 'model_best.safetensors')
+def test_an_evaluation_that_is_not_finite_is_no_best_epoch(run, trained, tmp_path, monkeypatch):
+    weights = load_file(trained('first', base=PLAIN) / 'model_best.safetensors')
     weights['conv1.1.running_var'].fill_(float('nan'))
     save_file(weights, tmp_path / 'nan.safetensors')
     with pytest.raises(UserError, match='not finite'):
@@ -284,9 +284,9 @@ def test_an_evaluation_that_is_not_finite_is_no_best_epoch(run, tmp_path, monkey
 # -- weights that are named -------------------------------------------------------------------------------------------
 
 
-def test_naming_weights_loads_them(run, tmp_path):
+def test_naming_weights_loads_them(run, trained, tmp_path):
     """Also without --pretrained, and by a path from home."""
-    first = run('first', base=PLAIN)
+    first = trained('first', base=PLAIN)
     shutil.copy(first / 'model_best.safetensors', tmp_path / 'w.safetensors')
     second = run('second', '--pretrained-path', str(tmp_path / 'w.safetensors'), '--lr', '1e-9', base=PLAIN)
     a, b = (load_file(folder / 'model_best.safetensors') for folder in (first, second))
@@ -295,8 +295,10 @@ def test_naming_weights_loads_them(run, tmp_path):
         assert 'class_names' in file.metadata()
 
 
-@pytest.mark.parametrize('content', [b'', b'PK\x03\x04 half', b'\x80\x04', None])
-@pytest.mark.parametrize('flag', ['--pretrained-path', '--initial-checkpoint'])
+@pytest.mark.parametrize('flag, content', [
+    *(('--pretrained-path', content) for content in (b'', b'PK\x03\x04 half', b'\x80\x04', None)),
+    ('--initial-checkpoint', b'PK\x03\x04 half'),
+])
 def test_damaged_weights_are_named(run, tmp_path, flag, content):
     path = tmp_path / 'w.pth'
     if content is None:
@@ -308,16 +310,16 @@ def test_damaged_weights_are_named(run, tmp_path, flag, content):
     assert '\n' not in str(error.value) and not (tmp_path / 'first').exists()
 
 
-def test_weights_are_as_readable_as_other_files(run):
-    folder = run('first', base=PLAIN)
+def test_weights_are_as_readable_as_other_files(trained):
+    folder = trained('first', base=PLAIN)
     assert {oct(p.stat().st_mode & 0o777) for p in folder.rglob('*') if p.is_file()} == {'0o644'}
 
 
 # -- what a first reader broke ----------------------------------------------------------------------------------------
 
 
-def test_another_run_is_not_resumed_over_this_one(run):
-    first, second = run('first', base=PLAIN), run('second', '--seed', '1', base=PLAIN)
+def test_another_run_is_not_resumed_over_this_one(run, trained):
+    first, second = trained('first', base=PLAIN), trained('second', '--seed', '1', base=PLAIN)
     before = contents(second)
     with pytest.raises(UserError, match='second: holds a run already'):
         run('second', '--resume', str(first), '--epochs', '3', base=PLAIN)
@@ -340,16 +342,16 @@ def test_a_folder_that_is_removed_stops_the_run(run, monkeypatch):
         run('first', base=PLAIN)
 
 
-def test_a_best_file_that_is_gone_is_not_named(run, capsys, caplog):
-    folder = run('first', base=PLAIN)
+def test_a_best_file_that_is_gone_is_not_named(run, trained, capsys, caplog):
+    folder = trained('first', base=PLAIN)
     (folder / 'model_best.safetensors').unlink()
     run('first', '--resume', 'auto', '--epochs', '3', base=PLAIN)
     assert (folder / 'model_best.safetensors').exists() and 'is gone' in caplog.text
     assert 'after epoch 3' in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_damage_is_seen_by_evaluation_too(run):
-    folder = run('first', base=PLAIN)
+def test_damage_is_seen_by_evaluation_too(trained):
+    folder = trained('first', base=PLAIN)
     flip(folder / 'last/model.safetensors', 0.9)
     with pytest.raises(UserError, match=r'last/model.safetensors: is damaged'):
         evaluate_runs([folder], RunOptions(weights='last'))
@@ -374,13 +376,3 @@ def test_a_classifier_that_does_not_train_is_not_zero(run, tmp_path, colours):
     for flag in ('--pretrained-path', '--initial-checkpoint'):
         with pytest.raises(UserError, match="class 'a' is not among the 3 classes"):
             run('fifth', flag, str(trained), '--eval-only', base=PLAIN, data=[data])
-
-
-@pytest.mark.parametrize('flags, message', [
-    (['--model-ema-decay', '0.9'], '--model-ema-decay: has no effect without --model-ema'),
-    (['--publish-license', 'mit'], '--publish-license: has no effect without --publish'),
-    (['--mean', 'nan'], '--mean: must be finite'), (['--lr', 'inf'], '--lr: must be finite'),
-])
-def test_flags_without_effect_and_numbers_that_are_none(run, flags, message):
-    with pytest.raises(UserError, match=message):
-        run('first', *flags, base=PLAIN)

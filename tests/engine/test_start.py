@@ -1,14 +1,16 @@
 """Where a run starts, and what it decays towards, through the train script: stopped and resumed to the bit."""
+import multiprocessing
 import os
-import subprocess
-import sys
+import socket
 
 import pytest
 import timm
 import torch
-from conftest_engine import ROOT, assert_same_run
+from conftest_engine import assert_same_run, reset_accelerate
 from safetensors.torch import load_file, save_file
+from test_resume import Killed, kill_at
 
+import train_amf
 from timm_amf import UserError, list_blocks
 from timm_amf.engine import loop
 
@@ -29,22 +31,11 @@ def weights(tmp_path_factory):
     return path
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_resumed_to_the_bit(run, weights, monkeypatch):
     flags = [*DEPTHS, '--initial-checkpoint', str(weights), '--recovery-interval', '2']
     whole = run('whole', *flags, base=BASE)
-    original = loop.Trainer._train_step
-
-    def dying(self, at, *args):
-        if (self.epoch, at) == (1, 3):
-            raise Killed
-        return original(self, at, *args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, '_train_step', dying)
+        kill_at(patch, 1, 3)
         with pytest.raises(Killed):
             run('killed', *flags, base=BASE)
     # Resume takes all from the checkpoint: the weights that the run started from are not there any more.
@@ -73,14 +64,28 @@ def test_what_starts_anew(run, weights, monkeypatch, capsys):
     assert f're-initialised: {last}' in out and 'drawn with seed 0' in out and 'alpha 0.1 on the first 2' in out
 
 
-def test_two_processes_decay_towards_the_same_start(components, weights, tmp_path):
+def _rank(rank, port, argv):
+    """One of two processes, as torchrun starts them."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    reset_accelerate()
+    os._exit(train_amf.main(argv))
+
+
+def test_two_processes_decay_towards_the_same_start(components, weights, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     argv = [*BASE, *components, *DEPTHS, '--initial-checkpoint', str(weights), '--output', str(tmp_path),
             '--experiment', 'two']
-    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'XDG_CACHE_HOME': str(tmp_path / 'cache')}
-    result = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
-         str(ROOT / 'train_amf.py'), *argv], capture_output=True, text=True, env=env, cwd=ROOT)
-    assert result.returncode == 0, result.stderr[-2000:]
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context('fork')  # which has imported all that it takes
+    children = [context.Process(target=_rank, args=(rank, port, argv)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    assert [child.exitcode for child in children] == [0, 0]
     saved, start = load_file(tmp_path / 'two/last/l2sp.safetensors'), load_file(weights)
     assert saved and all(torch.equal(t, start[n]) for n, t in saved.items())
 

@@ -1,7 +1,5 @@
 """The train script with a SpotTune: small real runs."""
 import json
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
@@ -16,7 +14,7 @@ from timm_amf.models.method import method_of
 
 BASE = [
     '--model', 'spottune', '--model-kwargs', 'backbone=test_resnet', 'policy=test_resnet',
-    '--img-size', '32', '-b', '8', '--epochs', '3', '--workers', '0', '--lr', '0.02', '--warmup-epochs', '0', '--cpu',
+    '--img-size', '32', '-b', '12', '--epochs', '2', '--workers', '0', '--lr', '0.02', '--warmup-epochs', '0', '--cpu',
     '--tracker', 'none', '--policy-lr', '0.02', '--head-lr', '0.05',
 ]
 GLOBAL_K = ['--global-k', '1', '--global-k-weights', '1', '1', '--global-k-window', '30', '--policy-lr', '0.5']
@@ -28,10 +26,10 @@ def spottune():
     return timm.create_model('spottune', backbone='test_resnet', policy='test_resnet', num_classes=5)
 
 
-def test_run(run):
-    folder = run('run', base=BASE)
+def test_run(trained):
+    folder = trained('run', base=BASE)
     table = rows(folder / 'policy.csv')
-    assert [r['epoch'] for r in table] == ['0', '1', '2']
+    assert [r['epoch'] for r in table] == ['0', '1']
     blocks = sum(name.startswith('block_') for name in table[0])
     for row in table:
         # What images used adds up to what blocks were used, over the 25 validation and 45 training images.
@@ -46,9 +44,9 @@ def test_run(run):
     assert {'lr_tuned', 'lr_policy', 'lr_head'} <= rows(folder / 'summary.csv')[0].keys()
 
 
-def test_frozen_path_and_stem_stay(run):
+def test_frozen_path_and_stem_stay(run, trained):
     first = run('first', '--stop-epoch', '1', base=BASE)
-    second = run('second', base=BASE)
+    second = trained('run', base=BASE)
     a, b = (safetensors.torch.load_file(f / 'last' / 'model.safetensors') for f in (first, second))
     for name in a:
         moved = not torch.equal(a[name], b[name])
@@ -72,7 +70,7 @@ def test_resume_restores_the_noise(run, monkeypatch, flags):
     assert_same_run(whole, run('killed', *flags, '--resume', 'auto', base=BASE))
 
 
-def test_global_k_writes_a_model_that_needs_no_package(run, components):
+def test_global_k_writes_a_model_that_needs_no_package(run):
     folder = run('run', *GLOBAL_K, base=BASE)
     last = rows(folder / 'policy.csv')[-1]
     blocks = sum(name.startswith('block_') for name in last)
@@ -80,12 +78,8 @@ def test_global_k_writes_a_model_that_needs_no_package(run, components):
     assert sorted(float(last[f'block_{i}']) for i in range(blocks)) == [0.] * (blocks - 1) + [1.]
     config = json.loads((folder / 'compact' / 'config.json').read_text())
     assert config['architecture'] == 'test_resnet' and 'file' not in config['pretrained_cfg']
-    code = (
-        f'import sys, timm; m = timm.create_model("local-dir:{folder / "compact"}", pretrained=True); '
-        'assert not any(n.startswith("timm_amf") for n in sys.modules); print(type(m).__name__, m.num_classes)')
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert result.stdout.split() == ['ResNet', '5'], result.stderr
     plain = timm.create_model(f'local-dir:{folder / "compact"}', pretrained=True).eval()
+    assert plain.num_classes == 5 and not any(type(m).__module__.startswith('timm_amf') for m in plain.modules())
     tuned = timm.create_model(
         'spottune', backbone='test_resnet', policy='test_resnet', num_classes=5,
         checkpoint_path=str(folder / 'model_best.safetensors')).eval()
@@ -95,8 +89,8 @@ def test_global_k_writes_a_model_that_needs_no_package(run, components):
         torch.testing.assert_close(plain(x), tuned(x), rtol=1e-4, atol=1e-5)
 
 
-def test_evaluation_by_chosen_paths(run, capsys):
-    folder = run('run', base=BASE)
+def test_evaluation_by_chosen_paths(run, trained, capsys):
+    folder = trained('run', base=BASE)
     lines = []
     for flags in ([], ['--eval-blocks', 'tuned'], ['--eval-blocks', '0,2'], ['--eval-sampling-seed', '3']):
         capsys.readouterr()

@@ -101,31 +101,11 @@ ARCHITECTURES = {
     'xcit': 'xcit_nano_12_p8_224',
 }
 
-# Modules whose smallest architecture takes longest to build.
-HEAVY = {
-    'byobnet',
-    'cait',
-    'coat',
-    'csatv2',
-    'crossvit',
-    'deepseek_vit',
-    'densenet',
-    'byoanet',
-    'gemma4_vit',
-    'inception_resnet_v2',
-    'mobilenetv5',
-    'mvitv2',
-    'naflexvit',
-    'nasnet',
-    'nextvit',
-    'pnasnet',
-    'qwen3_vit',
-    'sequencer',
-    'swin_transformer_v2_cr',
-    'tnt',
-    'nest',
-    'volo',
-}
+# Of unlike kinds and quick to build; the others are of the slow tests.
+QUICK = (
+    'convnext', 'cspnet', 'dla', 'efficientnet', 'fasternet', 'ghostnet', 'levit', 'metaformer', 'nfnet', 'regnet',
+    'starnet', 'vision_transformer',
+)
 
 # A second of most modules, of other blocks than the first where there is one.
 MORE_ARCHITECTURES = (

@@ -198,8 +198,8 @@ def test_no_weight_decay_names_parameters():
 @pytest.mark.parametrize('backbones', [('test_resnet',) * 2, ('inception_v3', 'test_vit')])
 def test_gradient_checkpointing_changes_no_gradient(backbones):
     """`inception_v3` has no checkpointing of its own and is checkpointed as a whole."""
-    model = create(backbones=backbones, num_classes=3).eval()
-    x = torch.randn(2, 3, 160, 160)
+    model = create(backbones=backbones, img_size=96, num_classes=3).eval()
+    x = torch.randn(2, 3, 96, 96)
     gradients = []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)

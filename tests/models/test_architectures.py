@@ -1,11 +1,11 @@
 import pytest
 import timm
 import torch
-from architectures import ARCHITECTURES, HEAVY
+from architectures import ARCHITECTURES, QUICK
 
 from timm_amf.models import list_blocks
 
-MODULES = [pytest.param(m, marks=pytest.mark.slow if m in HEAVY else ()) for m in ARCHITECTURES]
+MODULES = [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in ARCHITECTURES]
 
 
 @pytest.mark.parametrize('module', MODULES)

@@ -19,6 +19,10 @@ PAIRS = {
 }
 
 
+def pairs(*names):
+    return pytest.mark.parametrize('model', names, indirect=True)
+
+
 @pytest.fixture(params=PAIRS)
 def model(request):
     backbones = PAIRS[request.param]
@@ -33,6 +37,7 @@ def x():
     return torch.randn(2, 3, 160, 160)
 
 
+@pairs('maps', 'wider head', 'mixed', 'three')
 @torch.no_grad()
 def test_script_and_trace(model, x):
     expected = model(x)
@@ -72,6 +77,7 @@ def test_features_only(pair, x):
     assert not [n for n, p in features.named_parameters() if p.grad is None]
 
 
+@pairs('wider head', 'mixed', 'three')
 def test_every_parameter_learns_on_bf16(model, x):
     model.bfloat16().train()
     y = model(x.bfloat16())
@@ -80,6 +86,7 @@ def test_every_parameter_learns_on_bf16(model, x):
     assert not [n for n, p in model.named_parameters() if p.grad is None]
 
 
+@pairs('mixed', 'three')
 def test_autocast(model, x):
     with torch.autocast('cpu', torch.bfloat16), torch.no_grad():
         y = model(x)
@@ -95,6 +102,7 @@ def test_policy_of_smaller_input_on_bf16(x):
         torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
+@pairs('mixed')
 def test_deepcopy_and_state(model, x):
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -104,6 +112,7 @@ def test_deepcopy_and_state(model, x):
     assert not any(k.startswith('renorms') or '.renorm.' in k for k in model.state_dict())
 
 
+@pairs('maps', 'tokens', 'mixed', 'three')
 @torch.no_grad()
 def test_pruned_levels_equal_the_whole_models(model, x):
     last = len(model.feature_info) - 1

@@ -2,19 +2,11 @@
 import sys
 from pathlib import Path
 
-from accelerate.state import AcceleratorState, GradientState, PartialState
-
 from timm_amf.tuning import create_optimizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1] / 'engine'))
 
-import train_amf  # noqa: E402
-
-
-def reset_accelerate() -> None:
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    GradientState._reset_state()
+from conftest_engine import reset_accelerate, train_amf  # noqa: E402
 
 
 def dry_run(path) -> list[dict]:

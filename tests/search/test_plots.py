@@ -100,7 +100,7 @@ def test_ways_with_one_candidate_have_no_panel():
         search_figure(search(1, 0, 0))
 
 
-@pytest.mark.parametrize('sizes', [(27, 13, 25), (53, 17, 51), (60, 60, 60), (300, 20, 298)])
+@pytest.mark.parametrize('sizes', [(27, 13, 25), (60, 60, 60), (300, 20, 298)])
 def test_names_are_readable(sizes):
     results = search(*sizes)
     figure = search_figure(results)
@@ -118,7 +118,7 @@ def test_names_are_readable(sizes):
             assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
 
 
-@pytest.mark.parametrize('sizes', [(27, 13, 25), (5, 0, 3), (60, 60, 60)])
+@pytest.mark.parametrize('sizes', [(5, 0, 3), (60, 60, 60)])
 def test_nothing_is_covered_or_cut(sizes):
     figure = search_figure(search(*sizes))
     _check_layout(figure)

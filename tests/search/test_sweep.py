@@ -25,7 +25,7 @@ from timm_amf.cli import main
 from timm_amf.engine.intervals import holm, mean_interval, paired_p
 from timm_amf.errors import Interrupted, UserError
 from timm_amf.search import sweep as module
-from timm_amf.search.plots import sweep_figure
+from timm_amf.search.plots import plot_sweep, sweep_figure
 from timm_amf.search.sweep_results import Configuration, Sweep, ranked
 from timm_amf.search.sweep_space import Space
 
@@ -75,6 +75,7 @@ def quick(monkeypatch):
                 after_epoch(epoch, top1)
 
     monkeypatch.setattr(train_amf, 'train', train)
+    monkeypatch.setattr('timm_amf.search.plots.plot_sweep', lambda *args: None)
     return calls
 
 
@@ -327,6 +328,7 @@ def test_no_model(data, capsys):
 
 
 def test_without_the_extras(words, quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('timm_amf.search.plots.plot_sweep', plot_sweep)
     monkeypatch.setitem(sys.modules, 'matplotlib.backends.backend_agg', None)
     assert main([*words, '--grid', 'lr=0.1,0.01']) == 0
     assert 'No figure' in capsys.readouterr().out and (tmp_path / 'found' / 'best.yaml').exists()
