@@ -42,7 +42,7 @@ def train(
         argv: Optional[Sequence[str]] = None,
         after_epoch: Optional[Callable[[int, Optional[float]], None]] = None,
         args: Optional[argparse.Namespace] = None,
-) -> None:
+) -> tuple[Path, Optional[dict[str, float]]]:
     """Parse, build, loop; raises `Interrupted` after a signal, with the checkpoint written.
 
     Args:
@@ -50,6 +50,9 @@ def train(
         after_epoch: Is told each epoch that was trained, from 0, and its `--eval-metric` (None if it was not due), once
             its checkpoint is written; what it raises ends the training.
         args: What `parse_args` made of the arguments, if it did already.
+
+    Returns:
+        The run's folder; metrics of `--eval-only`, none of `--dry-run`, None where the folder has them.
     """
     args = args or parse_args(argv)
     if args.report:
@@ -59,8 +62,9 @@ def train(
     if args.finds_plan:
         from timm_amf.search.fit import fit_words  # which calls this with the Plans that it tries
 
-        print(fit_words([*(sys.argv[1:] if argv is None else argv), '--plan', '']))
-        return
+        found = fit_words([*(sys.argv[1:] if argv is None else argv), '--plan', ''])
+        print(found)
+        return found.folder, None
     if args.budget is not None and args.epochs is None:
         from timm_amf.search.fit import epochs_within
 
@@ -77,13 +81,14 @@ def train(
     # A run that was killed before its first checkpoint begins again.
     over = args.overwrite or (args.resume == 'auto' and resume is None)
     with claim_folder(folder, over, resume) if writes else contextlib.nullcontext():
-        _train(args, accelerator, folder, resume, after_epoch)
+        metrics = _train(args, accelerator, folder, resume, after_epoch)
     if args.report and writes:
         print(report([folder]))
     if args.publish and writes:
         from timm_amf.hub.publish import publish_finished
 
         publish_finished(args, folder)
+    return folder, metrics
 
 
 def _train(
@@ -92,7 +97,7 @@ def _train(
         folder: Path,
         resume: Optional[Path],
         after_epoch: Optional[Callable[[int, Optional[float]], None]],
-) -> None:
+) -> Optional[dict[str, float]]:
     args.split_file = str(resume.parent / 'split.csv') if resume else None
     train_set, val_set = build.build_data(args, accelerator, build.known_classes(args, resume))
     model = build.build_model(args, train_set.num_classes)
@@ -123,7 +128,7 @@ def _train(
     accelerator.print(describe_groups(optimizer.param_groups))
     accelerator.print(describe_depths(model, table), end='')
     if args.dry_run:
-        return
+        return {}
     if resume is not None:
         trainer.resume(resume)
     elif args.head_start == 'probe' and not args.eval_only:
@@ -136,7 +141,7 @@ def _train(
         accelerator.print(trainer.report(metrics))
         if args.routing_eps is not None:
             accelerator.print(trainer.report_routing(args.routing_eps))
-        return
+        return metrics
 
     def begin() -> None:
         nonlocal start
@@ -162,12 +167,13 @@ def _train(
     trainer.write_compact()
     accelerator.end_training()
     accelerator.print(trainer.closing_line())
+    return None
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `train` as a command; see `errors.run_command` for the exit codes."""
     words, show_traceback = without_traceback_flag(sys.argv[1:] if argv is None else argv)
-    return run_command('train_amf.py', lambda: train(words), show_traceback=show_traceback)
+    return run_command('train_amf.py', lambda: train(words) and None, show_traceback=show_traceback)
 
 
 if __name__ == '__main__':

@@ -17,4 +17,15 @@ def fine_tune(model: nn.Module, images: torch.Tensor) -> timm_amf.Plan:
     loaded: nn.Module = timm_amf.load('me/birds')
     loaded(images)
     print(names, timm_amf.__version__)
+    torchs: torch.optim.lr_scheduler.LRScheduler = timm_amf.lr_scheduler(optimizer, plan, 10)
+    torchs.step()
     return plan
+
+
+def commands() -> None:
+    run: timm_amf.Run = timm_amf.train('birds', 'resnet18', plan=timm_amf.Plan(), epochs=3)
+    accuracy: float = run.metrics['top1']
+    low: float = timm_amf.evaluate(run.folder, ten_crop=True)[0].top1_low
+    labels: list[str] = next(timm_amf.predict(run.folder, 'photos', batch_size=4)).labels
+    found: timm_amf.Plan = timm_amf.search('birds', 'resnet18').plan
+    print(accuracy, low, labels, found, timm_amf.report([run.folder]).name, timm_amf.export(run.folder, 'onnx').path)

@@ -6,7 +6,9 @@ import costs little more than timm's own.
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+from .errors import user_errors
 from .lazy import lazy
 from .version import __version__
 
@@ -21,6 +23,7 @@ _PUBLIC = {
     'RolePlan': 'tuning.plan',
     'Schedule': 'tuning.plan',
     'GroupScheduler': 'tuning.schedule',
+    'lr_scheduler': 'tuning.schedule',
     'apply_freeze': 'tuning.freeze',
     'create_optimizer': 'tuning.optim',
     'param_groups': 'tuning.optim',
@@ -31,19 +34,31 @@ _PUBLIC = {
     'global_k_loss': 'models.global_k',
     'list_blocks': 'models.blocks',
     'fit': 'search.fit',
+    'train': 'api',
+    'evaluate': 'api',
+    'predict': 'api',
     'advise': 'search.advise',
+    'search': 'search',
     'search_blocks': 'search.block_search',
     'sweep': 'search.sweep',
-    'load': 'hub.load',
-    'predict': 'inference.predict',
+    'report': 'report',
+    'export': 'export',
     'publish': 'hub.publish',
+    'load': 'hub.load',
+    'Run': 'api',
     'UserError': 'errors',
 }
 
 __all__ = ['__version__', *_PUBLIC]
 
 
-__getattr__ = lazy(__name__, _PUBLIC)
+_get = lazy(__name__, _PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    with user_errors():  # one that an extra is missing
+        thing = _get(name)
+    return user_errors()(thing) if name in ('fit', 'advise', 'search_blocks', 'sweep') else thing
 
 
 def __dir__() -> list[str]:

@@ -1,9 +1,15 @@
 """The names of the package, for type checkers: at run time each is imported when it is first used."""
 from . import models as models
+from .api import Run as Run
+from .api import evaluate as evaluate
+from .api import export as export
+from .api import predict as predict
+from .api import report as report
+from .api import search as search
+from .api import train as train
 from .errors import UserError as UserError
 from .hub.load import load as load
 from .hub.publish import publish as publish
-from .inference.predict import predict as predict
 from .models.blocks import list_blocks as list_blocks
 from .models.global_k import global_k_loss as global_k_loss
 from .search.advise import advise as advise
@@ -21,4 +27,5 @@ from .tuning.reinit import reinit as reinit
 from .tuning.resolve import resolve as resolve
 from .tuning.roles import model_roles as model_roles
 from .tuning.schedule import GroupScheduler as GroupScheduler
+from .tuning.schedule import lr_scheduler as lr_scheduler
 from .version import __version__ as __version__

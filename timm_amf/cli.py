@@ -87,7 +87,8 @@ def _run(command: str, argv: Sequence[str]) -> int:
             words.append('--eval-only')
         if name == 'train':
             args = importlib.import_module('timm_amf.engine.options').parse_args(words)  # without torch
-            return importlib.import_module('train_amf').train(words, args=args)
+            importlib.import_module('train_amf').train(words, args=args)
+            return None
         return importlib.import_module(_COMMANDS[name][0]).main(words)
 
     return run_command(f'timm-amf {command}', work, _INTERRUPTED.get(command, 'interrupted'), show_traceback)

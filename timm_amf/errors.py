@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, Optional
 
-__all__ = ['TOKEN', 'CommandParser', 'Interrupted', 'UserError', 'run_command', 'without_traceback_flag']
+__all__ = ['TOKEN', 'CommandParser', 'Interrupted', 'UserError', 'run_command', 'user_errors', 'without_traceback_flag']
 
 # Exceptions that are no defect of this package, by module and name, since importing their modules takes seconds.
 _EXPECTED = {
@@ -116,6 +116,18 @@ def run_command(
             f'{prog}: a defect: {_one_line(f"{type(e).__name__}: {e}")}; the traceback is in {_write_traceback(e)}, '
             'please report it', file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Make of what a command tells in one line a `UserError` of that line, for those who call it from Python."""
+    try:
+        yield
+    except Exception as e:
+        message = None if isinstance(e, UserError) else _explain(e)
+        if message is None:
+            raise
+        raise UserError(_one_line(message)) from e
 
 
 def without_traceback_flag(argv: Sequence[str]) -> tuple[list[str], bool]:

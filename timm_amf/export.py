@@ -7,6 +7,7 @@
 Both ONNX and `.pt2` files come from `torch.export`: a graph of what evaluation computes, without the code that led
 there, for any number of images.
 """
+import argparse
 import contextlib
 import json
 import logging
@@ -14,7 +15,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -34,10 +35,16 @@ from timm_amf.engine.run_folder import WEIGHTS, is_run, open_run
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing
 from timm_amf.hub.load import load, portable_args
+from timm_amf.lazy import callable_module
 from timm_amf.models.method import method_of
 from timm_amf.version import __version__
 
-__all__ = ['FORMATS', 'Exported', 'Format', 'Source', 'describe', 'export_model', 'main', 'open_source', 'quantize']
+__all__ = [
+    'FORMATS', 'Exported', 'Format', 'Source', 'build_parser', 'describe', 'export_model', 'main', 'open_source',
+    'quantize', 'run',
+]
+
+callable_module(__name__)  # timm_amf.export(RUN, 'onnx')
 
 INPUT, OUTPUT = 'input', 'logits'
 # Name of the extra file of a .pt2 archive, and of the metadata entry of a safetensors file.
@@ -75,21 +82,26 @@ class Exported:
         difference: Largest difference of a logit between file and model.
         largest: Largest logit of the model, in absolute value.
         same_class: Number of images to which both give the same class.
+        notes: Lines that the user should read.
+        int8: Of a file of 8 bits beside it, the sizes and accuracies of both, in a line.
     """
     path: Path
     batches: tuple[int, ...]
     difference: float
     largest: float
     same_class: int
+    notes: tuple[str, ...] = ()
+    int8: str = ''
 
     def __str__(self) -> str:
         data = sorted(_data_files(self.path))
         size = sum(file.stat().st_size for file in (self.path, *data)) / 1e6
         beside = f', the weights in {data[0].name}' if data else ''
-        return (
+        checked = (
             f'{self.path}: {size:.1f} MB{beside}; on {sum(self.batches)} random images, in batches '
             f'of {", ".join(map(str, self.batches))}, its logits differ from the model\'s by at most '
             f'{self.difference:.1e} (largest logit {self.largest:.2g}), with the same class for {self.same_class}')
+        return '\n'.join(filter(None, [*(f'note: {note}' for note in self.notes), checked, self.int8]))
 
 
 # -- what is exported -------------------------------------------------------------------------------------------------
@@ -520,7 +532,12 @@ def _compare(first: Callable, second: Callable, loader: SeededLoader) -> tuple[f
 
 
 def main(argv: Sequence[str]) -> None:
-    """`timm-amf export`: write a file and check it."""
+    """`timm-amf export`."""
+    run(build_parser().parse_args(argv))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Its flags."""
     parser = CommandParser(
         prog='timm-amf export',
         description='Write the model of a run, or of a published folder, to one file that others can run; run the file '
@@ -541,21 +558,26 @@ def main(argv: Sequence[str]) -> None:
     add('--class-names', metavar='FILE', help='text file with one class name a line')
     add('--batch', type=int, default=5, metavar='N', help='largest batch of the check (default: %(default)s)')
     add('--opset', type=int, metavar='N', help="ONNX operator set (default: the exporter's)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(args: argparse.Namespace) -> Exported:
+    """Write a file, check it, and print and give what the check found."""
     if args.batch < 1:
         raise UserError(f'--batch: must be at least 1, not {args.batch}')
     output = Path(args.output or Path(args.run) / f'exported{FORMATS[args.format].suffix}')
     _check_request(output, args.format, args.opset, args.overwrite)
-    small, run = output.with_suffix('.int8.onnx'), None
+    small, trained = output.with_suffix('.int8.onnx'), None
     if args.int8:
         if args.format != 'onnx':
             raise UserError(f'--int8: is for --format onnx, not {args.format}')
         _check_request(small, 'onnx', None, args.overwrite)
-        run = open_run(args.run, args.weights, args.data_dir)  # whose images it needs
+        trained = open_run(args.run, args.weights, args.data_dir)  # whose images it needs
     source = open_source(args.run, args.weights, args.img_size, args.blocks, args.data_dir, args.class_names)
     exported = export_model(source, args.format, output, sorted({1, 2, args.batch}), args.opset, args.overwrite)
-    for note in source.notes:
-        print(f'note: {note}')
+    exported = replace(exported, notes=source.notes)
+    if trained is not None:
+        exported = replace(
+            exported, int8=quantize(output, small, source.config, *trained.data, trained.args.workers))
     print(exported)
-    if run is not None:
-        print(quantize(output, small, source.config, *run.data, run.args.workers))
+    return exported

@@ -1,5 +1,6 @@
 """L2-SP against the penalty in the loss, the closed form of decoupled decay, and what each optimiser itself does."""
 import copy
+from functools import partial
 
 import pytest
 import timm
@@ -296,3 +297,38 @@ def test_branches_of_a_composite():
         **{n: ALPHA for n in matrices if n.startswith('branches.0.')},
         **{n: 0.1 for n in matrices if n.startswith(('branches.1.conv1', 'branches.1.layer1.0.'))}}
     assert set(optimizer.l2sp.state_dict()) == set(pulled)
+
+
+def test_the_starting_point_follows_a_model_that_is_moved():
+    model, reference = net(), net()
+    model.float()
+    optimizers = [create_optimizer(m, plan()) for m in (model, reference)]
+    model.double()  # as trainers move it to a device, after the optimiser was made
+    with torch.no_grad():
+        for p in (*model.parameters(), *reference.parameters()):
+            p.add_(1.)
+    for m, optimizer in zip((model, reference), optimizers):
+        for x, y in batches(2):
+            optimizer.zero_grad()
+            F.cross_entropy(m(x), y).backward()
+            optimizer.step()
+    for p, q in zip(model.parameters(), reference.parameters()):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('opt', ['sgd', 'adamw'])
+@pytest.mark.parametrize('named', [False, True])
+def test_gradients_that_a_closure_computes_within_the_step(opt, named):
+    models = [net(), net()]
+    optimizers = [create_optimizer(m, plan(opt)) for m in models]
+    for x, y in batches():
+        def closure(model, optimizer, x=x, y=y):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+        before = closure(models[0], optimizers[0])
+        optimizers[0].step()
+        within = partial(closure, models[1], optimizers[1])
+        assert torch.equal(optimizers[1].step(closure=within) if named else optimizers[1].step(within), before)
+    assert_same(*models, tol=0)

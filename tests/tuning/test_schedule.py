@@ -5,7 +5,7 @@ import pytest
 import torch
 from timm.scheduler import create_scheduler_v2
 
-from timm_amf import GroupScheduler, Plan, Schedule, UserError
+from timm_amf import GroupScheduler, Plan, Schedule, UserError, lr_scheduler
 
 
 def optimizer_for(*roles, start=None):
@@ -145,3 +145,34 @@ def test_a_warm_up_counts_updates_and_is_a_tenth_of_the_run_at_most(given, epoch
             assert group['lr'] == pytest.approx(0.02 * wanted, rel=1e-12), (epoch, updates)
             updates += 1
         scheduler.step(epoch + 1)
+
+
+@pytest.mark.parametrize('on_updates', [False, True])
+@pytest.mark.parametrize('sched', ['cosine', 'step', 'multistep'])
+def test_torchs_form_has_the_lrs_of_the_train_loop(sched, on_updates):
+    updates = 5
+    plan = Plan(
+        epochs=8, sched_on_updates=on_updates, roles={'policy': dict(lr=1., schedule=dict(warmup_epochs=0))},
+        schedule=Schedule(sched=sched, warmup_epochs=2, decay_epochs=3, decay_milestones=[2, 5]))
+    optimizers = [optimizer_for(('head', 0.02), ('policy', 0.5), start={'policy': 3}) for _ in range(2)]
+    loop, ours = GroupScheduler(optimizers[0], plan, updates), lr_scheduler(optimizers[1], plan, updates)
+    seen = set()
+    for epoch in range(8):
+        for i in range(updates):
+            loop.step_update(epoch * updates + i)
+            lrs, found = ([g['lr'] for g in optimizer.param_groups] for optimizer in optimizers)
+            assert found == pytest.approx(lrs, rel=1e-12), (epoch, i)
+            seen.add(tuple(lrs))
+            optimizers[1].step()
+            ours.step()
+        loop.step(epoch + 1)
+    assert len(seen) > 3
+    again = lr_scheduler(optimizer_for(('head', 0.02), ('policy', 0.5), start={'policy': 3}), plan, updates)
+    again.load_state_dict(ours.state_dict())
+    assert again.get_last_lr() == ours.get_last_lr()
+
+
+def test_torchs_form_has_no_metric():
+    plan = Plan(epochs=8, schedule=Schedule(sched='plateau'))
+    with pytest.raises(UserError, match='plateau'):
+        lr_scheduler(optimizer_for(('head', 0.02)), plan, 5)

@@ -18,7 +18,7 @@ from timm_amf.files import replacing, write_text
 from timm_amf.inference.sources import add_run_flags, open_model, options_from
 from timm_amf.text import columns
 
-__all__ = ['is_for_runs', 'main', 'prediction_rows']
+__all__ = ['build_parser', 'is_for_runs', 'main', 'prediction_rows', 'run']
 
 _SHOWN_CLASSES = 20
 
@@ -31,8 +31,12 @@ def is_for_runs(argv: Sequence[str]) -> bool:
 
 
 def main(argv: Sequence[str]) -> None:
-    """`timm-amf evaluate RUN ...`: print the table of the runs."""
-    args = _parser().parse_args(argv)
+    """`timm-amf evaluate RUN ...`."""
+    run(build_parser().parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """Print the table of the runs, write the files that are asked for, and give the rows."""
     if not 0 < args.confidence < 100:
         raise UserError(f'--confidence: must be between 0 and 100, not {args.confidence:g}')
     options = options_from(args)
@@ -55,9 +59,10 @@ def main(argv: Sequence[str]) -> None:
         print(_details(found[-1], options.level))
     if args.results_file:
         _write_results(rows, found, options, Path(args.results_file), args.results_format)
+    return rows
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog='timm-amf evaluate',
         usage='%(prog)s RUN [RUN ...] [flags]\n       %(prog)s [DIR] --model NAME --initial-checkpoint FILE [flags of '

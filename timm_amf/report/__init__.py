@@ -3,6 +3,7 @@
 The page needs no network: figures are SVG elements of it, images are embedded, and there is no script. Beside it lies
 each figure as PNG and as the CSV that it was drawn from.
 """
+import argparse
 import base64
 import io
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from timm_amf.engine.run_folder import is_run
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing, write_text
 from timm_amf.inference.sources import add_run_flags, open_model, options_from
+from timm_amf.lazy import callable_module
 from timm_amf.models.charts import Chart, Seen
 from timm_amf.models.method import method_of
 from timm_amf.report import figures
@@ -36,7 +38,9 @@ from timm_amf.report.content import (
     setting,
 )
 
-__all__ = ['check_installed', 'main', 'report']
+__all__ = ['build_parser', 'check_installed', 'main', 'report', 'run']
+
+callable_module(__name__)  # timm_amf.report(RUN)
 
 _SIDE = 112  # pixels of an embedded image
 _SHOWN_ROWS = 60  # of a figure's table on the page
@@ -44,6 +48,11 @@ _SHOWN_ROWS = 60  # of a figure's table on the page
 
 def main(argv: Sequence[str]) -> None:
     """`timm-amf report RUN ...`: write the page and say where it is."""
+    run(build_parser().parse_args(argv))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Its flags."""
     parser = CommandParser(prog='timm-amf report', description=__doc__.partition('\n')[0].partition(': ')[2])
     add = parser.add_argument
     add('runs', nargs='+', metavar='RUN', help='folder of a run, or one folder of a search')
@@ -52,9 +61,15 @@ def main(argv: Sequence[str]) -> None:
     add('--split', metavar='NAME', help='train, validation, test, ... (default: what each run was validated on)')
     add('--data-dir', metavar='DIR', help='folder of the data (default: where each run had it)')
     add_run_flags(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Write the page, print where it is, and give it."""
     options = replace(options_from(args), split=args.split, data_dir=args.data_dir)
-    print(report(args.runs, args.output, options, not args.no_eval))
+    page = report(args.runs, args.output, options, not args.no_eval)
+    print(page)
+    return page
 
 
 def check_installed() -> None:

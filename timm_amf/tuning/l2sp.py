@@ -7,6 +7,7 @@ alpha * (w - w_0) joins the gradient; where it is decoupled (AdamW, SGDW), w mov
 no graph and no term in the reported loss.
 """
 from collections.abc import Mapping
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -95,8 +96,20 @@ class L2SP:
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> Optional[tuple]:
+        itself, closure = (*args, kwargs.get('closure'))[:2]
+        if closure is None:
+            return self._pull(optimizer)
+
+        def closure_and_pull():  # Lightning computes the gradients within the step
+            loss = closure()
+            self._pull(optimizer)
+            return loss
+
+        return (itself, closure_and_pull), {}
+
     @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_) -> None:
+    def _pull(self, optimizer: torch.optim.Optimizer) -> None:
         # A scaler of fp16 leaves both to optimisers that unscale within their own kernel (`fused=True`).
         if getattr(optimizer, 'found_inf', None) is not None and float(optimizer.found_inf):
             return
@@ -104,6 +117,7 @@ class L2SP:
         scale = 1. if scale is None else float(scale)
         for i, starts in self._starts.items():
             group = optimizer.param_groups[i]
+            starts[:] = [s.to(p) for s, p in zip(starts, group['params'])]  # trainers move a model when they start
             pairs = [(p, s) for p, s in zip(group['params'], starts) if p.grad is not None and p.requires_grad]
             if not pairs:
                 continue

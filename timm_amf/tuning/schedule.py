@@ -6,11 +6,12 @@ from typing import Any, Optional
 
 import torch
 from timm.scheduler import create_scheduler_v2
+from torch.optim.lr_scheduler import LambdaLR
 
 from timm_amf.errors import UserError
 from timm_amf.tuning.plan import Plan, Schedule
 
-__all__ = ['GroupScheduler']
+__all__ = ['GroupScheduler', 'lr_scheduler']
 
 
 class _Shape:
@@ -180,6 +181,13 @@ class GroupScheduler:
             if self._shapes[key].warms_up(epoch):
                 group['lr'] = lr * self._shapes[key].factor(epoch)
 
+    def factor(self, group: int, num_updates: int) -> float:
+        """The fraction of a group's LR after a number of updates: what `step` and `step_update` together set."""
+        shape, epoch = self._shapes[self._keys[group]], num_updates / self.updates_per_epoch
+        if shape.is_plateau:
+            raise UserError('schedule plateau: follows a metric, not the updates; use GroupScheduler')
+        return shape.factor(num_updates if self.on_updates else epoch if shape.warms_up(epoch) else int(epoch))
+
     def _set(self, t: float, metric: Optional[float] = None) -> None:
         try:
             factors = {key: shape.factor(t, metric) for key, shape in self._shapes.items()}
@@ -197,3 +205,22 @@ class GroupScheduler:
         """Restore `state_dict`."""
         for (role, start), shape in self._shapes.items():
             shape.load_state_dict(state.get(f'{role}@{start}', {}))
+
+
+def lr_scheduler(optimizer: torch.optim.Optimizer, plan: Plan, updates_per_epoch: int) -> LambdaLR:
+    """The schedules of all parameter groups as one of torch's schedulers, for trainers that take such a one.
+
+    Args:
+        optimizer: Optimiser over the groups of `timm_amf.param_groups`.
+        plan: The Plan of the groups.
+        updates_per_epoch: Optimiser updates an epoch.
+
+    Returns:
+        A scheduler to `step()` after each update of the optimiser; the LRs are those of `GroupScheduler`.
+
+    Raises:
+        UserError: If a schedule's arguments do not fit each other, or it is `plateau`, which follows a metric.
+    """
+    groups = GroupScheduler(optimizer, plan, updates_per_epoch)
+    return LambdaLR(optimizer, [
+        lambda updates, group=i: groups.factor(group, updates) for i in range(len(optimizer.param_groups))])
