@@ -13,21 +13,23 @@ run: `args.yaml` repeats the training of the winner, and `fit.csv` says what was
 import argparse
 import contextlib
 import csv
-import importlib
 import io
 import json
+import math
 import os
+import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
 from torch import nn
 
-from timm_amf.data import create_datasets, data_spec_from_args, splits_from_args
+from timm_amf.data import Mixture, create_dataset, data_spec_from_args, splits_from_args
 from timm_amf.data.spec import DEFAULT_SPLITS, SPLIT_NAMES
 from timm_amf.data.table import is_table, read_table
 from timm_amf.engine.build import input_channels
@@ -36,11 +38,11 @@ from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.engine.run_folder import best_epoch
 from timm_amf.errors import CommandParser, Interrupted, UserError
 from timm_amf.files import write_text
+from timm_amf.search.keywords import words_of
 from timm_amf.tuning import Plan
 from timm_amf.tuning.plan_args import common_plan
-from timm_amf.yaml_text import load_yaml
 
-__all__ = ['COMMON', 'Candidate', 'Fit', 'complete', 'fit', 'fit_words', 'main']
+__all__ = ['COMMON', 'Candidate', 'Fit', 'complete', 'epochs_within', 'fit', 'fit_words', 'main', 'run']
 
 MODEL = 'tf_efficientnet_lite0'
 # Of all candidates: what is measured to fine-tune well from a logistic regression (docs/fit.md).
@@ -61,7 +63,7 @@ class Candidate:
         seconds: What both took.
     """
     name: str
-    flags: tuple[str, ...]
+    flags: Sequence[str]
     pilot: Optional[float] = None
     loss: Optional[float] = None
     metric: Optional[float] = None
@@ -70,10 +72,10 @@ class Candidate:
 
 # From so many epochs and updates on there is time for all layers, and for pilots.
 _MANY_EPOCHS, _MANY_UPDATES = 12, 250
-# For few, and for many.
+# (name, flags): for few, and for many.
 CANDIDATES = (
-    Candidate('layer decay 0.75, LR 1e-3', ('--lr', '1e-3', '--layer-decay', '0.75')),
-    Candidate('all, LR 1e-3', ('--lr', '1e-3')),
+    ('layer decay 0.75, LR 1e-3', ('--lr', '1e-3', '--layer-decay', '0.75')),
+    ('all, LR 1e-3', ('--lr', '1e-3')),
 )
 
 
@@ -92,7 +94,7 @@ class Fit:
     floor: float
     metric: float
     winner: Candidate
-    candidates: list[Candidate] = field(default_factory=list)
+    candidates: list[Candidate]
 
     @property
     def model(self) -> nn.Module:
@@ -104,12 +106,11 @@ class Fit:
     def write(self, path: Union[str, Path]) -> None:
         """Write the table as CSV."""
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator='\n')
-        writer.writerow(['candidate', 'flags', 'pilot', 'pilot_loss', 'metric', 'seconds', 'winner'])
-        writer.writerow(['frozen features', '', '', '', self.floor, '', ''])
-        for c in self.candidates:
-            writer.writerow(
-                [c.name, ' '.join(c.flags), c.pilot, c.loss, c.metric, round(c.seconds, 1), c is self.winner])
+        csv.writer(text, lineterminator='\n').writerows([
+            ['candidate', 'flags', 'pilot', 'pilot_loss', 'metric', 'seconds', 'winner'],
+            ['frozen features', '', '', '', self.floor, '', ''],
+            *([c.name, ' '.join(c.flags), c.pilot, c.loss, c.metric, round(c.seconds, 1), c is self.winner]
+              for c in self.candidates)])
         write_text(path, text.getvalue())
 
     def __str__(self) -> str:
@@ -140,12 +141,8 @@ def fit(
     Returns:
         What was found; `Fit.model` is the model, and `print` shows what was tried.
     """
-    from timm_amf.search.keywords import words_of
-
-    words = [data_dir] if data_dir is not None else []
-    options['budget'] = budget
-    return fit_words([*words, '--model', model, *words_of(build_parser(), {
-        name: value for name, value in options.items() if value is not None})])
+    options.update(data_dir=data_dir, model=model, budget=budget)
+    return fit_words(words_of(build_parser(), {name: value for name, value in options.items() if value is not None}))
 
 
 def fit_words(words: Sequence[str]) -> Fit:
@@ -156,18 +153,18 @@ def fit_words(words: Sequence[str]) -> Fit:
     if args.dry_run or args.eval_only:
         raise UserError('fit trains; leave --dry-run and --eval-only out')
     folder = Path(args.output or 'output/fit') / (args.experiment or Path(args.data_dir or 'mixture').resolve().name)
-    progress = _Progress(folder.with_name(f'{folder.name}-pilots'), words)
-    if (folder / 'args.yaml').exists() and not args.overwrite and progress.winner is None:
+    progress = _Progress.open(folder.with_name(f'{folder.name}-pilots'), list(words))
+    if (folder / 'args.yaml').exists() and not args.overwrite and not progress.winner:
         raise UserError(f'{folder}: holds a run already; name another with --experiment, or add --overwrite')
-    words = progress.words = progress.words or complete(words)
-    if progress.winner is None:
-        args = parse_args(words)
-        progress.candidates = [Candidate(c.name, c.flags) for c in CANDIDATES]
-        _contest(progress, words, args)
-        if folder.exists():
-            shutil.rmtree(folder)
-    winner = progress.winner
-    _train(winner, words, folder.parent, folder.name)
+    progress.words = progress.words or complete(words)
+    if not progress.winner:
+        _contest(progress, parse_args(progress.words))
+        shutil.rmtree(folder, ignore_errors=True)
+    winner = next(c for c in progress.candidates if c.name == progress.winner)
+    start = time.monotonic()
+    _train(winner, [*progress.words, '--wise-ft'], folder)
+    winner.metric = best_epoch(folder)[args.eval_metric]
+    winner.seconds += time.monotonic() - start
     floor = read_state(folder / 'last')['start'][args.eval_metric]
     with open(folder / 'mix.csv', newline='', encoding='utf-8') as file:
         kept = next(float(row['metric']) for row in csv.DictReader(file) if row['kept'] == 'True')
@@ -177,20 +174,62 @@ def fit_words(words: Sequence[str]) -> Fit:
     return result
 
 
-def _contest(progress: '_Progress', words: Sequence[str], args: argparse.Namespace) -> None:
+@dataclass
+class _Progress:
+    """What an interrupted `fit` goes on from: `fit.json` in the folder of its pilots.
+
+    Attributes:
+        folder: That folder.
+        asked: The command line.
+        words: What `complete` made of it.
+        candidates: All, with what is known of them.
+        winner: Name of the one that is trained to the end.
+    """
+    folder: Path
+    asked: list[str]
+    words: list[str]
+    candidates: list[Candidate]
+    winner: str = ''
+
+    @classmethod
+    def open(cls, folder: Path, asked: list[str]) -> '_Progress':
+        file = folder / 'fit.json'
+        state = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+        if state.get('asked') == asked:
+            return cls(folder, asked, state['words'], [Candidate(**c) for c in state['candidates']], state['winner'])
+        shutil.rmtree(folder, ignore_errors=True)  # of another fit
+        return cls(folder, asked, [], [Candidate(*c) for c in CANDIDATES])
+
+    def write(self) -> None:
+        write_text(self.folder / 'fit.json', json.dumps({**asdict(self), 'folder': None}, indent=1))
+
+
+def _contest(progress: _Progress, args: argparse.Namespace) -> None:
     """Give all candidates a pilot and choose; with few epochs or updates, the first."""
-    images = len(create_datasets(
-        data_spec_from_args(args, args.recipe.get('data')), ('train',), input_channels(args))[0])
-    whole = common_plan(args).epochs
-    many = whole >= _MANY_EPOCHS and whole * images >= _MANY_UPDATES * args.batch_size
-    epochs = whole // 6 if many else 0  # two at least: fewer favour low LRs even more
-    start = progress.folder / _slug(progress.candidates[0]) / 'model_start.safetensors'
-    for candidate in progress.candidates if epochs else ():
-        # They share the features' classifier, which the first one fits.
-        own = ['--initial-checkpoint', str(start), '--head-start', 'timm'] if start.exists() else []
-        _train(candidate, [*words, *own, '--epochs', str(epochs), '--val-interval', str(epochs)], progress.folder)
+    whole, candidates = common_plan(args).epochs, progress.candidates
+    many = whole >= _MANY_EPOCHS and whole * len(_images(args, 'train')) >= _MANY_UPDATES * args.batch_size
+    shared = None
+    for candidate in candidates if many else ():
+        folder = progress.folder / re.sub(r'[^\w.-]', '-', candidate.name)
+        words = [word for word in progress.words if word != '--report']
+        if shared is None:
+            shared = folder / 'model_start.safetensors'
+        elif shared.exists():  # the features' classifier, which the first one fits
+            words += ['--initial-checkpoint', str(shared), '--head-start', 'timm']
+        start, best = time.monotonic(), {}
+        try:
+            epochs = str(whole // 6)  # two at least: fewer favour low LRs even more
+            _train(candidate, [*words, '--epochs', epochs, '--val-interval', epochs], folder, quiet=True)
+            best = best_epoch(folder)
+        except UserError as e:
+            if 'not finite' not in str(e):  # else its LR is too high for these data
+                raise
+        candidate.loss = best.get('loss', math.inf)
+        candidate.pilot = candidate.loss if args.eval_metric == 'loss' else best.get(args.eval_metric, -math.inf)
+        candidate.seconds += time.monotonic() - start
+        print(f'pilot of {candidate.name}: {candidate.pilot:.2f}', flush=True)
         progress.write()
-    progress.winner = _choose(progress.candidates, args) if epochs else progress.candidates[0]
+    progress.winner = (_choose(candidates, args) if many else candidates[0]).name
     progress.write()
 
 
@@ -201,36 +240,13 @@ def _choose(candidates: Sequence[Candidate], args: argparse.Namespace) -> Candid
     """
     if args.eval_metric == 'loss':
         return min(candidates, key=lambda c: c.pilot)
-    split = splits_from_args(args)[1]
-    spec = data_spec_from_args(args, args.recipe.get('data'))
-    images = len(create_datasets(spec, (split,), input_channels(args))[0])
     best = max(c.pilot for c in candidates)
-    error = 100 * (max(best / 100 * (1 - best / 100), 0.) / images) ** 0.5
+    error = 100 * (max(best / 100 * (1 - best / 100), 0.) / len(_images(args, splits_from_args(args)[1]))) ** 0.5
     return next(c for c in reversed(candidates) if c.pilot >= best - 2 * error)
 
 
-class _Progress:
-    """What an interrupted `fit` goes on from: `fit.json` in the folder of its pilots."""
-
-    def __init__(self, folder: Path, asked: Sequence[str]):
-        self.folder, self.asked = folder, list(asked)
-        self.words: list[str] = []
-        self.candidates: list[Candidate] = []
-        self.winner: Optional[Candidate] = None
-        file = folder / 'fit.json'
-        state = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
-        if state.get('asked') != self.asked:
-            shutil.rmtree(folder, ignore_errors=True)  # of another fit
-        else:
-            self.words = state['words']
-            self.candidates = [Candidate(**{**c, 'flags': tuple(c['flags'])}) for c in state['candidates']]
-            self.winner = next((c for c in self.candidates if c.name == state['winner']), None)
-
-    def write(self) -> None:
-        state = dict(
-            asked=self.asked, words=self.words, winner=self.winner and self.winner.name,
-            candidates=[asdict(c) for c in self.candidates])
-        write_text(self.folder / 'fit.json', json.dumps(state, indent=1))
+def _images(args: argparse.Namespace, split: str) -> Mixture:
+    return create_dataset(data_spec_from_args(args, args.recipe.get('data')), split, input_channels(args))
 
 
 def complete(words: Sequence[str], data: Optional[Mapping] = None) -> list[str]:
@@ -247,16 +263,14 @@ def complete(words: Sequence[str], data: Optional[Mapping] = None) -> list[str]:
         if _unsplit(data_spec_from_args(argparse.Namespace(**{**vars(given), 'group': None}))):
             words += ['--val-share', '0.2']
             given.val_share = 0.2
-    train = create_datasets(
-        data_spec_from_args(given, given.recipe.get('data')), ('train',), input_channels(given))[0]
-    plain = parse_args(words, data)
+    images, plain = len(_images(given, 'train')), parse_args(words, data)
     if 'batch_size' not in plain.explicit:
         batch = 32
-        while batch > 4 and len(train) < 8 * batch:
+        while batch > 4 and images < 8 * batch:
             batch //= 2
         words += ['--batch-size', str(batch)]
     if plain.epochs is None and 'epochs' not in plain.recipe.get('plan', {}):
-        epochs = max(5, min(30, round(10000 / len(train))))
+        epochs = max(5, min(30, round(10000 / images)))
         if plain.budget is not None:
             epochs = max(3, min(100, epochs_within([*COMMON, *words], pilots=1.5)))
         words += ['--epochs', str(epochs)]
@@ -289,42 +303,28 @@ def epochs_within(words: Sequence[str], pilots: float = 1.) -> int:
         raise UserError('--budget: times an epoch in one process; give --epochs')
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix='timm_amf-') as scratch:
-        _run([*words, '--epochs', '1', '--head-start', 'zero', '--resume', ''], Path(scratch) / 'timing', quiet=True)
+        run([*words, '--epochs', '1', '--head-start', 'zero', '--resume', '', *_where(Path(scratch, 'timing'))], True)
     return max(1, round(60 * args.budget / (pilots * (time.monotonic() - start))))
 
 
-def _slug(candidate: Candidate) -> str:
-    return ''.join(c if c.isalnum() or c in '.-' else '-' for c in candidate.name)
-
-
-def _run(words: Sequence[str], folder: Path, quiet: bool) -> None:
-    train = importlib.import_module('train_amf').train
-    where = ['--output', str(folder.parent), '--experiment', folder.name, '--tracker', 'none']
-    with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
-        train([*words, *where])
-
-
-def _train(candidate: Candidate, words: Sequence[str], output: Path, experiment: Optional[str] = None) -> None:
-    """Train a candidate: its pilot, or as the experiment that is left."""
-    start, folder = time.monotonic(), output / (experiment or _slug(candidate))
-    mix = ['--wise-ft'] if experiment else []
-    words = words if experiment else [word for word in words if word != '--report']
+def _train(candidate: Candidate, words: Sequence[str], folder: Path, quiet: bool = False) -> None:
+    """Train a candidate, or go on with that."""
     try:
-        _run([*COMMON, *candidate.flags, *words, *mix, '--resume', 'auto'], folder, quiet=not experiment)
-        best = best_epoch(folder)
-        metric, loss = best[load_yaml(folder / 'args.yaml').get('eval_metric', 'top1')], best['loss']
+        run([*COMMON, *candidate.flags, *words, '--resume', 'auto', *_where(folder)], quiet)
     except Interrupted as e:
         raise Interrupted(e.signum, 'stopped; the same command goes on where it stopped') from e
-    except UserError as e:
-        if experiment or 'not finite' not in str(e):
-            raise
-        metric, loss = float('-inf'), float('inf')  # its LR is too high for these data
-    if experiment:
-        candidate.metric = metric
-    else:
-        candidate.pilot, candidate.loss = metric, loss
-        print(f'pilot of {candidate.name}: {metric:.2f}', flush=True)
-    candidate.seconds += time.monotonic() - start
+
+
+def _where(folder: Path) -> list[str]:
+    return ['--output', str(folder.parent), '--experiment', folder.name, '--tracker', 'none']
+
+
+def run(words: Sequence[str] = (), quiet: bool = False, args: Optional[argparse.Namespace] = None) -> None:
+    """`timm-amf train` by a command line, or by options; quiet: without what it prints."""
+    from train_amf import train  # which calls this module
+
+    with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
+        train(words, args=args)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -333,18 +333,13 @@ def main(argv: Sequence[str]) -> None:
         prog='timm-amf fit', add_help=False, allow_abbrev=False, usage='%(prog)s [DIR] [--model NAME] [flags of train]',
         description='Fine-tune a model: measure a few ways on the data, train the best to the end.')
     parser.add_argument('-h', '--help', action='store_true', help='show this; timm-amf train --help shows its flags')
-    # Listed here, read with the rest.
     parser.add_argument('--budget', metavar='MINUTES', help='about how long it may take, pilots included')
-    own, words = parser.parse_known_args(argv)
-    if own.help:
+    if {'-h', '--help'} & set(argv):  # the flags are read with those of train
         parser.print_help()
         return
-    if own.budget is not None:
-        words = [*words, '--budget', own.budget]
+    words = list(argv)
     if not any(word.split('=')[0] in ('--model', '--config', '-c') for word in words):
-        words = [*words, '--model', MODEL]
+        words += ['--model', MODEL]
     found = fit_words(words)
-    run = found.folder
-    print(f'{found}\n\nNext: timm-amf evaluate {run}')
-    print(f'      timm-amf export {run} --format onnx')
-    print(f'      timm-amf publish {run} --repo-id OWNER/NAME --license ID')
+    print(f'{found}\n\nNext: timm-amf evaluate {found.folder}\n      timm-amf export {found.folder} --format onnx\n'
+          f'      timm-amf publish {found.folder} --repo-id OWNER/NAME --license ID')
