@@ -277,7 +277,7 @@ def test_first_block():
             create('test_vit', first_block=wrong)
 
 
-def test_folds_follow_what_is_trained_and_loaded():
+def test_routed_follows_what_is_trained_and_loaded():
     """Evaluation between the steps of training, through loading, and through a change of type."""
     model = create().eval()
     x = images()
@@ -338,7 +338,7 @@ def test_the_documentations_file():
 
 
 def test_a_part_in_another_mode():
-    """Setting a copy, or the backbone, to a mode of its own holds for the folded views as well."""
+    """Setting a copy, or the backbone, to a mode of its own holds."""
     class Noisy(nn.Sequential):
         def forward(self, x):
             return nn.functional.dropout(super().forward(x), 0.5, self.training)
@@ -502,7 +502,7 @@ def test_input_size():
         routed = model(x)
         assert routed.shape == (2, 3) and get_model_input_config(model)['input_size'] == (3, 96, 96)
         assert error(model.compact('tuned')(x), model.set_blocks('tuned') or model(x)) < 1e-5
-    # A convolutional stem that folds, in a network of fixed size: its views know the size.
+    # A convolutional stem in a network of fixed size.
     model = create('vit_tiny_r_s16_p8_224', backbone_kwargs=dict(depth=2)).eval()
     with torch.no_grad():
         model(images())

@@ -17,7 +17,7 @@ from timm_amf import fit
 from timm_amf.cli import main
 from timm_amf.engine.head import C_GRID, logistic_regression
 from timm_amf.engine.options import parse_args
-from timm_amf.errors import UserError
+from timm_amf.errors import Diverged
 from timm_amf.search.fit import Candidate, _choose, _contest, _Progress
 
 FLAGS = ['--model', 'test_resnet', '--img-size', '32', '--cpu', '-j', '0', '--batch-size', '8']
@@ -75,11 +75,11 @@ def test_fit(words, tmp_path, capsys):
 
 
 def test_an_interrupted_fit_goes_on(words, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(fit.__globals__, '_MANY_UPDATES', 1)
+    monkeypatch.setitem(_contest.__globals__, '_MANY_UPDATES', 1)
     assert main([*words, '--epochs', '16']) == 0
     whole = tmp_path / 'whole'
     (tmp_path / 'run').rename(whole)
-    original, calls = fit.__globals__['run'], []
+    original, calls = _contest.__globals__['run'], []
 
     def stopped(*args, **kwargs):
         calls.append(1)
@@ -87,7 +87,7 @@ def test_an_interrupted_fit_goes_on(words, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setitem(fit.__globals__, 'run', stopped)
+    monkeypatch.setitem(_contest.__globals__, 'run', stopped)
     codes = [main([*words, '--epochs', '16']) for _ in range(3)]
     assert codes == [130, 130, 0] and 'the same command goes on' in capsys.readouterr().err
     for name in ('last/model.safetensors', 'model_best.safetensors', 'summary.csv', 'mix.csv'):
@@ -120,7 +120,7 @@ def test_choice(images, monkeypatch, pilots, metric, winner):
 def test_a_pilot_that_diverges_is_not_chosen(images, tmp_path, monkeypatch, metric, bad):
     def train(candidate, *_, **__):
         if candidate.name == bad:
-            raise UserError('the loss is not finite in epoch 1')
+            raise Diverged('the loss is not finite in epoch 1')
     for name, value in (('_train', train), ('_MANY_UPDATES', 1), ('best_epoch', lambda _: dict(top1=50., loss=1.))):
         monkeypatch.setitem(_contest.__globals__, name, value)
     args = parse_args([str(images), '--val-share', '0.2', '--model', 'test_resnet', '--epochs', '16', '--eval-metric',

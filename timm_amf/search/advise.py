@@ -29,7 +29,7 @@ from scipy.stats import rankdata
 from timm_amf.data import DataSpec, Mixture, create_dataset, data_spec_from_args
 from timm_amf.engine import build
 from timm_amf.engine.options import parse_args, resolve_lr
-from timm_amf.errors import CommandParser, Interrupted, UserError
+from timm_amf.errors import CommandParser, Diverged, Interrupted, UserError
 from timm_amf.files import replacing
 from timm_amf.search.features import FeatureNet, Features, extract_features
 from timm_amf.search.fit import COMMON, complete, run
@@ -254,9 +254,7 @@ def _pilots(
         plan = plan.with_role('head', lr=lr).with_role('backbone', lr=lr, **(settings if by_rules else {}))
         try:
             metrics = _short_training(options, data, plan)
-        except UserError as e:
-            if 'not finite' not in str(e):
-                raise
+        except Diverged:
             metrics = dict(top1=float('-inf'), loss=float('inf'))  # its LR is too high for these data
         pilot = Pilot(lr, by_rules, metrics['top1'], metrics['loss'])
         print(f'{data.components[0].name} under {args.model}, {pilot}', file=sys.stderr)

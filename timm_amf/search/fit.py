@@ -36,9 +36,9 @@ from timm_amf.engine.build import input_channels
 from timm_amf.engine.checkpoint import read_state
 from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.engine.run_folder import best_epoch
-from timm_amf.errors import CommandParser, Interrupted, UserError
+from timm_amf.errors import CommandParser, Diverged, Interrupted, UserError
 from timm_amf.files import write_text
-from timm_amf.search.keywords import words_of
+from timm_amf.flags import words_of
 from timm_amf.tuning import Plan
 from timm_amf.tuning.plan_args import common_plan
 
@@ -221,9 +221,8 @@ def _contest(progress: _Progress, args: argparse.Namespace) -> None:
             epochs = str(whole // 6)  # two at least: fewer favour low LRs even more
             _train(candidate, [*words, '--epochs', epochs, '--val-interval', epochs], folder, quiet=True)
             best = best_epoch(folder)
-        except UserError as e:
-            if 'not finite' not in str(e):  # else its LR is too high for these data
-                raise
+        except Diverged:
+            pass  # its LR is too high for these data
         candidate.loss = best.get('loss', math.inf)
         candidate.pilot = candidate.loss if args.eval_metric == 'loss' else best.get(args.eval_metric, -math.inf)
         candidate.seconds += time.monotonic() - start

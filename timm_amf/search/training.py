@@ -38,8 +38,7 @@ from timm_amf.search.lockstep import (
     LockstepModel,
     LockstepUnfit,
     Member,
-    lockstep_member,
-    plain_member,
+    create_member,
 )
 from timm_amf.search.results import CandidateResult
 from timm_amf.tuning import GroupScheduler, Plan
@@ -206,10 +205,10 @@ class CandidateRuns:
         names = [n for g in groups if g['role'] != 'head' for n in g['param_names'] if n in self.trainable]
         if self.probe is not None and '' not in candidate.modules:
             try:
-                return lockstep_member(self.model, self.probe, candidate, self.head, names)
+                return create_member(self.model, candidate, self.head, names, self.probe)
             except LockstepUnfit as e:
                 _logger.info('%s trains on its own: %s', candidate.name, e)
-        return plain_member(self.model, candidate, self.head, names)
+        return create_member(self.model, candidate, self.head, names)
 
     def _network(self, members: Sequence[Member]) -> Lockstep:
         return Lockstep(self.model, self.probe, members, self.own_head)
