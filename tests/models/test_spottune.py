@@ -6,7 +6,7 @@ import timm
 import torch
 from architectures import ARCHITECTURES
 from safetensors.torch import save_file
-from spottune_sweep import check_architecture, error, problem, spread
+from spottune_sweep import COLUMNS, FILE, NAMES, check_architecture, error, problem, read, spread, told
 from test_routed_block import BACKBONES, choose, create, images
 from timm.models import FeatureInfo, create_feature_extractor, get_graph_node_names, group_parameters
 from timm.models._input import get_model_input_config
@@ -319,10 +319,22 @@ MODULES = ('dla', 'fasternet', 'ghostnet', 'levit', 'regnet', 'starnet')
 @pytest.mark.parametrize('module', [
     pytest.param(m, marks=() if m in MODULES else pytest.mark.slow) for m in ARCHITECTURES])
 def test_an_architecture_of_every_module_of_timm(module):
-    """Works, or is refused with the reason; the documentation's table has more of them."""
+    """Works, or is refused with the reason, as the documentation's file says, which has more of them."""
     row = check_architecture(ARCHITECTURES[module])
     assert 'refused' in row or not problem(row), row
     assert module not in MODULES or row['blocks'] >= 2
+    assert told(row) == read()[ARCHITECTURES[module]], 'run tests/models/spottune_sweep.py --names'
+
+
+def test_the_documentations_file():
+    """Is what the script writes, and what the page says of it."""
+    rows = read()
+    assert list(rows) == NAMES and all(tuple(row) == COLUMNS for row in rows.values())
+    refused = sum(bool(row['refused']) for row in rows.values())
+    modules = len({row['module'] for row in rows.values()})
+    page = ' '.join((FILE.with_name('spottune.md')).read_text(encoding='utf-8').split())
+    assert f'{len(rows)} small architectures, one to three of each of the {modules} model modules' in page
+    assert f'{len(rows) - refused} work and {refused} are refused' in page
 
 
 def test_a_part_in_another_mode():

@@ -419,7 +419,7 @@ def advise(
         source_classifier: bool = True,
         policy: Optional[str] = None,
         progress: bool = True,
-        **options,
+        **options: Any,
 ) -> Advice:
     """Measure how well pretrained weights fit the data, and propose a Plan by Table 7 of the non-binary paper.
 

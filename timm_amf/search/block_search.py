@@ -438,7 +438,7 @@ def search_blocks(
         config: Union[str, Path, None] = None,
         ways: Union[str, Sequence[str], None] = None,
         progress: bool = True,
-        **options,
+        **options: Any,
 ) -> BlockSearch:
     """Find the layers, blocks or windows of layers that are worth tuning (Algorithms 1 and 2 of the block-wise paper).
 
