@@ -30,7 +30,7 @@ from timm_amf.engine.options import parse_args, resolve_lr, save_args
 from timm_amf.engine.run import claim_folder, environment, find_resume, prepare_folder
 from timm_amf.engine.task import AdaptiveTask, create_criterion
 from timm_amf.engine.wise import mix_with_start, prepare_mix
-from timm_amf.errors import UserError, run_command, without_traceback_flag
+from timm_amf.errors import UserError, run_command
 from timm_amf.files import write_text
 from timm_amf.models.method import RunSettings, method_of
 from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args
@@ -172,8 +172,9 @@ def _train(
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `train` as a command; see `errors.run_command` for the exit codes."""
-    words, show_traceback = without_traceback_flag(sys.argv[1:] if argv is None else argv)
-    return run_command('train_amf.py', lambda: train(words) and None, show_traceback=show_traceback)
+    argv = sys.argv[1:] if argv is None else argv
+    words = [word for word in argv if word != '--traceback']
+    return run_command('train_amf.py', lambda: train(words) and None, show_traceback='--traceback' in argv)
 
 
 if __name__ == '__main__':

@@ -22,7 +22,7 @@ from torch import nn
 from timm_amf.engine.memory import keep_freed_memory, saved_bytes
 from timm_amf.models.blocks import classifiers, probe_units
 from timm_amf.search.candidates import Candidate, block_candidates, candidate_parameters
-from timm_amf.search.lockstep import Lockstep, Member, lockstep_member
+from timm_amf.search.lockstep import Lockstep, Member, create_member
 from timm_amf.tuning.freeze import freeze_norm
 from timm_amf.tuning.resolve import running_norms
 
@@ -58,7 +58,7 @@ def measure(args, name: str) -> bool:
     (head,) = classifiers(model)
 
     def lockstep(chosen: Sequence[Candidate]) -> tuple[Lockstep, Callable[[], None]]:
-        members = [lockstep_member(model, probe, c, head, candidate_parameters(model, c)) for c in chosen]
+        members = [create_member(model, c, head, candidate_parameters(model, c), probe) for c in chosen]
         net = Lockstep(model, probe, members)
         return net, stepper(lambda: net(x), members, y)
 

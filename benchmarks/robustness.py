@@ -106,7 +106,8 @@ def command_lines(case: Case, base: Path) -> str:
     for action in rng.sample([a for a in flags if 'publish' not in a.dest], rng.choice((1, 1, 2, 3))):
         words.append(rng.choice(action.option_strings))
         number = rng.randint(0, 3) if action.nargs in ('+', '*', '?') else {None: 1}.get(action.nargs, action.nargs)
-        wanted = {int: [w for w in NUMBERS if w.isdigit()], float: [w for w in NUMBERS if w]}.get(action.type, WORDS)
+        kind = getattr(action.type, '__name__', '')
+        wanted = {'int': [w for w in NUMBERS if w.isdigit()], 'float': [w for w in NUMBERS if w]}.get(kind, WORDS)
         values = WORDS if rng.random() < 0.1 else action.choices or wanted
         words += [str(rng.choice(list(values))) for _ in range(number)]
     words += ['--aug-splits', '1000000'] * (rng.random() < 0.05)

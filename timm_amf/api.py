@@ -19,7 +19,8 @@ from timm_amf.engine.evaluation import Row
 from timm_amf.engine.opened import RunOptions
 from timm_amf.engine.run_folder import best_epoch
 from timm_amf.errors import CommandParser, UserError, user_errors
-from timm_amf.search.keywords import keyword_words, words_of
+from timm_amf.flags import words_of
+from timm_amf.search.keywords import keyword_words
 from timm_amf.tuning import Plan
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def report(runs: Paths, output: Union[str, Path, None] = None, **options: Any) -
     """Write a page of figures and tables about runs, as `timm-amf report` does.
 
     Args:
-        runs: Folder of a run or of a search, or folders of several runs.
+        runs: Folder of a run, of a search or of a sweep, or folders of several runs.
         output: Folder of the page. None: `report/` in that of the first run.
         **options: Flags of `timm-amf report` by name, such as `split`, `data_dir`, `no_eval`.
 

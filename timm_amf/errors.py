@@ -12,10 +12,10 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NoReturn, Optional
 
-__all__ = ['TOKEN', 'CommandParser', 'Interrupted', 'UserError', 'run_command', 'user_errors', 'without_traceback_flag']
+__all__ = ['TOKEN', 'CommandParser', 'Diverged', 'Interrupted', 'UserError', 'run_command', 'user_errors']
 
 # Exceptions that are no defect of this package, by module and name, since importing their modules takes seconds.
 _EXPECTED = {
@@ -52,6 +52,10 @@ class UserError(Exception):
     """A mistake that a user can mend: one line that names the thing and the remedy."""
 
 
+class Diverged(UserError):
+    """A training whose loss or weights are no longer finite: its LR is too high, for who tries several."""
+
+
 class Interrupted(Exception):
     """A signal asked a run to stop, and it stopped with a checkpoint.
 
@@ -68,7 +72,7 @@ class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are `UserError`: without the usage, which would hide the one line that matters."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(re.sub(r'^argument (?:-\w+/)*(--[\w-]+)[^:]*: ', r'\1: ', message))
 
 
 def run_command(
@@ -130,34 +134,29 @@ def user_errors() -> Iterator[None]:
         raise UserError(_one_line(message)) from e
 
 
-def without_traceback_flag(argv: Sequence[str]) -> tuple[list[str], bool]:
-    """The arguments without `--traceback`, and whether it was there."""
-    return [word for word in argv if word != '--traceback'], '--traceback' in argv
-
-
 @contextlib.contextmanager
 def _each_once() -> Iterator[None]:
     """Log no message twice: the runs of `fit` or `sweep` say the same of the same data."""
-    filters = [(handler, _new_messages()) for handler in logging.getLogger().handlers]
-    for handler, is_new in filters:
-        handler.addFilter(is_new)
+    # One filter for each handler: of one for all, the first handler would take each message from the others.
+    filters = [(handler, _NewMessages()) for handler in logging.getLogger().handlers]
+    for handler, new in filters:
+        handler.addFilter(new)
     try:
         yield
     finally:
-        for handler, is_new in filters:
-            handler.removeFilter(is_new)
+        for handler, new in filters:
+            handler.removeFilter(new)
 
 
-def _new_messages() -> Callable[[logging.LogRecord], bool]:
-    """A filter of one handler: with one for all, the first of them would take each message from the others."""
-    said: set[str] = set()
+class _NewMessages(logging.Filter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
 
-    def is_new(record: logging.LogRecord) -> bool:
-        new = record.getMessage() not in said
-        said.add(record.getMessage())
-        return new
-
-    return is_new
+    def filter(self, record: logging.LogRecord) -> bool:
+        before = len(self.said)
+        self.said.add(record.getMessage())
+        return len(self.said) > before
 
 
 def _explain(error: BaseException) -> Optional[str]:

@@ -37,9 +37,6 @@ def replacing(
         path: The file.
         remedy: What to do where it cannot be written.
         label: What to call it then; None is its path.
-
-    Raises:
-        UserError: If it cannot be written; what was there before is then as it was.
     """
     path = Path(path)
     temporary = path.with_name(f'{path.name}.tmp')

@@ -1,7 +1,10 @@
-"""Tables for a terminal."""
-from collections.abc import Sequence
+"""Tables for a terminal and as CSV."""
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-__all__ = ['columns']
+__all__ = ['columns', 'csv_text']
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -17,3 +20,10 @@ def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
         cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
         lines.append('  '.join(cells).rstrip())
     return '\n'.join(lines)
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows, the heading first, as CSV; None is empty."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows(rows)
+    return text.getvalue()

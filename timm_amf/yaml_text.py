@@ -1,8 +1,9 @@
 """YAML that people and runs write, read as plain data of a bounded size; all that is wrong with it is a `UserError`."""
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, NoReturn, Union
 
 import yaml
 
@@ -10,7 +11,7 @@ from timm_amf.errors import UserError
 
 __all__ = ['MAX_NUMBER', 'load_yaml', 'parse_yaml']
 
-_MAX_BYTES, _MAX_DEPTH, _MAX_VALUES = 1 << 20, 30, 50_000
+_MAX_CHARS, _MAX_DEPTH, _MAX_VALUES = 1_000_000, 30, 50_000
 MAX_NUMBER = 2 ** 63 - 1  # what numbers of YAML and of flags may be
 _KINDS = ('null', 'bool', 'int', 'float', 'str', 'seq', 'map')
 
@@ -26,6 +27,24 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {
         first: [(tag, regexp) for tag, regexp in rows if not tag.endswith(':timestamp')]
         for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    def compose_node(self, parent, index):
+        """Refuses what is nested deeply, holds itself, or is much longer than it looks because of aliases."""
+        self.depth = getattr(self, 'depth', 0) + 1
+        if self.depth > _MAX_DEPTH:
+            _refuse('is nested too deeply', self.peek_event())
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if is_alias and not hasattr(node, 'size'):
+            _refuse('holds itself', node)
+        if not is_alias:
+            pairs = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = itertools.chain(*pairs) if isinstance(node, yaml.MappingNode) else pairs
+            node.size = 1 + sum(part.size for part in parts)
+        if node.size > _MAX_VALUES:
+            _refuse('has too many values', node)
+        return node
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -53,22 +72,13 @@ _Loader.add_implicit_resolver(
     'tag:yaml.org,2002:float', re.compile(r'^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$'), list('-+0123456789'))
 
 
-def _refuse(problem: str, node: yaml.Node) -> None:
-    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+def _refuse(problem: str, at: Union[yaml.Node, yaml.Event]) -> NoReturn:
+    raise yaml.MarkedYAMLError(None, None, problem, at.start_mark)
 
 
 def parse_yaml(text: str, where: Union[str, Path]) -> Any:
-    """Reads YAML.
-
-    Args:
-        text: The YAML.
-        where: What messages call it.
-
-    Raises:
-        UserError: If it is not valid, or of a size that no settings have.
-    """
+    """Reads YAML; `where` is what messages call it."""
     try:
-        _check_size(text)
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, 'problem_mark', None)
@@ -77,47 +87,16 @@ def parse_yaml(text: str, where: Union[str, Path]) -> Any:
         raise UserError(f'{where}{line}: not valid YAML: {problem}') from error
 
 
-def _check_size(text: str) -> None:
-    """Refuses what is nested deeply, or is much longer than it looks because of aliases, before anything is built."""
-    sizes: dict[str, int] = {}  # values under each anchor
-    open_: list[tuple] = []  # anchor of each collection that has begun, and the values before it
-    count = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        problem = None
-        if isinstance(event, yaml.CollectionEndEvent):
-            anchor, before = open_.pop()
-            sizes[anchor] = count - before
-        elif isinstance(event, yaml.AliasEvent):
-            count += sizes.get(event.anchor, 1)
-            if any(anchor == event.anchor for anchor, _ in open_):
-                problem = 'holds itself'
-        elif isinstance(event, yaml.CollectionStartEvent):
-            open_.append((event.anchor, count))
-            count += 1
-        elif isinstance(event, yaml.ScalarEvent):
-            count += 1
-        if problem or len(open_) > _MAX_DEPTH or count > _MAX_VALUES:
-            problem = problem or ('is nested too deeply' if len(open_) > _MAX_DEPTH else 'has too many values')
-            raise yaml.MarkedYAMLError(None, None, problem, event.start_mark)
-
-
 def load_yaml(path: Union[str, Path]) -> Mapping:
-    """Reads a YAML file of keys and values.
-
-    Raises:
-        UserError: If it cannot be read, or is no such file.
-    """
+    """Reads a YAML file of keys and values."""
     try:
-        with open(path, 'rb') as file:
-            data = file.read(_MAX_BYTES + 1)
-        if len(data) > _MAX_BYTES:
-            raise UserError(f'{path}: is too long for a file of settings, which has at most {_MAX_BYTES >> 20} MiB')
-        text = data.decode('utf-8')
+        with open(path, encoding='utf-8') as file:
+            text = file.read(_MAX_CHARS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path}: cannot be read: {error}') from error
+    if len(text) > _MAX_CHARS:
+        raise UserError(f'{path}: is too long for a file of settings, which has at most {_MAX_CHARS} characters')
     content = parse_yaml(text, path)
-    if content is None:
-        return {}
-    if not isinstance(content, Mapping):
+    if not isinstance(content, (Mapping, type(None))):
         raise UserError(f'{path}: must hold keys and values, such as "epochs: 30", not a {type(content).__name__}')
-    return content
+    return content or {}

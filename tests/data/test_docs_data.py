@@ -30,7 +30,7 @@ def test_yaml(text):
 @pytest.mark.parametrize('text', blocks('bash'))
 def test_flags(text, tmp_path):
     words = text.replace('\\\n', ' ').replace('/data/pets', str(tmp_path)).split()
-    assert words[:2] == ['python', 'train_amf.py']
+    assert words[:2] == ['timm-amf', 'train']
     assert data_spec_from_args(parse_args([*words[2:], '--output', str(tmp_path)])).components
 
 

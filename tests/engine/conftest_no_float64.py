@@ -99,8 +99,8 @@ def no_float64(monkeypatch):
     monkeypatch.setattr(build, 'build_accelerator', on_device)
     monkeypatch.setattr(torch.nn.Module, 'to', _module_to)
     # A view of what a function of one's own gives, which the class makes here, must not be changed in place.
-    scaled = folding._ScaledConv.apply
-    monkeypatch.setattr(folding._ScaledConv, 'apply', lambda *args: scaled(*args).clone())
+    fixed = folding._FixedConv.apply
+    monkeypatch.setattr(folding._FixedConv, 'apply', lambda *args: fixed(*args).clone())
     monkeypatch.setattr(torch.mps, 'get_rng_state', lambda device: torch.default_generator.get_state())
     monkeypatch.setattr(torch.mps, 'set_rng_state', lambda state, device: torch.default_generator.set_state(state))
     monkeypatch.setattr(torch.mps, 'manual_seed', lambda seed: None)

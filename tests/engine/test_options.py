@@ -16,6 +16,7 @@ from timm_amf.engine import config_file
 from timm_amf.engine.options import build_parser, parse_args, resolve_lr, resolve_trackers, save_args
 from timm_amf.engine.timm_flags import REFUSED, REFUSED_VALUES, REPLACED, why_refused
 from timm_amf.errors import UserError
+from timm_amf.flags import KeyValues, words_of
 from timm_amf.tuning import Plan, Schedule, plan_args, plan_from_args
 
 # The parser of timm's train.py as it was read in August 2026: names | default | type and number of values.
@@ -237,7 +238,7 @@ def other_value(action):
     """A value on the command line, and what it is read as, that differs from the default of a flag."""
     if action.nargs == 0:
         return [], not action.default
-    if isinstance(action, config_file.KeyValues):
+    if isinstance(action, KeyValues):
         return ['a=1', 'b=x'], {'a': 1, 'b': 'x'}
     word = next((c for c in action.choices or () if c and c != action.default), '3')
     value = action.type(word)
@@ -274,7 +275,7 @@ def test_timm_flag(parser, names, default, kind):
 
     values = {
         'switch': ([], True), 'mapping': (['a=1', 'b=x'], {'a': 1, 'b': 'x'}),
-        'int': (['3'], 3), 'float': (['3'], 3.0), 'int+': (['3', '4'], [3, 4]), 'float+': (['3', '4'], [3.0, 4.0]),
+        'int': (['3'], 3), 'float': (['1'], 1.0), 'int+': (['3', '4'], [3, 4]), 'float+': (['3', '4'], [3.0, 4.0]),
         'int3': (['3', '4', '5'], [3, 4, 5]), 'str': (['x'], 'x'), 'str?': (['x'], 'x'),
         'str+': (['x', 'y'], ['x', 'y']),
     }
@@ -456,21 +457,23 @@ def test_sections_of_a_recipe(recipe, folder):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('epochs: ten', "epochs: must be int, not 'ten'"),
-    ('epochs: 3.0', 'epochs: must be int, not 3.0'),
+    ('epochs: ten', "epochs: invalid int value: 'ten'"),
+    ('epochs: 3.0', "epochs: invalid int value: '3.0'"),
     ('epochs: true', 'epochs: must be int, not True'),
     ('epochs: [3]', r'epochs: must be int, not \[3\]'),
-    ('lr: fast', 'lr: must be float'),
+    ('lr: fast', 'lr: invalid float value'),
+    ('reprob: 2', 'reprob: must be between 0 and 1, not 2'),
+    ('mean: {a: 1}', 'mean: must be float'),
     ('epohcs: 3', 'epohcs: unknown key, did you mean epochs?'),
     ('seed:', 'seed: has no value'),
-    ('experiment: 007', 'experiment: must be str, not 7 .put it in quotes'),
+    ('experiment: 007', 'experiment: must be text, not 7; put it in quotes'),
     ('amp: 1', 'amp: must be true or false, not 1'),
     ('check_images: maybe', 'check_images: must be true or false'),
-    ('input_size: [3, 224]', r'input_size: must be a list of 3 values, not \[3, 224\]'),
-    ('opt_betas: []', 'opt_betas: must not be empty'),
-    ('opt_betas: [0.9, x]', "opt_betas: must be float, not 'x'"),
+    ('input_size: [3, 224]', 'input_size: expected 3 arguments'),
+    ('opt_betas: []', 'opt_betas: expected at least one argument'),
+    ('opt_betas: [0.9, x]', "opt_betas: invalid float value: 'x'"),
     ('model_kwargs: 3', 'model_kwargs: must be a mapping'),
-    ('sched: cosin', "sched: 'cosin' is not one of .*did you mean cosine?"),
+    ('sched: cosin', "sched: invalid choice: 'cosin' .*cosine"),
     ('plan: 3', r'plan: must be a section \(a mapping\), not 3'),
     ('card: text', 'card: must be a section'),
     ('config: other.yaml', 'config: unknown key'),
@@ -481,14 +484,16 @@ def test_sections_of_a_recipe(recipe, folder):
     ('seed: 1' + '0' * 400, 'line 1: not valid YAML: 1000.* is too large a number'),
     ('seed: ' + '9' * 5000, "line 1: not valid YAML: '999.*' is no int"),
     ('lr: !!float x', "'x' is no float"),
-    ('seed: 2024-01-01', "seed: must be int, not '2024-01-01'"),
+    ('seed: 2024-01-01', "seed: invalid int value: '2024-01-01'"),
     ('seed: !!timestamp x', 'could not determine a constructor'),
     ('seed: !!python/object/apply:os.getcwd []', 'could not determine a constructor'),
     ('model_kwargs: {1: 2}', 'the key 1 is no text; put it in quotes'),
     ('model_kwargs: {[1]: 2}', 'a key is a list or a mapping'),
     ('mean: &a [*a]', 'line 1: not valid YAML: holds itself'),
     ('mean: ' + '[' * 5000, 'line 1: not valid YAML: is nested too deeply'),
-    ('a: &a [1, 1]\n' + 'b: &b [*a, *a]\nb: &a [*b, *b, *b]\n' * 12, 'not valid YAML: has too many values'),
+    ('a0: &a0 [1]\n' + ''.join(f'a{i}: &a{i} [{f"*a{i - 1}, " * 9}]\n' for i in range(1, 12)),
+     'not valid YAML: has too many values'),
+    ('mean: &a {b: *a}', 'holds itself'),
     ('mean: [' + '0, ' * 60_000 + ']', 'not valid YAML: has too many values'),
     ('explicit: 5', 'explicit: must be a list of flags, not 5'),
     ('# ' + 'x' * 2 ** 21, 'is too long for a file of settings'),
@@ -535,7 +540,7 @@ def test_recipes_are_looked_for_in_wheel_and_checkout():
 
 @pytest.mark.parametrize('words', [
     [],
-    ['--amp', '--amp-dtype', 'bfloat16', '--mean', '0.1', '0.2', '0.3', '--model-kwargs', 'a=1', 'b=x', '--lr', '1e-5'],
+    ['--amp', '--amp-dtype', 'bfloat16', '--mean', '.1', '-1e-5', '.3', '--model-kwargs', 'a=1', 'b=x', '--lr', '1e-5'],
     ['--branch-lr', '1e-4', '0.1', '--freeze', 'policy', '--role', 'branch.0.lr=1', '--no-check-images', '--bce-loss'],
     ['--tracker', 'none', '--cpu', '--torchcompile', '--wandb-tags', '1', 'yes', '--experiment', '007'],
     ['--device', 'cpu', '--drop-con', '0.1', '--resume', 'auto', '--dist-bn', '', '--clip-grad', '1', '--pin-mem'],
@@ -553,6 +558,19 @@ def test_saved_options_load_to_an_equal_namespace(tmp_path, folder, recipe, word
         assert all(type(value) is type(getattr(args, name)) for name, value in vars(again).items())
     changed = parse_args(['--config', str(tmp_path / 'args.yaml'), '--seed', '1'])
     assert changed.seed == 1 and changed.explicit == args.explicit | {'seed'}
+
+
+def test_a_setting_is_the_same_in_python_in_a_file_and_on_the_command_line(recipe, folder):
+    settings = dict(
+        model='resnet18', batch_size=8, lr=1e-3, amp=True, mean=[0.5, -1e-5, 0], model_kwargs={'a': (1, 'x'), 'b': '1'},
+        branch_lr=[0.1, 0.2], freeze=['policy'], check_images=False, torchcompile='eager', mixup=0.2, seed=0)
+    words = words_of(build_parser(), settings)
+    line = parse_args([folder, *words])
+    assert {name: getattr(line, name) for name in settings} == settings
+    text = yaml.safe_dump({**settings, 'model_kwargs': {'a': "(1, 'x')", 'b': '1'}})
+    file = parse_args([folder, '--config', recipe(text)])
+    file.config = line.config
+    assert vars(file) == vars(line)
 
 
 def test_plan_file_takes_the_place_of_the_section(tmp_path, folder, recipe):
@@ -581,12 +599,12 @@ def test_saved_options_hold_no_secrets(tmp_path, folder, recipe):
     ('--epocs 3', 'unknown flag --epocs, did you mean --epochs?'),
     ('--zzzzzz', 'unknown flag --zzzzzz; --help lists them'),
     ('extra', "unexpected argument 'extra'"),
-    ('--epochs ten', "argument --epochs: invalid int value: 'ten'"),
-    ('--epochs', 'argument --epochs: expected one argument'),
-    ('--input-size 3 224', 'argument --input-size: expected 3 arguments'),
-    ('--sched cos', "argument --sched: invalid choice: 'cos'"),
-    ('--eval-metric f1', "argument --eval-metric: invalid choice: 'f1'"),
-    ('--model-kwargs x', "argument --model-kwargs: 'x' is not of the form key=value"),
+    ('--epochs ten', "--epochs: invalid int value: 'ten'"),
+    ('--epochs', '--epochs: expected one argument'),
+    ('--input-size 3 224', '--input-size: expected 3 arguments'),
+    ('--sched cos', "--sched: invalid choice: 'cos'"),
+    ('--eval-metric f1', "--eval-metric: invalid choice: 'f1'"),
+    ('--model-kwargs x', "--model-kwargs: 'x' is not of the form key=value"),
     ('--data-dir elsewhere', 'two folders of data'),
     ('--epochs -1', 'plan: epochs must be at least 0, not -1'),
     ('-b 0', '--batch-size: must be at least 1, not 0'),
@@ -594,6 +612,8 @@ def test_saved_options_hold_no_secrets(tmp_path, folder, recipe):
     ('--lr -0.1', '--lr: must be above 0, not -0.1'),
     ('--lr nan', '--lr: must be finite, not nan'),
     ('--lr 0.1 --min-lr 0.2', '--min-lr: 0.2 is above --lr 0.1'),
+    ('--mixup-off-epoch 3', '--mixup-off-epoch: has no effect without --mixup or --cutmix or --cutmix-minmax'),
+    ('--aug-splits 2 --batch-size x', "--batch-size: invalid int value: 'x'"),
     ('--decay-milestones 3 2', 'plan.schedule: decay_milestones must increase, not [3, 2]'),
     ('--start-epoch 301', '--start-epoch: 301 is beyond the 300 epochs of the run'),
     ('--reprob 1.5', '--reprob: must be between 0 and 1, not 1.5'),
@@ -614,7 +634,7 @@ def test_saved_options_hold_no_secrets(tmp_path, folder, recipe):
     ('--bce-sum', '--bce-sum: only the binary cross-entropy has it; add --bce-loss'),
     ('--bce-loss --loss ce', '--bce-loss and --loss ce: give one'),
     ('--amp --mixed-precision bf16', '--amp with --amp-dtype float16 and --mixed-precision bf16: give one'),
-    ('--amp --cpu', 'fp16 mixed precision needs a GPU; on the CPU use --amp-dtype bfloat16'),
+    ('--amp --cpu', '--cpu: fp16 mixed precision needs a GPU; use --amp-dtype bfloat16'),
     ('--mixed-precision bf16 --model-dtype bfloat16', '--model-dtype: bfloat16 and mixed precision'),
     ('--eval-only', '--eval-only: there are no weights to evaluate'),
     ('--resume nowhere', '--resume: nowhere does not exist'),
@@ -704,6 +724,7 @@ def test_help(capsys):
         parse_args(['--help'])
     assert leave.value.code == 0
     text = capsys.readouterr().out
+    assert text.index('What matters most') < text.index('--model NAME') < text.index('Dataset parameters:')
     for title in ('Dataset', 'Model', 'Gradient', 'Miscellaneous', 'Plan', 'Mixture', 'Run'):
         assert f'\n{title} parameters:' in text
     assert '--naflex' not in text and '(default: 0.9998)' in text and '(default: None)' not in text

@@ -18,6 +18,7 @@ from timm_amf.engine.checkpoint import read_class_names
 from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs
 from timm_amf.engine.run import claim_folder
 from timm_amf.engine.run_folder import open_run
+from timm_amf.errors import Diverged
 
 PLAIN = [
     '--model', 'test_resnet', '--img-size', '32', '-b', '8', '--epochs', '2', '--workers', '0', '--lr', '0.05',
@@ -266,7 +267,7 @@ def test_a_checkpoint_between_two_renames_is_found(trained):
     ['--lr', '1e30', '--model-ema', '--train-batches-per-epoch', '1', '--val-interval', '9'],
 ])
 def test_nothing_that_is_saved_is_not_finite(run, tmp_path, flags):
-    with pytest.raises(UserError, match='not finite.*lower the LR'):
+    with pytest.raises(Diverged, match='not finite.*lower the LR'):
         run('first', *flags, base=PLAIN)
     for path in (tmp_path / 'first').rglob('*.safetensors'):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path

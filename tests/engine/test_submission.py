@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from timm_amf.cli import main
+from timm_amf.engine.opened import RunOptions
 from timm_amf.engine.submission import Predictions, predict_run, write_results
 from timm_amf.errors import UserError
 
@@ -100,14 +101,14 @@ def test_last_weights_and_a_run_that_moved(train, data, tmp_path):
     images = json.loads((data / 'annotations/aircraft_test_stripped.json').read_text())['images']
     paths = [data / image['file_name'] for image in images]
     for weights, file in (('last', 'last/ema.safetensors'), ('best', 'model_best.safetensors')):
-        got = predict_run(moved, str(data), weights=weights, cpu=True, batch_size=4)
+        got = predict_run(moved, 'test', RunOptions(data_dir=str(data), weights=weights, cpu=True, batch_size=4))
         assert got.category_ids == [10_000_001 + c for c in expected(moved, paths, file)]
         assert got.image_ids == [image['id'] for image in images] and got.accuracy is None
     (moved / 'last/ema.safetensors').unlink()
     with pytest.raises(UserError, match='ema.safetensors: is not there'):
-        predict_run(moved, str(data), weights='last', cpu=True)
+        predict_run(moved, 'test', RunOptions(data_dir=str(data), weights='last', cpu=True))
     (moved / 'last/digests.json').unlink()  # as of a run of an older version
-    got = predict_run(moved, str(data), weights='last', cpu=True)
+    got = predict_run(moved, 'test', RunOptions(data_dir=str(data), weights='last', cpu=True))
     assert got.category_ids == [10_000_001 + c for c in expected(moved, paths, 'last/model.safetensors')]
 
 
@@ -120,7 +121,7 @@ def test_what_cannot_be_submitted(train, data, tmp_path, capsys):
     with pytest.raises(UserError, match='cannot be written'):
         write_results([Predictions('dtd', [1], [2])], tmp_path)
     with pytest.raises(UserError, match='no folder annotations'):
-        predict_run(run, str(tmp_path))
+        predict_run(run, 'test', RunOptions(data_dir=str(tmp_path)))
     options = yaml.safe_load((run / 'args.yaml').read_text())
     for changed, message in (
             (dict(dataset='', data_dir=str(tmp_path)), 'not on one domain'),

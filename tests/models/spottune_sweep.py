@@ -1,17 +1,17 @@
-"""SpotTune over architectures of every module of timm; as a script it writes the table of the documentation.
+"""SpotTune over architectures of every module of timm; as a script it writes docs/spottune_architectures.csv.
 
-    OMP_NUM_THREADS=1 python tests/models/spottune_sweep.py --table docs/spottune_architectures.md --rows rows.jsonl
+    OMP_NUM_THREADS=1 python tests/models/spottune_sweep.py --file all.csv          # all of them, anew
+    OMP_NUM_THREADS=1 python tests/models/spottune_sweep.py --names resnet50        # a row of the file anew
 
-Rows that are already in the file of `--rows` are not computed again. Each architecture has a process of its own, with
-limits of time and memory (`--seconds`, `--gib`).
+Rows that are already in the file are not computed again. Each architecture has a process of its own, with limits of
+time and memory (`--seconds`, `--gib`).
 """
 import argparse
 import copy
-import json
+import csv
 import multiprocessing
 import resource
 import sys
-import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +24,9 @@ from timm_amf.errors import UserError
 from timm_amf.models.blocks import probe_part
 from timm_amf.models.parts import Part
 
+FILE = Path(__file__).resolve().parents[2] / 'docs' / 'spottune_architectures.csv'
+COLUMNS = ('module', 'architecture', 'px', 'routed', 'not_routed', 'parameters_m', 'refused')
+NAMES = sorted([*ARCHITECTURES.values(), *MORE_ARCHITECTURES], key=timm.models._registry._model_to_module.get)
 BATCH = 3
 SIZES = (64, 96, 112, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
 POLICY = 'test_efficientnet'
@@ -205,69 +208,51 @@ def check_within_limits(name, seconds, gib):
     return row or dict(name=name, module=timm.models._registry._model_to_module[name], failure=reason)
 
 
-PAGE = """# Architectures that SpotTune routes
-
-Written by `tests/models/spottune_sweep.py`: {count} small architectures, one to three of each of the {modules} model
-modules of timm {version}. {works} work, {refused} are refused, {failed} fail.
-
-Each was built with `timm.create_model('spottune', backbone=...)`, its copies were made unlike, and it was run on three
-images of the smallest size, from 64 px on, that it takes. Outputs and intermediate features of `routed` and `both` were
-compared in evaluation (float32; the largest error was {eval_error:.0e} of the largest value), then the gradients of
-every trainable parameter in training with the frozen path frozen (float64; {grad_error:.0e} of each parameter's
-largest). Too large for float64 in the memory at hand, and in float32: {others}. After a step the frozen path was as
-before. Parameters count both copies, the policy and a classifier of 10 classes. A block that cannot be routed exists
-once and belongs to the stem.
-"""
+def told(row):
+    """The row of the file."""
+    refused = row.get('refused') or problem(row)
+    found = dict(module=row['module'], architecture=row['name'], refused=refused)
+    if not refused:
+        why = '; '.join(f'{count}: {reason}' for reason, count in row['unroutable'].items())
+        found.update(
+            px=row['size'], routed=row['blocks'], not_routed=why, parameters_m=f'{row["params"] / 1e6:.1f}')
+    return {column: str(found.get(column, '')) for column in COLUMNS}
 
 
-def table(rows):
-    """The page of the documentation."""
-    works = [r for r in rows if 'refused' not in r and not problem(r)]
-    refused = [r for r in rows if 'refused' in r]
-    failed = [r for r in rows if 'refused' not in r and problem(r)]
-    page = PAGE.format(
-        count=len(rows),
-        modules=len({r['module'] for r in rows}),
-        version=timm.__version__,
-        works=len(works),
-        refused=len(refused),
-        failed=len(failed),
-        eval_error=max(r['eval_error'] for r in works),
-        grad_error=max(r['grad_error'] for r in works if r['dtype'] == 'float64'),
-        others=', '.join(f"`{r['name']}` {r['grad_error']:.0e}" for r in works if r['dtype'] == 'float32') or 'none',
-    )
-    lines = ['\n\n'.join(textwrap.fill(p, 120, break_on_hyphens=False) for p in page.split('\n\n')), '']
-    lines += ['| module | architecture | px | routed | not routed, why | parameters |', '|---|---|---|---|---|---|']
-    for r in works:
-        why = '; '.join(f'{count}: {reason}' for reason, count in r['unroutable'].items())
-        lines.append(
-            f'| {r["module"]} | `{r["name"]}` | {r["size"]} | {r["blocks"]} | {why} | {r["params"] / 1e6:.1f} M |')
-    for title, those in (('Refused', refused), ('Failing', failed)):
-        if those:
-            lines += ['', f'## {title}', '', '| module | architecture | why |', '|---|---|---|']
-            lines += [f'| {r["module"]} | `{r["name"]}` | {r.get("refused") or problem(r)} |' for r in those]
-    return '\n'.join(lines) + '\n'
+def read(file=FILE):
+    """Its rows by the name of the architecture."""
+    with open(file, newline='', encoding='utf-8') as f:
+        return {row['architecture']: row for row in csv.DictReader(f)}
+
+
+def write(rows, file):
+    with open(file, 'w', newline='', encoding='utf-8') as f:
+        writer = csv.DictWriter(f, COLUMNS, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description='SpotTune over the architectures of timm.')
-    parser.add_argument('--table', metavar='MD', help='page to write')
-    parser.add_argument('--rows', metavar='JSONL', default='spottune_rows.jsonl', help='results, which are added to')
-    parser.add_argument('--names', nargs='+', metavar='NAME', help='architectures to do again; all if not given')
+    parser.add_argument('--file', default=FILE, type=Path, metavar='CSV', help='its rows are not computed again')
+    parser.add_argument('--names', nargs='+', metavar='NAME', help='architectures to do again')
     parser.add_argument('--seconds', type=int, default=300, help='limit for each architecture')
     parser.add_argument('--gib', type=int, default=24, help='limit of address space for each architecture')
     args = parser.parse_args()
     torch.set_num_threads(1)
-    file = Path(args.rows)
-    rows = {r['name']: r for r in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
-    names = sorted([*ARCHITECTURES.values(), *MORE_ARCHITECTURES], key=timm.models._registry._model_to_module.get)
-    for name in args.names or [n for n in names if n not in rows]:
-        rows[name] = check_within_limits(name, args.seconds, args.gib)
-        with file.open('a') as f:
-            f.write(json.dumps(rows[name]) + '\n')
-        print(name, rows[name].get('refused') or problem(rows[name]) or 'works', file=sys.stderr, flush=True)
-    if args.table:
-        Path(args.table).write_text(table([rows[n] for n in names if n in rows]))
+    rows = read(args.file) if args.file.exists() else {}
+    worst = Counter()
+    for name in args.names or [n for n in NAMES if n not in rows]:
+        row = check_within_limits(name, args.seconds, args.gib)
+        rows[name] = told(row)
+        write([rows[n] for n in NAMES if n in rows], args.file)
+        print(name, rows[name]['refused'] or 'works', file=sys.stderr, flush=True)
+        if not rows[name]['refused']:
+            for key, error in (('eval', row['eval_error']), (f'gradient, {row["dtype"]}', row['grad_error'])):
+                worst[key] = max(worst[key], error)
+    refused = sum(bool(row['refused']) for row in rows.values())
+    print(f'{len(rows)} architectures of {len({row["module"] for row in rows.values()})} modules of timm '
+          f'{timm.__version__}: {len(rows) - refused} work, {refused} do not; largest errors {dict(worst)}')
 
 
 if __name__ == '__main__':

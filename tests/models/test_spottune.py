@@ -6,7 +6,7 @@ import timm
 import torch
 from architectures import ARCHITECTURES
 from safetensors.torch import save_file
-from spottune_sweep import check_architecture, error, problem, spread
+from spottune_sweep import COLUMNS, FILE, NAMES, check_architecture, error, problem, read, spread, told
 from test_routed_block import BACKBONES, choose, create, images
 from timm.models import FeatureInfo, create_feature_extractor, get_graph_node_names, group_parameters
 from timm.models._input import get_model_input_config
@@ -277,7 +277,7 @@ def test_first_block():
             create('test_vit', first_block=wrong)
 
 
-def test_folds_follow_what_is_trained_and_loaded():
+def test_routed_follows_what_is_trained_and_loaded():
     """Evaluation between the steps of training, through loading, and through a change of type."""
     model = create().eval()
     x = images()
@@ -319,14 +319,26 @@ MODULES = ('dla', 'fasternet', 'ghostnet', 'levit', 'regnet', 'starnet')
 @pytest.mark.parametrize('module', [
     pytest.param(m, marks=() if m in MODULES else pytest.mark.slow) for m in ARCHITECTURES])
 def test_an_architecture_of_every_module_of_timm(module):
-    """Works, or is refused with the reason; the documentation's table has more of them."""
+    """Works, or is refused with the reason, as the documentation's file says, which has more of them."""
     row = check_architecture(ARCHITECTURES[module])
     assert 'refused' in row or not problem(row), row
     assert module not in MODULES or row['blocks'] >= 2
+    assert told(row) == read()[ARCHITECTURES[module]], 'run tests/models/spottune_sweep.py --names'
+
+
+def test_the_documentations_file():
+    """Is what the script writes, and what the page says of it."""
+    rows = read()
+    assert list(rows) == NAMES and all(tuple(row) == COLUMNS for row in rows.values())
+    refused = sum(bool(row['refused']) for row in rows.values())
+    modules = len({row['module'] for row in rows.values()})
+    page = ' '.join((FILE.with_name('spottune.md')).read_text(encoding='utf-8').split())
+    assert f'{len(rows)} small architectures, one to three of each of the {modules} model modules' in page
+    assert f'{len(rows) - refused} work and {refused} are refused' in page
 
 
 def test_a_part_in_another_mode():
-    """Setting a copy, or the backbone, to a mode of its own holds for the folded views as well."""
+    """Setting a copy, or the backbone, to a mode of its own holds."""
     class Noisy(nn.Sequential):
         def forward(self, x):
             return nn.functional.dropout(super().forward(x), 0.5, self.training)
@@ -490,7 +502,7 @@ def test_input_size():
         routed = model(x)
         assert routed.shape == (2, 3) and get_model_input_config(model)['input_size'] == (3, 96, 96)
         assert error(model.compact('tuned')(x), model.set_blocks('tuned') or model(x)) < 1e-5
-    # A convolutional stem that folds, in a network of fixed size: its views know the size.
+    # A convolutional stem in a network of fixed size.
     model = create('vit_tiny_r_s16_p8_224', backbone_kwargs=dict(depth=2)).eval()
     with torch.no_grad():
         model(images())

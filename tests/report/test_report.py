@@ -19,10 +19,11 @@ from PIL import Image
 pytest.importorskip('matplotlib')
 pytest.importorskip('jinja2')
 
+from timm_amf import figures
 from timm_amf.cli import main
 from timm_amf.engine.evaluation import Evaluation
 from timm_amf.models.charts import Chart, Seen, route_charts, weight_charts
-from timm_amf.report import content, figures
+from timm_amf.report import content
 
 _spec = importlib.util.spec_from_file_location(
     'conftest_inference', Path(__file__).parents[1] / 'inference' / 'conftest.py')
@@ -196,16 +197,16 @@ def test_labels_do_not_overlap(classes, images):
 def test_csv_is_what_is_drawn():
     found = evaluation(5, 80)
     confusion, *_, classes = [c for c in charts(found) if c.name in ('confusion', 'classes')]
-    head, *rows = csv.reader(io.StringIO(figures.csv_text(confusion)))
+    head, *rows = csv.reader(io.StringIO(figures.table_csv(confusion)))
     assert head[1:] == found.class_names and [[int(v) for v in row[1:]] for row in rows] == found.confusion().tolist()
     axes = figures.draw(confusion, thumbnail).axes[0]
     assert [t.get_text() for t in axes.texts] == [f'{v}' for v in found.confusion().ravel() if v]
-    rows = list(csv.DictReader(io.StringIO(figures.csv_text(classes))))
+    rows = list(csv.DictReader(io.StringIO(figures.table_csv(classes))))
     widths = [bar.get_width() for bar in figures.draw(classes, thumbnail).axes[0].patches]
     assert [float(row['accuracy']) for row in rows] == pytest.approx(widths)
     lines = Chart('n', 'N', '', 'lines', {'epoch': [0., 1., 2.], 'a': [1., math.nan, 3.], 'b': [2., 2., 2.]})
     drawn = figures.draw(lines, thumbnail).axes[0].lines
-    assert figures.csv_text(lines).splitlines() == ['epoch,a,b', '0.0,1.0,2.0', '1.0,,2.0', '2.0,3.0,2.0']
+    assert figures.table_csv(lines).splitlines() == ['epoch,a,b', '0.0,1.0,2.0', '1.0,,2.0', '2.0,3.0,2.0']
     np.testing.assert_array_equal([line.get_ydata() for line in drawn], [[1, math.nan, 3], [2, 2, 2]])
     assert len({(line.get_linestyle(), line.get_marker()) for line in drawn}) == 2
 

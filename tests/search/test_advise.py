@@ -1,4 +1,6 @@
 """`timm-amf advise` from the command line to a run of train_amf.py."""
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
@@ -71,9 +73,10 @@ def test_pilots_decide(advise_cli, images, monkeypatch, alone):
     sided(monkeypatch, colours=True)
     tried = []
 
-    def train(options, plan, accelerator):
+    def train(args, data, plan):
         settings = plan.role('backbone')
-        tried.append((plan.lr, settings.reinit_blocks, options.epochs))
+        assert {plan.lr, plan.role('head').lr} == {settings.lr}
+        tried.append((plan.lr, settings.reinit_blocks, plan.epochs))
         top1 = 50 + (plan.lr == 0.003) + 2 * (settings.reinit_blocks == 0) * (1 if alone else -1)
         return dict(top1=top1, loss=1., train_loss=1.)
     monkeypatch.setattr(module, '_short_training', train)
@@ -89,6 +92,33 @@ def test_pilots_train(advise_cli, images):
     code, text, path = advise_cli(str(images / 'colours'), '--pilot-epochs', '1')
     assert code == 0 and text.count('colours under test_resnet, LR') == 4, text
     assert {g['lr'] for g in dry_run(path) if g['role'] == 'backbone'} <= {1e-4, 3e-4, 1e-3, 4e-4, 1.2e-4, 4e-5}
+
+
+def test_pilots_are_of_one_component_and_of_the_recipe(advise_cli, images, tmp_path, monkeypatch):
+    """Each trains on its own images alone, as the recipe's Plan has it but for LR and Table 7."""
+    sided(monkeypatch, colours=True, noise=True)
+    original, tried = module.run, []
+
+    def run(args, **kwargs):
+        original(args=args, **kwargs)
+        tried.append((args.recipe['plan'], read_columns(args)))
+    monkeypatch.setattr(module, 'run', run)
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text(yaml.safe_dump(dict(plan=dict(
+        lr=7., opt='adamw', schedule=dict(sched='tanh'), roles=dict(backbone=dict(lr=8., freeze_bn=True))))))
+    data = [f'--component=name={n},path={images / n}' for n in ('noise', 'colours')]
+    code, text, _ = advise_cli(*data, '-c', str(recipe), '--pilot-epochs', '1')
+    assert code == 0, text
+    for number, (plan, columns) in enumerate(tried):
+        lr = 1e-4 * (1, 3, 10)[number % 4] if number % 4 < 3 else plan['lr']
+        assert plan['lr'] == plan['roles']['backbone']['lr'] == plan['roles']['head']['lr'] == pytest.approx(lr)
+        assert (plan['opt'], plan['schedule']['sched'], plan['epochs']) == ('adamw', 'tanh', 1)
+        assert plan['roles']['backbone']['freeze_bn'] and not any(c.startswith('eval_top1_') for c in columns)
+    assert len(tried) == 8
+
+
+def read_columns(args) -> list[str]:
+    return Path(args.output, args.experiment, 'summary.csv').read_text().splitlines()[0].split(',')
 
 
 def test_mixture_on_two_sides(advise_cli, images, weights, monkeypatch):
@@ -122,6 +152,7 @@ def test_amf(advise_cli, images, weights, monkeypatch):
     base = ['--img-size', '32', '-b', '32', '--workers', '0', '--cpu', '--tracker', 'none', '--epochs', '400',
             '--opt', 'sgd']
     data = [f'--component=name={n},path={images / n}' for n in ('noise', 'colours')]
+    kwargs += ['--policy-start-epoch', '1', '--role', 'branch.0.freeze_bn=true']  # for no plain network
     code, text, path = advise_cli(*data, *kwargs, base=base)
     assert code == 0, text
     lrs = {}
@@ -169,7 +200,7 @@ def test_ranks():
 
 
 def _component(top1, log_me):
-    measures = Measures(dict(fixed_top1=top1, log_me=log_me))
+    measures = Measures(dict(fixed_top1=top1, log_me=log_me), {}, 2, 2)
     return module.ComponentAdvice('x', 'net', measures, decide(dict(fixed_accuracy=50.)), {}, [])
 
 
@@ -181,7 +212,7 @@ def test_python(images, weights, tmp_path):
         'fixed_top1', 'fixed_accuracy', 'fisher', 'log_me', 'leep', 'nce', 'h_score', 'trans_rate', 'emd'}
     assert 0 < advice.measures['colours']['emd'] < 1
     assert advice.measures['colours']['fixed_top1'] > 90
-    assert isinstance(advice.plan, timm_amf.Plan) and advice.advice['colours'].startswith('suited')
+    assert isinstance(advice.plan, timm_amf.Plan) and advice.components[0].decision.suited
     advice.to_yaml(tmp_path / 'a.yaml')
     assert timm_amf.Plan.from_yaml(tmp_path / 'a.yaml') == advice.plan
     with pytest.raises(UserError, match='batch_sise'):
@@ -193,7 +224,7 @@ def test_random_init(images, flags, monkeypatch):
     def run(*extra):
         words = [str(images / 'colours'), *flags, '--pilot-epochs', '0', *extra]
         own, rest = module._own_parser().parse_known_args(words)
-        return module._advise(own, module._runs(rest, [])).components[0].measures
+        return module._advise(own, module._runs(rest)).components[0].measures
 
     short = run('--random-init', '1')
     assert 'random_minus_fixed' not in short.values and 'more --random-init' in short.missing['random_minus_fixed']

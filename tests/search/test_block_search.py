@@ -61,7 +61,7 @@ def base(flags, images, tmp_path) -> list[str]:
 @pytest.fixture
 def search(base, tmp_path, capsys, monkeypatch):
     """search(*flags, name=...) -> (exit code, what it printed, its folder), without the figure."""
-    monkeypatch.setattr('timm_amf.search.plots.plot_search', lambda *args: None)
+    monkeypatch.setattr(block_search, 'write_figure', lambda *args: [])
 
     def run(*extra, name: str = 's'):
         capsys.readouterr()
@@ -103,9 +103,27 @@ def everything(tmp_path_factory, images, weights) -> tuple[Path, str]:
 def test_files(everything):
     folder, _ = everything
     assert {p.name for p in folder.iterdir()} == {
-        'search.yaml', 'args.yaml', 'results.json', 'candidates.csv', 'search.png', 'best.yaml'}
+        'search.yaml', 'args.yaml', 'environment.yaml', 'results.json', 'candidates.csv', 'search.png', 'best.yaml'}
     with Image.open(folder / 'search.png') as figure:
         assert min(figure.size) > 300 and len(figure.convert('L').getcolors()) > 5
+
+
+def test_report(everything, tmp_path, capsys):
+    """A chart for each way, the tables, and how to run the best."""
+    folder, _ = everything
+    assert call(folder, '--output', tmp_path, verb='report') == 0
+    page = (tmp_path / 'index.html').read_text(encoding='utf-8')
+    for way in ('layer', 'block', 'window'):
+        assert f'id="search_{way}"' in page and (tmp_path / f'search_{way}.png').is_file()
+        with open(tmp_path / f'search_{way}.csv', newline='') as file:
+            drawn = [(row['candidate'], float(row['accuracy'])) for row in csv.DictReader(file)]
+        found = SearchResults.read(folder / 'results.json').of_way(way)
+        assert drawn == [(r.candidate.name, r.top1) for r in found]
+    for words in ('level with the best', 'baseline II', f'train --config {folder / "best.yaml"}', 'Beside the'):
+        assert words in page
+    capsys.readouterr()
+    (tmp_path / 'search.yaml').touch()
+    assert call(tmp_path, verb='report') == 2 and 'the search has not ended' in capsys.readouterr().err
 
 
 def test_every_way_is_there(everything, weights):
@@ -400,12 +418,12 @@ def test_starting_weights_are_the_files(search, monkeypatch, weights):
 
 
 @pytest.mark.parametrize('extra,message', [
-    (['--ways', 'blocks'], '--ways blocks: unknown'),
-    (['--ways', 'top0'], '--ways top0: unknown'),
+    (['--ways', 'blocks'], 'blocks: unknown; choose from layer'),
+    (['--ways', 'top0'], 'top0: unknown'),
     (['--ways', 'top40'], '--ways top40: the model has 15 layers'),
     (['--ways', 'window', '--window', '16'], 'window of 16 layers: the model has 15'),
     (['--ways', 'window', '--window', '0'], 'window of 0 layers'),
-    (['--cut', 'conv'], '--cut conv: unknown'),
+    (['--cut', 'conv'], 'activation'),
     (['--search-role', 'branch.0'], '--search-role branch.0: the model has no blocks there; it has backbone, head'),
     (['--search-role', 'head'], '--search-role head'),
     (['--search-share', '0'], '--search-share 0: must be above 0'),
@@ -481,7 +499,7 @@ def test_two_processes(base, search, tmp_path):
          'search', *base, *flags, '--experiment', 'two'],
         cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(root)}, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.count('Run it: train_amf.py') == 1
+    assert found.stdout.count('Run it: timm-amf train') == 1
     _, _, one = search(*flags, '-b', '16', name='one')
     assert_close(curves(tmp_path / 'two'), curves(one))
 

@@ -1,5 +1,6 @@
 """One line that fine-tunes: never below its floor, an ordinary run, and what it left is what it says."""
 import csv
+import importlib
 import json
 import shutil
 
@@ -17,7 +18,8 @@ from timm_amf import fit
 from timm_amf.cli import main
 from timm_amf.engine.head import C_GRID, logistic_regression
 from timm_amf.engine.options import parse_args
-from timm_amf.search.fit import Candidate, _choose
+from timm_amf.errors import Diverged
+from timm_amf.search.fit import CANDIDATES, Candidate, _choose, _contest, _Progress
 
 FLAGS = ['--model', 'test_resnet', '--img-size', '32', '--cpu', '-j', '0', '--batch-size', '8']
 
@@ -74,11 +76,11 @@ def test_fit(words, tmp_path, capsys):
 
 
 def test_an_interrupted_fit_goes_on(words, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(fit.__globals__, '_MANY_UPDATES', 1)
+    monkeypatch.setitem(_contest.__globals__, '_MANY_UPDATES', 1)
     assert main([*words, '--epochs', '16']) == 0
     whole = tmp_path / 'whole'
     (tmp_path / 'run').rename(whole)
-    original, calls = fit.__globals__['_run'], []
+    original, calls = _contest.__globals__['run'], []
 
     def stopped(*args, **kwargs):
         calls.append(1)
@@ -86,7 +88,7 @@ def test_an_interrupted_fit_goes_on(words, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setitem(fit.__globals__, '_run', stopped)
+    monkeypatch.setitem(_contest.__globals__, 'run', stopped)
     codes = [main([*words, '--epochs', '16']) for _ in range(3)]
     assert codes == [130, 130, 0] and 'the same command goes on' in capsys.readouterr().err
     for name in ('last/model.safetensors', 'model_best.safetensors', 'summary.csv', 'mix.csv'):
@@ -108,10 +110,25 @@ def test_an_interrupted_fit_goes_on(words, tmp_path, monkeypatch, capsys):
 ])
 def test_choice(images, monkeypatch, pilots, metric, winner):
     """The faster one, unless it is behind by two standard errors."""
-    monkeypatch.setitem(_choose.__globals__, 'create_datasets', lambda *args: [range(100)])
+    monkeypatch.setitem(_choose.__globals__, 'create_dataset', lambda *args: range(100))
     args = parse_args([str(images), '--model', 'test_resnet', '--eval-metric', metric])
     candidates = [Candidate(str(i), (), pilot, 1.) for i, pilot in enumerate(pilots)]
     assert _choose(candidates, args) is candidates[winner]
+
+
+@pytest.mark.parametrize('metric', ['top1', 'loss'])
+@pytest.mark.parametrize('bad', ['a', 'b'])
+def test_a_pilot_that_diverges_is_not_chosen(images, tmp_path, monkeypatch, metric, bad):
+    def train(candidate, *_, **__):
+        if candidate.name == bad:
+            raise Diverged('the loss is not finite in epoch 1')
+    for name, value in (('_train', train), ('_MANY_UPDATES', 1), ('best_epoch', lambda _: dict(top1=50., loss=1.))):
+        monkeypatch.setitem(_contest.__globals__, name, value)
+    args = parse_args([str(images), '--val-share', '0.2', '--model', 'test_resnet', '--epochs', '16', '--eval-metric',
+                       metric])
+    progress = _Progress(tmp_path / 'pilots', [], [], [Candidate('a', ()), Candidate('b', ())])
+    _contest(progress, args)
+    assert {progress.winner, bad} == {'a', 'b'}
 
 
 def test_the_twin_in_python(images, weights, tmp_path, monkeypatch):
@@ -228,3 +245,23 @@ def test_a_mix_is_undone_when_the_run_goes_on(words, tmp_path, capsys):
     for name, tensor in best.items():
         if tensor.is_floating_point():
             assert torch.allclose(tensor, start[name] + share * (tuned[name] - start[name]), atol=1e-6), name
+
+
+def test_a_network_that_an_epoch_wrecks_gets_a_tenth_of_the_lr(words, tmp_path, monkeypatch, capsys):
+    wild = tuple((name, ('--lr', '10')) for name, _ in CANDIDATES)
+    monkeypatch.setattr(importlib.import_module('timm_amf.search.fit'), 'CANDIDATES', wild)
+    monkeypatch.setattr(importlib.import_module('timm_amf.search.fit'), '_WRECKED', 0.99)
+    assert main([*words, '--epochs', '2']) == 0
+    out = capsys.readouterr().out
+    assert f'{wild[0][0]} is too high for this network' in out
+    with open(tmp_path / 'run' / 'fit.csv', newline='') as file:
+        winner, = (row for row in csv.DictReader(file) if row['winner'] == 'True')
+    assert winner['flags'] == '--lr 3e-5'
+    assert 'lr: 3.0e-05' in (tmp_path / 'run' / 'plan.yaml').read_text()
+
+
+def test_a_given_lr_is_the_only_candidate(words, tmp_path, capsys):
+    assert main([*words, '--epochs', '2', '--lr', '10']) == 0
+    assert 'once more' not in capsys.readouterr().out
+    with open(tmp_path / 'run' / 'fit.csv', newline='') as file:
+        assert [row['candidate'] for row in csv.DictReader(file)] == ['frozen features', 'LR 10']

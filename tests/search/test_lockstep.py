@@ -20,9 +20,8 @@ from timm_amf.search.lockstep import (
     HEAD,
     Lockstep,
     LockstepUnfit,
-    lockstep_member,
+    create_member,
     plain_logits,
-    plain_member,
 )
 
 SIZE = (3, 32, 32)
@@ -52,7 +51,7 @@ def lockstep(model, candidates):
     members = []
     for candidate in candidates:
         try:
-            members.append(lockstep_member(model, probe, candidate, head, candidate_parameters(model, candidate)))
+            members.append(create_member(model, candidate, head, candidate_parameters(model, candidate), probe))
         except LockstepUnfit:
             assert model.pretrained_cfg['architecture'].startswith('vit'), candidate  # its position embedding
     return Lockstep(model, probe, members)
@@ -141,7 +140,7 @@ def test_frozen_norm_of_a_tuned_block_stays():
     probe = probe_units(model, SIZE)
     candidate = Candidate('layer2.0', 'block', 0, ('layer2.0',))
     trains = [n for n in candidate_parameters(model, candidate) if '.bn' not in n]
-    member = lockstep_member(model, probe, candidate, model.fc, trains)
+    member = create_member(model, candidate, model.fc, trains, probe)
     net = Lockstep(model, probe, [member])
     before = {n: t.clone() for n, t in member.tensors().items() if 'bn' in n}
     member.train()
@@ -171,7 +170,7 @@ def test_a_network_to_itself_equals_the_shared_one():
     model = network('resnet10t')
     candidate = Candidate('layer3.0', 'block', 0, ('layer3.0',))
     trains = candidate_parameters(model, candidate)
-    single = plain_member(model, candidate, model.fc, trains)
+    single = create_member(model, candidate, model.fc, trains)
     net = lockstep(model, [candidate])
     x, y = torch.randn(4, *SIZE, dtype=torch.double), torch.tensor([0, 1, 2, 3])
     single.train()
@@ -193,7 +192,7 @@ def test_dropout_is_the_same_for_all_and_follows_from_the_seed():
     head = torch.nn.Sequential(torch.nn.Dropout(0.5), copy.deepcopy(model.fc))
     candidates = [CLASSIFIER, Candidate('layer4.0', 'block', 0, ('layer4.0',))]
     # Norms in evaluation mode, so that both compute the same but for what they draw.
-    members = [lockstep_member(model, probe, c, head, []) for c in candidates]
+    members = [create_member(model, c, head, [], probe) for c in candidates]
     net = Lockstep(model, probe, members)
     for member in members:
         member.train()
@@ -221,19 +220,6 @@ def test_stochastic_depth_of_frozen_blocks_is_off():
     torch.testing.assert_close(taps[0], expected, rtol=1e-9, atol=1e-9)
 
 
-def test_known_taps_give_the_same():
-    model = network('resnet10t')
-    net = lockstep(model, [Candidate(b, 'block', i, (b,)) for i, b in enumerate(list_blocks(model))])
-    x = torch.randn(2, *SIZE, dtype=torch.double)
-    with torch.no_grad():
-        plain = net(x)
-        taps = net.taps(x)
-        fresh = Lockstep(model, probe_units(model, SIZE), net.members)  # has not seen any shape yet
-        known = fresh(x, taps)
-    assert plain.keys() == known.keys()
-    assert all(torch.equal(plain[n], known[n]) for n in plain)
-
-
 def test_channels_last_and_autocast():
     model = network('resnet10t').float().to(memory_format=torch.channels_last)
     net = lockstep(model, [Candidate(b, 'block', i, (b,)) for i, b in enumerate(list_blocks(model))])
@@ -254,8 +240,7 @@ def test_blocks_that_share_lists_are_refused_and_say_so():
     model = network('densenet121', block_config=(2, 2, 2, 2))
     block = next(b for b in list_blocks(model) if 'denselayer' in b)
     with pytest.raises(LockstepUnfit, match='denselayer.* takes no single tensor'):
-        lockstep_member(
-            model, probe_units(model, SIZE), Candidate(block, 'block', 0, (block,)), model.classifier, [])
+        create_member(model, Candidate(block, 'block', 0, (block,)), model.classifier, [], probe_units(model, SIZE))
 
 
 def test_a_network_whose_blocks_differ_is_found_out():

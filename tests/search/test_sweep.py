@@ -23,9 +23,9 @@ import timm_amf
 import train_amf
 from timm_amf.cli import main
 from timm_amf.engine.intervals import holm, mean_interval, paired_p
-from timm_amf.errors import Interrupted, UserError
+from timm_amf.errors import Diverged, Interrupted
 from timm_amf.search import sweep as module
-from timm_amf.search.plots import plot_sweep, sweep_figure
+from timm_amf.search.charts import write_figure
 from timm_amf.search.sweep_results import Configuration, Sweep, ranked
 from timm_amf.search.sweep_space import Space
 
@@ -55,14 +55,13 @@ def quick(monkeypatch):
     """Trainings that are a formula: top1 is highest at an LR of 0.01 and rises with the epochs; 1 and above diverge."""
     calls = []
 
-    def train(argv, after_epoch=None):
-        args = train_amf.parse_args(argv)
+    def train(argv, after_epoch=None, args=None):
         if args.dry_run:
             return
         folder = Path(args.output) / args.experiment
         calls.append((folder.name, args.lr))
         if args.lr >= 1:
-            raise UserError('the loss is not finite in epoch 1')
+            raise Diverged('the loss is not finite in epoch 1')
         folder.mkdir(exist_ok=True)
         (folder / 'args.yaml').write_text('eval_metric: top1')
         timm_amf.Plan(lr=args.lr, epochs=args.epochs).to_yaml(folder / 'plan.yaml')
@@ -75,13 +74,13 @@ def quick(monkeypatch):
                 after_epoch(epoch, top1)
 
     monkeypatch.setattr(train_amf, 'train', train)
-    monkeypatch.setattr('timm_amf.search.plots.plot_sweep', lambda *args: None)
+    monkeypatch.setattr(module, 'write_figure', lambda *args: [])
     return calls
 
 
 def test_a_grid_with_seeds(words, tmp_path, capsys):
     """Scores are means over seeds of what the runs' summaries have; the best YAML repeats the best run to the bit."""
-    keys = ['--grid', 'lr=0.05,0.0001', 'head.lr=0.1,0.0002', '--seeds', '3,1']
+    keys = ['--grid', 'lr=0.05,0.0001', 'head.lr=0.1,0.0002', '--seeds', '3,1', '--report']
     assert main([*words, *keys, '--test-split', 'test']) == 0
     out = capsys.readouterr().out
     folder = tmp_path / 'found'
@@ -102,6 +101,17 @@ def test_a_grid_with_seeds(words, tmp_path, capsys):
     runs = read(folder / 'runs.csv')
     assert len(runs) == 8 and {row['run'] for row in runs} == {path.name for path in folder.glob('trial*')}
     assert (folder / 'sweep.png').read_bytes()[1:4] == b'PNG' and b'<svg' in (folder / 'sweep.svg').read_bytes()
+
+    # Read from its files it is what it was; one page, of the sweep and not of its runs.
+    found = Sweep.read(folder)
+    assert str(found) in out and [c.runs for c in found.configurations] == [
+        {int(r['seed']): {k[5:]: float(v) for k, v in read(folder / r['run'] / 'summary.csv')[0].items()
+                          if k.startswith('eval_') and v} for r in runs if r['trial'] == row['trial']} for row in rows]
+    assert f'Report: {folder / "report" / "index.html"}' in out and not list(folder.glob('trial*/report'))
+    page = (folder / 'report' / 'index.html').read_text(encoding='utf-8')
+    for words_ in ('id="sweep_lr"', 'id="sweep_head.lr"', 'p (Holm)', 'Test images', 'What trains'):
+        assert words_ in page
+    assert [row['lr'] for row in read(folder / 'report' / 'sweep_lr.csv')] == ['0.0001', '0.05']
 
     best = rows[0]
     assert f'timm-amf train --config {folder / "best.yaml"}' in out
@@ -132,14 +142,14 @@ def _child(words, output, stalls):
     sys.stdout, sys.stderr = (os.fdopen(n, 'w', buffering=1) for n in (1, 2))
     original = train_amf.train
 
-    def train(argv, after_epoch=None):
+    def train(argv, after_epoch=None, args=None):
         def after(epoch, metric):
             after_epoch(epoch, metric)
             if stalls in argv and epoch == 1:
                 output.with_suffix('.stalled').touch()
                 time.sleep(600)
 
-        original(argv, after_epoch and after)
+        original(argv, after_epoch and after, args)
 
     train_amf.train = train
     os._exit(main(words))
@@ -200,13 +210,13 @@ def test_two_processes_share_the_trials(words, tmp_path):
 def test_interrupted(words, quick, tmp_path, monkeypatch, capsys):
     original, calls = train_amf.train, []
 
-    def stopped(argv, after_epoch=None):
+    def stopped(argv, after_epoch=None, args=None):
         calls.append(argv)
         if len(calls) == 4:
             raise Interrupted(signal.SIGTERM, 'stopped in epoch 1')
         if len(calls) == 6:
             raise KeyboardInterrupt
-        return original(argv, after_epoch)
+        return original(argv, after_epoch, args)
 
     monkeypatch.setattr(train_amf, 'train', stopped)
     keys = ['--grid', 'lr=0.1,0.01,0.001']  # three calls look at what it names
@@ -293,6 +303,14 @@ def test_the_test_images_are_looked_at_once(words, quick, tmp_path, monkeypatch)
     assert f'Trial {first.best.number} was the best' in more.notes[0]
 
 
+def test_report_of_what_has_not_ended(tmp_path, capsys):
+    (tmp_path / 'trial0-seed0').mkdir()
+    assert main(['report', str(tmp_path)]) == 2 and 'the sweep has not ended' in capsys.readouterr().err
+    for name in ('sweep.csv', 'runs.csv'):
+        (tmp_path / name).write_text('trial,lr,seeds,metric,mean\nx,0.1,1,top1,50\n')
+    assert main(['report', str(tmp_path)]) == 2 and 'sweep.csv: is damaged' in capsys.readouterr().err
+
+
 def test_nothing_is_left(words, quick, tmp_path, capsys):
     assert main([*words, '--grid', 'lr=1,2']) == 2
     assert 'no configuration was trained to its end' in capsys.readouterr().err
@@ -328,8 +346,8 @@ def test_no_model(data, capsys):
 
 
 def test_without_the_extras(words, quick, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr('timm_amf.search.plots.plot_sweep', plot_sweep)
-    monkeypatch.setitem(sys.modules, 'matplotlib.backends.backend_agg', None)
+    monkeypatch.setattr(module, 'write_figure', write_figure)
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     assert main([*words, '--grid', 'lr=0.1,0.01']) == 0
     assert 'No figure' in capsys.readouterr().out and (tmp_path / 'found' / 'best.yaml').exists()
     monkeypatch.setitem(sys.modules, 'optuna', None)
@@ -349,7 +367,9 @@ def test_other_settings_are_another_sweep(words, quick, tmp_path, capsys):
                   ['--grid', 'lr=0.1,0.01', '--seeds', '5']):
         assert main([*words, *other]) == 2
         assert 'holds a sweep with other settings' in capsys.readouterr().err
+    (tmp_path / 'found' / 'test.csv').touch()
     assert main([*words, '--grid', 'lr=0.001', '--overwrite']) == 0
+    assert not (tmp_path / 'found' / 'test.csv').exists()
     assert [row['lr'] for row in read(tmp_path / 'found' / 'sweep.csv')] == ['0.001']
     assert [path.name for path in (tmp_path / 'found').glob('trial*')] == ['trial0-seed42']
 
@@ -412,55 +432,3 @@ def test_ranking():
     assert 'diverged: seed 1' in text and f'{b.mean:.2f}' in text and f'{a.p_holm:.2g}' in text
     alone = ranked([configuration(0, {'lr': 1.}, [50.])], 'top1')
     assert alone[0].mean == 50 and alone[0].low is None and '95 %' not in str(Sweep(Path('x'), 'top1', alone))
-
-
-# -- the figure -------------------------------------------------------------------------------------------------------
-
-
-def lines(axes) -> dict:
-    return {label: list(zip(*line.get_data())) for line, label in zip(*axes.get_legend_handles_labels())}
-
-
-def test_figure_of_a_grid():
-    """A panel for each setting, in it a line for each value of the other; points where the means are."""
-    grid = itertools.product(('0.001', '0.01', '0.1'), ('0', '1'))
-    given = [configuration(i, {'lr': lr, 'reinit-blocks': k}, [50. + i, 51. + i]) for i, (lr, k) in enumerate(grid)]
-    given.append(configuration(6, {'lr': '1', 'reinit-blocks': '0'}, [], 'diverged: seed 0'))
-    figure = sweep_figure(Sweep(Path('x'), 'top1', ranked(given, 'top1'), 'net'))
-    one, other = figure.axes
-    assert (one.get_xlabel(), other.get_xlabel()) == ('lr', 'reinit-blocks')
-    assert (one.get_xscale(), other.get_xscale()) == ('log', 'linear')
-    assert lines(one)['reinit-blocks=1'] == [(0.001, 51.5), (0.01, 53.5), (0.1, 55.5)]
-    assert lines(other)['lr=0.01'] == [(0, 52.5), (1, 53.5)]
-    assert lines(one)['best'] == [(0.1, 55.5)] and [x for x, _ in lines(one)['pruned or diverged']] == [1]
-    assert [text.get_text() for text in one.get_xticklabels()] == ['0.001', '0.01', '0.1', '1']
-    figure.draw_without_rendering()
-    width, height = figure.bbox.size
-    boxes = [axes.get_tightbbox() for axes in figure.axes] + [figure._suptitle.get_window_extent()]
-    assert all(b.x0 >= 0 and b.x1 <= width and b.y0 >= 0 and b.y1 <= height for b in boxes)
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-
-
-def test_figure_of_a_mixture():
-    """AMF's Figure 4: a line for each component, the other LR as in the best."""
-    given = [
-        Configuration(2 * i + j, {'branch.0.lr': a, 'branch.1.lr': b}, {0: {
-            'top1': 60. + i + j, 'top1_birds': 50. + i, 'top1_cars': 70. - j, 'loss': 1.}}, 'complete')
-        for i, a in enumerate(('0.001', '0.01')) for j, b in enumerate(('0.1', '0.2'))]
-    one, other = sweep_figure(Sweep(Path('x'), 'top1', ranked(given, 'top1'), 'net')).axes
-    assert lines(one)['birds'] == [(0.001, 50), (0.01, 51)] and lines(one)['cars'] == [(0.001, 69), (0.01, 69)]
-    assert lines(other)['all'] == [(0.1, 61), (0.2, 62)] and lines(other)['cars'] == [(0.1, 70), (0.2, 69)]
-
-
-def test_figure_of_a_search():
-    """Points without lines; words have places."""
-    rng = np.random.default_rng(0)
-    given = [
-        configuration(i, {'lr': float(10 ** rng.uniform(-5, -1)), 'drop': rng.uniform(), 'opt': ('b', 'a')[i % 2]}, [i])
-        for i in range(9)]
-    one, _, other = sweep_figure(Sweep(Path('x'), 'top1', ranked(given, 'top1'), 'net')).axes
-    drawn = next(line for line in one.lines if line.get_label() == 'configuration')
-    assert drawn.get_linestyle() == 'None' and sorted(drawn.get_ydata()) == list(range(9))
-    assert [text.get_text() for text in other.get_xticklabels()] == ['b', 'a']
-    with pytest.raises(UserError, match='nothing differs'):
-        sweep_figure(Sweep(Path('x'), 'top1', ranked(given[:1], 'top1'), 'net'))

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import mutual_info_score
 from sklearn.preprocessing import StandardScaler
 
+from timm_amf.engine.head import C_GRID, held_out
 from timm_amf.errors import UserError
 from timm_amf.search import transferability as tr
 
@@ -39,13 +39,12 @@ def scatter(x, y):
 
 
 class TestFisher:
-    @pytest.mark.parametrize('shrinkage', [None, 0., 0.3])
-    def test_loops(self, shrinkage):
+    @pytest.mark.parametrize('a', [0., 0.3])
+    def test_loops(self, a):
         x, y = clusters()
         within, between = scatter(x, y)
-        a = shrinkage or 0.
         within = (1 - a) * within + a * np.trace(within) / 6 * np.eye(6)
-        assert tr.fisher_score(x, y, shrinkage) == pytest.approx(np.trace(np.linalg.solve(within, between)) / 4)
+        assert tr.fisher_score(x, y, a) == pytest.approx(np.trace(np.linalg.solve(within, between)) / 4)
 
     def test_two_spheres(self):
         """Two equal spherical classes at distance d: Tr = (1/2)(1/2) d^2 / s^2."""
@@ -58,7 +57,7 @@ class TestFisher:
     def test_shrinkage_vanishes_with_many_images_and_helps_with_few(self):
         def share(number, width):
             x, y = clusters(number, width, seed=1)
-            return tr.fisher_score(x, y) / tr.fisher_score(x, y, None)
+            return tr.fisher_score(x, y) / tr.fisher_score(x, y, 0)
 
         assert share(300, 6) < share(3000, 6) < share(30000, 6)
         assert share(30000, 6) == pytest.approx(1, abs=0.05)
@@ -76,12 +75,12 @@ class TestHScore:
         bases = [np.linalg.svd(z - z.mean(0), full_matrices=False) for z in (x, np.eye(4)[y])]
         q = [u[:, s > 1e-9 * s[0]] for u, s, _ in bases]
         correlations = np.linalg.svd(q[0].T @ q[1], compute_uv=False)
-        assert tr.h_score(x, y, None) == pytest.approx((correlations ** 2).sum())
+        assert tr.h_score(x, y, 0) == pytest.approx((correlations ** 2).sum())
 
     def test_more_features_than_images(self):
         """Every label can be told from the features: all K - 1 correlations are one."""
         x, y = clusters(20, 60)
-        assert tr.h_score(x, y, None) == pytest.approx(3)
+        assert tr.h_score(x, y, 0) == pytest.approx(3)
 
     def test_shrunk(self):
         x, y = clusters()
@@ -125,10 +124,11 @@ class TestSourceProbabilities:
             total += np.log(sum(joint[label, z] / joint[:, z].sum() * p[z] for z in range(5)))
         assert tr.leep(theta, y) == pytest.approx(total / len(y))
 
-    def test_nce_is_information_less_entropy(self):
+    def test_nce_by_loops(self):
         theta, y = distributions()
-        entropy = stats.entropy(np.bincount(y))
-        assert tr.nce(theta, y) == pytest.approx(mutual_info_score(y, theta.argmax(1)) - entropy)
+        z = theta.argmax(1)
+        expected = np.mean([np.log(sum((y == k) & (z == c)) / sum(z == c)) for k, c in zip(y, z)])
+        assert tr.nce(theta, y) == pytest.approx(expected)
 
     def test_hard_predictions_make_them_equal(self):
         theta, y = distributions()
@@ -142,17 +142,16 @@ class TestSourceProbabilities:
 
 class TestTransRate:
     @pytest.mark.parametrize('number, width', [(60, 5), (30, 80)])
-    @pytest.mark.parametrize('scaled', [True, False])
-    def test_eigenvalues(self, number, width, scaled):
+    def test_eigenvalues(self, number, width):
         x, y = clusters(number, width, 3)
-        z = x / np.sqrt(np.trace(x @ x.T)) if scaled else x
+        z = x / np.sqrt(np.trace(x @ x.T))
         z = z - z.mean(0)
 
         def rate(rows):
             return 0.5 * np.log1p(np.linalg.eigvalsh(rows.T @ rows / len(rows)).clip(0) / 1e-4).sum()
 
         expected = rate(z) - sum(len(z[y == k]) / len(z) * rate(z[y == k]) for k in range(3))
-        assert tr.trans_rate(x, y, scaled=scaled) == pytest.approx(expected)
+        assert tr.trans_rate(x, y) == pytest.approx(expected)
 
     def test_scale_does_not_matter(self):
         x, y = clusters()
@@ -179,41 +178,34 @@ class TestDomainSimilarity:
         a = np.random.default_rng(0).normal(size=(5, 3))
         assert tr.domain_similarity(a, np.ones(5), a[::-1], 2 * np.ones(5)) == pytest.approx(1)
 
-    def test_other_network(self):
-        with pytest.raises(UserError, match='one network'):
-            tr.domain_similarity(np.ones((2, 3)), np.ones(2), np.ones((2, 4)), np.ones(2))
-
 
 class TestFixedFeatures:
     def test_is_the_best_of_the_grid(self):
-        """The chosen penalty, found by trying all, and the accuracy of scikit-learn's own pipeline with it."""
+        """The accuracy of scikit-learn's own pipeline, with the penalty that is best of all on a held-out quarter."""
         x, y = clusters(300, 10, 4, spread=0.8)
         test = clusters(301, 10, 4, spread=0.8)
-        grid = (1e-3, 1e-1, 10.)
-        accuracy, c = tr.fixed_feature_accuracy(x, y, *test, grid=grid)
-        held = tr.held_out(y, 0.25, 0)
+        held = held_out(y, 0.25, 0)
 
         def score(c, fit, score):
-            scaler = StandardScaler().fit(fit[0])
+            scaler = StandardScaler().fit(x)
             model = LogisticRegression(C=c, max_iter=2000).fit(scaler.transform(fit[0]), fit[1])
             return 100 * model.score(scaler.transform(score[0]), score[1])
 
-        scores = [score(c, (x[~held], y[~held]), (x[held], y[held])) for c in grid]
-        assert c == grid[int(np.argmax(scores))]
-        assert accuracy == pytest.approx(score(c, (x, y), test), abs=1.)
+        best = max(C_GRID, key=lambda c: score(c, (x[~held], y[~held]), (x[held], y[held])))
+        assert tr.fixed_feature_accuracy(x, y, *test) == pytest.approx(score(best, (x, y), test), abs=1.)
 
     def test_held_out_part(self):
         y = np.array([0] * 8 + [1] * 2 + [2] * 40)
-        held = tr.held_out(y, 0.25, 0)
+        held = held_out(y, 0.25, 0)
         assert [held[y == k].sum() for k in range(3)] == [2, 1, 10]
 
     def test_noise_is_at_chance_and_separable_is_not(self):
         rng = np.random.default_rng(0)
         y = np.arange(400) % 4
         noise = rng.normal(size=(800, 5))
-        assert tr.fixed_feature_accuracy(noise[:400], y, noise[400:], y)[0] < 35
+        assert tr.fixed_feature_accuracy(noise[:400], y, noise[400:], y) < 35
         x = np.eye(4)[y] * 10 + rng.normal(size=(400, 4))
-        assert tr.fixed_feature_accuracy(x, y)[0] == 100
+        assert tr.fixed_feature_accuracy(x[:200], y[:200], x[200:], y[200:]) == 100
 
     def test_labels_with_gaps_and_unknown_ones(self):
         """Labels of one component of a mixture; a class that only the evaluation has is always wrong."""
@@ -221,8 +213,8 @@ class TestFixedFeatures:
         y = np.arange(60) % 3
         x = np.eye(3)[y] * 10 + rng.normal(size=(60, 3))
         labels = np.array([4, 7, 9])[y]
-        assert tr.fixed_feature_accuracy(x, labels, x, labels)[0] == 100
-        assert tr.fixed_feature_accuracy(x, labels, x, np.where(labels == 9, 8, labels))[0] == pytest.approx(200 / 3)
+        assert tr.fixed_feature_accuracy(x, labels, x, labels) == 100
+        assert tr.fixed_feature_accuracy(x, labels, x, np.where(labels == 9, 8, labels)) == pytest.approx(200 / 3)
 
     def test_constant_features_change_nothing(self):
         x, y = clusters()
@@ -230,7 +222,7 @@ class TestFixedFeatures:
         assert tr.fixed_feature_accuracy(padded, y, padded, y) == tr.fixed_feature_accuracy(x, y, x, y)
 
 
-MEASURES = [tr.fisher_score, tr.h_score, tr.log_me, tr.trans_rate, tr.fixed_feature_accuracy]
+MEASURES = [tr.fisher_score, tr.h_score, tr.log_me, tr.trans_rate]
 
 
 @pytest.mark.parametrize('measure', MEASURES)
@@ -250,7 +242,7 @@ class TestBadInput:
     def test_not_finite(self, measure, value):
         x, y = clusters()
         x[3, 1] = value
-        with pytest.raises(UserError, match='NaN or infinite'):
+        with pytest.raises(ValueError, match='NaN|infinity'):
             measure(x, y)
 
     def test_one_class(self, measure):
@@ -259,7 +251,5 @@ class TestBadInput:
 
     def test_shapes(self, measure):
         x, y = clusters()
-        with pytest.raises(UserError, match='one label for each'):
+        with pytest.raises(ValueError, match='inconsistent numbers'):
             measure(x, y[:-1])
-        with pytest.raises(UserError, match='features must be'):
-            measure(x[0], y)

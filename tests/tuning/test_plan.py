@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from timm_amf import Plan, RolePlan, Schedule, UserError
-from timm_amf.tuning.plan_args import add_plan_args, field_table, plan_from_args
+from timm_amf.tuning.plan_args import add_plan_args, plan_from_args
 
 ROLES = ['branch.0', 'branch.1', 'policy', 'head']
 
@@ -101,6 +101,20 @@ def parse(*argv, recipe=None, **flags) -> argparse.Namespace:
     others = dict.fromkeys(('lr', 'lr_base', 'lr_base_size', 'lr_base_scale', 'warmup_lr', 'min_lr'))
     given = vars(parser.parse_args(argv))
     return argparse.Namespace(**{**given, **others, 'seed': 42, 'recipe': recipe or {}, **flags})
+
+
+def field_table(cls) -> str:
+    """The table of a class in docs/plan.md."""
+    lines = ['| field | default | | flag |', '|---|---|---|---|']
+    for field in dataclasses.fields(cls):
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        shown = default is not None and not isinstance(default, Schedule)
+        default = yaml.safe_dump(default, default_flow_style=True).split('\n')[0] if shown else ''
+        flags = field.metadata.get('flag', f'--{field.name}').replace('_', '-').split()
+        flags += [f'--policy-{field.name}'.replace('_', '-')] if field.metadata.get('policy') else []
+        text = field.metadata['help'].replace('|', '\\|')
+        lines.append(f'| `{field.name}` | {default} | {text} | {", ".join(f"`{flag}`" for flag in flags)} |')
+    return '\n'.join(lines)
 
 
 def test_a_field_is_declared_once():

@@ -2,7 +2,7 @@
 import argparse
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -10,12 +10,16 @@ from typing import Any, Optional, Union
 import yaml
 
 from timm_amf.errors import UserError
+from timm_amf.flags import add_flags, path
 
 __all__ = [
     'Component', 'DataSpec', 'add_data_args', 'data_spec_from_args', 'list_presets', 'load_preset', 'splits_from_args',
 ]
 
 DEFAULT_SPLITS = {'train': 'train', 'val': 'validation', 'test': 'test'}
+# Keys of the section `data` beside its components.
+_COMMON = (
+    'download', 'input_img_mode', 'num_samples', 'trust_remote_code', 'cache_dir', 'val_share', 'test_share', 'group')
 _PRESET_DIR = Path(__file__).parent / 'presets'
 # As timm's dataset factory, and 'test' beside them.
 SPLIT_NAMES = {
@@ -65,18 +69,17 @@ class Component:
         where = f'data component {self.name!r}'
         if not isinstance(self.name, str) or not re.fullmatch(r'[\w.-]+', self.name):
             raise UserError(f'{where}: a name is made of letters, digits, "_", "-" and "."')
-        for key, low in (('classes', 1), ('class_offset', 0)):
-            _check_int(getattr(self, key), low, f'{where}: {key}')
-        object.__setattr__(self, 'per_class', _by_split(self.per_class, 1, f'{where}: per_class'))
-        object.__setattr__(self, 'skip', _by_split(self.skip, 0, f'{where}: skip'))
         if not isinstance(self.splits, Mapping):
             raise UserError(f'{where}: splits is a mapping such as {{val: validation}}, not {self.splits!r}')
-        splits = {_split_key(k, f'{where}: splits'): str(v) for k, v in self.splits.items()}
-        object.__setattr__(self, 'splits', splits)
-        for key in ('dataset', 'root', 'class_map', 'input_key', 'target_key'):
-            value = getattr(self, key)
-            if value is not None:
-                object.__setattr__(self, key, str(value))
+        read = {
+            'splits': {_split_key(k, f'{where}: splits'): str(v) for k, v in self.splits.items()},
+            **{key: _whole(getattr(self, key), low, f'{where}: {key}', by_split) for key, low, by_split in (
+                ('classes', 1, False), ('class_offset', 0, False), ('per_class', 1, True), ('skip', 0, True))},
+            **{key: None if getattr(self, key) is None else str(getattr(self, key)) for key in (
+                'dataset', 'root', 'class_map', 'input_key', 'target_key')},
+        }
+        for key, value in read.items():
+            object.__setattr__(self, key, value)
 
     def split_name(self, split: str) -> str:
         """The dataset's own name of `train`, `val` or `test`."""
@@ -156,10 +159,7 @@ class DataSpec:
         if not isinstance(data, Mapping):
             raise UserError(f'data: expected a mapping with components or a preset, not {data!r}')
         data = dict(data)
-        common_keys = (
-            'download', 'input_img_mode', 'num_samples', 'trust_remote_code', 'cache_dir', 'val_share', 'test_share',
-            'group')
-        common = {key: data.pop(key) for key in common_keys if key in data}
+        common = {key: data.pop(key) for key in _COMMON if key in data}
         defaults = {k: v for k, v in (defaults or {}).items() if v is not None}
         if 'preset' in data:
             if 'components' in data:
@@ -171,9 +171,7 @@ class DataSpec:
         root = data.pop('root', data.pop('path', None))
         if root is not None:
             defaults['root'] = root
-        if data:
-            raise UserError(f'data: unknown key {sorted(data)[0]!r} beside components; components know '
-                            f'{", ".join(Component.__dataclass_fields__)}')
+        _check_names(data, 'beside components; components know')
         return cls(tuple(_component(item, defaults) for item in items), **common)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -196,36 +194,26 @@ def load_preset(name: str) -> dict[str, Any]:
 
 def add_data_args(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the data that timm does not have, in a group of their own."""
-    group = parser.add_argument_group('Mixture parameters')
-    group.add_argument(
-        '--component', action='append', metavar='KEY=VALUE,...', default=None,
-        help='Add a component to the mixture: name=signs,path=/data/signs,classes=10,per_class=33; also dataset=, '
-             'class_offset=, class_map=, and by split per_class.train=, skip.train=, splits.val=. Repeatable.')
-    group.add_argument(
-        '--data-preset', metavar='NAME', default=None,
-        help=f'A ready-made mixture: {", ".join(list_presets())}; --data-dir is its folder.')
-    group.add_argument(
-        '--val-share', type=float, metavar='X', default=None,
-        help='Share of the training images, of each class, that is the validation split, where there is none.')
-    group.add_argument(
-        '--test-share', type=float, metavar='X', default=None,
-        help='The same for the test split, which evaluate --split test reads.')
-    group.add_argument(
-        '--group', metavar='COLUMN|REGEX', default=None,
-        help='Images of one group stay on one side of the splits that the shares draw: a column of the table, or a '
-             "regular expression with one group, searched in the path: '(clip\\d+)_'.")
-    group.add_argument(
-        '--cache-images', action='store_true', default=False,
-        help='Decode and shrink the training images once and read them from a cache on disk.')
-    group.add_argument(
-        '--cache-dir', metavar='DIR', default=None,
-        help='Folder of what is decoded or checked once (default: timm_amf in the cache folder of the user).')
-    group.add_argument(
-        '--skip-bad-images', action='store_true', default=False,
-        help='Train without the images that cannot be read, instead of stopping before training.')
-    group.add_argument(
-        '--no-check-images', dest='check_images', action='store_false', default=True,
-        help='Do not read every image once before training.')
+    add_flags(parser, 'Mixture parameters', (
+        ('--component', str, None, 'add a component to the mixture: name=signs,path=/data/signs,classes=10,'
+         'per_class=33; also dataset=, class_offset=, class_map=, and by split per_class.train=, skip.train=, '
+         'splits.val=; repeatable', {'action': 'append', 'metavar': 'KEY=VALUE,...'}),
+        ('--data-preset', str, None, f'a ready-made mixture: {", ".join(list_presets())}; --data-dir is its folder'),
+        ('--val-share', float, None, 'share of the training images, of each class, that is the validation split, where '
+         'there is none'),
+        ('--test-share', float, None, 'the same for the test split, which evaluate --split test reads'),
+        ('--group', str, None, 'images of one group stay on one side of the splits that the shares draw: a column of '
+         "the table, or a regular expression with one group, searched in the path: '(clip\\d+)_'",
+         {'metavar': 'COLUMN|REGEX'}),
+        ('--cache-images', bool, False,
+         'decode and shrink the training images once, and read them from a cache on disk'),
+        ('--cache-dir', path, None, 'folder of what is decoded or checked once (default: timm_amf in the cache folder '
+         'of the user)', {'metavar': 'DIR'}),
+        ('--skip-bad-images', bool, False, 'train without the images that cannot be read, instead of stopping before '
+         'training'),
+        ('--no-check-images', bool, True, 'do not read every image once before training',
+         {'dest': 'check_images', 'action': 'store_false'}),
+    ))
 
 
 def data_spec_from_args(args: argparse.Namespace, section: Optional[Mapping] = None) -> DataSpec:
@@ -238,43 +226,33 @@ def data_spec_from_args(args: argparse.Namespace, section: Optional[Mapping] = N
         args: Parsed flags: timm's dataset flags and those of `add_data_args`. `args.data` may be the section itself.
         section: The `data:` section, if it is not in `args.data`.
     """
-    def get(key):
-        value = getattr(args, key, None)
-        return None if value == '' else value
-
-    positional = get('data')
-    if isinstance(positional, Mapping):
-        section, positional = section or positional, None
+    given = {key: value for key, value in vars(args).items() if value not in (None, '')}
+    if isinstance(given.get('data'), Mapping):
+        section = section or given.pop('data')
     # A dataset's own name ('valid') is passed on to it, also where it says which split of the mixture is meant.
-    own = ((_mixture_split(name) or role, name) for role, name in (
-        ('train', get('train_split')), ('val', get('val_split'))) if name)
-    splits = {role: name for role, name in own if DEFAULT_SPLITS.get(role, name) != name}
+    names = {role: given[f'{role}_split'] for role in ('train', 'val') if f'{role}_split' in given}
+    own = {_mixture_split(name) or role: name for role, name in names.items()}
     defaults = {
-        'root': get('data_dir') or positional,
-        'splits': splits,
-        'class_map': get('class_map'),
-        'input_key': get('input_key'),
-        'target_key': get('target_key'),
+        'root': given.get('data_dir', given.get('data')),
+        'splits': {role: name for role, name in own.items() if DEFAULT_SPLITS.get(role, name) != name},
+        **{key: given.get(key) for key in ('class_map', 'input_key', 'target_key')},
     }
-    if get('component'):
+    if 'component' in given:
         section = {'components': [_parse_component(text) for text in args.component]}
-    elif get('data_preset'):
+    elif 'data_preset' in given:
         section = {'preset': args.data_preset}
     elif not section:
-        section = {'dataset': get('dataset') or ''}
+        section = {'dataset': given.get('dataset', '')}
     spec = DataSpec.from_mapping(section, defaults)
-    num_samples = {'train': get('train_num_samples'), 'val': get('val_num_samples')}
+    num_samples = {role: given[f'{role}_num_samples'] for role in ('train', 'val') if f'{role}_num_samples' in given}
     return replace(
         spec,
-        download=spec.download or bool(get('dataset_download')),
-        input_img_mode=get('input_img_mode') or spec.input_img_mode,
-        num_samples=spec.num_samples or {k: v for k, v in num_samples.items() if v},
-        trust_remote_code=spec.trust_remote_code or bool(get('dataset_trust_remote_code')),
-        cache_dir=get('cache_dir') or spec.cache_dir,
-        val_share=spec.val_share if get('val_share') is None else args.val_share,
-        test_share=spec.test_share if get('test_share') is None else args.test_share,
-        group=get('group') or spec.group,
-        split_file=get('split_file') if os.path.isfile(get('split_file') or '') else None,
+        download=spec.download or given.get('dataset_download', False),
+        num_samples=spec.num_samples or num_samples,
+        trust_remote_code=spec.trust_remote_code or given.get('dataset_trust_remote_code', False),
+        split_file=given['split_file'] if os.path.isfile(given.get('split_file', '')) else None,
+        **{key: given[key] for key in ('input_img_mode', 'cache_dir', 'val_share', 'test_share', 'group')
+           if key in given},
     )
 
 
@@ -307,44 +285,37 @@ def _component_list(items: Any) -> list[dict]:
 def _component(item: dict, defaults: Mapping) -> Component:
     if 'path' in item:
         item['root'] = item.pop('path')
-    unknown = set(item) - set(Component.__dataclass_fields__)
-    if unknown:
-        raise UserError(f'data: unknown key {sorted(unknown)[0]!r} of a component; there are '
-                        f'{", ".join(Component.__dataclass_fields__)}')
-    splits = item.get('splits') or {}
-    if not isinstance(splits, Mapping):
-        raise UserError(f'data: splits is a mapping such as {{val: validation}}, not {splits!r}')
-    splits = {**defaults.get('splits', {}), **splits}
+    _check_names(set(item) - set(Component.__dataclass_fields__), 'of a component; there are')
+    if not isinstance(item.get('splits') or {}, Mapping):
+        raise UserError(f'data: splits is a mapping such as {{val: validation}}, not {item["splits"]!r}')
+    splits = {**defaults.get('splits', {}), **(item.get('splits') or {})}
     item = {**defaults, **{k: v for k, v in item.items() if v is not None}, 'splits': splits}
     if 'name' not in item:
-        item['name'] = _default_name(item)
+        name = str(item.get('dataset') or '').rstrip('/').split('/')[-1] or Path(str(item.get('root') or '')).name
+        item['name'] = re.sub(r'[^\w.-]+', '-', name) or 'data'
     return Component(**item)
 
 
-def _default_name(item: Mapping) -> str:
-    name = str(item.get('dataset') or '').rstrip('/').split('/')[-1] or Path(str(item.get('root') or '')).name
-    return re.sub(r'[^\w.-]+', '-', name) or 'data'
+def _check_names(unknown: Collection[str], what: str) -> None:
+    if unknown:
+        known = ', '.join(Component.__dataclass_fields__)
+        raise UserError(f'data: unknown key {sorted(unknown)[0]!r} {what} {known}')
 
 
 def _parse_component(text: str) -> dict[str, Any]:
-    """`name=a,classes=3,per_class.train=5` to a mapping."""
+    """`name=a,classes=3,per_class.train=5` to a mapping; `Component` reads the numbers."""
     item: dict[str, Any] = {}
     for part in text.split(','):
         key, sep, value = part.partition('=')
-        key = key.strip()
+        key, _, split = key.strip().partition('.')
         if not sep or not key:
             raise UserError(f'--component {text!r}: {part!r} is not KEY=VALUE')
-        if key.split('.')[0] in ('classes', 'class_offset', 'per_class', 'skip'):
-            if not value.strip().isdigit():
-                raise UserError(f'--component {text!r}: {key} must be a whole number, not {value!r}')
-            value = int(value)
-        key, _, split = key.partition('.')
-        if split:
-            if not isinstance(item.setdefault(key, {}), dict):
-                raise UserError(f'--component {text!r}: {key} is given both for all splits and for {split}')
+        if not split:
+            item[key] = value
+        elif isinstance(item.setdefault(key, {}), dict):
             item[key][split] = value
         else:
-            item[key] = value
+            raise UserError(f'--component {text!r}: {key} is given both for all splits and for {split}')
     return item
 
 
@@ -354,18 +325,11 @@ def _split_key(split: Any, where: str) -> str:
     return split_of(split)
 
 
-def _check_int(value: Any, low: int, where: str) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise UserError(f'{where} must be a whole number of at least {low}, not {value!r}')
-
-
-def _by_split(value: Any, low: int, where: str) -> Union[int, dict[str, int], None]:
-    if not isinstance(value, Mapping):
-        _check_int(value, low, where)
-        return value
-    value = {_split_key(k, where): v for k, v in value.items() if v is not None}
-    for split, number in value.items():
-        _check_int(number, low, f'{where}.{split}')
-    return value
+def _whole(value: Any, low: int, where: str, by_split: bool) -> Union[int, dict[str, int], None]:
+    """A whole number, or where allowed one for each split."""
+    if by_split and isinstance(value, Mapping):
+        return {_split_key(k, where): _whole(v, low, f'{where}.{k}', False) for k, v in value.items() if v is not None}
+    number = int(value) if isinstance(value, str) and value.strip().isdigit() else value  # of a flag
+    if number is None or type(number) is int and number >= low:
+        return number
+    raise UserError(f'{where} must be a whole number of at least {low}, not {value!r}')

@@ -56,21 +56,14 @@ def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Accelerate's context: device, processes, precision and trackers.
-
-    Raises:
-        UserError: If the device cannot do what the options ask.
-    """
+    """Accelerate's context: device, processes, precision and trackers."""
     trackers = resolve_trackers(args)
     precision = args.mixed_precision
     try:
         accelerator = Accelerator(
-            cpu=args.cpu,
-            mixed_precision=precision,
-            log_with=trackers or None,
+            cpu=args.cpu, mixed_precision=precision, log_with=trackers or None,
             project_dir=args.output or 'output/train',
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],
-        )
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)])
     except (ValueError, ImportError) as e:
         raise UserError(f'Accelerate: {" ".join(str(e).split())}') from None
     if precision == 'fp16' and accelerator.device.type == 'cpu':
@@ -109,9 +102,6 @@ def build_data(
 
     Args:
         class_names: Of the model whose weights are there already; labels follow from them.
-
-    Raises:
-        UserError: If data are missing, damaged or do not fit each other.
     """
     spec = data_spec_from_args(args, args.recipe.get('data'))
     splits = splits_from_args(args)
@@ -152,11 +142,7 @@ def input_channels(args: argparse.Namespace) -> int:
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    """The model of the options, in training mode, on the CPU.
-
-    Raises:
-        UserError: If the model cannot be built as asked, or its weights cannot be had.
-    """
+    """The model of the options, in training mode, on the CPU."""
     if args.num_classes is not None and args.num_classes < num_classes:
         raise UserError(
             f'--num-classes {args.num_classes}: the data have {num_classes} classes; raise it or leave it out')
@@ -166,8 +152,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     seed_step(args.seed, 0, 0, 0)
     try:
         model = _create(args, num_classes)
-        _adjust_norms(model, args)
-        _adjust_head(model, args)
+        _adjust(model, args)
         if args.split_bn:
             model = convert_splitbn_model(model, max(args.aug_splits, 2))
         if args.grad_checkpointing:
@@ -183,13 +168,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
 def _create(args: argparse.Namespace, num_classes: int) -> nn.Module:
     overlay = _cfg_overlay(args) or None
     create = functools.partial(
-        timm.create_model,
-        args.model,
-        pretrained=args.pretrained,
-        num_classes=args.num_classes or num_classes,
-        pretrained_cfg_overlay=overlay,
-        **_model_kwargs(args),
-    )
+        timm.create_model, args.model, pretrained=args.pretrained, num_classes=args.num_classes or num_classes,
+        pretrained_cfg_overlay=overlay, **_model_kwargs(args))
     of_timm = ':' not in args.model and timm.model_entrypoint(args.model.split('.')[0]).__module__.startswith('timm.')
     if of_timm and args.model_kwargs.keys() & {'backbone_kwargs', 'policy_kwargs'}:
         raise UserError(f'--backbone-weights, --policy-weights: {args.model} has no such parts; give --pretrained-path')
@@ -214,12 +194,8 @@ def _create(args: argparse.Namespace, num_classes: int) -> nn.Module:
 
 def _model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     kwargs = dict(
-        in_chans=input_channels(args),
-        global_pool=args.gp,
-        drop_rate=args.drop,
-        drop_path_rate=args.drop_path if args.drop_path is not None else args.drop_connect,
-        drop_block_rate=args.drop_block,
-    )
+        in_chans=input_channels(args), global_pool=args.gp, drop_rate=args.drop, drop_path_rate=args.drop_path,
+        drop_block_rate=args.drop_block)
     return {**{k: v for k, v in kwargs.items() if v is not None}, **args.model_kwargs}
 
 
@@ -238,32 +214,24 @@ def _cfg_overlay(args: argparse.Namespace) -> dict[str, Any]:
     return overlay
 
 
-def _adjust_norms(model: nn.Module, args: argparse.Namespace) -> None:
+@torch.no_grad()
+def _adjust(model: nn.Module, args: argparse.Namespace) -> None:
+    """Settings of batch norms and of the classifier that no constructor takes."""
     for norm in model.modules():
         if isinstance(norm, _NormBase):
-            if args.bn_momentum is not None:
-                norm.momentum = args.bn_momentum
-            if args.bn_eps is not None:
-                norm.eps = args.bn_eps
-
-
-def _adjust_head(model: nn.Module, args: argparse.Namespace) -> None:
-    if args.head_init_scale is None and args.head_init_bias is None:
-        return
-    head = model.get_classifier()
-    for layer in head if isinstance(head, (tuple, list)) else [head]:
-        with torch.no_grad():
-            if args.head_init_scale is not None:
-                layer.weight.mul_(args.head_init_scale)
-            if args.head_init_bias is not None:
-                nn.init.constant_(layer.bias, args.head_init_bias)
+            norm.momentum = norm.momentum if args.bn_momentum is None else args.bn_momentum
+            norm.eps = norm.eps if args.bn_eps is None else args.bn_eps
+    changes_head = args.head_init_scale is not None or args.head_init_bias is not None
+    heads = model.get_classifier() if changes_head else ()
+    for layer in heads if isinstance(heads, (tuple, list)) else [heads]:
+        if args.head_init_scale is not None:
+            layer.weight.mul_(args.head_init_scale)
+        if args.head_init_bias is not None:
+            nn.init.constant_(layer.bias, args.head_init_bias)
 
 
 def set_start(model: nn.Module, table: Resolved, args: argparse.Namespace, num_classes: int) -> None:
     """Give a model that does not resume the start that its Plan asks for: re-initialise, or have a start to decay to.
-
-    Raises:
-        UserError: If the Plan does not fit the model, or what it asks for cannot be had.
     """
     pulled = any(setting.l2sp_alpha for setting in table.parameters.values())
     if pulled and not (args.pretrained or args.initial_checkpoint):
@@ -289,40 +257,18 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, train: Mixture, va
     config = resolve_data_config(vars(args), model=model, verbose=False)
     _check_size(model, args.model, config['input_size'])
     common = dict(
-        input_size=config['input_size'],
-        mean=config['mean'],
-        std=config['std'],
-        seed=args.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        device=accelerator.device,
-        img_dtype=next(model.parameters()).dtype,
-        channels_last=args.channels_last,
-        workers=args.workers,
-        pin_memory=args.pin_mem,
-    )
+        {name: config[name] for name in ('input_size', 'mean', 'std')},
+        seed=args.seed, rank=accelerator.process_index, world_size=accelerator.num_processes, device=accelerator.device,
+        img_dtype=next(model.parameters()).dtype, channels_last=args.channels_last, workers=args.workers,
+        pin_memory=args.pin_mem)
     augmentation = dict(
-        no_aug=args.no_aug,
-        train_crop_mode=args.train_crop_mode,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        color_jitter_prob=args.color_jitter_prob,
-        grayscale_prob=args.grayscale_prob,
-        gaussian_blur_prob=args.gaussian_blur_prob,
-        auto_augment=args.aa,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        re_split=args.resplit,
-        num_aug_repeats=args.aug_repeats,
-        num_aug_splits=args.aug_splits,
-        epoch_repeats=args.epoch_repeats,
+        {name: getattr(args, name) for name in (
+            'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob',
+            'grayscale_prob', 'gaussian_blur_prob', 'epoch_repeats')},
+        auto_augment=args.aa, re_prob=args.reprob, re_mode=args.remode, re_count=args.recount, re_split=args.resplit,
+        num_aug_repeats=args.aug_repeats, num_aug_splits=args.aug_splits,
         balanced_classes=args.class_sampling == 'balanced',
-        interpolation=args.train_interpolation or config['interpolation'],
-    )
+        interpolation=args.train_interpolation or config['interpolation'])
     if args.cache_images:
         # The evaluation transform shrinks to this side: from the cache it gives the same pixels.
         val_side = math.floor(min(config['input_size'][-2:]) / config['crop_pct'])
@@ -380,12 +326,5 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Optional[Mixup]:
     if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None):
         return None
     return _AnySizeMixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=num_classes,
-    )
+        args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+        label_smoothing=args.smoothing, num_classes=num_classes)

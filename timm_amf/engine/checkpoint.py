@@ -10,9 +10,11 @@ A file of weights names the classes of its outputs in its metadata; in a model t
 """
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
+import pickle
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from timm_amf.errors import UserError
+from timm_amf.errors import Diverged, UserError
 from timm_amf.files import replacing, whole_folder
 from timm_amf.tuning.l2sp import L2SP
 from timm_amf.tuning.lora import merged_state
@@ -50,8 +52,7 @@ _STATE_KEYS = {
 
 def _contiguous(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     # safetensors takes neither channels_last strides nor two names for one storage.
-    seen: set[int] = set()
-    tensors = {}
+    seen, tensors = set(), {}
     for name, tensor in named.items():
         tensor = tensor.detach().contiguous().cpu()
         if tensor.data_ptr() in seen:
@@ -64,16 +65,15 @@ def _contiguous(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _check_finite(named: Iterable[tuple[str, Any]], path: Path) -> None:
     for name, value in named:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
-            raise UserError(
+            raise Diverged(
                 f'{path}: not written, since {name} is not finite; lower the LR, clip gradients (--clip-grad), or use '
                 f'bf16 instead of fp16')
 
 
 def _check_weights(module: nn.Module, path: Path) -> None:
     """Refuse weights and running statistics that are not finite; other buffers, such as masks, may be infinite."""
-    parameters = {name for name, _ in module.named_parameters()}
-    _check_finite(((name, value) for name, value in module.state_dict().items()
-                   if name in parameters or name.endswith(('running_mean', 'running_var'))), path)
+    statistics = (item for item in module.named_buffers() if item[0].endswith(('running_mean', 'running_var')))
+    _check_finite(itertools.chain(module.named_parameters(), statistics), path)
 
 
 def class_names(module: nn.Module) -> Optional[list[str]]:
@@ -90,26 +90,18 @@ def set_class_names(module: nn.Module, names: Iterable[str]) -> None:
 def read_class_names(path: Union[str, Path]) -> Optional[list[str]]:
     """The names of the classes in a file of weights; None where it has none: an older one, or another package's."""
     with contextlib.suppress(SafetensorError, OSError), safe_open(path, 'pt') as file:
-        metadata = file.metadata() or {}
-        if 'class_names' in metadata:
-            return _parse_names(metadata['class_names'], path)
+        metadata, beside = file.metadata() or {}, Path(path).with_name('config.json')
+        own, names = metadata.get('class_names'), None
         # An exported file has its configuration in its metadata, a published one beside it.
-        config, beside = metadata.get('config.json'), Path(path).with_name('config.json')
-        if config is None and beside.is_file():
-            config = beside.read_text(encoding='utf-8')
+        text = own or metadata.get('config.json') or (beside.read_text(encoding='utf-8') if beside.is_file() else '{}')
         with contextlib.suppress(ValueError, RecursionError, AttributeError):
-            config = json.loads(config or '{}')
-            names = config.get('class_names') or config.get('label_names')
-            return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
-    return None
-
-
-def _parse_names(text: str, path: Union[str, Path]) -> list[str]:
-    with contextlib.suppress(ValueError, RecursionError):
-        names = json.loads(text)
+            found = json.loads(text)
+            names = found if own else found.get('class_names') or found.get('label_names')
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             return names
-    raise UserError(f'{path}: is damaged: its names of classes are no list of texts')
+        if own:
+            raise UserError(f'{path}: is damaged: its names of classes are no list of texts')
+    return None
 
 
 def _write_module(module: nn.Module, path: Path, state: Optional[Mapping[str, torch.Tensor]] = None) -> None:
@@ -120,12 +112,7 @@ def _write_module(module: nn.Module, path: Path, state: Optional[Mapping[str, to
 
 
 def save_weights(module: nn.Module, path: Union[str, Path]) -> None:
-    """Write a module's weights as safetensors, adapters merged, whole or not at all; equal weights give equal files.
-
-    Raises:
-        UserError: If a weight is not finite, or the disk is full or not writable; a file that was there before stays as
-            it was.
-    """
+    """Write a module's weights as safetensors, adapters merged, whole or not at all; equal weights give equal files."""
     with replacing(path, _REMEDY) as temporary:
         _write_module(module, temporary, merged_state(module))
 
@@ -147,19 +134,10 @@ def reading_weights(path: Union[str, Path], missing: str = 'no such checkpoint')
         raise UserError(f'{path}: is damaged or no safetensors file ({" ".join(str(e).split())})') from None
 
 
-def _read_tensors(path: Union[str, Path], missing: str) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file; `missing` is what to say where there is none."""
-    with reading_weights(path, missing):
-        return load_file(path)
-
-
 def load_weights(module: nn.Module, path: Union[str, Path]) -> None:
-    """Load weights written by `save_weights`; every tensor must fit.
-
-    Raises:
-        UserError: If the file is missing, damaged, or of another model.
-    """
-    tensors = _read_tensors(path, 'no such checkpoint')
+    """Load weights written by `save_weights`; every tensor must fit."""
+    with reading_weights(path):
+        tensors = load_file(path)
     try:
         module.load_state_dict(tensors)
     except RuntimeError as e:
@@ -169,14 +147,6 @@ def load_weights(module: nn.Module, path: Union[str, Path]) -> None:
     names = read_class_names(path)
     if names is not None and getattr(module, 'pretrained_cfg', None):
         set_class_names(module, names)
-
-
-def _load_start(path: Path, l2sp: L2SP) -> None:
-    tensors = _read_tensors(path, 'is not there: the run was without L2-SP; resume with the Plan of the run')
-    try:
-        l2sp.load_state_dict(tensors)
-    except UserError as e:
-        raise UserError(f'{path}: {e}') from None
 
 
 class Checkpointer:
@@ -234,22 +204,10 @@ class Checkpointer:
             state: dict[str, Any],
             l2sp: Optional[L2SP] = None,
     ) -> None:
-        """Write `last/`.
-
-        Args:
-            model: The bare model.
-            ema: Its moving average, or None.
-            optimizer: The optimiser.
-            state: Plain data: counters, schedule, meters.
-            l2sp: L2-SP, whose starting point is kept, or None.
-
-        Raises:
-            UserError: If the disk is full or not writable; the previous checkpoint stays whole.
-        """
+        """Write `last/`: the bare model, its moving average, the optimiser, and plain data; of L2-SP its start."""
         if self.finite:
-            _check_weights(model, self.last)
-            if ema is not None:
-                _check_weights(ema, self.last)
+            for module in filter(None, (model, ema)):
+                _check_weights(module, self.last)
             _check_finite(((f'{k} of the optimiser', v) for of_one in optimizer.state.values()
                            for k, v in of_one.items()), self.last)
         self.settle()
@@ -299,45 +257,35 @@ class Checkpointer:
             ema: Optional[nn.Module],
             optimizer: Optional[torch.optim.Optimizer],
             l2sp: Optional[L2SP] = None,
-    ) -> dict[str, Any]:
-        """Load a `last/` folder into the model, its moving average, the optimiser, and the starting point of L2-SP.
-
-        Returns:
-            The state that was saved with it.
-
-        Raises:
-            UserError: If the folder is missing, damaged, or of another model or Plan.
-        """
+    ) -> None:
+        """Load a `last/` folder into the model, its moving average, the optimiser, and the starting point of L2-SP."""
         source = Path(source)
         check_digests(source)
         state = read_state(source)
         load_weights(model, source / _WEIGHTS)
         if ema is not None:
-            if (source / _EMA).exists():
-                load_weights(ema, source / _EMA)
-            else:
+            if not (source / _EMA).exists():
                 raise UserError(f'{source}: has no moving average; resume without --model-ema')
+            load_weights(ema, source / _EMA)
         if optimizer is not None:
             self._load_optimizer(source / _OPTIMIZER, optimizer)
         if l2sp is not None:
-            _load_start(source / _START, l2sp)
+            with reading_weights(
+                    source / _START, 'is not there: the run was without L2-SP; resume with the Plan of the run'):
+                start = load_file(source / _START)
+            try:
+                l2sp.load_state_dict(start)
+            except UserError as e:
+                raise UserError(f'{source / _START}: {e}') from None
         self.best_metric, self.best_epoch = state['best_metric'], state['best_epoch']
         if self.best_epoch is not None and not (source.parent / 'model_best.safetensors').exists():
             _logger.warning('%s: model_best.safetensors is gone; the best epoch from here on counts', source.parent)
             self.best_metric = self.best_epoch = None
         self.kept = [(float(metric), int(epoch)) for metric, epoch in state['kept']]
-        return state
 
     @staticmethod
     def _load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
-        try:
-            state = torch.load(path, map_location='cpu', weights_only=True)
-        except FileNotFoundError:
-            raise UserError(f'{path}: no such checkpoint') from None
-        except Exception as e:  # torch.load raises many types for a damaged or hostile file
-            raise UserError(f'{path}: is damaged ({" ".join(str(e).split())[:160]})') from None
-        if not isinstance(state, dict) or not {'state', 'param_groups'} <= set(state):
-            raise UserError(f'{path}: is damaged: it holds no state of an optimiser')
+        state = torch.load(path, map_location='cpu', weights_only=True)
         ours = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
         if [g.get('param_names') for g in state['param_groups']] != [g.get('param_names') for g in ours]:
             raise UserError(
@@ -348,18 +296,14 @@ class Checkpointer:
         for group, settings in zip(optimizer.param_groups, ours):
             group.update(settings)
 
-    def is_best(self, metric: float) -> bool:
-        if self.best_metric is None:
-            return True
-        return metric < self.best_metric if self.decreasing else metric > self.best_metric
-
     def save_epoch(self, model: nn.Module, epoch: int, metric: Optional[float]) -> bool:
         """Write the weights that an epoch earns: `model_best.safetensors`, and the numbered ones that are kept.
 
         Returns:
             Whether the epoch is the best so far.
         """
-        best = metric is not None and self.is_best(metric)
+        sign = -1 if self.decreasing else 1
+        best = metric is not None and (self.best_metric is None or sign * metric > sign * self.best_metric)
         if self.finite:
             _check_weights(model, self.folder / 'model_best.safetensors')
         if best:
@@ -367,7 +311,7 @@ class Checkpointer:
             self.best_metric, self.best_epoch = metric, epoch
         wanted = epoch in self.keep_epochs
         if self.keep and metric is not None:
-            ranked = sorted([*self.kept, (metric, epoch)], key=lambda item: item[0], reverse=not self.decreasing)
+            ranked = sorted([*self.kept, (metric, epoch)], key=lambda item: -sign * item[0])
             for _, dropped in ranked[self.keep:]:
                 if dropped not in self.keep_epochs:
                     self._numbered(dropped).unlink(missing_ok=True)
@@ -382,20 +326,15 @@ class Checkpointer:
 
 
 def read_state(source: Union[str, Path]) -> dict[str, Any]:
-    """The plain-data state of a `last/` folder.
-
-    Raises:
-        UserError: If there is none, or it is damaged.
-    """
+    """The plain-data state of a `last/` folder."""
     path = Path(source) / _STATE
     try:
         state = json.loads(path.read_text(encoding='utf-8'))
+        wrong = [key for key, kind in _STATE_KEYS.items() if not isinstance(state[key], kind)]
     except FileNotFoundError:
         raise UserError(f'{path}: is not there{_fall_back(path.parent)}') from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f'{path}: is damaged ({e}){_fall_back(path.parent)}') from None
-    wrong = [key for key, kind in _STATE_KEYS.items() if not isinstance(state, dict) or not isinstance(
-        state.get(key, Ellipsis), kind)]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError) as e:
+        wrong = [str(e)]
     if wrong:
         raise UserError(f'{path}: is damaged ({wrong[0]}){_fall_back(path.parent)}')
     return state
@@ -406,22 +345,21 @@ def restoring(source: Path) -> Iterator[None]:
     """Makes a `UserError` of what anything says of a state that nothing here has written."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
+    except (
+            LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, EOFError,
+            pickle.UnpicklingError) as e:
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:160]
         raise UserError(f'{source}: is damaged ({reason}){_fall_back(source)}') from e
 
 
 def check_digests(source: Path) -> None:
     """Refuse a checkpoint whose files are not those that were written; one of an older version has no digests."""
-    path = source / _DIGESTS
-    if not path.exists():
-        return
-    try:
-        digests = dict(json.loads(path.read_text(encoding='utf-8')))
-    except (ValueError, TypeError, RecursionError):
-        digests = {_DIGESTS: ''}
-    if not set(digests) <= {_WEIGHTS, _EMA, _OPTIMIZER, _START, _STATE}:
-        digests = {_DIGESTS: ''}
+    digests = {}
+    if (source / _DIGESTS).exists():
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            digests = dict(json.loads((source / _DIGESTS).read_text(encoding='utf-8')))
+        if not {_STATE} <= set(digests) <= {_WEIGHTS, _EMA, _OPTIMIZER, _START, _STATE}:
+            digests = {_DIGESTS: ''}
     for name, digest in digests.items():
         file = source / name
         if not file.exists() or _digest(file) != digest:

@@ -78,7 +78,6 @@ def evaluate(
         loader,
         accelerator: Accelerator,
         record: Optional[Record] = None,
-        description: str = 'eval',
         progress: bool = False,
 ) -> dict[str, float]:
     """Evaluate a model on the share of the data that each process holds, and sum over the processes.
@@ -88,7 +87,6 @@ def evaluate(
         loader: Loader of evaluation batches; processes may hold different numbers of batches.
         accelerator: Accelerate's context.
         record: Sums what the model decided.
-        description: Label of the progress bar.
         progress: Show a progress bar.
 
     Returns:
@@ -96,7 +94,7 @@ def evaluate(
     """
     model.eval()
     tally = Tally(loader.dataset.components, loader.dataset.num_classes, accelerator.device)
-    bar = tqdm(loader, desc=description, leave=False, disable=not progress, dynamic_ncols=True)
+    bar = tqdm(loader, desc='eval', leave=False, disable=not progress, dynamic_ncols=True)
     for batch in bar:
         with accelerator.autocast():
             result = model(batch.input)

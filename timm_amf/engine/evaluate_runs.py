@@ -74,14 +74,13 @@ def evaluations(
 
     Returns:
         Of each run, in their order, and last on request of their ensemble.
-
-    Raises:
-        UserError: If a folder holds no run, or weights or data are not as its options have them; for an ensemble also
-            if the runs have other classes or images.
     """
     options = options or RunOptions()
     opened = [run if isinstance(run, Opened) else open_trained(run, options) for run in runs]
-    _check_once(opened)
+    folders = [Path(run.name).resolve() for run in opened]
+    for run, folder in zip(opened, folders):
+        if folders.count(folder) > 1:
+            raise UserError(f'{run.name}: is given twice; a run has one part in a mean or an ensemble')
     if ensemble and len(opened) < 2:
         raise UserError('--ensemble: there is one run; give two or more')
     images = [open_images(run, options) for run in opened]
@@ -146,26 +145,15 @@ def _open_images(run: Opened, spec: DataSpec, split: str, options: RunOptions) -
     return create_dataset(spec, split, input_channels(run.args), run.class_names)
 
 
-def _check_once(opened: Sequence[Opened]) -> None:
-    folders = [Path(run.name).resolve() for run in opened]
-    for run, folder in zip(opened, folders):
-        if folders.count(folder) > 1:
-            raise UserError(f'{run.name}: is given twice; a run has one part in a mean or an ensemble')
-
-
 def _difference(a: Evaluation, b: Evaluation) -> Optional[str]:
     """What keeps two runs from being averaged; None where they have the same images and classes."""
-    if a.class_names != b.class_names:
-        numbers = f'{len(a.class_names)} and {len(b.class_names)} of them'
-        numbers = numbers if len(a.class_names) != len(b.class_names) else 'other names'
-        return f'{a.run} and {b.run} differ in their classes ({numbers})'
-    if len(a.paths) != len(b.paths):
-        return f'{a.run} and {b.run} differ in their images ({len(a.paths)} and {len(b.paths)} of them)'
-    for one, other, same in zip(a.paths, b.paths, a.targets == b.targets):
-        if one != other or not same:
-            return f'{a.run} and {b.run} differ in their images ({one} and {other})'
-    if a.components != b.components:
-        return f'{a.run} and {b.run} differ in their components ({", ".join(a.components + b.components)})'
+    for what, one, other in (
+            ('classes', a.class_names, b.class_names), ('images', a.paths, b.paths),
+            ('labels', a.targets.tolist(), b.targets.tolist()), ('components', a.components, b.components)):
+        if one != other:
+            first = next((f'{x} and {y}' for x, y in zip(one, other) if x != y), '')
+            how = first if len(one) == len(other) else f'{len(one)} and {len(other)} of them'
+            return f'{a.run} and {b.run} differ in their {what} ({how})'
     return None
 
 

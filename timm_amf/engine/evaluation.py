@@ -30,18 +30,11 @@ class Row:
         component: Component of the mixture, '' for all images.
         images: Number of images.
         loss: Mean of -log of the averaged softmax at the target; of the mean row the mean of the runs'.
-        top1: Accuracy.
-        top1_std: Over the runs (ddof 1), of the mean row alone.
-        top1_low: Lower limit: of a run and of the ensemble Wilson's over the images, of the mean Student's over the
-            runs, cut to 0 to 100.
-        top1_high: Upper limit.
+        top1: Accuracy, and `top1_std` over the runs (ddof 1), of the mean row alone. `_low` and `_high` are the limits
+            of Wilson's interval over the images, of the mean row Student's over the runs, cut to 0 to 100.
         top5: Share of images whose class is among the five likeliest.
-        balanced_accuracy: Mean recall of the classes.
-        balanced_accuracy_low: Limit by the bootstrap over the images, of the mean as for `top1`.
-        balanced_accuracy_high: Upper limit.
-        macro_f1: Mean F1 score of the classes.
-        macro_f1_low: As for the balanced accuracy.
-        macro_f1_high: Upper limit.
+        balanced_accuracy: Mean recall of the classes; limits by the bootstrap over the images, of the mean as `top1`'s.
+        macro_f1: Mean F1 score of the classes; limits as of the balanced accuracy.
         ece: Expected calibration error, 15 bins.
         temperature: What the log-probabilities are to be divided by, fitted to these images; of the mean row none.
         ece_mended: Calibration error with it: each half of the images with the temperature of the other.

@@ -38,14 +38,12 @@ def start_head(
 
     Without the flag it is zero where a pretrained network gets a classifier of other classes, else timm's.
 
-    Args:
-        model: On its device, with its weights.
-        args: The run's options.
-        train: The training images, which `probe` looks at.
-        accelerator: Accelerate's context. Its main process fits the regression; the others get it with the weights.
-        table: How the model is fine-tuned: a classifier that does not learn from the start must not be zero.
+    A classifier that does not learn from the start, by `table`, must not be zero. The main process fits the regression
+    to the training images; the others get it with the weights.
     """
-    how = args.head_start or _default(model, args)
+    given = args.head_init_scale is not None or args.head_init_bias is not None or args.initial_checkpoint
+    kept = (getattr(model, 'pretrained_cfg', None) or {}).get('num_classes') == model.num_classes
+    how = args.head_start or ('timm' if given or kept or not args.pretrained else 'zero')
     if how == 'timm':
         return
     if how == 'zero' and not _learns(model, table):
@@ -54,11 +52,8 @@ def start_head(
         return
     layers = _linear_layers(model)
     if how == 'zero':
-        with torch.no_grad():
-            for layer in layers:
-                layer.weight.zero_()
-                if layer.bias is not None:
-                    layer.bias.zero_()
+        for parameter in (p for layer in layers for p in layer.parameters()):
+            nn.init.zeros_(parameter)
     elif accelerator.is_main_process:
         if len(layers) != 1 or layers[0].weight.flatten(1).shape[1] != model.head_hidden_size:
             raise UserError('--head-start probe: the classifier is not one linear layer on pooled features; give zero')
@@ -67,13 +62,6 @@ def start_head(
         with torch.no_grad():
             layers[0].weight.copy_(torch.from_numpy(weight).view_as(layers[0].weight))
             layers[0].bias.copy_(torch.from_numpy(bias))
-
-
-def _default(model: nn.Module, args: argparse.Namespace) -> str:
-    given = args.head_init_scale is not None or args.head_init_bias is not None or args.initial_checkpoint
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    kept = cfg.get('num_classes') == model.num_classes  # the pretrained classifier
-    return 'timm' if given or kept or not args.pretrained else 'zero'
 
 
 def _learns(model: nn.Module, table: Resolved) -> bool:

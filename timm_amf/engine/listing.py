@@ -6,6 +6,7 @@
 
 What is published is known of the time when this version was released, without any network; `--check` asks the Hub.
 """
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 
@@ -15,9 +16,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from torch import nn
 
-from timm_amf.engine.config_file import list_recipes, nearest
+from timm_amf.engine.config_file import list_recipes
 from timm_amf.engine.recipes import Recipe, describe_expected, read_recipe
 from timm_amf.errors import CommandParser, UserError
+from timm_amf.flags import nearest
 from timm_amf.models.method import method_of
 from timm_amf.models.tags import FINE_TUNED, OWNER
 from timm_amf.text import columns
@@ -82,11 +84,6 @@ def _tag_rows(tags: Sequence[str], model: nn.Module, published: Published) -> It
             yield f'{tag} (default)', 'yes', ', '.join(dict.fromkeys(filter(None, sources)))
 
 
-def _recipe_row(recipe: Recipe, published: Published) -> tuple[str, ...]:
-    state = published(recipe.repo_id) if recipe.repo_id else '-'
-    return recipe.name, state, recipe.card.get('paper', '-'), describe_expected(recipe.expected) or '-'
-
-
 def _known(recipes: Iterable[Recipe]) -> Published:
     """What this version knows: its tags and its recipes say whether their repository is there."""
     there = {f'{OWNER}/{name}' for name, tuned in FINE_TUNED.items() if tuned.published}
@@ -94,21 +91,10 @@ def _known(recipes: Iterable[Recipe]) -> Published:
     return lambda repo: 'yes' if repo in there else 'no'
 
 
-def _asked() -> Published:
-    """What the Hub says, asked once for each repository."""
-    answers: dict[str, str] = {}
-
-    def published(repo: str) -> str:
-        if repo not in answers:
-            answers[repo] = ask_hub(repo)
-        return answers[repo]
-    return published
-
-
 def _list(pattern: str, check: bool) -> str:
     names = [name for module in _MODULES for name in timm.list_models(module=module)]
     recipes = [read_recipe(name) for name in list_recipes() if _matches(name, pattern)]
-    published = _asked() if check else _known(recipes)
+    published = functools.cache(ask_hub) if check else _known(recipes)
     models, tags = [], []
     for name in names:
         meant = _tags(name, pattern)
@@ -126,7 +112,9 @@ def _list(pattern: str, check: bool) -> str:
     if tags:
         blocks.append(columns([('tag', 'published', 'weights'), *tags]))
     if recipes:
-        rows = [_recipe_row(recipe, published) for recipe in recipes]
+        rows = [(
+            recipe.name, published(recipe.repo_id) if recipe.repo_id else '-', recipe.card.get('paper', '-'),
+            describe_expected(recipe.expected) or '-') for recipe in recipes]
         blocks.append(columns([('recipe', 'published', 'paper', 'expected top-1, percent'), *rows]))
         blocks.append('timm-amf train --config RECIPE trains one; docs/recipes.md says more.')
     return '\n\n'.join(blocks)

@@ -18,6 +18,7 @@ from timm.data import Mixup
 from timm.models import model_parameters, save_for_hf
 from timm.utils import dispatch_clip_grad, distribute_bn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 from timm_amf.engine.build import seed_step
@@ -25,7 +26,7 @@ from timm_amf.engine.checkpoint import Checkpointer, class_names, load_weights, 
 from timm_amf.engine.csv_log import CsvLog
 from timm_amf.engine.evaluate import evaluate, reduce_tensors
 from timm_amf.engine.task import AdaptiveTask
-from timm_amf.errors import Interrupted, UserError
+from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.models.method import check_takes, method_of
 from timm_amf.models.records import Record, exact_device
 from timm_amf.tuning import GroupScheduler, Resolved, apply_freeze
@@ -131,12 +132,7 @@ class Trainer:
         self.components = train_loader.dataset.components
         self.decreasing = args.eval_metric == 'loss'
         self.checkpoints = Checkpointer(
-            folder,
-            keep=args.checkpoint_hist or 0,
-            keep_epochs=args.save_epochs or (),
-            decreasing=self.decreasing,
-            finite=self.stops_at_nan,
-        )
+            folder, args.checkpoint_hist or 0, args.save_epochs or (), self.decreasing, finite=self.stops_at_nan)
         self.steps = min(len(train_loader), args.train_batches_per_epoch or len(train_loader))
         self.updates_per_epoch = math.ceil(self.steps / args.grad_accum_steps)
         self.scheduler = GroupScheduler(
@@ -161,11 +157,8 @@ class Trainer:
             pass  # says so now if there are no such paths
         if args.model_ema:
             # Before anything wraps the model: the average is of the bare one.
-            task.setup_ema(
-                decay=args.model_ema_decay,
-                use_warmup=args.model_ema_warmup,
-                device=torch.device('cpu') if args.model_ema_force_cpu else None,
-            )
+            device = torch.device('cpu') if args.model_ema_force_cpu else None
+            task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
         self.epoch, self.step, self.updates = 0, 0, 0
         self.resumed_meters: Optional[list] = None
         self.start: Optional[dict[str, Any]] = None  # the metrics before the first step, where they were asked for
@@ -191,11 +184,7 @@ class Trainer:
     # -- resuming -----------------------------------------------------------------------------------------------------
 
     def resume(self, source: Path) -> None:
-        """Continue from a `last/` folder.
-
-        Raises:
-            UserError: If it is missing, damaged, or of another model, Plan or data order.
-        """
+        """Continue from a `last/` folder."""
         args = self.args
         with restoring(source):
             state = read_state(source)
@@ -205,15 +194,15 @@ class Trainer:
                 raise UserError(
                     f'{source}: is of a run with --opt {before}, not {self.plan.opt}; give it, or add --no-resume-opt')
             optimizer = None if args.no_resume_opt else self.bare_optimizer
-            state = self.checkpoints.load_last(source, self.task.model, self.task.ema_model, optimizer, self.l2sp)
+            self.checkpoints.load_last(source, self.task.model, self.task.ema_model, optimizer, self.l2sp)
             self.epoch, self.step, self.updates = state['epoch'], state['step'], state['updates']
             self.start = state.get('start')
             if optimizer is not None:
                 self.scheduler.load_state_dict(state['schedule'])
+            self.resumed_meters = state['meters']
             if args.start_epoch is not None:
                 self.epoch, self.step, self.updates = args.start_epoch, 0, args.start_epoch * self.updates_per_epoch
-            else:
-                self.resumed_meters = state['meters']
+                self.resumed_meters = None
             self.scheduler.step(self.epoch)
             self._open_logs()
 
@@ -225,22 +214,16 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What the order and size of the steps, and the loss, follow from."""
         return dict(
-            seed=self.args.seed,
-            samples=len(self.train_loader.dataset),
-            batch_size=self.args.batch_size,
-            grad_accum_steps=self.args.grad_accum_steps,
-            steps=self.steps,
-            processes=self.accelerator.num_processes,
-            **{name: getattr(self.args, name) for name in (
-                'class_sampling', 'class_weight', 'val_share', 'test_share', 'group')},
-        )
+            {name: getattr(self.args, name) for name in (
+                'seed', 'batch_size', 'grad_accum_steps', 'class_sampling', 'class_weight', 'val_share', 'test_share',
+                'group')},
+            samples=len(self.train_loader.dataset), steps=self.steps, processes=self.accelerator.num_processes)
 
     def _check_same_run(self, source: Path, state: dict[str, Any]) -> None:
+        before = state['identity']  # earlier versions wrote fewer
         differing = [
-            f'{name} {state["identity"].get(name)} before, {value} now'
-            # Earlier versions wrote fewer.
-            for name, value in self._identity().items() if state['identity'].get(name, value) != value
-        ]
+            f'{name} {before.get(name)} before, {value} now'
+            for name, value in self._identity().items() if before.get(name, value) != value]
         if state['plan'] != self.plan.to_dict():
             _logger.warning('%s: has another Plan than this run, which continues with its own', source)
         if differing and state['step']:
@@ -312,12 +295,15 @@ class Trainer:
 
         Raises:
             Interrupted: After a signal, with a checkpoint written.
-            UserError: If the loss is no longer finite, or the disk is full.
+            Diverged: If the loss is no longer finite.
         """
         self._apply_plan()
         meter, record = _TrainMeter(self.accelerator.device, self.step), self._record_of_epoch()
         holders = [meter] if record is None else [meter, record]
-        self._restore_meters(holders)
+        for holder, saved in zip(holders, self.resumed_meters or ()):
+            for tensor, values in zip(holder.tensors(), saved):
+                tensor.copy_(torch.tensor(values[self.accelerator.process_index], dtype=tensor.dtype))
+        self.resumed_meters = None
         if self.mixup is not None and self.args.mixup_off_epoch and self.epoch >= self.args.mixup_off_epoch:
             self.mixup.mixup_enabled = False
         self.task.train()
@@ -325,7 +311,7 @@ class Trainer:
         self.scheduler.step_update(self.updates)
         start, images = time.monotonic(), 0
         bar = tqdm(
-            self.train_loader, total=self.steps, initial=self.step, desc=f'epoch {self.epoch}', leave=False,
+            self.train_loader, total=self.steps, initial=self.step, desc=f'epoch {self.epoch + 1}', leave=False,
             disable=not self._progress, dynamic_ncols=True)
         for step, batch in enumerate(bar, start=self.step):
             if self._begin is not None and not images:
@@ -341,7 +327,8 @@ class Trainer:
                 self.scheduler.step_update(self.updates)
                 self._after_update(meter, holders, bar)
             if due and self._begin is None:
-                self._save_images(seen, step)
+                name = f'train-batch-{self.epoch}-{step}.jpg'
+                save_image(seen.float(), self.folder / name, padding=0, normalize=True)
             if self.step == self.steps:
                 break
         self._check_finite(meter)
@@ -408,7 +395,8 @@ class Trainer:
             bar.set_postfix(loss=f'{meter.loss():.3f}')
         due = args.recovery_interval and self.step // args.recovery_interval > (
             self.step - args.grad_accum_steps) // args.recovery_interval
-        stop = self._stop_signal()
+        alone = self.accelerator.num_processes == 1
+        stop = 0 if self.updates % _AGREE_EVERY and not alone else self._most(self.signals.received or 0)
         if (due or stop) and self.step < self.steps:
             self._check_finite(meter)
             self.save(holders)
@@ -417,25 +405,18 @@ class Trainer:
                 stop, f'stopped in epoch {self.epoch + 1} after step {self.step} of {self.steps}; '
                 f'{self.checkpoints.last} is complete: go on with --resume auto')
 
-    def _stop_signal(self) -> int:
-        """The signal that any process has received, 0 if none; agreed between them."""
-        received = self.signals.received or 0
+    def _most(self, number: int) -> int:
+        """The largest of the numbers of all processes."""
         if self.accelerator.num_processes == 1:
-            return received
-        if self.updates % _AGREE_EVERY:
-            return 0
-        flag = torch.tensor([received], device=self.accelerator.device)
-        return int(gather(flag).max())
+            return number
+        return int(gather(torch.tensor([number], device=self.accelerator.device)).max())
 
     def _check_finite(self, meter: _TrainMeter) -> None:
-        if not self.stops_at_nan:
-            return
-        step = meter.bad_step()
-        if self.accelerator.num_processes > 1:
-            step = int(gather(torch.tensor([step], device=self.accelerator.device)).max())
+        step = self._most(meter.bad_step()) if self.stops_at_nan else -1
         if step >= 0:
-            raise UserError(
-                f'the loss is not finite in epoch {self.epoch + 1}, step {step + 1} (LR {self._lr_text()}); '
+            lrs = ', '.join(f'{role} {lr:.3g}' for role, lr in self._lrs().items())
+            raise Diverged(
+                f'the loss is not finite in epoch {self.epoch + 1}, step {step + 1} (LR {lrs}); '
                 f'{self._remedy}')
 
     @property
@@ -461,20 +442,6 @@ class Trainer:
         args = self.args
         return method_of(model).evaluation(self.plan.global_k, args.eval_blocks, args.eval_sampling_seed)
 
-    def _restore_meters(self, holders) -> None:
-        if self.resumed_meters is not None:
-            rank = self.accelerator.process_index
-            for holder, saved in zip(holders, self.resumed_meters):
-                for tensor, values in zip(holder.tensors(), saved):
-                    tensor.copy_(torch.tensor(values[rank], dtype=tensor.dtype))
-        self.resumed_meters = None
-
-    def _save_images(self, images: torch.Tensor, step: int) -> None:
-        from torchvision.utils import save_image
-
-        path = self.folder / f'train-batch-{self.epoch}-{step}.jpg'
-        save_image(images.float(), path, padding=0, normalize=True)
-
     # -- around the epochs --------------------------------------------------------------------------------------------
 
     def evaluate(self) -> Optional[dict[str, Any]]:
@@ -483,27 +450,22 @@ class Trainer:
         Returns:
             The metrics of `evaluate` and, of composites, the columns of `policy.csv`; None if not due.
         """
-        last = self.epoch + 1 >= self.epochs
-        if (self.epoch + 1) % max(self.args.val_interval, 1) and not last:
-            return None
-        return self.evaluate_now()
-
-    @property
-    def _evaluates_ema(self) -> bool:
-        return self.task.has_ema() and not self.args.model_ema_force_cpu
+        due = (self.epoch + 1) % self.args.val_interval == 0 or self.epoch + 1 >= self.epochs
+        return self.evaluate_now() if due else None
 
     @property
     def evaluated_model(self) -> torch.nn.Module:
         """The bare model that `evaluate_now` looks at: the moving average where there is one on the device."""
-        return self.task.ema_model if self._evaluates_ema else self.task.model
+        has_ema = self.task.has_ema() and not self.args.model_ema_force_cpu
+        return self.task.ema_model if has_ema else self.task.model
 
     def evaluate_now(self) -> dict[str, Any]:
         """Evaluate the current weights."""
-        module = self.task.get_trainable_module(ema=self._evaluates_ema)
-        record = self._record_of_epoch()
+        model, record = self.evaluated_model, self._record_of_epoch()
+        module = self.task.get_trainable_module(ema=model is not self.task.model)
         # Processes may hold different numbers of batches: evaluate without the reducer around the model.
         module = module.module if isinstance(module, DistributedDataParallel) else module
-        with self._evaluation(self.evaluated_model):
+        with self._evaluation(model):
             metrics = evaluate(module, self.val_loader, self.accelerator, record, progress=self._progress)
         if record is None or not record.count:
             return dict(metrics, policy={}, headline='')
@@ -513,16 +475,14 @@ class Trainer:
     def finish_epoch(self, train: dict[str, Any], val: Optional[dict[str, Any]]) -> Optional[float]:
         """Record the epoch, save what it earned, set the next epoch's LRs and report; returns its `--eval-metric`."""
         if val is not None and self.stops_at_nan and not math.isfinite(val['loss']):
-            raise UserError(
+            raise Diverged(
                 f'the evaluation loss is not finite after epoch {self.epoch + 1}, which is not saved; {self._remedy}')
         metric = None if val is None else val[self.args.eval_metric]
-        epoch, lrs = self.epoch, self._lrs()
+        epoch, lrs, best = self.epoch, self._lrs(), False
         if self.accelerator.is_main_process:
             self._record(epoch, train, val, lrs)
             weights = self.task.ema_model if self.task.has_ema() else self.task.model
             best = self.checkpoints.save_epoch(weights, epoch, metric)
-        else:
-            best = False
         self._epochs_done += 1
         self.epoch, self.step = epoch + 1, 0
         self.scheduler.step(self.epoch, metric)
@@ -530,9 +490,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             print(self._line(epoch, train, val, lrs, best), flush=True)
         self._stop_early()
-        stop = self.signals.received or 0
-        if self.accelerator.num_processes > 1:
-            stop = int(gather(torch.tensor([stop], device=self.accelerator.device)).max())
+        stop = self._most(self.signals.received or 0)
         if stop and self.epoch < self.epochs:
             raise Interrupted(
                 stop, f'stopped after epoch {epoch + 1}; {self.checkpoints.last} is complete: go on with --resume auto')
@@ -544,12 +502,10 @@ class Trainer:
         It follows from what a checkpoint holds, so a resumed run stops at the same epoch.
         """
         patience, best = self.args.early_stop, self.checkpoints.best_epoch
-        if not patience or self.epoch >= self.epochs or self.epoch % max(self.args.val_interval, 1):
+        if not patience or self.epoch >= self.epochs or self.epoch % self.args.val_interval:
             return
-        stop = best is not None and self.epoch - 1 - best >= patience
-        if self.accelerator.num_processes > 1:  # the first process alone keeps the best epoch
-            stop = bool(gather(torch.tensor([stop], device=self.accelerator.device))[0])
-        if stop:
+        # The first process alone keeps the best epoch.
+        if self._most(best is not None and self.epoch - 1 - best >= patience):
             self.epochs = self.total_epochs = self.epoch
             if self.accelerator.is_main_process:
                 name, ago = self.args.eval_metric, self.epoch - 1 - best
@@ -557,7 +513,8 @@ class Trainer:
 
     def save(self, holders) -> None:
         """Write `last/`: the state at this moment, from which a resumed run gives the same bits."""
-        meters = [[self._gathered(tensor) for tensor in holder.tensors()] for holder in holders] or None
+        # The tensors of every process, by rank, exact to the bit in JSON.
+        meters = [[gather(tensor[None]).tolist() for tensor in holder.tensors()] for holder in holders] or None
         if self._owns_folder and not (self.folder / 'args.yaml').exists():
             raise UserError(f'{self.folder}: was removed or emptied while the run was writing there; start it again')
         if self.accelerator.is_main_process:
@@ -573,19 +530,14 @@ class Trainer:
             ), self.l2sp)
         self.accelerator.wait_for_everyone()
 
-    def _gathered(self, tensor: torch.Tensor) -> list:
-        """The tensor of every process, by rank, exact to the bit in JSON."""
-        tensors = gather(tensor[None]) if self.accelerator.num_processes > 1 else tensor[None]
-        return tensors.tolist()
-
     def _record(self, epoch, train, val, lrs) -> None:
-        row: dict[str, Any] = dict(epoch=epoch, train_loss=train['loss'])
         val = val or {}
         columns = ['loss', 'top1', 'top5', *(f'top1_{name}' for name in self.components if len(self.components) > 1)]
-        columns += ['balanced_accuracy', 'macro_f1']
-        row.update({f'eval_{name}': val.get(name, '') for name in columns})
-        row['lr'] = self.bare_optimizer.param_groups[0]['lr']
-        row.update({f'lr_{role}': lr for role, lr in lrs.items()})
+        row = {
+            'epoch': epoch, 'train_loss': train['loss'],
+            **{f'eval_{name}': val.get(name, '') for name in (*columns, 'balanced_accuracy', 'macro_f1')},
+            'lr': self.bare_optimizer.param_groups[0]['lr'],
+            **{f'lr_{role}': lr for role, lr in lrs.items()}}
         self.summary.append(row)
         policy = {**val.get('policy', {}), **{k: v for k, v in train.items() if k.startswith('train_')}}
         if policy:
@@ -600,9 +552,6 @@ class Trainer:
         for group in self.bare_optimizer.param_groups:
             lrs[group['role']] = max(group['lr'], lrs.get(group['role'], 0.))
         return lrs
-
-    def _lr_text(self) -> str:
-        return ', '.join(f'{role} {lr:.3g}' for role, lr in self._lrs().items())
 
     def report(self, val: dict[str, Any]) -> str:
         """The metrics of an evaluation, on one line."""
@@ -646,18 +595,17 @@ class Trainer:
 
     def closing_line(self) -> str:
         """What the run came to."""
-        if self.start is not None and self.checkpoints.best_epoch is not None and not self.args.wise_ft:
-            floor, name = self.start[self.args.eval_metric], self.args.eval_metric
-            if self.checkpoints.best_metric < floor and not self.decreasing:
+        name, best, metric = self.args.eval_metric, self.checkpoints.best_epoch, self.checkpoints.best_metric
+        if not (self.start is None or best is None or self.args.wise_ft or self.decreasing):
+            if metric < self.start[name]:
                 _logger.warning(
                     'The best epoch, %s %.2f, is below the frozen features with a logistic regression, %.2f: lower the '
-                    'LR, or add --wise-ft.', name, self.checkpoints.best_metric, floor)
+                    'LR, or add --wise-ft.', name, metric, self.start[name])
         seconds = timedelta(seconds=round(time.monotonic() - self._started))
-        best = self.checkpoints
-        if best.best_epoch is None:
+        if best is None:
             return f'done in {seconds}; {self.folder}'
-        return (f'done in {seconds}: best {self.args.eval_metric} {best.best_metric:.3f} after epoch '
-                f'{best.best_epoch + 1}; {self.folder / "model_best.safetensors"}')
+        return (f'done in {seconds}: best {name} {metric:.3f} after epoch {best + 1}; '
+                f'{self.folder / "model_best.safetensors"}')
 
     def _line(self, epoch, train, val, lrs, best) -> str:
         parts = [f'epoch {epoch + 1}/{self.epochs}', f'train loss {train["loss"]:.4f}']

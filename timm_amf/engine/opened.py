@@ -97,25 +97,16 @@ class Opened:
             skip_bad: bool = False,
             progress: bool = True,
     ) -> Iterator[Answers]:
-        """Goes through images once, in order, as the run evaluates.
-
-        Args:
-            model: From `load`.
-            data: The images.
-            options: How.
-            skip_bad: Go on where an image cannot be read.
-            progress: Show a bar, if on a terminal.
-        """
+        """Goes through images once, in order, as the run evaluates; with `skip_bad` also where one cannot be read."""
         args, method = self.args, method_of(model)
         asked = bool(options.blocks) or options.sampling_seed is not None
         if asked and 'eval_blocks' not in method.takes:
             raise UserError(
                 f'{self.name}: --blocks and --sampling-seed do not act on {type(model).__name__}; leave them out')
-        blocks, k, seed = args.eval_blocks, self.plan and self.plan.global_k, args.eval_sampling_seed
+        blocks, k = args.eval_blocks, self.plan and self.plan.global_k
         if options.blocks:
-            blocks, k = (None, None) if options.blocks == 'policy' else (options.blocks, None)
-        if options.sampling_seed is not None:
-            seed = options.sampling_seed
+            blocks, k = options.blocks if options.blocks != 'policy' else None, None
+        seed = args.eval_sampling_seed if options.sampling_seed is None else options.sampling_seed
         device = choose_device(options.cpu or args.cpu)
         batch_size = options.batch_size or args.validation_batch_size or args.batch_size
         batch_size = max(1, batch_size // 10) if options.ten_crop else batch_size
@@ -126,9 +117,8 @@ class Opened:
         loader = eval_loader(args, model, data, device, batch_size, workers, options.ten_crop, skip_bad)
         context = nullcontext() if options.precision is None else torch.autocast(device.type, options.precision)
         record = method.create_record(data.components)
-        bar = tqdm(
-            loader, desc=self.name, leave=False, disable=not (progress and sys.stderr.isatty()),
-            dynamic_ncols=True)
+        shown = progress and sys.stderr.isatty()
+        bar = tqdm(loader, desc=self.name, leave=False, disable=not shown, dynamic_ncols=True)
         try:
             with method.evaluation(k, blocks, seed):
                 for batch in bar:
@@ -150,19 +140,10 @@ class Opened:
 
 
 def open_trained(run: Union[str, Path], options: RunOptions, needs_data: bool = True) -> Opened:
-    """A run from its folder.
-
-    Args:
-        run: The folder.
-        options: What of it differs.
-        needs_data: Whether the folder of its images must be there.
-    """
+    """A run from its folder; `needs_data` says whether the folder of its images must be there."""
     flags = ['--val-split', options.split] if options.split else []
-    if not needs_data:  # the options want a folder that exists
-        flags += ['--data-dir', str(run)]
-    elif options.data_dir:
-        flags += ['--data-dir', options.data_dir]
-    args = read_run(run, [*flags, *options.flags])
+    flags += ['--data-dir', options.data_dir] if options.data_dir and needs_data else []
+    args = read_run(run, [*flags, *options.flags], needs_data)
     return Opened(
         str(run), args,
         load=lambda num_classes: load_run(args, run, num_classes, options.weights),

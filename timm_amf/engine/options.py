@@ -11,15 +11,17 @@ import copy
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, NoReturn, Optional
 
-from timm_amf.engine.config_file import KeyValues, derived_flags, find_config, nearest, read_config, save_args
+from timm_amf.engine.config_file import derived_flags, find_config, read_config, save_args
 from timm_amf.engine.option_checks import check_names, check_values
 from timm_amf.engine.timm_flags import REFUSED_VALUES, REPLACED, TIMM_FLAGS, why_refused
-from timm_amf.errors import UserError
+from timm_amf.errors import CommandParser, UserError
+from timm_amf.flags import HelpFormatter, add_flags, amount, count, nearest, number, path, share
 
-__all__ = ['add_flags', 'build_parser', 'parse_args', 'resolve_lr', 'resolve_trackers', 'save_args']
+__all__ = ['build_parser', 'parse_args', 'resolve_lr', 'resolve_trackers', 'save_args']
 
 _logger = logging.getLogger(__name__)
 
@@ -47,25 +49,24 @@ RUN_FLAGS = (
     ('--head-start', str, None, 'classifier to start from: timm draws it, zero, or probe: a logistic regression on the '
      'features (default: zero for a new classifier on pretrained weights, else timm)',
      {'choices': ('timm', 'zero', 'probe')}),
-    ('--backbone-weights', str, None, 'weights file of the backbone of a composite, or one for each branch; sets '
+    ('--backbone-weights', path, None, 'weights file of the backbone of a composite, or one for each branch; sets '
      '--pretrained', {'nargs': '+', 'metavar': 'FILE'}),
-    ('--policy-weights', str, None, 'weights file of the policy network of a composite; sets --pretrained',
+    ('--policy-weights', path, None, 'weights file of the policy network of a composite; sets --pretrained',
      {'metavar': 'FILE'}),
     ('--wise-ft', bool, False, 'at the end mix the weights of the start and the best ones, in the shares that validate '
      'best'),
-    ('--class-weight', str, None, 'weight of each class in the loss: balanced, or a CSV file with columns class and '
+    ('--class-weight', path, None, 'weight of each class in the loss: balanced, or a CSV file with columns class and '
      'weight', {'metavar': 'balanced|FILE'}),
-    ('--class-sampling', str, None, 'balanced: draw each class equally often in an epoch',
-     {'choices': ('balanced',)}),
-    ('--early-stop', int, None, 'stop when the --eval-metric has not improved for this many epochs',
+    ('--class-sampling', str, None, 'balanced: draw each class equally often in an epoch', {'choices': ('balanced',)}),
+    ('--early-stop', count, None, 'stop when the --eval-metric has not improved for this many epochs',
      {'metavar': 'EPOCHS'}),
-    ('--budget', float, None, 'minutes that it may take, about: they set --epochs where it is not given',
-     {'metavar': 'MINUTES'}),
-    ('--branch-loss', float, None, "weight of an extra loss on each branch's own logits (AMF, MultiTune; default: 1, "
+    ('--budget', number(float, above=0), None,
+     'minutes that it may take, about: they set --epochs where it is not given', {'metavar': 'MINUTES'}),
+    ('--branch-loss', amount, None, "weight of an extra loss on each branch's own logits (AMF, MultiTune; default: 1, "
      "in recipes of the paper 0)"),
-    ('--policy-balance', float, 0., "weight of a penalty on branches that get more than their share of the policy's "
+    ('--policy-balance', amount, 0., "weight of a penalty on branches that get more than their share of the policy's "
      'weight on average (AMF)'),
-    ('--routing-eps', float, None, 'evaluate an AMF without the branches whose weight for an image is below this, and '
+    ('--routing-eps', share, None, 'evaluate an AMF without the branches whose weight for an image is below this, and '
      'tell what that changes'),
     ('--eval-blocks', str, None, "evaluate a SpotTune with the same path for all images: tuned, frozen, or the tuned "
      "blocks' indices with commas between", {'metavar': 'BLOCKS'}),
@@ -83,19 +84,11 @@ RUN_FLAGS = (
 )
 
 
-class _HelpFormatter(argparse.HelpFormatter):
-    """Adds the default where there is one worth telling."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        told = 'default' in action.help or action.nargs == 0
-        return action.help if told or action.default in (None, '', [], {}) else f'{action.help} (default: %(default)s)'
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as `UserError`, in one line and without the usage of some 200 flags."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+# The flags that matter most, which --help tells first.
+FIRST = (
+    'data', 'config', 'model', 'pretrained', 'pretrained_path', 'img_size', 'epochs', 'batch_size', 'lr', 'output',
+    'experiment', 'resume',
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -103,15 +96,18 @@ def build_parser() -> argparse.ArgumentParser:
     from timm_amf.data.spec import add_data_args
     from timm_amf.tuning.plan_args import add_plan_args
 
-    parser = _Parser(
+    parser = CommandParser(
         prog='train_amf.py',
         usage='%(prog)s [DIR] [--config FILE] [flags]',
         description='Fine-tune any timm model, or an adaptive composite of several, on any image classification data.',
         epilog='[replaced]: accepted with a warning, something else does its work. docs/flags.md says which and why, '
                "and which of timm's flags there are not.",
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument('data', nargs='?', default=None, metavar='DIR', help='folder of the dataset')
+    parser._negative_number_matcher = re.compile(r'-\.?\d')  # argparse takes -1e-5 for a flag
+    parser.add_argument(
+        'data', nargs='?', type=path, default=None, metavar='DIR',
+        help='folder of images: train and validation, and in each a folder for every class')
     parser.add_argument(
         '-c', '--config', default='', metavar='FILE',
         help='YAML file that sets any of the flags, or the name of a recipe such as demo')
@@ -120,24 +116,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_plan_args(parser)
     add_data_args(parser)
     add_flags(parser, 'Run parameters', RUN_FLAGS)
+    first = parser.add_argument_group('What matters most')
+    parser._action_groups.insert(0, parser._action_groups.pop())
+    for action in sorted(parser._actions, key=lambda action: (*FIRST, action.dest).index(action.dest)):
+        if action.dest in FIRST:
+            next(g for g in parser._action_groups if action in g._group_actions)._group_actions.remove(action)
+            first._group_actions.append(action)
+        action.help = '[replaced] ' * (action.dest in REPLACED) + action.help
     return parser
-
-
-def add_flags(parser: argparse.ArgumentParser, title: str, rows: Sequence[tuple]) -> None:
-    """Add flags of a table such as `TIMM_FLAGS`, in a group of their own."""
-    group = parser.add_argument_group(title)
-    for names, kind, default, text, *extra in rows:
-        keywords = {'default': default, 'help': text, **(extra[0] if extra else {})}
-        if kind is bool:
-            keywords['action'] = 'store_true'
-        elif kind is dict:
-            keywords.update(action=KeyValues, nargs='*', metavar='KEY=VALUE')
-        else:
-            keywords['type'] = kind
-            if 'choices' not in keywords:
-                keywords.setdefault('metavar', {int: 'N', float: 'X', str: 'NAME'}[kind])
-        action = group.add_argument(*names.split(), **keywords)
-        action.help = ('[replaced] ' * (action.dest in REPLACED) + text).replace('%', '%%')
 
 
 def parse_args(
@@ -155,11 +141,8 @@ def parse_args(
         sections (`plan`, `data`, `expected`, `card`) of the YAML file, and `explicit`, the names of the flags that are
         not at their defaults, which is what a written recipe needs. A folder of data is in `data_dir`, whichever way it
         was given.
-
-    Raises:
-        UserError: On any mistake, in one line.
     """
-    before = _Parser(add_help=False, allow_abbrev=False)
+    before = CommandParser(add_help=False, allow_abbrev=False)
     before.add_argument('-c', '--config', default='')
     config, rest = before.parse_known_args(argv)
     parser = build_parser()
@@ -203,10 +186,6 @@ def _settle(args: argparse.Namespace, given: Container[str], defaults: Mapping) 
         for one, other in (pair, pair[::-1]):
             if one in given and other not in given:  # the command line wins over the file here, too
                 setattr(args, other, defaults[other])
-    for name in ('data', 'data_dir', 'output', 'resume', 'initial_checkpoint', 'pretrained_path', 'plan', 'class_map',
-                 'cache_dir', 'class_weight'):
-        if isinstance(getattr(args, name), str):
-            setattr(args, name, os.path.expanduser(getattr(args, name)))
     if args.data and args.data_dir and args.data != args.data_dir:
         raise UserError(f'two folders of data, {args.data} and --data-dir {args.data_dir}: give one')
     if args.data:
@@ -238,21 +217,21 @@ def _settle_part_weights(args: argparse.Namespace) -> None:
     """Bring the weights files of a composite's parts where `timm.create_model` takes them, the model's keywords."""
     def with_file(kwargs: Optional[Mapping[str, Any]], file: str) -> dict[str, Any]:
         overlay = (kwargs or {}).get('pretrained_cfg_overlay') or {}
-        return {**(kwargs or {}), 'pretrained_cfg_overlay': {**overlay, 'file': os.path.expanduser(file)}}
+        return {**(kwargs or {}), 'pretrained_cfg_overlay': {**overlay, 'file': file}}
 
+    kwargs, files = args.model_kwargs, args.backbone_weights
     if args.policy_weights:
-        args.model_kwargs['policy_kwargs'] = with_file(args.model_kwargs.get('policy_kwargs'), args.policy_weights)
-    if args.backbone_weights:
-        given, files = args.model_kwargs.get('backbone_kwargs'), args.backbone_weights
-        if isinstance(given, (list, tuple)) or len(files) > 1:
-            given = given if isinstance(given, (list, tuple)) else [given] * len(files)
-            files = files if len(files) > 1 else files * len(given)
-            if len(given) != len(files):
-                raise UserError(f'--backbone-weights: {len(files)} files for {len(given)} branches; give one for each')
-            args.model_kwargs['backbone_kwargs'] = [with_file(kwargs, file) for kwargs, file in zip(given, files)]
-        else:
-            args.model_kwargs['backbone_kwargs'] = with_file(given, files[0])
-    args.pretrained = bool(args.pretrained or args.policy_weights or args.backbone_weights)
+        kwargs['policy_kwargs'] = with_file(kwargs.get('policy_kwargs'), args.policy_weights)
+    if files:
+        given = kwargs.get('backbone_kwargs')
+        many = isinstance(given, (list, tuple))
+        given = given if many else [given] * len(files)
+        files = files if len(files) > 1 else files * len(given)
+        if len(given) != len(files):
+            raise UserError(f'--backbone-weights: {len(files)} files for {len(given)} branches; give one for each')
+        found = [with_file(one, file) for one, file in zip(given, files)]
+        kwargs['backbone_kwargs'] = found if many or len(found) > 1 else found[0]
+    args.pretrained = bool(args.pretrained or args.policy_weights or files)
     args.policy_weights = args.backbone_weights = None
 
 
@@ -260,16 +239,13 @@ def _check_applicable(args: argparse.Namespace, defaults: Mapping) -> None:
     """Refuses values whose work nobody does here, and warns of flags whose work something else does."""
     for (dest, value), reason in REFUSED_VALUES.items():
         if getattr(args, dest) == value:
-            raise UserError(f'{_flag(dest)} {value}: {reason}')
+            raise UserError(f'--{dest} {value}: {reason}')
     first_process = os.environ.get('RANK', '0') == '0'
     for dest, reason in REPLACED.items():
         acts_as_cpu = dest == 'device' and args.device == 'cpu'
         if getattr(args, dest) != defaults[dest] and not acts_as_cpu and first_process:
-            _logger.warning(f'{_flag(dest)} has no effect of its own: {reason}')
-
-
-def _flag(dest: str) -> str:
-    return '--local_rank' if dest == 'local_rank' else '--' + dest.replace('_', '-')
+            flag = '--local_rank' if dest == 'local_rank' else '--' + dest.replace('_', '-')
+            _logger.warning(f'{flag} has no effect of its own: {reason}')
 
 
 def resolve_lr(args: argparse.Namespace, global_batch_size: int) -> float:
@@ -293,11 +269,7 @@ def resolve_lr(args: argparse.Namespace, global_batch_size: int) -> float:
 
 
 def resolve_trackers(args: argparse.Namespace) -> list[str]:
-    """Returns the names of Accelerate's trackers to log to.
-
-    Raises:
-        UserError: If the package of one that was asked for is not installed.
-    """
+    """Returns the names of Accelerate's trackers to log to."""
     names = [name for name in args.tracker if name != 'none']
     if 'auto' in names:
         names.remove('auto')

@@ -27,9 +27,6 @@ def find_resume(args: argparse.Namespace, folder: Path) -> Optional[Path]:
     """The checkpoint that `--resume` names, or None where there is nothing to resume.
 
     `auto` takes that of the experiment if there is one; else a path: a run's folder, its `last/`, or its `last.old/`.
-
-    Raises:
-        UserError: If the path holds no checkpoint of this script, or `auto` has no experiment to look in.
     """
     if not args.resume:
         return None
@@ -38,31 +35,26 @@ def find_resume(args: argparse.Namespace, folder: Path) -> Optional[Path]:
             raise UserError('--resume auto looks in the folder of the experiment; name it with --experiment')
         return Checkpointer(folder).found()
     source = Path(args.resume)
-    if source.is_file():
-        raise UserError(
-            f'--resume {source}: is a file; give the folder of a run, or start from weights with --initial-checkpoint')
     if source.name == 'last.old':
         return source
     found = Checkpointer(source.parent if source.name == 'last' else source).found()
     if found is None:
-        raise UserError(f'--resume {args.resume}: no checkpoint there; give the folder of a run, or its last/')
+        raise UserError(
+            f'--resume {source}: no checkpoint there; give the folder of a run, or its last/, or start from a file of '
+            f'weights with --initial-checkpoint')
     return found
 
 
 @contextlib.contextmanager
 def claim_folder(folder: Path, overwrite: bool, resume: Optional[Path]) -> Iterator[None]:
     """Make a run the only one that writes to its folder, which is made if it is not there, and left if it stays empty.
-
-    Raises:
-        UserError: If another run is writing there, or one is there that is neither resumed nor to be overwritten, or
-            the folder cannot be made.
     """
     own = resume is not None and resume.parent.resolve() == folder.resolve()
     if not (own or overwrite) and Checkpointer(folder).holds_run():
         raise UserError(f'{folder}: holds a run already; continue it with --resume auto, or add --overwrite')
+    lock = FileLock(folder / _LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / _LOCK)
         lock.acquire(blocking=False)
     except Timeout:
         raise UserError(f'{folder}: another run is writing there; choose another --experiment') from None

@@ -4,7 +4,8 @@ What the run began from (pretrained weights, a checkpoint, the file of its Plan)
 """
 import argparse
 import csv
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -45,7 +46,8 @@ __all__ = [
     'open_run', 'read_run',
 ]
 
-# The weights of a run by the name of the choice, in order of preference; all but the first are in its checkpoint.
+# The weights of a run by the name of the choice, in order of preference; all but the first are in its checkpoint, of
+# the last epoch: as the run evaluated them, the moving average, and what the average is of.
 WEIGHTS = {
     'best': ('model_best.safetensors',),
     'last': ('ema.safetensors', 'model.safetensors'),
@@ -59,24 +61,30 @@ def is_run(folder: Union[str, Path]) -> bool:
     return (Path(folder) / 'args.yaml').is_file()
 
 
-def read_run(run: Union[str, Path], flags: Sequence[str] = ()) -> argparse.Namespace:
+def read_run(run: Union[str, Path], flags: Sequence[str] = (), needs_data: bool = True) -> argparse.Namespace:
     """The options of a run.
 
     Args:
         run: Folder with `args.yaml`.
         flags: What differs, as on the command line of `train_amf.py`.
-
-    Raises:
-        UserError: If the folder holds no run, or its options do not hold any more (data that moved, say).
+        needs_data: Whether the folder of its images must be there.
     """
-    if not is_run(run):
-        raise UserError(f'{run}: no args.yaml there; give the folder of a run')
+    options = _options(run)
     begun = ('--initial-checkpoint', '--pretrained-path', '--resume', '--plan', '--class-weight')
     without = [word for flag in begun for word in (flag, '')]
-    args = parse_args(['--config', str(Path(run) / 'args.yaml'), *without, '--tracker', 'none', *flags])
+    where = [] if needs_data else ['--data-dir', str(run)]  # a folder that exists
+    args = parse_args(['--config', str(Path(run) / 'args.yaml'), *without, '--tracker', 'none', *where, *flags])
+    args.data_dir = args.data_dir if needs_data else options.get('data_dir')
     args.pretrained = False
     args.split_file = str(Path(run) / 'split.csv')
     return args
+
+
+def _options(run: Union[str, Path]) -> Mapping[str, Any]:
+    """What the `args.yaml` of a run holds."""
+    if not is_run(run):
+        raise UserError(f'{run}: no args.yaml there; give the folder of a run')
+    return load_yaml(Path(run) / 'args.yaml')
 
 
 def best_epoch(run: Union[str, Path]) -> dict[str, float]:
@@ -85,7 +93,7 @@ def best_epoch(run: Union[str, Path]) -> dict[str, float]:
     Returns:
         The columns `eval_*` of its `summary.csv`, without that prefix.
     """
-    name = load_yaml(Path(run) / 'args.yaml').get('eval_metric', 'top1')
+    name = _options(run).get('eval_metric', 'top1')
     with open(Path(run) / 'summary.csv', newline='', encoding='utf-8') as file:
         rows = [
             {column[5:]: float(value) for column, value in row.items() if column.startswith('eval_') and value}
@@ -94,11 +102,7 @@ def best_epoch(run: Union[str, Path]) -> dict[str, float]:
 
 
 def find_weights(run: Union[str, Path], weights: str = 'best') -> Path:
-    """The file of the weights of a run; see `load_run`.
-
-    Raises:
-        UserError: If it is not there.
-    """
+    """The file of the weights of a run; see `load_run`."""
     folder = Path(run) if weights == 'best' else Checkpointer(run).found() or Checkpointer(run).last
     files = [folder / name for name in WEIGHTS[weights]]
     file = next((file for file in files if file.exists()), files[-1])
@@ -122,11 +126,7 @@ def load_run(
         args: The run's options, from `read_run`.
         run: Its folder.
         num_classes: Classes of its data. None: as many as the classifier in the weights has.
-        weights: `best` takes `model_best.safetensors`; `last` those of the last epoch as the run evaluated them (the
-            moving average, if it kept one); `ema` the moving average; `raw` what the average is of.
-
-    Raises:
-        UserError: If the weights are missing, damaged, or of another model.
+        weights: One of `WEIGHTS`.
     """
     file = find_weights(run, weights)
     model = build_model(args, num_classes or args.num_classes or _count_classes(args, file))
@@ -161,7 +161,7 @@ class OpenRun:
     """
     folder: Path
     args: argparse.Namespace
-    options: dict[str, Any]
+    options: Mapping[str, Any]
     plan: Plan
     model: nn.Module
     data: Optional[tuple[Mixture, Mixture]]
@@ -188,16 +188,10 @@ def open_run(
         data_dir: Folder of its data, where it is not that of the run.
         need_data: Whether missing data are an error.
     """
-    if not is_run(run):
-        raise UserError(f'{run}: no args.yaml there; give the folder of a run')
-    folder = Path(run)
-    options = load_yaml(folder / 'args.yaml')
+    folder, options = Path(run), _options(run)
     moved = options.get('data_dir')
-    if need_data or data_dir or not moved or Path(moved).exists():
-        args = read_run(folder, ['--data-dir', data_dir] if data_dir else [])
-    else:  # the options want a folder that exists
-        args = read_run(folder, ['--data-dir', str(folder)])
-        args.data_dir = moved
+    there = need_data or data_dir or not moved or Path(moved).exists()
+    args = read_run(folder, ['--data-dir', data_dir] if data_dir else [], there)
     data, missing = None, ''
     channels = input_channels(args)
     names = read_class_names(find_weights(folder, weights))
@@ -233,47 +227,30 @@ def eval_loader(
     """Loader of the images of a run, in order, transformed as the run evaluates.
 
     Args:
-        args: The run's options.
-        model: Its model, which knows size and statistics of its input where the options do not say.
-        data: The images.
-        device: Where batches go.
+        args: The run's options; what they do not say of its input the model knows.
         batch_size: Images at a time. None: the run's.
         workers: Worker processes. None: the run's.
         ten_crop: Ten crops of each image in the place of one: batches are (B, 10, C, H, W).
         skip_bad: Give black, with class -1, in the place of an image that cannot be read.
-
-    Raises:
-        UserError: If the run's evaluation shows whole images, of which there are no ten crops.
     """
     config = resolve_data_config(vars(args), model=model, verbose=False)
     mean, std = (adapt_to_chs(config[name], config['input_size'][0]) for name in ('mean', 'std'))
     common = dict(mean=mean, std=std, device=device, workers=args.workers if workers is None else workers)
     loader = create_loader(
-        data,
-        input_size=config['input_size'],
-        batch_size=batch_size or args.validation_batch_size or args.batch_size,
-        interpolation=config['interpolation'],
-        crop_pct=config['crop_pct'],
-        crop_mode=config['crop_mode'],
-        **common,
-    )
+        data, input_size=config['input_size'], interpolation=config['interpolation'], crop_pct=config['crop_pct'],
+        crop_mode=config['crop_mode'], batch_size=batch_size or args.validation_batch_size or args.batch_size, **common)
     transform = loader.transform
     if ten_crop:
         if config['crop_mode'] == 'border':
             raise UserError(
                 '--ten-crop: the run evaluates with crop mode border, which shows whole images; leave it out')
         resize, _, to_tensor = transform.transforms
-        transform = Compose([resize, TenCrop(config['input_size'][-2:]), _Stacked(to_tensor)])
+        transform = Compose([resize, TenCrop(config['input_size'][-2:]), functools.partial(_stack, to_tensor)])
     if ten_crop or skip_bad:
         loader = SeededLoader(data, loader.sampler, transform, seed=None, skip_bad=skip_bad, **common)
     return loader
 
 
-class _Stacked:
+def _stack(to_tensor: Callable[[Image.Image], torch.Tensor], images: Sequence[Image.Image]) -> torch.Tensor:
     """Several images as one tensor (N, C, H, W)."""
-
-    def __init__(self, to_tensor: Callable[[Image.Image], torch.Tensor]):
-        self.to_tensor = to_tensor
-
-    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        return torch.stack([self.to_tensor(image) for image in images])
+    return torch.stack([to_tensor(image) for image in images])

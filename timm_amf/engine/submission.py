@@ -5,7 +5,7 @@ The server takes one file for all domains, `[{"image_id": 10000001, "category_id
 import argparse
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
@@ -46,33 +46,18 @@ class Predictions:
     accuracy: Optional[float] = None
 
 
-def predict_run(
-        run: Union[str, Path],
-        data_dir: Optional[str] = None,
-        split: str = 'test',
-        weights: str = 'best',
-        cpu: bool = False,
-        batch_size: Optional[int] = None,
-        workers: Optional[int] = None,
-) -> Predictions:
+def predict_run(run: Union[str, Path], split: str = 'test', options: Optional[RunOptions] = None) -> Predictions:
     """Rebuild a run from its folder and predict a split of its domain, in float32 and without augmentation.
 
     Args:
         run: Folder with `args.yaml` and the weights.
-        data_dir: The folder `decathlon-1.0`. None: where the run had it.
         split: `test` or `val`.
-        weights: `best` takes `model_best.safetensors`, `last` those of the last epoch (the moving average, if the run
-            kept one), which is right for a run that trained on the validation split too.
-        cpu: Compute on the CPU even where there is a GPU.
-        batch_size: Images at a time. None: the run's.
-        workers: Worker processes. None: the run's.
-
-    Raises:
-        UserError: If the folder holds no such run, or the data are missing, damaged or those of another challenge.
+        options: `weights` last is right for a run that trained on the validation split too; `data_dir` is the folder
+            `decathlon-1.0`.
     """
-    options = RunOptions(data_dir=data_dir, weights=weights, cpu=cpu, batch_size=batch_size, workers=workers)
+    options = options or RunOptions()
     opened = open_trained(run, options)
-    source = _open(opened.args, Path(run), data_dir, split)
+    source = _open(opened.args, Path(run), options.data_dir, split)
     predicted = _predict(opened, source, options)
     accuracy = 100 * float((predicted == source.targets).mean()) if source.labelled else None
     ids = [source.category_ids[i] for i in predicted.tolist()]
@@ -105,14 +90,11 @@ def _predict(opened: Opened, source: DecathlonSource, options: RunOptions) -> np
     return predicted
 
 
-def write_results(predictions: Sequence[Predictions], path: Union[str, Path]) -> int:
+def write_results(predictions: Sequence[Predictions], file: Union[str, Path]) -> int:
     """Write the file that the server takes: JSON, or if the name ends so a ZIP archive that holds `results.json`.
 
     Returns:
         The number of predictions in it.
-
-    Raises:
-        UserError: If two runs are of one domain, or the file cannot be written.
     """
     domains = [p.domain for p in predictions]
     for domain in domains:
@@ -121,9 +103,9 @@ def write_results(predictions: Sequence[Predictions], path: Union[str, Path]) ->
     rows = [
         {'image_id': image, 'category_id': category}
         for p in predictions for image, category in zip(p.image_ids, p.category_ids, strict=True)]
-    path, text = Path(path), json.dumps(rows)
-    with replacing(path, 'name another --out') as temporary:
-        if path.suffix.lower() == '.zip':
+    text = json.dumps(rows)
+    with replacing(file, 'name another --out') as temporary:
+        if Path(file).suffix.lower() == '.zip':
             with zipfile.ZipFile(temporary, 'w', zipfile.ZIP_DEFLATED) as archive:
                 archive.writestr('results.json', text)
         else:
@@ -179,39 +161,38 @@ def _score(args: argparse.Namespace) -> None:
     print(_score_table(accuracies))
 
 
-def _read_accuracies(text: str) -> dict[str, float]:
+def _read_accuracies(text: str) -> Mapping[str, float]:
     name, equals, value = text.partition('=')
-    if equals:
-        try:
-            return {name: float(value)}
-        except ValueError:
-            raise UserError(f'{text}: {value!r} is not a number; write for example dtd=57.13') from None
     try:
-        return load_yaml(text)
+        return {name: float(value)} if equals else load_yaml(text)
+    except ValueError:
+        raise UserError(f'{text}: {value!r} is not a number; write for example dtd=57.13') from None
     except UserError as e:
         raise UserError(f'{e}; give NAME=PERCENT, or a YAML file of such pairs') from None
 
 
-def _score_table(accuracies: dict[str, float]) -> str:
+def _score_table(accuracies: Mapping[str, float]) -> str:
     total, points = decathlon_score(accuracies)
     lines = [f'{"domain":16}{"accuracy":>9}{"points":>9}']
     lines += [f'{domain:16}{accuracies[domain]:>9.2f}{value:>9.1f}' for domain, value in points.items()]
-    missing = [domain for domain in DOMAINS if domain not in points]
-    without = f', without {", ".join(missing)}' if missing else ''
-    return '\n'.join([*lines, f'{"score":16}{"":9}{total:>9.1f}   of 10000{without}'])
+    return '\n'.join([*lines, f'{"score":16}{"":9}{total:>9.1f}   of 10000{_without(points)}'])
+
+
+def _without(domains: Collection[str]) -> str:
+    missing = [domain for domain in DOMAINS if domain not in domains]
+    return f', without {", ".join(missing)}' if missing else ''
 
 
 def _submit(args: argparse.Namespace) -> None:
-    predictions = []
+    options, predictions = RunOptions(**{name: getattr(args, name) for name in (
+        'data_dir', 'weights', 'cpu', 'batch_size', 'workers')}), []
     for run in args.runs:
-        one = predict_run(
-            run, args.data_dir, args.split, args.weights, args.cpu, args.batch_size, args.workers)
+        one = predict_run(run, args.split, options)
         known = '' if one.accuracy is None else f', top-1 {one.accuracy:.2f} %'
         print(f'{one.domain}: {len(one.image_ids)} images{known}')
         predictions.append(one)
     count = write_results(predictions, args.out)
-    missing = [domain for domain in DOMAINS if domain not in {p.domain for p in predictions}]
-    without = f', without {", ".join(missing)}' if missing else ''
+    without = _without([p.domain for p in predictions])
     print(f'{args.out}: {count} predictions of {len(predictions)} domains{without}')
     if all(p.accuracy is not None for p in predictions):
         print(_score_table({p.domain: p.accuracy for p in predictions}))

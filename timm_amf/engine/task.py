@@ -39,9 +39,6 @@ class AdaptiveTask(ClassificationTask):
         model: The bare model.
         settings: What the model may read of the run's settings.
         **kwargs: Arguments of `timm.task.ClassificationTask`.
-
-    Raises:
-        UserError: If a setting does not act on the model.
     """
 
     def __init__(self, model: nn.Module, settings: Optional[RunSettings] = None, **kwargs):
@@ -104,17 +101,8 @@ class WeightedCrossEntropy(nn.Module):
 
 
 def create_criterion(args: argparse.Namespace, soft_targets: bool, train: Optional[Mixture] = None) -> nn.Module:
-    """The loss of timm's flags, with `--class-weight`.
-
-    Args:
-        args: Options.
-        soft_targets: Whether mixup or cutmix makes them.
-        train: The training images, which the weights of classes are of.
-
-    Raises:
-        UserError: If the weights do not fit the classes.
-    """
-    loss = args.loss or ('bce' if args.bce_loss else 'jsd' if args.jsd_loss else 'ce')
+    """The loss of timm's flags, with `--class-weight`; mixup and cutmix make soft targets."""
+    loss = args.loss or ('jsd' if args.jsd_loss else 'ce')
     weight = class_weights(args.class_weight, train, args.num_classes) if args.class_weight else None
     if weight is not None and loss == 'ce':
         return WeightedCrossEntropy(weight, args.smoothing)
@@ -136,9 +124,6 @@ def class_weights(choice: str, train: Mixture, num_classes: Optional[int] = None
             a row for each class.
         train: The training images.
         num_classes: Outputs of the model, where they are more than the classes of the data; the others weigh 1.
-
-    Raises:
-        UserError: If the file does not fit the classes.
     """
     weights = torch.ones(max(num_classes or 0, train.num_classes))
     if choice == 'balanced':
@@ -151,11 +136,10 @@ def class_weights(choice: str, train: Mixture, num_classes: Optional[int] = None
     if not {'class', 'weight'} <= set(columns):
         raise UserError(f'{where}: the columns are class and weight, not {", ".join(columns) or "none"}')
     given = dict(zip(columns['class'], columns['weight']))
-    unknown, missing = ([name for name in one if name not in set(two)] for one, two in (
-        (given, train.class_names), (train.class_names, given)))
-    if unknown or missing:
-        text = f'no class is named {unknown[0]!r}' if unknown else f'class {missing[0]!r} has no weight'
-        raise UserError(f'{where}: {text}; give a row for each of the {train.num_classes} classes')
+    for name in (*given, *train.class_names):
+        if name not in given or name not in train.class_names:
+            text = f'class {name!r} has no weight' if name not in given else f'no class is named {name!r}'
+            raise UserError(f'{where}: {text}; give a row for each of the {train.num_classes} classes')
     for i, name in enumerate(train.class_names):
         try:
             weights[i] = float(given[name])

@@ -99,7 +99,7 @@ class Provenance:
         return '\n  '.join([f'{at}: {self.architecture}', *(data or ['data: not recorded']), plan])
 
 
-def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs) -> nn.Module:
+def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs: Any) -> nn.Module:
     """Load a published model, in evaluation mode.
 
     A SpotTune whose results are of fixed blocks has them fixed. The architecture must be registered with timm: import

@@ -12,10 +12,11 @@ from torch import nn
 from timm_amf.data.sources import first_line
 from timm_amf.engine.checkpoint import class_names
 from timm_amf.engine.opened import Opened, RunOptions, open_trained
-from timm_amf.engine.options import add_flags, parse_args
+from timm_amf.engine.options import parse_args
 from timm_amf.engine.run_folder import WEIGHTS, choose_device, is_run, open_run
 from timm_amf.engine.timm_flags import TIMM_FLAGS
 from timm_amf.errors import UserError
+from timm_amf.flags import add_flags
 from timm_amf.hub.load import load
 
 __all__ = ['add_run_flags', 'add_weights_flags', 'at_least', 'open_model', 'options_from']

@@ -18,11 +18,8 @@ Features: `forward_features` has the weights applied, is 4-D, and has `num_featu
   themselves as (B, C, 1, 1), since the weight must come after everything that a branch does.
 """
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, Optional, Union
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -32,23 +29,20 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .blocks import layer_ids, probe_part
+from .blocks import probe_part
 from .charts import Chart, Seen, weight_charts
 from .composite import (
-    build_composite,
+    Composite,
+    build_networks,
     checkpoint_within,
     composite_cfg,
     joint_input_cfg,
-    register_variant,
-    resize_networks,
-    variant_cfgs,
+    register_variants,
 )
-from .method import Method, RunSettings
-from .parts import Part, as_pair, build_parts
-from .policy import PolicyNetwork
+from .method import RunSettings
+from .parts import Part, as_pair
 from .records import PolicyRecord
-from .renorm import create_renorm
-from .routing import eager, kept_branches, routing_error, run_kept_branches
+from .routing import eager, kept_branches, routing_error, take
 
 __all__ = ['AMF', 'MultiTune']
 
@@ -73,7 +67,7 @@ def _backbone_parts(
     return [Part(name, 0, {**common, **kw}) for name, kw in zip(backbones, backbone_kwargs, strict=True)]
 
 
-class AMF(Method, nn.Module):
+class AMF(Composite):
     """n branches, a policy network that weighs their pooled features for each image, and one linear classifier.
 
     `branches[i]` is a plain timm model without classifier, `policy` a `PolicyNetwork`, and `fc`, the classifier, holds
@@ -101,12 +95,7 @@ class AMF(Method, nn.Module):
             drop_path_rate: Optional[float] = None,
             img_size: Optional[Union[int, tuple[int, int]]] = None,
             fc_init_std: float = 0.1,
-            mean: Optional[Sequence[float]] = None,
-            std: Optional[Sequence[float]] = None,
-            pretrained_parts: bool = False,
-            cache_dir: Optional[Union[str, Path]] = None,
-            device=None,
-            dtype=None,
+            **build,
     ):
         """
         Args:
@@ -122,45 +111,53 @@ class AMF(Method, nn.Module):
             drop_path_rate: Stochastic depth of the branches, for architectures that have it.
             img_size: Input size in pixels for the architectures whose input size is fixed.
             fc_init_std: Standard deviation of the classifier's initial weights (AMF, Section IV-C1).
-            mean: Mean that the input is normalised with; None is the first backbone's.
-            std: Standard deviation that the input is normalised with; None is the first backbone's.
-            pretrained_parts: Load the pretrained weights of each architecture into its networks.
-            cache_dir: Where those are cached.
+            **build: `mean`, `std`, `pretrained_parts`, `cache_dir`, `device`, `dtype`: see `composite.build_networks`.
         """
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
         n = len(backbones)
         parts = _backbone_parts(
             backbones, backbone_kwargs, global_pool=global_pool or None, drop_path_rate=drop_path_rate)
-        cfg = joint_input_cfg(parts)
-        size = as_pair(img_size) or tuple(cfg['input_size'][-2:])
-        parts = [p.sized(size) for p in parts]
+        size = as_pair(img_size) or tuple(joint_input_cfg(parts)['input_size'][-2:])
+        self.backbone_parts = [p.sized(size) for p in parts]
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.fc_init_std = fc_init_std
         self.grad_checkpointing = False
-        self.checkpoint_whole = False
         self._whole = ()
         self.routing_eps = None
-        self.backbone_parts = parts
         self._set_features(size, global_pool)
 
-        if policy is not None:
-            parts = [*parts, Part(policy, n, policy_kwargs).sized(as_pair(policy_input_size) or size)]
-        nets = build_parts(parts, [pretrained_parts] * len(parts), cache_dir=cache_dir, in_chans=in_chans, **dd)
-        stats = mean or cfg['mean'], std or cfg['std']
-        renorms = [
-            create_renorm(*stats, net.pretrained_cfg['mean'], net.pretrained_cfg['std'], in_chans, **dd) for net in nets
-        ]
-        self.renorms = nn.ModuleList(renorms[:n])
-        self.branches = nn.ModuleList(nets[:n])
-        self.policy = None
-        if policy is not None:
-            self.policy = PolicyNetwork(nets[n], renorms[n], policy_input_size)
-            if not (pretrained_parts and nets[n].pretrained_cfg['num_classes'] == n):
-                self.policy.init_classifier()
+        of_policy = None if policy is None else Part(policy, n, policy_kwargs).sized(as_pair(policy_input_size) or size)
+        branches, renorms, network = build_networks(
+            self.backbone_parts, of_policy, in_chans, policy_input_size, **build)
+        self.renorms = nn.ModuleList(renorms)
+        self.branches = nn.ModuleList(branches)
+        self.policy = network
         self.head_drop = nn.Dropout(drop_rate)
-        self.fc = self._create_fc(**dd)
+        self.fc = self._create_fc()
+
+    @classmethod
+    def outline(
+            cls,
+            backbones: Sequence[str],
+            policy: Optional[str] = None,
+            backbone_kwargs: KwargsT = None,
+            policy_kwargs: Optional[dict[str, Any]] = None,
+            global_pool: Optional[str] = None,
+            in_chans: int = 3,
+            img_size: Optional[tuple[int, int]] = None,
+            **_,
+    ) -> tuple[dict[str, Any], int]:
+        parts = _backbone_parts(backbones, backbone_kwargs, global_pool=global_pool or None)
+        named = {f'branches.{i}': p for i, p in enumerate(parts)}
+        if policy is not None:
+            named['policy.net'] = Part(policy, len(parts), policy_kwargs)
+        smallest = next((_MIN_INPUT_SIZES[b] for b in backbones if b in _MIN_INPUT_SIZES), None)
+        cfg = composite_cfg(named, len(parts), **{'min_input_size': smallest} if smallest else {})
+        if img_size is None:
+            return cfg, 0
+        features = _joint_features([p.sized(img_size) for p in parts], (in_chans, *img_size))
+        return {**cfg, 'pool_size': features.map_size or (1, 1)}, len(features.levels)
 
     def _set_features(self, size: tuple[int, int], global_pool: Optional[str]) -> None:
         """Read the features' widths and layout from the architectures."""
@@ -177,10 +174,10 @@ class AMF(Method, nn.Module):
         self.feature_info = features.levels
         self._levels = features.own_levels
 
-    def _create_fc(self, device=None, dtype=None) -> nn.Module:
+    def _create_fc(self) -> nn.Module:
         if self.num_classes <= 0:
             return nn.Identity()
-        fc = nn.Linear(self.head_hidden_size, self.num_classes, device=device, dtype=dtype)
+        fc = nn.Linear(self.head_hidden_size, self.num_classes, **get_device_dtype(self))
         nn.init.normal_(fc.weight, std=self.fc_init_std)
         nn.init.zeros_(fc.bias)
         return fc
@@ -202,26 +199,10 @@ class AMF(Method, nn.Module):
         return nets
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return {
-            f'{path}.{name}' for path, net in self._networks().items() if hasattr(net, 'no_weight_decay')
-            for name in net.no_weight_decay()
-        }
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Layers of all networks, aligned at the top: the last blocks of a deep and a shallow branch are one layer."""
-        layered = {path: layer_ids(net, coarse) for path, net in self._networks().items()}
-        top = max(t for _, t in layered.values())
-        layers = {f'{path}.{n}': top - t + i for path, (ids, t) in layered.items() for n, i in ids.items()}
-        return lambda name: layers.get(name, top)
-
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Each branch checkpoints in its own way, and as a whole if it has none; the policy if it can."""
         without = [i for i, net in enumerate(self.networks()) if not checkpoint_within(net, enable)]
         self._whole = tuple(i for i in without if enable and i < len(self.branches))
-        self.checkpoint_whole = bool(self._whole)
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -230,7 +211,6 @@ class AMF(Method, nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """A new classifier, drawn from N(0, fc_init_std), or none for 0 classes; no `global_pool` keeps the pooling."""
-        dd = get_device_dtype(self)
         if global_pool is not None and global_pool != self.global_pool:
             if global_pool:
                 for part, branch in zip(self.backbone_parts, self.branches, strict=True):
@@ -238,7 +218,7 @@ class AMF(Method, nn.Module):
                     branch.reset_classifier(0, global_pool)
             self._set_features(self.img_size, global_pool)
         self.num_classes = num_classes
-        self.fc = self._create_fc(**dd).train(self.training)
+        self.fc = self._create_fc().train(self.training)
 
     def forward_policy(self, x: Tensor) -> Tensor:
         """Weights (B, n) of the branches: the policy's softmax, or ones where the weights are fixed."""
@@ -249,19 +229,17 @@ class AMF(Method, nn.Module):
     def forward_branches(self, x: Tensor) -> list[Tensor]:
         """Pooled features (B, C_i) of each branch, not weighted."""
         pooled = []
-        for i, (renorm, branch) in enumerate(zip(self.renorms, self.branches)):
-            if self.checkpoint_whole and not torch.jit.is_scripting():
-                pooled.append(self._checkpointed_branch(i, x))
-            else:
+        if torch.jit.is_scripting():  # which cannot index modules
+            for renorm, branch in zip(self.renorms, self.branches):
                 pooled.append(branch.forward_head(branch.forward_features(renorm(x)), pre_logits=True))
+        else:
+            for i in range(len(self.branches)):
+                pooled.append(checkpoint(self._run_branch, i, x) if i in self._whole else self._run_branch(i, x))
         return pooled
 
     def _run_branch(self, index: int, x: Tensor) -> Tensor:
         branch = self.branches[index]
         return branch.forward_head(branch.forward_features(self.renorms[index](x)), pre_logits=True)
-
-    def _checkpointed_branch(self, index: int, x: Tensor) -> Tensor:
-        return checkpoint(self._run_branch, index, x) if index in self._whole else self._run_branch(index, x)
 
     def _weights(self, x: Tensor) -> Optional[Tensor]:
         if self.policy is not None:
@@ -270,13 +248,23 @@ class AMF(Method, nn.Module):
 
     def _fuse(self, x: Tensor) -> Tensor:
         """The concatenation (B, head_hidden_size) of the weighted pooled features z_i = h_i * m_i."""
-        pooled = self.forward_branches(x)
-        return _weigh_and_concat(pooled, self._weights(x))
+        return _weigh_and_concat(self.forward_branches(x), self._weights(x))
 
     def _fuse_routed(self, x: Tensor, eps: float) -> Tensor:
+        """The same, each branch run on the images for which it counts, and zero for the others."""
         weights = self.policy(x)
-        branches = [partial(self._run_branch, i) for i in range(len(self.branches))]
-        return _weigh_and_concat(run_kept_branches(x, kept_branches(weights, eps), branches, self.widths), weights)
+        kept, pooled = kept_branches(weights, eps), []
+        for i, count in enumerate(kept.sum(dim=0).tolist()):  # the one point at which the host waits for the device
+            if count == len(x):
+                pooled.append(self._run_branch(i, x))
+                continue
+            m = x.new_zeros(len(x), self.widths[i])
+            if count:
+                index = kept[:, i].nonzero().squeeze(1)
+                of_kept = self._run_branch(i, take(x, index))
+                m = m.to(of_kept.dtype).index_copy(0, index, of_kept)
+            pooled.append(m)
+        return _weigh_and_concat(pooled, weights)
 
     def forward_train(self, x: Tensor, settings: RunSettings) -> dict[str, Tensor]:
         """`output` (B, classes); with a policy `weights` (B, n); `branch_outputs` (n, B, classes) if a loss needs them.
@@ -319,9 +307,6 @@ class AMF(Method, nn.Module):
 
         return [] if self.policy is None else weight_charts(seen, features)
 
-    def networks(self) -> list[nn.Module]:
-        return list(self._networks().values())
-
     def sentence(self) -> str:
         names = self.architectures()
         branches, policy = names[:len(self.branches)], names[len(self.branches):]
@@ -337,9 +322,7 @@ class AMF(Method, nn.Module):
             return ''
         return '`model.forward_policy(x)` gives the weights of the branches for each image, (batch, branches).'
 
-    def routing_error(self, x: Tensor) -> dict[str, float]:
-        """What `set_routing` changes for a batch, see `routing.routing_error`."""
-        return routing_error(self, x)
+    routing_error = routing_error
 
     def forward_features(self, x: Tensor) -> Tensor:
         if self.has_maps:
@@ -391,13 +374,12 @@ class AMF(Method, nn.Module):
 
         The arguments are timm's; `norm` applies each branch's last norm to its maps.
         """
-        self._require_levels()
-        take, _ = feature_take_indices(len(self.feature_info), indices)
+        taken = self._take(indices)
         finals, levels = [], []
         for renorm, branch, own in zip(self.renorms, self.branches, self._levels, strict=True):
             result = branch.forward_intermediates(
                 renorm(x),
-                indices=[own[i] for i in take],
+                indices=[own[i] for i in taken],
                 norm=norm,
                 stop_early=stop_early,
                 output_fmt='NCHW',
@@ -415,10 +397,11 @@ class AMF(Method, nn.Module):
         pooled = [b.forward_head(f, pre_logits=True) for b, f in zip(self.branches, finals, strict=True)]
         return _weigh_and_concat(pooled, weights)[:, :, None, None], fused
 
-    def _require_levels(self) -> None:
+    def _take(self, indices: Optional[Union[int, list[int]]]) -> list[int]:
         if not self.feature_info:
             names = ', '.join(p.name for p in self.backbone_parts)
             raise UserError(f'{names} have no level of features in common, so there are no intermediate features.')
+        return feature_take_indices(len(self.feature_info), indices)[0]
 
     def prune_intermediate_layers(
             self,
@@ -430,19 +413,17 @@ class AMF(Method, nn.Module):
 
         With `prune_head` only `forward_intermediates` runs afterwards.
         """
-        self._require_levels()
-        take, _ = feature_take_indices(len(self.feature_info), indices)
+        taken = self._take(indices)
         for branch, own in zip(self.branches, self._levels, strict=True):
             if hasattr(branch, 'prune_intermediate_layers'):
-                branch.prune_intermediate_layers([own[i] for i in take], prune_norm=prune_norm, prune_head=prune_head)
+                branch.prune_intermediate_layers([own[i] for i in taken], prune_norm=prune_norm, prune_head=prune_head)
         if prune_head:
             self.reset_classifier(0)
-        return take
+        return taken
 
     def set_input_size(self, img_size: Union[int, tuple[int, int]]) -> None:
-        """Resize the networks whose input size is fixed, such as a ViT's, to (H, W) pixels or a square of this side."""
-        size = resize_networks(self, self.backbone_parts, img_size)
-        self._set_features(size, self.global_pool)
+        super().set_input_size(img_size)
+        self._set_features(self.img_size, self.global_pool)
 
 
 def _weigh_and_concat(
@@ -464,8 +445,7 @@ def _same_size(maps: Sequence[Tensor]) -> list[Tensor]:
     return [m if m.shape[-2:] == size else F.interpolate(m, size=size, mode='bilinear') for m in maps]
 
 
-@dataclass(frozen=True)
-class _Features:
+class _Features(NamedTuple):
     """What branches give together."""
     widths: list[int]  # of the pooled features of each
     map_size: Optional[tuple[int, int]]  # (H, W) of their unpooled features, if these fuse side by side
@@ -523,66 +503,33 @@ class MultiTune(AMF):
         super().__init__(backbones, policy=None, **kwargs)
 
 
-# Registered name -> (backbones, policy, description).
-_VARIANTS: dict[str, tuple[tuple[str, ...], Optional[str], str]] = {
-    'amf': (
-        ('resnet18', 'resnet18'), 'resnet10t',
-        "AMF of any architectures: `backbones=('resnet18', 'resnet50'), policy='resnet10t'`."),
-    'amf_inception_v4x2': (
-        ('inception_v4',) * 2, 'resnet34',
-        "The paper's network: two Inception-v4 and a ResNet-34 policy (AMF, Section IV-A5)."),
-    'amf_inception_v4x3': (
-        ('inception_v4',) * 3, 'resnet34', 'Three Inception-v4 and a ResNet-34 policy (the n = 3 of AMF, Figure 2).'),
-    'amf_resnet18x2': (('resnet18',) * 2, 'resnet10t', 'Two ResNet-18 and a ResNet-10-T policy.'),
-    'amf_resnet50x2': (('resnet50',) * 2, 'resnet18', 'Two ResNet-50 and a ResNet-18 policy.'),
-    'amf_mobilenetv2_100x2': (
-        ('mobilenetv2_100',) * 2, 'mobilenetv3_small_050', 'Two MobileNetV2 and a MobileNetV3-Small 0.5 policy.'),
-    'amf_convnext_tinyx2': (('convnext_tiny',) * 2, 'resnet18', 'Two ConvNeXt-Tiny and a ResNet-18 policy.'),
-    'amf_vit_small_patch16_224x2': (
-        ('vit_small_patch16_224',) * 2, 'resnet18', 'Two ViT-Small/16 and a ResNet-18 policy.'),
-    'multitune': (
-        ('resnet18', 'resnet18'), None, "MultiTune of any architectures: `backbones=('resnet18', 'resnet50')`."),
-    'multitune_inception_v4x2': (
-        ('inception_v4',) * 2, None, "The paper's baseline: two Inception-v4, concatenated (AMF, Section IV-A6)."),
-}
 # Unpadded convolutions: below this, its last maps are less than half of what their reduction says.
 _MIN_INPUT_SIZES = {'inception_v4': (3, 160, 160)}
 
 
-def _cfg(
-        backbones: Sequence[str],
-        policy: Optional[str],
-        backbone_kwargs: KwargsT = None,
-        policy_kwargs: Optional[dict[str, Any]] = None,
-) -> dict[str, Any]:
-    parts = _backbone_parts(backbones, backbone_kwargs)
-    named = {f'branches.{i}': p for i, p in enumerate(parts)}
-    if policy is not None:
-        named['policy.net'] = Part(policy, len(parts), policy_kwargs)
-    smallest = next((_MIN_INPUT_SIZES[b] for b in backbones if b in _MIN_INPUT_SIZES), None)
-    return composite_cfg(named, list(named)[:len(parts)], **{'min_input_size': smallest} if smallest else {})
+def _twins(backbone: str, policy: Optional[str], description: str, n: int = 2) -> tuple[type[AMF], dict, str]:
+    """Class, arguments and description of n branches of one architecture; without a policy of a MultiTune."""
+    args = {'backbones': (backbone,) * n}
+    return (MultiTune, args, description) if policy is None else (AMF, {**args, 'policy': policy}, description)
 
 
-default_cfgs = variant_cfgs(_VARIANTS, lambda variant, _: _cfg(*_VARIANTS[variant][:2]))
-
-
-def _create(variant: str, pretrained: bool = False, **kwargs) -> AMF:
-    backbones, policy, _ = _VARIANTS[variant]
-    kwargs.setdefault('backbones', backbones)
-    if policy is not None:
-        kwargs.setdefault('policy', policy)
-    given = {k: kwargs[k] for k in ('backbone_kwargs', 'policy_kwargs') if k in kwargs}
-    cfg = _cfg(kwargs['backbones'], kwargs.get('policy'), **given)
-
-    size = as_pair(kwargs.get('img_size')) or cfg['input_size'][-2:]
-    pool = kwargs.get('global_pool') or None
-    parts = _backbone_parts(kwargs['backbones'], kwargs.get('backbone_kwargs'), global_pool=pool)
-    parts = [p.sized(size) for p in parts]
-    features = _joint_features(parts, (kwargs.get('in_chans', cfg['input_size'][0]), *size))
-    cfg['pool_size'] = features.map_size or (1, 1)
-    model_cls = AMF if policy is not None else MultiTune
-    return build_composite(model_cls, variant, pretrained, cfg, len(features.levels), **kwargs)
-
-
-for _name, (_, _, _description) in _VARIANTS.items():
-    register_variant(__name__, _name, _description, _create)
+register_variants(__name__, {
+    'amf': _twins(
+        'resnet18', 'resnet10t', "AMF of any architectures: `backbones=('resnet18', 'resnet50'), policy='resnet10t'`."),
+    'amf_inception_v4x2': _twins(
+        'inception_v4', 'resnet34',
+        "The paper's network: two Inception-v4 and a ResNet-34 policy (AMF, Section IV-A5)."),
+    'amf_inception_v4x3': _twins(
+        'inception_v4', 'resnet34', 'Three Inception-v4 and a ResNet-34 policy (the n = 3 of AMF, Figure 2).', n=3),
+    'amf_resnet18x2': _twins('resnet18', 'resnet10t', 'Two ResNet-18 and a ResNet-10-T policy.'),
+    'amf_resnet50x2': _twins('resnet50', 'resnet18', 'Two ResNet-50 and a ResNet-18 policy.'),
+    'amf_mobilenetv2_100x2': _twins(
+        'mobilenetv2_100', 'mobilenetv3_small_050', 'Two MobileNetV2 and a MobileNetV3-Small 0.5 policy.'),
+    'amf_convnext_tinyx2': _twins('convnext_tiny', 'resnet18', 'Two ConvNeXt-Tiny and a ResNet-18 policy.'),
+    'amf_vit_small_patch16_224x2': _twins(
+        'vit_small_patch16_224', 'resnet18', 'Two ViT-Small/16 and a ResNet-18 policy.'),
+    'multitune': _twins(
+        'resnet18', None, "MultiTune of any architectures: `backbones=('resnet18', 'resnet50')`."),
+    'multitune_inception_v4x2': _twins(
+        'inception_v4', None, "The paper's baseline: two Inception-v4, concatenated (AMF, Section IV-A6)."),
+})

@@ -9,6 +9,7 @@ layer), the stage is opened; where there is none, containers decide alone.
 pass, and keeps what it saw.
 """
 import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,8 +27,8 @@ from .parts import Part, meta_part
 from .sources import as_names
 
 __all__ = [
-    'Probe', 'Units', 'classifier_names', 'classifiers', 'in_eval', 'is_within', 'layer_ids', 'list_blocks',
-    'probe_part', 'probe_units',
+    'Probe', 'Units', 'ancestors', 'classifier_names', 'classifiers', 'in_eval', 'is_within', 'layer_ids',
+    'list_blocks', 'probe_part', 'probe_units',
 ]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -112,11 +113,13 @@ class _BlockFinder:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.weights = _weight_counts(model)
         self.classifiers = classifier_names(model)
-        self.layers: dict[str, set[int]] = {}
+        self.layers: dict[str, set[int]] = {}  # of the matcher, at or below each path
         self.top = 0
         if hasattr(model, 'group_matcher'):
             ids, self.top = _matcher_ids(model, [n for n, _ in model.named_parameters()])
-            self.layers = _ids_below(ids)
+            for name, i in ids.items():
+                for path in ancestors(name):
+                    self.layers.setdefault(path, set()).add(i)
 
     def find(self) -> list[str]:
         names = list(self._by_layers('')) if self.layers else []
@@ -171,25 +174,14 @@ class _BlockFinder:
             yield path
 
 
-def _weight_counts(model: nn.Module) -> dict[str, int]:
+def _weight_counts(model: nn.Module) -> Counter[str]:
     """Number of modules at or below each path that own a matrix or a kernel."""
-    counts: dict[str, int] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if any(p is not None and p.ndim > 1 for p in module._parameters.values()):
-            for path in _ancestors(name):
-                counts[path] = counts.get(path, 0) + 1
-    return counts
+    return Counter(
+        path for name, module in model.named_modules(remove_duplicate=False)
+        if any(p is not None and p.ndim > 1 for p in module._parameters.values()) for path in ancestors(name))
 
 
-def _ids_below(ids: dict[str, int]) -> dict[str, set[int]]:
-    below: dict[str, set[int]] = {}
-    for name, i in ids.items():
-        for path in _ancestors(name):
-            below.setdefault(path, set()).add(i)
-    return below
-
-
-def _ancestors(name: str) -> list[str]:
+def ancestors(name: str) -> list[str]:
     """The path itself and all above it, the root '' last."""
     parts = name.split('.') if name else []
     return ['.'.join(parts[:i]) for i in range(len(parts), -1, -1)]
@@ -212,45 +204,34 @@ def in_eval(model: nn.Module) -> Iterator[None]:
 _BATCH = 101
 
 
-class _Watch:
-    """Records the calls of some modules: in which order they run, and which of them take and give one tensor."""
+@contextmanager
+def _watch(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """Watches one forward pass, and gives what is known when it has ended.
 
-    def __init__(self, model: nn.Module, names: Iterable[str]):
-        self.modules = {name: model.get_submodule(name) for name in names}
-        self.calls: dict[str, list[str]] = {name: [] for name in self.modules}
-        self.order: list[str] = []
-        self.versions: dict[str, int] = {}
-        self.hooks: list = []
+    Those of some modules that take and give one tensor once a pass, in order; and the others, each with the reason.
+    """
+    calls: dict[str, list[str]] = {name: [] for name in names}
+    order, versions, hooks, units, refused = [], {}, [], [], {}
+    for name in calls:
+        def before(module, args, name=name):
+            versions[name] = args[0]._version if args and torch.is_tensor(args[0]) else 0
 
-    def __enter__(self) -> '_Watch':
-        for name, module in self.modules.items():
-            self.hooks.append(module.register_forward_pre_hook(self._before(name)))
-            self.hooks.append(module.register_forward_hook(self._after(name), with_kwargs=True))
-        return self
+        def after(module, args, kwargs, output, name=name):
+            order.append(name)
+            calls[name].append(_problem(args, kwargs, output, versions[name]))
 
-    def __exit__(self, *_) -> None:
-        for hook in self.hooks:
+        module = model.get_submodule(name)
+        hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after, with_kwargs=True)]
+    try:
+        yield units, refused
+    finally:
+        for hook in hooks:
             hook.remove()
-
-    def _before(self, name: str):
-        def hook(module, args):
-            self.versions[name] = args[0]._version if args and torch.is_tensor(args[0]) else 0
-        return hook
-
-    def _after(self, name: str):
-        def hook(module, args, kwargs, output):
-            self.order.append(name)
-            self.calls[name].append(_problem(args, kwargs, output, self.versions[name]))
-        return hook
-
-    def units(self) -> tuple[list[str], dict[str, str]]:
-        """Those that take and give one tensor once a pass, in order; and the others, each with the reason."""
-        refused = {}
-        for name, problems in self.calls.items():
-            problem = next(filter(None, problems), '')
-            if problem or len(problems) != 1:
-                refused[name] = problem or f'runs {len(problems)} times an image'
-        return [name for name in self.order if name not in refused], refused
+    for name, problems in calls.items():
+        problem = next(filter(None, problems), '')
+        if problem or len(problems) != 1:
+            refused[name] = problem or f'runs {len(problems)} times an image'
+    units += [name for name in order if name not in refused]
 
 
 def _problem(args: tuple, kwargs: dict, output: Any, version: int) -> str:
@@ -282,7 +263,6 @@ class Probe:
         error: Why the features cannot be computed; then nothing else is known.
         blocks: Names of the blocks that take and give one tensor, batch first, once a pass; in order of execution.
         refused: The other blocks, and why each of them cannot be routed.
-        pairs: Names of convolutions and of the batch norms that alone read them.
         tokens: The features are (B, tokens, width), of which one linear classifier reads a pooled vector.
         tail: Modules with weights that are registered after the last block, the classifier apart.
         width: Width of the pooled features; 0 where they are not flat.
@@ -296,7 +276,6 @@ class Probe:
     error: str = ''
     blocks: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
-    pairs: list[tuple[str, str]] = field(default_factory=list)
     tokens: bool = False
     tail: tuple[str, ...] = ()
     width: int = 0
@@ -307,14 +286,12 @@ class Probe:
 
     def require_blocks(self) -> None:
         """Raise an error where no block can be routed."""
-        reason = self.error
-        if not reason and not self.refused and not self.blocks:
-            reason = 'it has no blocks that timm_amf.list_blocks could find'
-        elif not reason and not self.blocks:
-            name, why = next(iter(self.refused.items()))
+        if self.blocks:
+            return
+        reason = self.error or 'it has no blocks that timm_amf.list_blocks could find'
+        for name, why in [*self.refused.items()][:1]:
             reason = f'none of its {len(self.refused)} blocks takes and gives one tensor ({name} {why})'
-        if reason:
-            raise UserError(f"'{self.name}' cannot be routed: {reason}.")
+        raise UserError(f"'{self.name}' cannot be routed: {reason}.")
 
     def require_width(self) -> None:
         """Raise an error where the architecture does not give flat pooled features."""
@@ -336,7 +313,7 @@ def probe_part(part: Part, input_size: tuple[int, int, int]) -> Probe:
     key = part.key, tuple(input_size)
     if key not in _probes:
         # Some constructors draw numbers even on meta: a cached probe must not change what a seed gives.
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             _probes[key] = _probe(part, tuple(input_size))
     return _probes[key]
 
@@ -348,12 +325,11 @@ def _probe(part: Part, input_size: tuple[int, int, int]) -> Probe:
     shape = 'x'.join(str(s) for s in input_size)
     x = torch.empty(_BATCH, *input_size, device='meta')
     try:
-        with _Watch(net, list_blocks(net)) as watch, find_pairs(net) as finder:
+        with _watch(net, list_blocks(net)) as (blocks, refused):
             features = net.forward_features(x)
     except Exception as e:  # whatever the architecture raises, the user chose one that does not fit
         return Probe(part.name, net, f'it fails on a {shape} input ({_reason(e)})')
     is_tensor = torch.is_tensor(features)
-    blocks, refused = watch.units()
     fmt, size = Format(getattr(net, 'output_fmt', 'NCHW')), None
     width, head_error = _pooled_width(net, features)
     if width and is_tensor and features.ndim == 4 and _pools_by_mean(net, features.shape, fmt):
@@ -364,7 +340,6 @@ def _probe(part: Part, input_size: tuple[int, int, int]) -> Probe:
         net,
         blocks=blocks,
         refused=refused,
-        pairs=finder.pairs(features) if is_tensor else [],
         tokens=is_tensor and features.ndim == 3 and isinstance(classifier, str) and '.' not in classifier,
         tail=_tail(net, blocks),
         width=width,
@@ -441,22 +416,18 @@ def probe_units(model: nn.Module, input_size: Sequence[int]) -> Units:
     net = copy.deepcopy(model, on_meta).eval()
     x = torch.empty(_BATCH, *input_size, device='meta', dtype=next(net.parameters()).dtype)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        with _Watch(net, _outermost(net)) as watch, find_pairs(net) as finder:
+        with _watch(net, _outermost(net)) as (order, refused), find_pairs(net) as pairs_of:
             logits = net.forward_head(net.forward_features(x))
-    return Units(*watch.units(), finder.pairs(logits) if torch.is_tensor(logits) else [])
+    return Units(order, refused, pairs_of(logits) if torch.is_tensor(logits) else [])
 
 
 def _outermost(model: nn.Module) -> list[str]:
     """Blocks, and the outermost modules with weights that hold none of them, without the classifier."""
     blocks, heads = list_blocks(model), classifier_names(model)
-
-    def walk(path: str, module: nn.Module) -> Iterator[str]:
-        if path in heads or next(module.parameters(), None) is None:
-            return
-        if path in blocks or path and not any(is_within(name, [path]) for name in (*blocks, *heads)):
-            yield path
-            return
-        for name, child in module.named_children():
-            yield from walk(f'{path}.{name}' if path else name, child)
-
-    return list(walk('', model))
+    inner = {path for name in (*blocks, *heads) for path in ancestors(name)}
+    found: list[str] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        outermost = path in blocks or path and path not in inner
+        if outermost and not is_within(path, [*found, *heads]) and next(module.parameters(), None) is not None:
+            found.append(path)
+    return found

@@ -1,7 +1,7 @@
 """Figures as data: what a report draws, and what models with a policy have to show of it."""
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Optional
 
 import numpy as np
 import torch
@@ -21,25 +21,27 @@ class Chart:
         name: Of its files; unique in a report.
         title: What is shown.
         caption: How it is read.
-        kind: `lines` and `columns` over the first column; `bars`, one below the other; `heat`, a matrix with the names
-            of its rows in the first column; `points`, columns x, y, group and panel; `panels`, columns panel, group,
-            position and value; `images`, columns group, image (its index in the data) and text; or what draws a
-            matplotlib figure.
+        kind: `lines`, `dots` and `columns` over the first column, of numbers or names; `bars`, one below the other;
+            `heat`, a matrix with the names of its rows in the first column; `points`, columns x, y, group and panel;
+            `panels`, columns panel, group, position and value; `images`, columns group, image (its index in the data)
+            and text.
         table: Columns of equal length. Beside a column NAME, `NAME_low` and `NAME_high` are limits of its values.
         series: The columns that are drawn; of none all but the first and limits.
         x: Label of the horizontal axis.
         y: Label of the vertical axis.
         range: Limits of the values; None leaves them to the values.
+        log: The horizontal axis is logarithmic.
     """
     name: str
     title: str
     caption: str
-    kind: Any
+    kind: str
     table: Mapping[str, Sequence]
     series: Sequence[str] = ()
     x: str = ''
     y: str = ''
     range: Optional[tuple[float, float]] = None
+    log: bool = False
 
     @property
     def drawn(self) -> list[str]:

@@ -40,15 +40,7 @@ class PaddedShortcut(nn.Module):
 class DecathlonBlock(nn.Module):
     """Two 3x3 convolutions with batch norm, a shortcut without weights, and a ReLU after their sum."""
 
-    def __init__(
-            self,
-            in_chs: int,
-            out_chs: int,
-            stride: int = 1,
-            drop_path: float = 0.,
-            device=None,
-            dtype=None,
-    ):
+    def __init__(self, in_chs: int, out_chs: int, stride: int = 1, drop_path: float = 0., device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False, **dd)
@@ -109,10 +101,9 @@ class DecathlonResNet(nn.Module):
         drop_path = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
         stages, in_chs = [], stem_chs
         for i, (depth, out_chs) in enumerate(zip(layers, channels, strict=True)):
-            widths = [in_chs, *[out_chs] * (depth - 1)]
             stages.append(nn.Sequential(*[
-                DecathlonBlock(width, out_chs, 2 if j == 0 else 1, drop_path[i][j], **dd)
-                for j, width in enumerate(widths)
+                DecathlonBlock(out_chs if j else in_chs, out_chs, 1 if j else 2, drop_path[i][j], **dd)
+                for j in range(depth)
             ]))
             in_chs = out_chs
             self.feature_info.append(dict(num_chs=out_chs, reduction=2 ** (i + 1), module=f'stages.{i}'))
@@ -151,9 +142,8 @@ class DecathlonResNet(nn.Module):
         """Replace the classifier; the pooling stays as it is if not given."""
         dd = get_device_dtype(self)
         self.num_classes = num_classes
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool_type, **dd)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.global_pool.train(self.training)
         self.fc.train(self.training)
@@ -169,18 +159,14 @@ class DecathlonResNet(nn.Module):
     ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
         """Features and the levels on the way to them: the stem's map, then that of each stage. Arguments as in timm."""
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
-        intermediates = []
-        num_stages = len(self.stages)
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-
-        level = 0
         x = self.bn1(self.conv1(x))
-        if level in take_indices:
-            intermediates.append(x)
+        intermediates = [x] if 0 in take_indices else []
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
             stages = self.stages
         else:
             stages = self.stages[:max_index]
+        level = 0
         for level, stage in enumerate(stages, start=1):  # noqa: B007
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint_seq(stage, x)
@@ -188,12 +174,10 @@ class DecathlonResNet(nn.Module):
                 x = stage(x)
             if level in take_indices:
                 # The ReLU works in place: not on the level itself.
-                intermediates.append(F.relu(self.norm(x)) if norm and level == num_stages else x)
+                intermediates.append(F.relu(self.norm(x)) if norm and level == len(self.stages) else x)
         if intermediates_only:
             return intermediates
-        if level == num_stages:
-            x = self.act(self.norm(x))
-        return x, intermediates
+        return self.act(self.norm(x)) if level == len(self.stages) else x, intermediates
 
     def prune_intermediate_layers(
             self,
@@ -205,8 +189,7 @@ class DecathlonResNet(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         prune_end = max_index < len(self.stages)
         if prune_norm or prune_end:
-            self.norm = nn.Identity()
-            self.act = nn.Identity()
+            self.norm, self.act = nn.Identity(), nn.Identity()
         self.stages = self.stages[:max_index]
         if prune_end:
             # The features now end at the last level that is kept, and no head fits them.

@@ -1,21 +1,21 @@
-"""Batch norms folded into the convolutions before them, on a view that shares the weights.
+"""Batch norms folded into the convolutions before them, on a view that shares everything else.
 
 In evaluation mode a batch norm is one multiplication and one addition a channel, which the convolution before it can
-do: w' = w * g / sqrt(var + eps), b' = (b - mean) * g / sqrt(var + eps) + beta. A view of a module computes that way and
-leaves the module itself as it is: there is one set of parameters, in one state dict. Where gradients are wanted the
-fold is part of the graph, so weights and affine parameters get the gradients that they have without it, and the norm's
-input need not be kept. Else the folded weights are kept until one of their sources changes.
+do. A view of a module computes that way and leaves the module itself as it is.
 """
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, Conv2dSame, SplitBatchNorm2d, SyncBatchNormAct, pad_same
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-__all__ = ['FoldedConv', 'Folds', 'find_pairs', 'foldable_pairs', 'folded_view', 'norms_fixed', 'view_with']
+__all__ = ['FoldedConv', 'Folds', 'find_pairs', 'foldable_pairs', 'folded_view', 'view_with']
 
 # Not their other subclasses: those change the weight before they use it (weight standardisation, say).
 _CONVS = (nn.Conv2d, Conv2dSame)
@@ -24,91 +24,43 @@ _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct, Sp
 
 
 class FoldedConv(nn.Module):
-    """A convolution with the norm behind it, as one convolution."""
+    """A convolution with the norm behind it, as one convolution of the weights that they have now."""
 
     def __init__(self, conv: nn.Module, norm: nn.Module):
         super().__init__()
-        # In a tuple, so that they are not registered here: they belong to the module that this is a view of.
-        self._sources = (conv, norm)
-        self._key: tuple = ()
-        self._kept: tuple[Tensor, Tensor] = ()
+        same = isinstance(conv, Conv2dSame)
+        self._same = (conv.kernel_size, conv.stride, conv.dilation) if same else None
+        self._geometry = conv.stride, (0, 0) if same else conv.padding, conv.dilation, conv.groups
+        with torch.no_grad(), torch.autocast(conv.weight.device.type, enabled=False):
+            fused = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        self.weight, self.bias = (p.detach() for p in fused)
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, norm = self._sources
-        if isinstance(conv, Conv2dSame):
-            x = pad_same(x, conv.kernel_size, conv.stride, conv.dilation)
-        geometry = conv.stride, (0, 0) if isinstance(conv, Conv2dSame) else conv.padding, conv.dilation, conv.groups
-        sources = [
-            t for t in (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-            if t is not None
-        ]
-        if not (torch.is_grad_enabled() and any(t.requires_grad for t in sources)):
-            weight, bias = self._folded(sources)
-            if torch.is_grad_enabled() and x.requires_grad and not torch.is_autocast_enabled(x.device.type):
-                return _ScaledConv.apply(x, weight, None, bias, *geometry)
-            return F.conv2d(x, weight, bias, *geometry)
-        scale, bias = _scale_and_bias(conv, norm)
-        if torch.is_autocast_enabled(x.device.type):  # which casts what its own operations see
-            return F.conv2d(x, _scaled(conv.weight, scale), bias, *geometry)
-        return _ScaledConv.apply(x, conv.weight, scale, bias, *geometry)
-
-    def _folded(self, sources: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Weight and bias, without a graph, kept until one of their sources changes."""
-        conv, norm = self._sources
-        countable = not any(t.is_inference() for t in sources)
-        key = tuple((t.data_ptr(), t._version, t.dtype, t.stride()) for t in sources) if countable else ()
-        if not (countable and key == self._key):
-            with torch.no_grad(), torch.autocast(conv.weight.device.type, enabled=False):
-                scale, bias = _scale_and_bias(conv, norm)
-                self._key, self._kept = key, (_scaled(conv.weight, scale), bias)
-        return self._kept
+        if self._same:
+            x = pad_same(x, *self._same)
+        if torch.is_grad_enabled() and x.requires_grad and not torch.is_autocast_enabled(x.device.type):
+            return _FixedConv.apply(x, self.weight, self.bias, *self._geometry)
+        return F.conv2d(x, self.weight, self.bias, *self._geometry)
 
 
-def _scale_and_bias(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """What to multiply the weight with, one value an output channel, and the bias; in the type of the weight."""
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.weight is not None:
-        scale = norm.weight * scale
-    mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
-    bias = -mean * scale if norm.bias is None else norm.bias - mean * scale
-    return scale.to(conv.weight.dtype), bias.to(conv.weight.dtype)
-
-
-class _ScaledConv(torch.autograd.Function):
-    """A convolution with a scaled weight, which the backward pass computes again instead of keeping it."""
+class _FixedConv(torch.autograd.Function):
+    """A convolution whose weights do not train: its input is not kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x, weight, scale, bias, stride, padding, dilation, groups):
-        of_weight = any(ctx.needs_input_grad[1:3])
+    def forward(ctx, x, weight, bias, *geometry):
         # The gradient of the input needs of the input its shape alone, which a tensor without memory has as well.
-        ctx.save_for_backward(x if of_weight else x.new_empty(1).expand(x.shape), weight, scale)
-        ctx.geometry = stride, padding, dilation, groups
-        return F.conv2d(x, _scaled(weight, scale), bias, *ctx.geometry)
+        ctx.save_for_backward(x.new_empty(1).expand(x.shape), weight)
+        ctx.geometry = geometry
+        return F.conv2d(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        of_x, of_weight, of_scale, of_bias = ctx.needs_input_grad[:4]
+        x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        g_x, g_scaled, g_bias = torch.ops.aten.convolution_backward(
-            grad, x, _scaled(weight, scale), [len(weight)], stride, padding, dilation, False, [0, 0],
-            groups, [of_x, of_weight or of_scale, of_bias])
-        return (
-            g_x if of_x else None,
-            _scaled(g_scaled, scale) if of_weight else None,
-            (g_scaled * weight).sum((1, 2, 3)) if of_scale else None,
-            g_bias,
-            None, None, None, None,
-        )
-
-
-def _scaled(weight: Tensor, scale: Optional[Tensor]) -> Tensor:
-    return weight if scale is None else weight * scale.view(-1, 1, 1, 1)
-
-
-def norms_fixed(norms: Sequence[nn.Module]) -> bool:
-    """Whether each norm computes with its running statistics."""
-    return not any(n.training or n.running_var is None for n in norms)
+        g_x, _, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, [len(weight)], stride, padding, dilation, False, [0, 0], groups, [True, False, False])
+        return g_x, None, None, None, None, None, None
 
 
 def foldable_pairs(module: nn.Module, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -134,7 +86,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def folded_view(module: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Module:
-    """A module that computes as `module` does with the norms of `pairs` in evaluation mode, on its parameters."""
+    """A module that computes as `module` does now with the norms of `pairs` in evaluation mode."""
     replaced: dict[str, nn.Module] = {}
     for conv_name, norm_name in pairs:
         conv, norm = module.get_submodule(conv_name), module.get_submodule(norm_name)
@@ -146,7 +98,7 @@ def folded_view(module: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Modul
 
 
 class Folds:
-    """The folded view of a module, kept until the module's mode changes or it is told to forget.
+    """The folded view of a module, made again when what it folds has changed.
 
     Args:
         pairs: Names within the module of convolutions and the norms behind them.
@@ -154,22 +106,24 @@ class Folds:
 
     def __init__(self, pairs: Iterable[tuple[str, str]]):
         self.pairs = list(pairs)
-        self._kept: Optional[tuple[nn.Module, list[nn.Module]]] = None
+        self._key: tuple = ()
+        self._view: Optional[nn.Module] = None
 
     def __getstate__(self):
-        return {'pairs': self.pairs, '_kept': None}  # a copied module has its own
-
-    def forget(self) -> None:
-        """For whoever changes the module other than in its parameters and buffers."""
-        self._kept = None
+        return {'pairs': self.pairs, '_key': (), '_view': None}  # a copied module has its own
 
     def of(self, module: nn.Module) -> nn.Module:
-        """The view; the module itself while one of its norms computes with the batch."""
-        if self._kept is None or self._kept[0].training != module.training:
-            pairs = foldable_pairs(module, self.pairs)
-            self._kept = folded_view(module, pairs), [module.get_submodule(norm) for _, norm in pairs]
-        view, norms = self._kept
-        return view if norms_fixed(norms) else module
+        """The view; the module itself while one of its norms computes with the batch, or what would fold trains."""
+        pairs = foldable_pairs(module, self.pairs)
+        folded = [module.get_submodule(name) for pair in pairs for name in pair]
+        sources = [t for m in folded for t in (*m.parameters(), *m.buffers())]
+        trains = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
+        if trains or any(norm.training for norm in folded[1::2]) or any(t.is_inference() for t in sources):
+            return module
+        key = module.training, *((t.data_ptr(), t._version) for t in sources)
+        if self._view is None or key != self._key:
+            self._key, self._view = key, folded_view(module, pairs)
+        return self._view
 
 
 def view_with(module: nn.Module, replaced: Mapping[str, nn.Module], path: str = '') -> nn.Module:
@@ -195,58 +149,52 @@ def view_with(module: nn.Module, replaced: Mapping[str, nn.Module], path: str = 
     return clone
 
 
-class find_pairs:  # noqa: N801  used as a context, as torch's are
-    """Watches one forward pass with gradients, and says which norm directly follows which convolution.
+@contextmanager
+def find_pairs(model: nn.Module) -> Iterator[Callable[[Tensor], list[tuple[str, str]]]]:
+    """Watches one forward pass with gradients, to say which norm directly follows which convolution.
 
     A pair is folded only if nothing else reads the convolution's output, which the graph tells.
 
     Args:
         model: The model that is about to run.
+
+    Yields:
+        From what the forward pass came to the pairs by name.
     """
+    names = {m: n for n, m in model.named_modules()}
+    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}
+    found: list[tuple[nn.Module, nn.Module, object]] = []
+    calls: Counter[nn.Module] = Counter()
 
-    def __init__(self, model: nn.Module):
-        self._names = {id(m): n for n, m in model.named_modules()}
-        self._convs = [m for m in model.modules() if _is_conv(m)]
-        self._norms = [m for m in model.modules() if _is_norm(m)]
-        self._outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}
-        self._found: list[tuple[nn.Module, nn.Module, object]] = []
-        self._calls: dict[int, int] = {}
-        self._hooks: list = []
+    def after_conv(conv, inputs, output) -> None:
+        calls[conv] += 1
+        outputs[id(output)] = conv, output, output._version  # kept alive, so that ids stay unique
 
-    def __enter__(self) -> 'find_pairs':
-        for conv in self._convs:
-            self._hooks.append(conv.register_forward_hook(self._after_conv))
-        for norm in self._norms:
-            self._hooks.append(norm.register_forward_pre_hook(self._before_norm))
-        return self
-
-    def __exit__(self, *_) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _after_conv(self, conv, inputs, output) -> None:
-        self._calls[id(conv)] = self._calls.get(id(conv), 0) + 1
-        self._outputs[id(output)] = conv, output, output._version  # kept alive, so that ids stay unique
-
-    def _before_norm(self, norm, inputs) -> None:
-        self._calls[id(norm)] = self._calls.get(id(norm), 0) + 1
-        conv, output, version = self._outputs.get(id(inputs[0]), (None, None, 0))
+    def before_norm(norm, inputs) -> None:
+        calls[norm] += 1
+        conv, output, version = outputs.get(id(inputs[0]), (None, None, 0))
         # Another version is another tensor, made by what worked in place on the convolution's output.
         if conv is not None and output.grad_fn is not None and output._version == version:
-            self._found.append((conv, norm, output.grad_fn))
+            found.append((conv, norm, output.grad_fn))
 
-    def pairs(self, result: Tensor) -> list[tuple[str, str]]:
-        """The pairs by name, given what the forward pass came to."""
+    def pairs(result: Tensor) -> list[tuple[str, str]]:
         readers = _count_readers(result)
         return [
-            (self._names[id(conv)], self._names[id(norm)]) for conv, norm, node in self._found
-            if self._calls[id(conv)] == self._calls[id(norm)] == 1 and readers.get(node) == 1
-        ]
+            (names[conv], names[norm]) for conv, norm, node in found
+            if calls[conv] == calls[norm] == 1 and readers.get(node) == 1]
+
+    hooks = [m.register_forward_hook(after_conv) for m in names if _is_conv(m)]
+    hooks += [m.register_forward_pre_hook(before_norm) for m in names if _is_norm(m)]
+    try:
+        yield pairs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _count_readers(result: Tensor) -> dict[object, int]:
     """For every node of the graph behind a result, how many others read it."""
-    counts: dict[object, int] = {}
+    counts: Counter[object] = Counter()
     seen, stack = set(), [result.grad_fn] if result.grad_fn is not None else []
     while stack:
         node = stack.pop()
@@ -255,6 +203,6 @@ def _count_readers(result: Tensor) -> dict[object, int]:
         seen.add(node)
         for source, _ in node.next_functions:
             if source is not None:
-                counts[source] = counts.get(source, 0) + 1
+                counts[source] += 1
                 stack.append(source)
     return counts

@@ -118,9 +118,6 @@ def build_parts(
     for key, part in loaded.items():
         create = partial(create_part, part, pretrained=True, cache_dir=cache_dir, **kwargs)
         loaded[key] = load_network(part.name, part_cfg(part), create)
-    nets, used = [], set()
-    for part, load in zip(parts, pretrained, strict=True):
-        net = loaded[part.key] if load else create_part(part, **kwargs)
-        nets.append(copy.deepcopy(net) if load and part.key in used else net)
-        used.add(part.key)
-    return nets
+    return [
+        copy.deepcopy(loaded[part.key]) if load else create_part(part, **kwargs)
+        for part, load in zip(parts, pretrained, strict=True)]

@@ -21,12 +21,7 @@ class PolicyNetwork(nn.Module):
     `input_size` lets it look at a smaller copy, which is cheaper.
     """
 
-    def __init__(
-            self,
-            net: nn.Module,
-            renorm: Optional[nn.Module] = None,
-            input_size: Optional[int] = None,
-    ):
+    def __init__(self, net: nn.Module, renorm: Optional[nn.Module] = None, input_size: Optional[int] = None):
         """
         Args:
             net: Network whose logits, one a branch, become the weights.

@@ -1,6 +1,6 @@
 """One input, normalised once, for networks that were trained on differently normalised images."""
 from collections.abc import Sequence
-from typing import Optional, Union
+from typing import Union
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,7 @@ class Renormalize(nn.Module):
     dict: the statistics are the model's configuration.
     """
 
-    def __init__(
-            self,
-            mean_from: Stats,
-            std_from: Stats,
-            mean_to: Stats,
-            std_to: Stats,
-            device=None,
-            dtype=None,
-    ):
+    def __init__(self, mean_from: Stats, std_from: Stats, mean_to: Stats, std_to: Stats, device=None, dtype=None):
         """
         Args:
             mean_from: Mean that the input was normalised with, one value a channel.
@@ -47,18 +39,17 @@ class Renormalize(nn.Module):
         super().__init__()
         self._scale = [sf / st for sf, st in zip(std_from, std_to, strict=True)]
         self._shift = [(mf - mt) / st for mf, mt, st in zip(mean_from, mean_to, std_to, strict=True)]
-        self.register_buffer('scale', self._tensor(self._scale, device, dtype), persistent=False)
-        self.register_buffer('shift', self._tensor(self._shift, device, dtype), persistent=False)
+        self._set_buffers(device, dtype)
 
-    @staticmethod
-    def _tensor(values: list[float], device, dtype) -> Tensor:
-        return torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1)
+    def _set_buffers(self, device, dtype) -> None:
+        for name, values in (('scale', self._scale), ('shift', self._shift)):
+            tensor = torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1)
+            self.register_buffer(name, tensor, persistent=False)
 
     def _apply(self, fn, recurse: bool = True):
         # Computed again after every move: a trip through bf16 or `to_empty` must not leave its rounding behind.
         super()._apply(fn, recurse)
-        self.scale = self._tensor(self._scale, self.scale.device, self.scale.dtype)
-        self.shift = self._tensor(self._shift, self.shift.device, self.shift.dtype)
+        self._set_buffers(self.scale.device, self.scale.dtype)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,8 +65,8 @@ def create_renorm(
         mean_to: Stats,
         std_to: Stats,
         in_chans: int = 3,
-        device: Optional[torch.device] = None,
-        dtype: Optional[torch.dtype] = None,
+        device=None,
+        dtype=None,
 ) -> nn.Module:
     """A `Renormalize`, or nothing at all where the statistics agree."""
     stats = [channel_stats(s, in_chans) for s in (mean_from, std_from, mean_to, std_to)]

@@ -12,21 +12,18 @@
 The blocks between which a model's own code stands (a downsampling layer, a change of layout) see an ordinary batch in
 its ordinary order, so that any architecture works.
 """
-from dataclasses import dataclass
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from .folding import Folds, norms_fixed
 from .routing import is_channels_last, take
 
 __all__ = ['Decision', 'PartOfBlock', 'Route', 'RoutedBlock']
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """Indices of the images that take each copy of one block, (B_f,) and (B_t,); None where there are none."""
     frozen: Optional[Tensor]
     tuned: Optional[Tensor]
@@ -37,25 +34,18 @@ class Decision:
 
     Args:
         shares: (B, blocks), exactly 0 for the frozen and 1 for the tuned copy; its gradient trains the policy.
-        routed: Plan the splits of the batch on the host, for routed execution.
+        routed: Plan the splits of the batch on the host, for routed execution, with one wait for the device.
     """
 
     def __init__(self, shares: Tensor, routed: bool):
         self.shares = shares
         self.routed = routed
-        self.splits = _plan(shares.detach()) if routed else []
-
-
-def _plan(shares: Tensor) -> list[Split]:
-    """The splits of all blocks, with one wait for the device."""
-    tuned = shares > 0.5
-    counts = tuned.sum(0).tolist()
-    order = tuned.to(torch.uint8).argsort(dim=0, stable=True).T.contiguous()  # the frozen ones first
-    batch, splits = len(shares), []
-    for rows, count in zip(order, counts):
-        k = batch - count
-        splits.append(Split(rows[:k] if k else None, rows[k:] if count else None))
-    return splits
+        self.splits: list[Split] = []
+        if routed:
+            tuned = shares.detach() > 0.5
+            order = tuned.to(torch.uint8).argsort(dim=0, stable=True).T.contiguous()  # the frozen ones first
+            for rows, count in zip(order, (~tuned).sum(0).tolist()):
+                self.splits.append(Split(rows[:count] if count else None, rows[count:] if count < len(rows) else None))
 
 
 class Route:
@@ -82,7 +72,6 @@ class RoutedBlock(nn.Module):
             tuned: nn.Module,
             index: int,
             route: Route,
-            pairs: tuple[tuple[str, str], ...] = (),
             frozen_bn: str = 'frozen',
     ):
         """
@@ -91,7 +80,6 @@ class RoutedBlock(nn.Module):
             tuned: A block of the same kind.
             index: Its column in a decision.
             route: Where decisions come from.
-            pairs: Names within the block of convolutions and norms that fold.
             frozen_bn: `frozen` keeps all of the frozen copy in evaluation mode; `official` lets its batch norms follow
                 the model's mode, as the published code does.
         """
@@ -102,7 +90,6 @@ class RoutedBlock(nn.Module):
         self.route = route
         self.frozen_bn = frozen_bn
         self.grad_checkpointing = False
-        self._folds = Folds(pairs), Folds(pairs)
 
     def __getattr__(self, name: str):
         try:
@@ -116,19 +103,9 @@ class RoutedBlock(nn.Module):
 
     def train(self, mode: bool = True) -> 'RoutedBlock':
         super().train(mode)
-        self.unfold()
         if self.frozen_bn == 'frozen':
             self.frozen.eval()
         return self
-
-    def _apply(self, fn, recurse: bool = True):
-        self.unfold()
-        return super()._apply(fn, recurse)
-
-    def unfold(self) -> None:
-        """Forget the folded views; for whoever changes a copy other than in its parameters and buffers."""
-        for folds in self._folds:
-            folds.forget()
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         decision = self.route.decision
@@ -141,13 +118,15 @@ class RoutedBlock(nn.Module):
     def _run(self, x: Tensor, decision: Decision, args: tuple, kwargs: dict) -> Tensor:
         if not decision.routed:
             return self._both(x, decision.shares[:, self.index], args, kwargs)
-        split = decision.splits[self.index]
-        frozen, tuned = self._copies()
-        share = decision.shares[:, self.index]
+        split, share = decision.splits[self.index], decision.shares[:, self.index]
         if not (self.training and torch.is_grad_enabled()):
-            return _exact_split(frozen, tuned, x, share.detach(), split, True, args, kwargs)
-        out = _exact_split(frozen, tuned, x, share, split, self._norms_fixed(self.tuned), args, kwargs)
-        return out if split.tuned is not None else _with_zero_grads(out, self.tuned)
+            return _exact_split(self.frozen, self.tuned, x, share.detach(), split, True, args, kwargs)
+        out = _exact_split(self.frozen, self.tuned, x, share, split, _norms_fixed(self.tuned), args, kwargs)
+        if split.tuned is None:
+            # Gradients of zero, not none: `DistributedDataParallel` waits for every gradient, and an optimiser passes
+            # over what has none, momentum included.
+            out = out + 0 * sum(p.flatten()[0] for p in self.tuned.parameters() if p.requires_grad)
+        return out
 
     def _both(self, x: Tensor, share: Tensor, args: tuple, kwargs: dict) -> Tensor:
         frozen, tuned = self.frozen(x, *args, **kwargs), self.tuned(x, *args, **kwargs)
@@ -156,28 +135,16 @@ class RoutedBlock(nn.Module):
 
     def exact(self) -> bool:
         """Whether routed training gives the gradients of `both`: the frozen copy computes image by image, unchanged."""
-        return self._norms_fixed(self.frozen) and not any(p.requires_grad for p in self.frozen.parameters())
+        return _norms_fixed(self.frozen) and not any(p.requires_grad for p in self.frozen.parameters())
 
-    @staticmethod
-    def _norms_fixed(block: nn.Module) -> bool:
-        # Whatever its class: a norm that keeps running statistics mixes the images of a batch in training mode.
-        return norms_fixed([m for m in block.modules() if 'running_var' in m._buffers])
 
-    def _copies(self) -> tuple[nn.Module, nn.Module]:
-        """Both copies, with their norms folded where these are fixed."""
-        frozen, tuned = self._folds
-        return frozen.of(self.frozen), tuned.of(self.tuned)
+def _norms_fixed(block: nn.Module) -> bool:
+    """Whether each norm of a block computes with its running statistics, image by image, whatever its class."""
+    return not any(m.training or m.running_var is None for m in block.modules() if 'running_var' in m._buffers)
 
 
 def _format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
-
-
-def _rows(x: Tensor) -> Tensor:
-    """A (B, -1) view, one row an image, in the order of the memory; a copy only where there is none."""
-    if is_channels_last(x):
-        x = x.permute(0, 2, 3, 1)
-    return x.reshape(len(x), -1)
 
 
 def _put(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -291,28 +258,5 @@ class _Join(torch.autograd.Function):
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each row, summed in float32 or wider."""
-    if a.dtype in (torch.float16, torch.bfloat16):
-        a, b = a.float(), b.float()
-    if a.stride() != b.stride():
-        return (a * b).reshape(len(a), -1).sum(1)
-    return torch.linalg.vecdot(_rows(a), _rows(b))
-
-
-def _with_zero_grads(x: Tensor, block: nn.Module) -> Tensor:
-    """The same tensor; the block's parameters get gradients of zero, not none.
-
-    `DistributedDataParallel` waits for every gradient, and an optimiser passes over what has none, momentum included.
-    """
-    return _ZeroGrads.apply(x, *(p for p in block.parameters() if p.requires_grad))
-
-
-class _ZeroGrads(torch.autograd.Function):
-
-    @staticmethod
-    def forward(ctx, x, *params):
-        ctx.params = params
-        return x.data
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, *(torch.zeros_like(p) for p in ctx.params)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (a.to(wide) * b.to(wide)).sum(tuple(range(1, a.ndim)))

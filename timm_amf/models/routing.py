@@ -4,12 +4,10 @@ An approximation: a branch whose weight for an image is below `eps` is left out 
 branch with the largest weight always runs, so that `eps` = 1 keeps exactly one branch an image. The cost follows the
 number of branches run; `routing_error` tells what it does to the logits.
 """
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-__all__ = ['eager', 'is_channels_last', 'kept_branches', 'routing_error', 'run_kept_branches', 'take']
+__all__ = ['eager', 'is_channels_last', 'kept_branches', 'routing_error', 'take']
 
 
 def eager(x: Tensor) -> bool:
@@ -33,34 +31,6 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 def kept_branches(weights: Tensor, eps: float) -> Tensor:
     """Which branch runs for which image, a boolean (B, n) for weights (B, n)."""
     return (weights >= eps) | (weights == weights.amax(dim=1, keepdim=True))
-
-
-def run_kept_branches(
-        x: Tensor,
-        kept: Tensor,
-        branches: list[Callable[[Tensor], Tensor]],
-        widths: list[int],
-) -> list[Tensor]:
-    """Pooled features (B, width) of each branch, zero for the images for which it is left out.
-
-    Args:
-        x: Images (B, C, H, W).
-        kept: Which branch runs for which image, (B, n).
-        branches: Images -> pooled features (B, width), one a branch.
-        widths: Their widths.
-    """
-    counts = kept.sum(dim=0).tolist()  # the one point at which the host waits for the device
-    pooled = []
-    for i, (branch, width) in enumerate(zip(branches, widths, strict=True)):
-        if counts[i] == len(x):
-            pooled.append(branch(x))
-        elif counts[i] == 0:
-            pooled.append(x.new_zeros(len(x), width))
-        else:
-            index = kept[:, i].nonzero().squeeze(1)
-            m = branch(take(x, index))
-            pooled.append(m.new_zeros(len(x), width).index_copy(0, index, m))
-    return pooled
 
 
 @torch.no_grad()

@@ -36,9 +36,7 @@ def _describe(cfg: dict[str, Any]) -> str:
         return 'the given state dict'
     if cfg.get('file'):
         return f"file {cfg['file']}"
-    if cfg.get('hf_hub_id'):
-        return f"Hub repository {cfg['hf_hub_id']}"
-    return str(cfg.get('url'))
+    return f"Hub repository {cfg['hf_hub_id']}" if cfg.get('hf_hub_id') else str(cfg.get('url'))
 
 
 def _unreachable(name: str, cfg: dict[str, Any], reason: BaseException) -> UserError:
@@ -46,8 +44,7 @@ def _unreachable(name: str, cfg: dict[str, Any], reason: BaseException) -> UserE
     if cfg.get('file'):
         return UserError(f'cannot read {what}.')
     return UserError(
-        f'cannot get {what}: go online once so that they are cached, {_LOCAL_COPY}, or pass pretrained=False.'
-    )
+        f'cannot get {what}: go online once so that they are cached, {_LOCAL_COPY}, or pass pretrained=False.')
 
 
 def has_source(cfg: dict[str, Any]) -> bool:
@@ -64,10 +61,9 @@ def check_source(name: str, cfg: dict[str, Any], cache_dir: Optional[Union[str, 
         raise UserError(f"timm has no pretrained weights for '{name}': {_LOCAL_COPY}, or pass pretrained=False.")
     if cfg.get('state_dict'):
         return
-    if cfg.get('file'):
-        if not Path(cfg['file']).exists():
-            raise UserError(f"the weights file of '{name}' does not exist: {cfg['file']}")
-    elif cfg.get('hf_hub_id'):
+    if cfg.get('file') and not Path(cfg['file']).exists():
+        raise UserError(f"the weights file of '{name}' does not exist: {cfg['file']}")
+    if cfg.get('hf_hub_id') and not cfg.get('file'):
         _check_hub(name, cfg, cache_dir)
 
 
@@ -109,26 +105,25 @@ def loading(name: str, cfg: dict[str, Any]) -> Iterator[None]:
         raise UserError(f"cannot load the weights of '{name}' from {_describe(cfg)}: {reason}") from e
 
 
-class _MissingKeys(logging.Filter):
+@contextmanager
+def _missing_keys() -> Iterator[list[str]]:
     """Collects what timm logs at INFO of parameters that a checkpoint did not have; what is shown stays as it was."""
-    logger = logging.getLogger('timm.models._builder')
+    logger, keys = logging.getLogger('timm.models._builder'), []
+    level, shown = logger.level, logger.getEffectiveLevel()
 
-    def __enter__(self) -> list[str]:
-        self.keys: list[str] = []
-        self.level, self.shown = self.logger.level, self.logger.getEffectiveLevel()
-        self.logger.addFilter(self)
-        self.logger.setLevel(min(self.shown, logging.INFO))
-        return self.keys
-
-    def __exit__(self, *_) -> None:
-        self.logger.setLevel(self.level)
-        self.logger.removeFilter(self)
-
-    def filter(self, record: logging.LogRecord) -> bool:
+    def collect(record: logging.LogRecord) -> bool:
         message = record.getMessage()
         if message.startswith('Missing keys ('):
-            self.keys += message.partition('(')[2].partition(')')[0].split(', ')
-        return record.levelno >= self.shown
+            keys.extend(message.partition('(')[2].partition(')')[0].split(', '))
+        return record.levelno >= shown
+
+    logger.addFilter(collect)
+    logger.setLevel(min(shown, logging.INFO))
+    try:
+        yield keys
+    finally:
+        logger.setLevel(level)
+        logger.removeFilter(collect)
 
 
 def load_network(name: str, cfg: dict[str, Any], create) -> nn.Module:
@@ -137,7 +132,7 @@ def load_network(name: str, cfg: dict[str, Any], create) -> nn.Module:
     timm loads without `strict` whenever the number of classes differs, so that the weights of another architecture
     would leave the network random and no more than a line at INFO would tell. The classifier may stay random.
     """
-    with loading(name, cfg), _MissingKeys() as keys:
+    with loading(name, cfg), _missing_keys() as keys:
         net = create()
     parameters = {n for n, _ in net.named_parameters()}
     missing = [k for k in keys if k in parameters and k.rpartition('.')[0] not in as_names(cfg.get('classifier'))]

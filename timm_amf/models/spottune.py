@@ -18,10 +18,8 @@ How an image's path is computed is `routing`: `both` computes all copies for all
 with the same outputs and gradients; `auto` takes `routed` where it is exact.
 """
 import copy
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
@@ -31,37 +29,31 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
 from . import decathlon, policy_resnet  # noqa: F401  registered before they are named below
-from .blocks import classifier_names, classifiers, layer_ids, probe_part
+from .blocks import classifier_names, classifiers, probe_part
 from .charts import Chart, Seen, route_charts
 from .composite import (
-    build_composite,
+    Composite,
+    build_networks,
     checkpoint_within,
     composite_cfg,
     joint_input_cfg,
-    register_variant,
-    resize_networks,
-    variant_cfgs,
+    register_variants,
 )
-from .folding import Folds
 from .global_k import global_k_loss, update_shares
-from .method import Method, RunSettings
-from .parts import Part, as_pair, build_parts, create_part, part_cfg
-from .policy import PolicyNetwork, gumbel_noise, straight_through
+from .method import RunSettings
+from .parts import Part, as_pair, create_part, part_cfg
+from .policy import gumbel_noise, straight_through
 from .records import RoutingRecord
-from .renorm import create_renorm
 from .routed_block import Decision, PartOfBlock, Route, RoutedBlock
 from .routing import eager
-from .sources import as_names, has_source
-from .tags import tag_arguments
+from .sources import as_names
 
 __all__ = ['SpotTune']
-
-_logger = logging.getLogger(__name__)
 
 ROUTINGS = ('auto', 'both', 'routed')
 
 
-class SpotTune(Method, nn.Module):
+class SpotTune(Composite):
     """A backbone whose blocks exist twice, and a policy network that chooses for each image and block.
 
     `backbone` is the timm model with a `RoutedBlock` in the place of each of its blocks, and its own classifier.
@@ -86,12 +78,7 @@ class SpotTune(Method, nn.Module):
             drop_rate: float = 0.,
             drop_path_rate: Optional[float] = None,
             img_size: Optional[Union[int, tuple[int, int]]] = None,
-            mean: Optional[Sequence[float]] = None,
-            std: Optional[Sequence[float]] = None,
-            pretrained_parts: bool = False,
-            cache_dir: Optional[Union[str, Path]] = None,
-            device=None,
-            dtype=None,
+            **build,
     ):
         """
         Args:
@@ -105,36 +92,29 @@ class SpotTune(Method, nn.Module):
             temperature: Of the Gumbel-softmax, above 0 (5 in all of the paper's experiments).
             frozen_bn: `frozen`, or `official` for norms of the frozen path that train.
             routing: `auto`, `both` or `routed`.
-            num_classes: Classes; 0 gives the pooled features.
-            in_chans: Image channels.
             global_pool: The backbone's pooling; None leaves it to the backbone.
             drop_rate: The backbone's dropout before the classifier.
             drop_path_rate: Stochastic depth of the tuned path, for architectures that have it.
-            img_size: Input size in pixels for architectures whose input size is fixed.
-            mean: Mean that the input is normalised with; None is the backbone's.
-            std: Standard deviation that the input is normalised with; None is the backbone's.
-            pretrained_parts: Load the pretrained weights of each architecture into its network.
-            cache_dir: Where those are cached.
+
+        The others are those of `AMF`.
         """
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
         if frozen_bn not in ('frozen', 'official'):
             raise UserError(f"frozen_bn is 'frozen' or 'official', not {frozen_bn!r}.")
         if routing not in ROUTINGS:
             raise UserError(f'routing is one of {", ".join(ROUTINGS)}, not {routing!r}.')
         part = _backbone_part(backbone, backbone_kwargs, num_classes, drop_rate, drop_path_rate)
-        cfg = joint_input_cfg([part])
-        size = as_pair(img_size) or tuple(cfg['input_size'][-2:])
+        size = as_pair(img_size) or tuple(joint_input_cfg([part])['input_size'][-2:])
         part = part.sized(size)
         probe = probe_part(part, (in_chans, *size))
         probe.require_blocks()
-        self.backbone_part = part = _pooling(part, global_pool, probe.tokens)
-        self.tokens = probe.tokens
-        self.unpooled = global_pool == ''
         if not 0 <= first_block < len(probe.blocks):
             raise UserError(
                 f"first_block is {first_block}, but '{backbone}' has {len(probe.blocks)} blocks that can be routed: "
                 f'choose 0 to {len(probe.blocks) - 1}.')
+        self.tokens = probe.tokens
+        self.unpooled = global_pool == ''
+        self.backbone_parts = [_pooling(part, global_pool, probe.tokens)]
         self.in_chans = in_chans
         self.img_size = size
         self.temperature = temperature
@@ -148,48 +128,41 @@ class SpotTune(Method, nn.Module):
         self._names = tuple(probe.blocks[first_block:])
         self._tail = probe.tail
 
-        policy_part = Part(policy, 2 * len(self._names), policy_kwargs).sized(as_pair(policy_input_size) or size)
-        policy_source = has_source(part_cfg(policy_part))
-        if pretrained_parts and not policy_source:
-            _logger.info(f"timm has no pretrained weights for the policy '{policy}': it starts from random weights.")
-        nets = build_parts(
-            [part, policy_part],
-            [pretrained_parts, pretrained_parts and policy_source],
-            cache_dir=cache_dir,
-            in_chans=in_chans,
-            **dd,
-        )
-        stats = mean or cfg['mean'], std or cfg['std']
-        renorms = [
-            create_renorm(*stats, net.pretrained_cfg['mean'], net.pretrained_cfg['std'], in_chans, **dd) for net in nets
-        ]
-        self.policy = PolicyNetwork(nets[1], renorms[1], policy_input_size)
-        fits = nets[1].pretrained_cfg['num_classes'] == policy_part.num_classes
-        if not (pretrained_parts and policy_source and fits):
-            self.policy.init_classifier()
-        self.renorm = renorms[0]
-        self.backbone = nets[0]
-        self._folds = Folds(self._split_blocks(probe.pairs))
-        seen = as_pair(policy_input_size) or size
-        policy_pairs = probe_part(policy_part, (in_chans, *seen)).pairs
-        self._policy_folds = Folds((f'net.{c}', f'net.{n}') for c, n in policy_pairs)
+        of_policy = Part(policy, 2 * len(self._names), policy_kwargs).sized(as_pair(policy_input_size) or size)
+        # In this order, which the states of optimisers follow.
+        (net,), (renorm,), self.policy = build_networks(
+            self.backbone_parts, of_policy, in_chans, policy_input_size, random_policy=True, **build)
+        self.renorm, self.backbone = renorm, net
+        dd = get_device_dtype(self)
+        for index, name in enumerate(self._names):
+            block = self.backbone.get_submodule(name)
+            routed = RoutedBlock(block, copy.deepcopy(block), index, self._route, frozen_bn)
+            self.backbone.set_submodule(name, routed.train(block.training))
         # The share of images that took each tuned copy lately; what `compact` goes by.
         self.register_buffer('tuned_share', torch.full((len(self._names),), 0.5, **dd))
         self._adopt()
 
-    def _split_blocks(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Put a `RoutedBlock` in the place of each block; return the pairs of convolution and norm outside them."""
-        pairs = list(pairs)
-        for index, name in enumerate(self._names):
-            block = self.backbone.get_submodule(name)
-            within = tuple(
-                (conv[len(name) + 1:], norm[len(name) + 1:]) for conv, norm in pairs
-                if conv.startswith(f'{name}.') and norm.startswith(f'{name}.')
-            )
-            routed = RoutedBlock(block, copy.deepcopy(block), index, self._route, within, self.frozen_bn)
-            self.backbone.set_submodule(name, routed.train(block.training))
-        prefixes = tuple(f'{name}.' for name in self._names)
-        return [(c, n) for c, n in pairs if not c.startswith(prefixes) and not n.startswith(prefixes)]
+    @classmethod
+    def outline(
+            cls,
+            backbone: str,
+            policy: str,
+            backbone_kwargs: Optional[dict[str, Any]] = None,
+            policy_kwargs: Optional[dict[str, Any]] = None,
+            num_classes: int = 1,
+            drop_rate: float = 0.,
+            drop_path_rate: Optional[float] = None,
+            in_chans: int = 3,
+            img_size: Optional[tuple[int, int]] = None,
+            **_,
+    ) -> tuple[dict[str, Any], int]:
+        part = _backbone_part(backbone, backbone_kwargs, num_classes, drop_rate, drop_path_rate)
+        own = part_cfg(part)
+        names = tuple(f'backbone.{c}' for c in as_names(own.get('classifier')))
+        cfg = composite_cfg(
+            {'backbone': part, 'policy.net': Part(policy, 2, policy_kwargs)},
+            classifier=names[0] if len(names) == 1 else names, pool_size=own.get('pool_size') or (1, 1))
+        return cfg, 0 if img_size is None else len(probe_part(part.sized(img_size), (in_chans, *img_size)).levels)
 
     def _adopt(self) -> None:
         """What timm asks of a model, as the backbone has it."""
@@ -255,43 +228,24 @@ class SpotTune(Method, nn.Module):
         layers, top = self._layers()
         return {n: top - layers.get(n, top) for n, _ in self.named_parameters()}
 
-    def _layers(self, coarse: bool = False) -> tuple[dict[str, int], int]:
-        """The layer of each parameter; both copies of a block are of its layer, the policy is aligned at the top."""
-        plain = probe_part(self.backbone_part, (self.in_chans, *self.img_size)).net
-        ids, top = layer_ids(plain, coarse)
-        policy_ids, policy_top = layer_ids(self.policy.net, coarse)
-        depth = max(top, policy_top)
-        layers = {f'policy.net.{n}': depth - policy_top + i for n, i in policy_ids.items()}
-        for name, _ in self.backbone.named_parameters():
-            layers[f'backbone.{name}'] = depth - top + ids.get(self._plain_name(name), top)
-        return layers, depth
+    def _networks(self) -> dict[str, nn.Module]:
+        return {'backbone': self.backbone, 'policy.net': self.policy.net}
 
-    def _plain_name(self, name: str) -> str:
-        """The name that a parameter has in a plain backbone."""
-        for block in self._names:
+    def _plain_net(self, path: str, net: nn.Module) -> nn.Module:
+        return probe_part(self.backbone_parts[0], (self.in_chans, *self.img_size)).net if path == 'backbone' else net
+
+    def _plain_name(self, path: str, name: str) -> str:
+        for block in self._names if path == 'backbone' else ():
             for copy_name in ('frozen', 'tuned'):
                 if name.startswith(f'{block}.{copy_name}.'):
                     return f'{block}.{name[len(block) + len(copy_name) + 2:]}'
         return name
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """The backbone's layers under the names they have here."""
-        layers, top = self._layers(coarse)
-        return lambda name: layers.get(name, top)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        plain = set(getattr(self.backbone, 'no_weight_decay', lambda: ())())
-        names = {f'backbone.{n}' for n, _ in self.backbone.named_parameters() if self._plain_name(n) in plain}
-        return names | {f'policy.net.{n}' for n in getattr(self.policy.net, 'no_weight_decay', lambda: ())()}
-
     # -- deciding -----------------------------------------------------------------------------------------------------
 
     def forward_policy(self, x: Tensor) -> Tensor:
         """Logits (B, blocks, 2) of the decisions: column 0 for the frozen copy, 1 for the tuned one."""
-        policy = self._policy_folds.of(self.policy) if self.routing != 'both' and eager(x) else self.policy
-        return policy.forward_logits(x).unflatten(1, (len(self._names), 2))
+        return self.policy.forward_logits(x).unflatten(1, (len(self._names), 2))
 
     def forward_shares(self, x: Tensor) -> Tensor:
         """Which copy each image takes, (B, blocks): exactly 0 for the frozen one and 1 for the tuned one.
@@ -351,18 +305,16 @@ class SpotTune(Method, nn.Module):
                 "(timm_amf.apply_freeze), or set routing='auto'.")
         return exact
 
-    def _decide(self, x: Tensor) -> Decision:
+    def _decide(self, x: Tensor) -> None:
         routed = self._routed(x)
-        decision = Decision(self.forward_shares(x), routed)
-        self._route.decision = decision
-        return decision
+        self._route.decision = Decision(self.forward_shares(x), routed)
 
     # -- computing ----------------------------------------------------------------------------------------------------
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The backbone's unpooled maps; of a backbone of tokens the pooled features, as (B, C, 1, 1)."""
-        decision = self._decide(x)
-        x = self._backbone_for(decision).forward_features(self.renorm(x))
+        self._decide(x)
+        x = self.backbone.forward_features(self.renorm(x))
         return self.backbone.forward_head(x, pre_logits=True)[:, :, None, None] if self.tokens else x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -374,65 +326,26 @@ class SpotTune(Method, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
-    def _backbone_for(self, decision: Decision) -> nn.Module:
-        """The backbone, in routed execution with its own norms folded too where they are fixed."""
-        return self._folds.of(self.backbone) if decision.routed else self.backbone
-
-    def _unfold(self) -> None:
-        for folds in (self._folds, self._policy_folds):
-            folds.forget()
-
-    def train(self, mode: bool = True) -> 'SpotTune':
-        self._unfold()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse: bool = True):
-        self._unfold()
-        return super()._apply(fn, recurse)
-
     def __getstate__(self):
         return {**self.__dict__, 'sampling': None}
 
-    def forward_intermediates(
-            self,
-            x: Tensor,
-            indices: Optional[Union[int, list[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-    ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
-        """The backbone's intermediate features, each image on its path; arguments as the backbone's.
-        """
+    def forward_intermediates(self, x: Tensor, *args, **kwargs) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
+        """The backbone's intermediate features, each image on its path; arguments as the backbone's."""
         self._decide(x)
         try:
-            # Its own norms unfolded: a level may lie between a convolution and its norm.
-            return self.backbone.forward_intermediates(
-                self.renorm(x),
-                indices=indices,
-                norm=norm,
-                stop_early=stop_early,
-                output_fmt=output_fmt,
-                intermediates_only=intermediates_only,
-            )
+            return self.backbone.forward_intermediates(self.renorm(x), *args, **kwargs)
         except PartOfBlock as e:
             raise UserError(
-                f"'{self.backbone_part.name}' has no intermediate features here, for they lie within its blocks ({e}); "
-                'take those of model.compact(...).') from e
+                f"'{self.backbone_parts[0].name}' has no intermediate features here, for they lie within its blocks "
+                f'({e}); take those of model.compact(...).') from e
 
     def prune_intermediate_layers(
-            self,
-            indices: Union[int, list[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> list[int]:
+            self, indices: Union[int, list[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         """Remove from the backbone what `forward_intermediates` does not need for these levels; the policy stays."""
-        self._unfold()
         take = self.backbone.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
         self.num_classes = 0 if prune_head else self.num_classes
         return take
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Every routed block is recomputed in the backward pass; the policy if it can."""
         self.grad_checkpointing = enable
@@ -440,7 +353,6 @@ class SpotTune(Method, nn.Module):
             block.grad_checkpointing = enable
         checkpoint_within(self.policy.net, enable)
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.backbone.get_classifier()
 
@@ -449,22 +361,14 @@ class SpotTune(Method, nn.Module):
         dd = get_device_dtype(self)
         if global_pool is not None:
             self.unpooled = global_pool == ''
-            self.backbone_part = _pooling(self.backbone_part, global_pool, self.tokens)
-        self.backbone_part.num_classes = num_classes
-        own_pool = None if global_pool is None else self.backbone_part.kwargs.get('global_pool')
+            self.backbone_parts = [_pooling(self.backbone_parts[0], global_pool, self.tokens)]
+        part = self.backbone_parts[0]
+        part.num_classes = num_classes
+        own_pool = None if global_pool is None else part.kwargs.get('global_pool')
         self.backbone.reset_classifier(num_classes, *(() if own_pool is None else (own_pool,)))
         for layer in classifiers(self.backbone):
             layer.to(**dd).train(self.training)
-        self._unfold()
         self._adopt()
-
-    def set_input_size(self, img_size: Union[int, tuple[int, int]]) -> None:
-        """Resize the networks whose input size is fixed, such as a ViT's, to (H, W) pixels or a square of this side."""
-        self.img_size = resize_networks(self, [self.backbone_part], img_size)
-        # The folded views are copies that know the old size.
-        self._unfold()
-        for block in self.routed_blocks:
-            block.unfold()
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` takes in place of this model: its dense form, traced.
@@ -540,10 +444,7 @@ class SpotTune(Method, nn.Module):
 
     def compact_args(self) -> dict[str, Any]:
         """Keyword arguments with which `timm.create_model` builds the plain model: all but where weights came from."""
-        return {k: v for k, v in self.backbone_part.kwargs.items() if not k.startswith('pretrained_cfg')}
-
-    def networks(self) -> list[nn.Module]:
-        return [self.backbone, self.policy.net]
+        return {k: v for k, v in self.backbone_parts[0].kwargs.items() if not k.startswith('pretrained_cfg')}
 
     def sentence(self) -> str:
         backbone, policy = self.architectures()
@@ -594,10 +495,10 @@ class SpotTune(Method, nn.Module):
         by_use = blocks is None or isinstance(blocks, int)
         tuned = self.chosen_blocks(blocks) if by_use else self._block_indices(blocks)
         dd = get_device_dtype(self)
-        plain = create_part(self.backbone_part, in_chans=self.in_chans, **dd)
+        plain = create_part(self.backbone_parts[0], in_chans=self.in_chans, **dd)
         dropped = tuple(f'{name}.{"frozen" if i in tuned else "tuned"}.' for i, name in enumerate(self._names))
         plain.load_state_dict({
-            self._plain_name(name): tensor for name, tensor in self.backbone.state_dict().items()
+            self._plain_name('backbone', name): tensor for name, tensor in self.backbone.state_dict().items()
             if not name.startswith(dropped)
         })
         plain.pretrained_cfg['num_classes'] = self.num_classes
@@ -633,69 +534,27 @@ def _pooling(part: Part, global_pool: Optional[str], tokens: bool) -> Part:
     return Part(part.name, part.num_classes, {**part.kwargs, 'global_pool': global_pool})
 
 
-# Registered name -> (arguments, description).
-_VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
-    'spottune': (
-        dict(backbone='resnet18', policy='resnet10t'),
-        "SpotTune of any architecture: `backbone='resnet50', policy='resnet10t'`."),
-    'spottune_resnet26': (
-        dict(backbone='resnet26_decathlon', policy='resnet8_decathlon'),
+def _variant(backbone: str, policy: str, description: str) -> tuple[type[SpotTune], dict[str, Any], str]:
+    return SpotTune, {'backbone': backbone, 'policy': policy}, description
+
+
+register_variants(__name__, {
+    'spottune': _variant(
+        'resnet18', 'resnet10t', "SpotTune of any architecture: `backbone='resnet50', policy='resnet10t'`."),
+    'spottune_resnet26': _variant(
+        'resnet26_decathlon', 'resnet8_decathlon',
         'The ResNet-26 of the Visual Decathlon, 12 blocks, and a policy of three (SpotTune, Section 4.1). '
         'There the first macro block is frozen and unrouted: `first_block=4`.'),
-    'spottune_resnet18': (
-        dict(backbone='resnet18', policy='policy_resnet10'), 'ResNet-18, 8 blocks, and a policy of four blocks.'),
-    'spottune_resnet50': (
-        dict(backbone='resnet50', policy='policy_resnet10'),
+    'spottune_resnet18': _variant('resnet18', 'policy_resnet10', 'ResNet-18, 8 blocks, and a policy of four blocks.'),
+    'spottune_resnet50': _variant(
+        'resnet50', 'policy_resnet10',
         "The paper's network: ResNet-50, 16 blocks, and a policy of four blocks (SpotTune, Section 4.1)."),
-    'spottune_resnet101': (
-        dict(backbone='resnet101', policy='policy_resnet10'), 'ResNet-101, 33 blocks, and a policy of four blocks.'),
-    'spottune_mobilenetv2_100': (
-        dict(backbone='mobilenetv2_100', policy='mobilenetv3_small_050'),
-        'MobileNetV2, 17 blocks, and a MobileNetV3-Small 0.5 policy.'),
-    'spottune_convnext_tiny': (
-        dict(backbone='convnext_tiny', policy='policy_resnet10'),
-        'ConvNeXt-Tiny, 18 blocks, and a policy of four blocks.'),
-    'spottune_vit_small_patch16_224': (
-        dict(backbone='vit_small_patch16_224', policy='policy_resnet10'),
-        'ViT-Small/16, 12 blocks, and a policy of four blocks.'),
-}
-
-
-def _cfg(
-        backbone: str,
-        policy: str,
-        backbone_kwargs: Optional[dict[str, Any]] = None,
-        policy_kwargs: Optional[dict[str, Any]] = None,
-        **_,
-) -> dict[str, Any]:
-    part = _backbone_part(backbone, backbone_kwargs)
-    named = {'backbone': part, 'policy.net': Part(policy, 2, policy_kwargs)}
-    names = tuple(f'backbone.{c}' for c in as_names(part_cfg(part).get('classifier')))
-    return composite_cfg(
-        named,
-        ['backbone'],
-        classifier=names[0] if len(names) == 1 else names,
-        pool_size=part_cfg(part).get('pool_size') or (1, 1),
-    )
-
-
-default_cfgs = variant_cfgs(_VARIANTS, lambda variant, args: _cfg(**{**_VARIANTS[variant][0], **args}))
-
-
-def _create(variant: str, pretrained: bool = False, **kwargs) -> SpotTune:
-    of_tag = tag_arguments(variant, kwargs.get('pretrained_cfg'))
-    kwargs = {**_VARIANTS[variant][0], **of_tag, **kwargs}
-    cfg = _cfg(**kwargs)
-    size = as_pair(kwargs.get('img_size')) or cfg['input_size'][-2:]
-    in_chans = kwargs.get('in_chans', cfg['input_size'][0])
-    given = {k: kwargs[k] for k in ('drop_rate', 'drop_path_rate') if k in kwargs}
-    part = _backbone_part(kwargs['backbone'], kwargs.get('backbone_kwargs'), kwargs.get('num_classes', 1), **given)
-    levels = len(probe_part(part.sized(size), (in_chans, *size)).levels)
-    model = build_composite(SpotTune, variant, pretrained, cfg, levels, **kwargs)
-    # timm adds what it was given, so that a checkpoint says how to build the model again.
-    model._model_args = of_tag
-    return model
-
-
-for _name, (_, _description) in _VARIANTS.items():
-    register_variant(__name__, _name, _description, _create)
+    'spottune_resnet101': _variant(
+        'resnet101', 'policy_resnet10', 'ResNet-101, 33 blocks, and a policy of four blocks.'),
+    'spottune_mobilenetv2_100': _variant(
+        'mobilenetv2_100', 'mobilenetv3_small_050', 'MobileNetV2, 17 blocks, and a MobileNetV3-Small 0.5 policy.'),
+    'spottune_convnext_tiny': _variant(
+        'convnext_tiny', 'policy_resnet10', 'ConvNeXt-Tiny, 18 blocks, and a policy of four blocks.'),
+    'spottune_vit_small_patch16_224': _variant(
+        'vit_small_patch16_224', 'policy_resnet10', 'ViT-Small/16, 12 blocks, and a policy of four blocks.'),
+})

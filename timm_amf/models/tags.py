@@ -74,7 +74,12 @@ FINE_TUNED: dict[str, FineTuned] = {
 
 
 def fine_tuned_cfgs(variants: Mapping[str, Any], cfg_of: Callable[[str, Mapping], dict]) -> Iterator[tuple[str, dict]]:
-    """Name and `pretrained_cfg` of each tag of some registered models; `cfg_of` as for `composite.variant_cfgs`."""
+    """Name and `pretrained_cfg` of each tag of some registered models.
+
+    Args:
+        variants: Registered names.
+        cfg_of: From a name and the arguments of a tag to the `pretrained_cfg`.
+    """
     for name, tuned in FINE_TUNED.items():
         variant, _, tag = name.partition('.')
         if variant in variants:
@@ -91,11 +96,8 @@ def fine_tuned_cfgs(variants: Mapping[str, Any], cfg_of: Callable[[str, Mapping]
 def tag_arguments(variant: str, pretrained_cfg: Any) -> dict[str, Any]:
     """The keyword arguments that a tag (or the tag of a cfg) of a registered model stands for, if any."""
     if isinstance(pretrained_cfg, PretrainedCfg):
-        tag = pretrained_cfg.tag
-    elif isinstance(pretrained_cfg, Mapping):
-        tag = pretrained_cfg.get('tag')
-    else:
-        tag = pretrained_cfg
+        pretrained_cfg = vars(pretrained_cfg)
+    tag = pretrained_cfg.get('tag') if isinstance(pretrained_cfg, Mapping) else pretrained_cfg
     tuned = FINE_TUNED.get(f'{variant}.{tag}')
     return dict(tuned.model_args) if tuned else {}
 

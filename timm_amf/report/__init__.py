@@ -1,4 +1,4 @@
-"""`timm-amf report`: one HTML file of figures and tables, of a run, of several runs, or of a search.
+"""`timm-amf report`: one HTML file of figures and tables, of a run, of several runs, of a search, or of a sweep.
 
 The page needs no network: figures are SVG elements of it, images are embedded, and there is no script. Beside it lies
 each figure as PNG and as the CSV that it was drawn from.
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Optional, Union
 
 from PIL import Image
-from torch import nn
 
+from timm_amf import figures
 from timm_amf.engine.evaluate_runs import evaluations, open_images, summary
 from timm_amf.engine.opened import RunOptions
 from timm_amf.engine.run import check_finished
@@ -23,19 +23,20 @@ from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing, write_text
 from timm_amf.inference.sources import add_run_flags, open_model, options_from
 from timm_amf.lazy import callable_module
-from timm_amf.models.charts import Chart, Seen
+from timm_amf.models.charts import Chart
 from timm_amf.models.method import method_of
-from timm_amf.report import figures
 from timm_amf.report.content import (
     Section,
     Table,
-    Told,
     compared,
     curves,
     model_sections,
+    policy_of,
     read_told,
     results_of,
+    search_sections,
     setting,
+    sweep_sections,
 )
 
 __all__ = ['build_parser', 'check_installed', 'main', 'report', 'run']
@@ -55,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Its flags."""
     parser = CommandParser(prog='timm-amf report', description=__doc__.partition('\n')[0].partition(': ')[2])
     add = parser.add_argument
-    add('runs', nargs='+', metavar='RUN', help='folder of a run, or one folder of a search')
+    add('runs', nargs='+', metavar='RUN', help='folder of a run, or one folder of a search or of a sweep')
     add('--output', metavar='DIR', help='folder of the page (default: report/ in the folder of the first run)')
     add('--no-eval', action='store_true', help='draw what the files of the runs tell; their images are not needed')
     add('--split', metavar='NAME', help='train, validation, test, ... (default: what each run was validated on)')
@@ -73,13 +74,8 @@ def run(args: argparse.Namespace) -> Path:
 
 
 def check_installed() -> None:
-    """Refuses before any work where the extra is not installed.
-
-    Raises:
-        UserError: It names the extra.
-    """
+    """Refuses before any work where the extra is not installed."""
     try:
-        import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
     except ImportError as e:
@@ -95,25 +91,24 @@ def report(
     """Writes a page about runs.
 
     Args:
-        runs: Their folders; or one folder of a search.
+        runs: Their folders; or one folder of a search or of a sweep.
         output: Folder of the page. None: `report/` in that of the first run.
         options: How they are evaluated.
         evaluate: False draws only what their files tell.
 
     Returns:
         The page, `index.html`.
-
-    Raises:
-        UserError: If a folder holds no run, or one that is not finished, or its images are gone.
     """
     check_installed()
     options, folders = options or RunOptions(), [Path(run) for run in runs]
     target = Path(output) if output else folders[0] / 'report'
-    if len(folders) == 1 and not is_run(folders[0]) and (folders[0] / 'results.json').is_file():
-        return _write(target, f'Search {folders[0].name}', '', _search(folders[0]), None)
+    title = folders[0].name if len(folders) == 1 else f'{len(folders)} runs'
+    for of_folder, mark in ((search_sections, 'search.yaml'), (sweep_sections, 'trial*-seed*')):
+        if len(folders) == 1 and any(folders[0].glob(mark)):
+            return _write(target, title, '', of_folder(folders[0]), None)
     for folder in folders:
         if not is_run(folder):
-            raise UserError(f'{folder}: no args.yaml there; give the folder of a run (a sweep has one for each trial)')
+            raise UserError(f'{folder}: no args.yaml there; give the folder of a run, or of one search or sweep')
         check_finished(folder)
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError('a run is given twice; leave one out')
@@ -122,48 +117,17 @@ def report(
     found = evaluations(opened, options) if evaluate else []
     sections = [Section('Results', [results_of(summary(found))])] if found else []
     models = [one.load(len(found[i].class_names) if found else None) for i, one in enumerate(opened)]
-    data = None
-    if len(folders) == 1:
-        sections += [curves(every[0])]
-        if found:
-            data = open_images(opened[0], options)
-            sections += model_sections(every[0], opened[0], models[0], data, found[0], options)
-        else:
-            sections += _own_of_files(every[0], models[0])
+    data = open_images(opened[0], options) if found and len(folders) == 1 else None
+    if data is not None:
+        sections += [curves(every[0]), *model_sections(every[0], opened[0], models[0], data, found[0], options)]
+    elif len(folders) == 1:
+        sections += [curves(every[0]), *policy_of(every[0], models[0])]
     else:
         sections.append(compared(every, found))
     for told, model in zip(every, models):
         sections.append(setting(told, model, str(told.folder) if len(every) > 1 else ''))
-    title = folders[0].name if len(folders) == 1 else f'{len(folders)} runs'
     sentences = dict.fromkeys(method_of(model).sentence() for model in models)
     return _write(target, title, ' '.join(sentences), sections, None if data is None else data.load)
-
-
-def _own_of_files(told: Told, model: nn.Module) -> list[Section]:
-    """The model's own figures of what its policy did in training."""
-    parts = {name.removesuffix('_assigned_0') for name in told.policy if name.endswith('_assigned_0')}
-    parts -= {'train', *(f'train_{part}' for part in parts)} | {'assigned_0'}
-    charts = method_of(model).charts(Seen(told.policy, sorted(parts)))
-    return [Section('The policy', charts)] if charts else []
-
-
-def _search(folder: Path) -> list[Section]:
-    """Of a block-wise search: accuracy by position, with both baselines."""
-    from timm_amf.search.plots import search_figure
-    from timm_amf.search.results import SearchResults, title
-
-    results = SearchResults.read(folder / 'results.json')
-    columns: dict[str, list] = {name: [] for name in (
-        'candidate', 'way', 'position', 'top1', 'top1_low', 'top1_high', 'parameters', 'epochs')}
-    for found in results.ranked():
-        candidate = found.candidate
-        values = (candidate.name, candidate.way, candidate.position, found.top1, *found.interval(), found.parameters,
-                  found.epochs)
-        for name, value in zip(columns, values):
-            columns[name].append(value)
-    return [Section('Search', [title(results), Chart(
-        'search', 'Accuracy by position', 'Each candidate and both baselines, with 95 % intervals.',
-        lambda: search_figure(results), columns)])]
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -190,7 +154,7 @@ def _write(
         figure = figures.draw(chart, thumbnail)
         with replacing(target / f'{chart.name}.png') as file:
             file.write_bytes(figures.png(figure))
-        write_text(target / f'{chart.name}.csv', figures.csv_text(chart))
+        write_text(target / f'{chart.name}.csv', figures.table_csv(chart))
         return Markup('') if chart.kind == 'images' else Markup(figures.svg(figure, chart.name, chart.title))
 
     def data_uri(index: int) -> str:

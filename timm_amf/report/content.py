@@ -2,6 +2,7 @@
 import argparse
 import csv
 import math
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,19 +18,22 @@ from timm_amf.data import Mixture
 from timm_amf.engine.build import build_model, set_start
 from timm_amf.engine.evaluation import Evaluation, Row
 from timm_amf.engine.intervals import mean_interval
-from timm_amf.engine.opened import Opened, RunOptions
+from timm_amf.engine.opened import Opened, RunOptions, open_trained
 from timm_amf.engine.options import parse_args
-from timm_amf.engine.run_folder import choose_device, eval_loader
+from timm_amf.engine.run_folder import choose_device, eval_loader, is_run
 from timm_amf.errors import UserError
 from timm_amf.models.charts import Chart, Seen
 from timm_amf.models.method import method_of
+from timm_amf.search.charts import search_charts, sweep_charts
+from timm_amf.search.results import SearchResults, ranking, summary
+from timm_amf.search.sweep_results import HOW, Sweep
 from timm_amf.tuning import Plan, describe_depths, param_groups
 from timm_amf.tuning.resolve import resolve
 from timm_amf.yaml_text import load_yaml
 
 __all__ = [
-    'Section', 'Table', 'Told', 'compared', 'curves', 'differences', 'model_sections', 'read_told', 'results_of',
-    'setting',
+    'Section', 'Table', 'Told', 'compared', 'curves', 'differences', 'model_sections', 'policy_of', 'read_told',
+    'results_of', 'search_sections', 'setting', 'sweep_sections',
 ]
 
 _ERRORS = 25
@@ -75,27 +79,26 @@ class Told:
 
 
 def read_told(folder: Path) -> Told:
-    """Reads the files of a run.
-
-    Raises:
-        UserError: If one is missing or not as a run writes it.
-    """
+    """Reads the files of a run."""
     for name in ('plan.yaml', 'summary.csv'):
         if not (folder / name).is_file():
             raise UserError(f'{folder / name}: is missing; the run has no finished epoch, or is of an older version')
-    about = folder / 'environment.yaml'
     return Told(
         folder, load_yaml(folder / 'args.yaml'), Plan.from_yaml(folder / 'plan.yaml'),
         _columns(folder / 'summary.csv', ('epoch', 'train_loss', 'eval_loss', 'eval_top1')),
         *(_columns(folder / name, ('epoch',)) for name in ('policy.csv', 'speed.csv')),
-        load_yaml(about) if about.is_file() else {})
+        _environment(folder))
+
+
+def _environment(folder: Path) -> dict[str, Any]:
+    """Empty of a version that did not keep it."""
+    return load_yaml(folder / 'environment.yaml') if (folder / 'environment.yaml').is_file() else {}
 
 
 def _columns(path: Path, needed: Sequence[str]) -> dict[str, list[float]]:
     if not path.is_file():
         return {}
-    with open(path, newline='', encoding='utf-8') as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows(path)
     for name in needed:
         if not rows or name not in rows[0]:
             raise UserError(f'{path}: has no column {name!r}' if rows else f'{path}: has no rows; train the run on')
@@ -105,42 +108,48 @@ def _columns(path: Path, needed: Sequence[str]) -> dict[str, list[float]]:
         raise UserError(f'{path}: is damaged ({e})') from None
 
 
+def _rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
 # -- from the files ---------------------------------------------------------------------------------------------------
 
 
+_EACH = 'On the validation images, after each epoch.'
+# Name, title, caption, the columns that it shows, and their unit.
 _CURVES = (
-    ('loss', 'Loss', 'Mean over the images of an epoch.', ('train_loss', 'eval_loss'), ''),
-    ('accuracy', 'Accuracy', 'On the validation images, after each epoch.', (
-        'eval_top1', 'eval_top5', 'eval_balanced_accuracy', 'eval_macro_f1'), 'percent'),
+    ('loss', 'Loss', 'Mean over the images of an epoch.', 'train_loss|eval_loss', ''),
+    ('accuracy', 'Accuracy', _EACH, 'eval_(top1|top5|balanced_accuracy|macro_f1)', 'percent'),
+    ('components', 'Accuracy by component', _EACH, 'eval_top1_.+', 'percent'),
+    ('lr', 'Learning rate', 'The highest of each role, at the end of an epoch.', 'lr_.+', 'LR'),
+    ('lr', 'Learning rate', 'At the end of an epoch.', 'lr', 'LR'),  # of a version without roles
+    ('speed', 'Images per second', 'In training, over all processes, loading included.', 'images_per_s', 'images/s'),
 )
 
 
 def curves(told: Told) -> Section:
     """Loss, metrics, LR and images/s by epoch."""
-    section, epochs = Section('Training'), {'epoch': told.summary['epoch']}
-    metrics = [*_CURVES, (
-        'components', 'Accuracy by component', 'On the validation images, after each epoch.',
-        [name for name in told.summary if name.startswith('eval_top1_')], 'percent')]
-    for name, title, caption, columns, y in metrics:
-        table = {column: told.summary[column] for column in columns if column in told.summary}
+    found: dict[str, Chart] = {}
+    for name, title, caption, shown, y in _CURVES:
+        columns = told.speed if name == 'speed' else told.summary
+        table = {column: values for column, values in columns.items() if re.fullmatch(shown, column)}
         if table:
-            section.parts.append(Chart(
-                name, title, caption, 'lines', {**epochs, **table}, x='epoch', y=y,
+            found.setdefault(name, Chart(
+                name, title, caption, 'lines', {'epoch': columns['epoch'], **table}, x='epoch', y=y,
                 range=(0, 100) if y == 'percent' else None))
-    lrs = {name: values for name, values in told.summary.items() if name.startswith('lr_')}
-    lrs = lrs or {name: told.summary[name] for name in ('lr',) if name in told.summary}
-    if lrs:
-        section.parts.append(Chart(
-            'lr', 'Learning rate', 'The highest of each role, at the end of an epoch.', 'lines', {**epochs, **lrs},
-            x='epoch', y='LR'))
-    if told.speed:
-        section.parts.append(Chart(
-            'speed', 'Images per second', 'In training, over all processes, loading included.', 'lines',
-            {'epoch': told.speed['epoch'], 'images/s': told.speed['images_per_s']}, x='epoch', y='images/s'))
-    return section
+    return Section('Training', list(found.values()))
 
 
-def setting(told: Told, model: Optional[nn.Module], name: str = '') -> Section:
+def policy_of(told: Told, model: nn.Module) -> list[Section]:
+    """The model's own figures of what its policy did in training."""
+    parts = {name.removesuffix('_assigned_0') for name in told.policy if name.endswith('_assigned_0')}
+    parts -= {'train', *(f'train_{part}' for part in parts)} | {'assigned_0'}
+    charts = method_of(model).charts(Seen(told.policy, sorted(parts)))
+    return [Section('The policy', charts)] if charts else []
+
+
+def setting(told: Told, model: Optional[nn.Module], name: str = '', config: str = 'args.yaml') -> Section:
     """The Plan in words, what trains, command, versions, hardware and cost."""
     plan, about, parts = told.plan, told.environment, []
     parts.append(
@@ -148,11 +157,10 @@ def setting(told: Told, model: Optional[nn.Module], name: str = '') -> Section:
         f'{told.options.get("img_size") or "the size of the model"}{" px" if told.options.get("img_size") else ""}, '
         f'{told.options.get("batch_size")} a step.')
     if model is not None:
-        rows = []
-        groups = param_groups(model, plan)
-        for role, settings in resolve(model, plan).roles.items():
+        rows, groups, table = [], param_groups(model, plan), resolve(model, plan)
+        for role, settings in table.roles.items():
             mine = [group for group in groups if group['role'] == role]
-            total = sum(s.place.role == role for s in resolve(model, plan).parameters.values())
+            total = sum(s.place.role == role for s in table.parameters.values())
             rows.append((
                 role, _trains(settings.plan.train, mine), _span([group['lr'] for group in mine]),
                 _span([group['weight_decay'] for group in mine]), f'{sum(len(g["params"]) for g in mine)} of {total}',
@@ -163,18 +171,18 @@ def setting(told: Told, model: Optional[nn.Module], name: str = '') -> Section:
     facts = [('folder', str(told.folder))]
     if about.get('command'):
         facts.append(('command', str(about['command'])))
-    facts.append(('the same run', f'timm-amf train --config {shlex.quote(str(told.folder / "args.yaml"))}'))
+    facts.append(('the same run', f'timm-amf train --config {shlex.quote(str(told.folder / config))}'))
     for title in ('versions', 'hardware'):
         found = about.get(title) or {}
         facts.append((title, ', '.join(f'{k} {v}' for k, v in found.items()) or 'not kept by the version that ran it'))
     if model is not None:
-        trained = sum(p.numel() for g in param_groups(model, plan) for p in g['params'])
+        trained = sum(p.numel() for g in groups for p in g['params'])
         facts.append((
             'parameters', f'{sum(p.numel() for p in model.parameters()):,}, of which {trained:,} were trained'))
     if told.speed:
-        seconds = sum(value for value in told.speed['seconds'] if value == value)
-        epochs = len(told.speed['epoch'])
-        facts.append(('cost', f'{timedelta(seconds=round(seconds))} of training steps in {epochs} epochs'))
+        seconds, epochs = np.nansum(told.speed['seconds']), len(told.speed['epoch'])
+        cost = f'{timedelta(seconds=round(seconds))} of training steps in {epochs} epoch{"s" * (epochs != 1)}'
+        facts.append(('cost', cost))
     parts.append(Table('The run', ('', ''), facts))
     return Section(f'How it was fine-tuned{name and f": {name}"}', parts)
 
@@ -353,19 +361,19 @@ def _pooled(model: nn.Module, args: argparse.Namespace, data: Mixture, device: t
 
 def compared(every: Sequence[Told], found: Sequence[Evaluation]) -> Section:
     """Curves of several runs on shared axes, and differences of their accuracies over the same images."""
-    section, names = Section('Compared'), [str(told.folder) for told in every]
-    epochs = sorted({epoch for told in every for epoch in told.summary['epoch']})
-    for column, title, y in (
-            ('train_loss', 'Training loss', ''), ('eval_loss', 'Validation loss', ''),
-            ('eval_top1', 'Validation accuracy', 'percent'),
-            *((name, f'Validation accuracy: {name[10:]}', 'percent') for name in every[0].summary
-              if name.startswith('eval_top1_'))):
-        table: dict[str, list[float]] = {'epoch': epochs}
-        for name, told in zip(names, every):
+    section, epochs = Section('Compared'), sorted({epoch for told in every for epoch in told.summary['epoch']})
+    columns = {
+        'train_loss': 'Training loss', 'eval_loss': 'Validation loss', 'eval_top1': 'Validation accuracy',
+        **{name: f'Validation accuracy: {name[10:]}' for name in every[0].summary if name.startswith('eval_top1_')}}
+    for column, title in columns.items():
+        table = {'epoch': epochs}
+        for told in every:
             values = dict(zip(told.summary['epoch'], told.summary.get(column, [])))
-            table[name] = [values.get(epoch, math.nan) for epoch in epochs]
+            table[str(told.folder)] = [values.get(epoch, math.nan) for epoch in epochs]
+        percent = column.startswith('eval_top1')
         section.parts.append(Chart(
-            column, title, 'After each epoch.', 'lines', table, x='epoch', y=y, range=(0, 100) if y else None))
+            column, title, 'After each epoch.', 'lines', table, x='epoch', y='percent' if percent else '',
+            range=(0, 100) if percent else None))
     if len(found) > 1:
         section.parts.append(differences(found))
     return section
@@ -388,3 +396,48 @@ def differences(found: Sequence[Evaluation]) -> Table:
     return Table(
         "Differences of top-1 accuracy, percentage points, paired over the images (Student's t interval)",
         ('runs', 'difference', '95 % interval', 'images that one of them alone gets right'), rows)
+
+
+# -- a search, a sweep ------------------------------------------------------------------------------------------------
+
+
+def search_sections(folder: Path) -> list[Section]:
+    """Of a block-wise search: accuracy by position with both baselines, the tables, the best Plan."""
+    if not (folder / 'results.json').is_file():
+        raise UserError(f'{folder}: the search has not ended; wait, or give its command with --resume auto')
+    results = SearchResults.read(folder / 'results.json')
+    best, ways, candidates = results.winner().candidate, summary(results), ranking(results)
+    plan = setting(Told(
+        folder, load_yaml(folder / 'args.yaml'), Plan.from_yaml(folder / 'best.yaml'), {}, {}, {},
+        _environment(folder)), None, config='best.yaml')
+    what = 'everything' if best.way == 'all' else ', '.join(best.modules) or 'nothing'
+    plan.parts.insert(0, f'Beside the classifier {what} trains.')
+    return [
+        Section('Search', [
+            f'{results.title}. It took {timedelta(seconds=round(results.seconds))}.', *search_charts(results),
+            Table('The best of each way', ways[0], ways[1:])]),
+        Section('Candidates', [Table('All candidates, the best first', candidates[0], candidates[1:])]), plan]
+
+
+def sweep_sections(folder: Path) -> list[Section]:
+    """Of a sweep: the metric by each setting, the table with its tests, the test images, the best Plan."""
+    found = Sweep.read(folder)
+    head, *rows = found.table
+    section = Section('Sweep', [
+        f'Of {len(rows)} configurations the best on the validation images is {found.best}: {found.metric} '
+        f'{found.best.mean:.2f}.', *sweep_charts(found), Table('Configurations, the best first', head, rows)])
+    if len(found.best.runs) > 1:
+        section.parts.append(f'{HOW}.')
+    sections = [section]
+    if (folder / 'test.csv').is_file():
+        tested = [
+            Row(row.pop('run'), row.pop('component'), int(row.pop('images')),
+                **{name: float(value) if value else None for name, value in row.items()})
+            for row in _rows(folder / 'test.csv')]
+        sections.append(Section('Test images', [
+            'The runs of the best configuration, evaluated once.', results_of(tested)]))
+    run = found.runs(found.best)[0]
+    if is_run(run):
+        model = open_trained(run, RunOptions(), False).load(None)
+        sections.append(setting(read_told(run), model, run.name))
+    return sections

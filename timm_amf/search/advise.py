@@ -12,37 +12,32 @@ component by itself, with a schedule of their own, from the start that `timm-amf
 It takes the flags of train_amf.py, so the advice is for the run that these name.
 """
 import argparse
-import contextlib
-import copy
+import csv
 import functools
-import io
 import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import numpy as np
 from accelerate import Accelerator
+from scipy.stats import rankdata
 
 from timm_amf.data import DataSpec, Mixture, create_dataset, data_spec_from_args
 from timm_amf.engine import build
-from timm_amf.engine.head import start_head
-from timm_amf.engine.loop import Trainer
-from timm_amf.engine.options import build_parser, parse_args, resolve_lr
-from timm_amf.engine.task import AdaptiveTask, create_criterion
-from timm_amf.errors import CommandParser, UserError
+from timm_amf.engine.options import parse_args, resolve_lr
+from timm_amf.errors import CommandParser, Diverged, Interrupted, UserError
 from timm_amf.files import replacing
-from timm_amf.models.method import RunSettings
 from timm_amf.search.features import FeatureNet, Features, extract_features
-from timm_amf.search.fit import COMMON, complete
+from timm_amf.search.fit import COMMON, complete, run
 from timm_amf.search.keywords import keyword_words
 from timm_amf.search.proposal import (
+    RELIABILITY,
     RULES,
     Decision,
-    Target,
     body_settings,
     decide,
     is_sgd,
@@ -50,24 +45,27 @@ from timm_amf.search.proposal import (
     propose,
     read_target,
     sureness,
+    with_defaults,
     without_advised,
 )
 from timm_amf.search.transferability import LABELS, RANKING, Measures, class_means, measure
 from timm_amf.text import columns
-from timm_amf.tuning import Plan, create_optimizer, plan_from_args
-from timm_amf.tuning.resolve import resolve
+from timm_amf.tuning import Plan, Schedule, plan_from_args
+from timm_amf.tuning.plan_args import common_plan
 
 __all__ = ['Advice', 'ComponentAdvice', 'advise', 'main']
 
 _RANDOM_LR = 0.05  # of SGD, at batch 32: far enough from bad for every network with batch norm
 _ADAM_LR, _SGD_LR = 1e-3, 0.02  # the highest of the pilots' three; that of SGD at batch 32
-# What training from random weights takes over from no options, besides all that a Plan's own flags set.
-_RESET = (
-    'pretrained', 'pretrained_path', 'initial_checkpoint', 'resume',
-    'eval_only', 'dry_run', 'start_epoch', 'stop_epoch', 'early_stop', 'component', 'data_preset', 'data_dir',
-    'dataset', 'log_wandb', 'branch_loss', 'policy_balance', 'routing_eps', 'num_classes', 'head_start', 'wise_ft',
-)
-_OPTIMIZER = {'opt', 'momentum', 'weight_decay', 'opt_eps', 'opt_betas', 'opt_kwargs'}
+_ROLES = ('backbone', 'head')  # of a plain model
+_OPTIMIZER = ('opt', 'momentum', 'weight_decay', 'opt_eps', 'opt_betas', 'opt_kwargs')
+# Options that do not count in a short training, besides those of the Plan, which it is given; and of one that starts
+# from random weights.
+_NOT_OF_A_PILOT = (
+    'component', 'data_preset', 'data_dir', 'dataset', 'lr', 'lr_base', 'lr_base_size', 'lr_base_scale', 'warmup_lr',
+    'min_lr', 'resume', 'eval_only', 'dry_run', 'start_epoch', 'stop_epoch', 'early_stop', 'checkpoint_hist',
+    'save_epochs', 'wise_ft', 'report', 'publish', 'budget', 'branch_loss', 'policy_balance', 'routing_eps')
+_START = ('pretrained', 'pretrained_path', 'initial_checkpoint', 'num_classes', 'head_start')
 
 
 @dataclass
@@ -86,8 +84,7 @@ class Pilot:
     loss: Optional[float] = None
 
     def __str__(self) -> str:
-        return f'LR {self.lr:g}, {"" if self.by_rules else "without "}the settings of Table 7: ' + (
-            'not measured' if self.top1 is None else f'{self.top1:.2f}')
+        return f'LR {self.lr:g}, {"" if self.by_rules else "without "}the settings of Table 7: {self.top1:.2f}'
 
 
 @dataclass
@@ -121,39 +118,29 @@ class Advice:
 
     Attributes:
         model: The model that the Plan is for.
-        components: Of each component of the data, under each distinct network of the model.
         plan: The Plan.
         config: The whole YAML file that `train_amf.py --config` runs.
         notes: What the Plan leaves open, in sentences.
-        ranking: With several models: mean rank of each, the best first.
         roles: For each body of the model, whose advice it follows.
+        components: Of each component of the data, under each distinct network of the model.
+        ranking: With several models: mean rank of each, and its measures, the best first.
     """
     model: str
-    components: list[ComponentAdvice]
     plan: Plan
     config: str
     notes: list[str]
     roles: dict[str, ComponentAdvice]
-    ranking: list[tuple[str, float, dict[str, float]]] = field(default_factory=list)
+    components: list[ComponentAdvice]
+    ranking: list[tuple[str, float, dict[str, float]]]
 
     @property
     def measures(self) -> dict[str, dict[str, float]]:
         """Component -> measure -> value, under the first network."""
-        first = self.components[0].network
-        return {c.name: dict(c.measures.values) for c in self.components if c.network == first}
-
-    @property
-    def advice(self) -> dict[str, str]:
-        """Component -> the paper's data set whose settings it gets, such as `suited (DTD)`."""
-        return {c.name: f'{"suited" if c.decision.suited else "unsuited"} ({c.decision.like})'
-                for c in self.components if c.network == self.components[0].network}
+        return {c.name: c.measures.values for c in self.components if c.network == self.components[0].network}
 
     def __str__(self) -> str:
-        parts = [_component_table(c) for c in self.components]
-        if self.ranking:
-            parts.insert(0, _ranking_table(self.ranking))
-        parts.append(_plan_table(self.model, self.plan, {role: c.name for role, c in self.roles.items()}))
-        return '\n\n'.join([*parts, *self.notes])
+        ranking = [_ranking_table(self.ranking)] if self.ranking else []
+        return '\n\n'.join([*ranking, *map(_component_table, self.components), _plan_table(self), *self.notes])
 
     def to_yaml(self, path: Union[str, Path]) -> None:
         """Write the file for `train_amf.py --config`, whole or not at all."""
@@ -182,95 +169,63 @@ def _own_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _split_models(text: Optional[str]) -> list[tuple[str, str]]:
-    """(model, file of its weights or '') of `--models`."""
-    if not text:
-        return []
-    pairs = [item.strip().partition('=')[::2] for item in text.split(',') if item.strip()]
-    names = [name for name, _ in pairs]
-    if len(pairs) < 2 or len(set(names)) < len(names):
-        raise UserError(f'--models {text}: name two different models or more, with commas between')
-    return pairs
-
-
 def _advise(own: argparse.Namespace, runs: Sequence[argparse.Namespace], progress: bool = True) -> Advice:
     """Advice for the flags of `advise`, and of train_amf.py: of one run, or one for each of `--models`."""
     for name, value in (('random-init', own.random_init), ('pilot-epochs', own.pilot_epochs or 0)):
         if value < 0:
             raise UserError(f'--{name}: must be at least 0, not {value}')
-    accelerator = build.build_accelerator(_quiet(runs[0]))
+    runs = [argparse.Namespace(**{**vars(args), 'tracker': ['none'], 'log_wandb': False}) for args in runs]
+    accelerator = build.build_accelerator(runs[0])
     if accelerator.num_processes > 1:
         raise UserError('advise runs in one process; start it without accelerate launch or torchrun')
-    train, val = build.build_data(runs[0], accelerator)
-    found = []
+    data = build.build_data(runs[0], accelerator)
+    found = {}
     for args in runs:
-        target = read_target(args, train.num_classes)
-        found.append((args, target, _measure_networks(args, target, own, train, val, accelerator, progress)))
-    ranking = _rank([(args.model, advices[0]) for args, _, advices in found]) if len(runs) > 1 else []
-    best = ranking[0][0] if ranking else runs[0].model
-    args, target, advices = next(entry for entry in found if entry[0].model == best)
-    proposal = propose(args, target, advices, train.num_classes, own.policy)
-    components = list({(c.network, c.name): c for network in advices for c in network}.values())
-    if ranking:
-        components = [c for _, _, networks in found for c in networks[0]]
-    return Advice(
-        proposal.model, components, proposal.plan, proposal.config, proposal.notes, proposal.followed, ranking)
-
-
-def _quiet(args: argparse.Namespace) -> argparse.Namespace:
-    return argparse.Namespace(**{**vars(args), 'tracker': ['none'], 'log_wandb': False})
-
-
-def _measure_networks(
-        args: argparse.Namespace,
-        target: Target,
-        own: argparse.Namespace,
-        train: Mixture,
-        val: Mixture,
-        accelerator,
-        progress: bool,
-) -> list[list[ComponentAdvice]]:
-    """For each body of the model, the advice for each component; equal networks are measured once."""
-    done: dict[str, list[ComponentAdvice]] = {}
-    result = []
-    for plain, body in zip(target.networks, target.bodies):
-        key = repr((plain.model, plain.model_kwargs, plain.pretrained_cfg_overlay, plain.pretrained_path))
-        if key not in done:
-            done[key] = _measure_network(
-                plain, target.blocks[body], own, train, val, accelerator, progress and not args.no_progress)
-        result.append(done[key])
-    return result
+        target, done, advices = read_target(args, data[0].num_classes), {}, []
+        for plain, blocks in zip(target.networks, target.blocks.values()):
+            key = repr((plain.model, plain.model_kwargs, plain.pretrained_cfg_overlay, plain.pretrained_path))
+            if key not in done:  # equal networks are measured once
+                done[key] = _measure_network(plain, blocks, own, data, accelerator, progress and not args.no_progress)
+            advices.append(done[key])
+        found[args.model] = args, target, advices
+    ranking = _rank([(name, advices[0]) for name, (*_, advices) in found.items()]) if len(runs) > 1 else []
+    best = found[ranking[0][0] if ranking else runs[0].model]
+    every = [c for *_, advices in found.values() for network in advices for c in network]
+    components = list({(c.network, c.name): c for c in every}.values())
+    return Advice(*propose(*best, data[0].num_classes, own.policy), components, ranking)
 
 
 def _measure_network(
-        plain: argparse.Namespace,
+        args: argparse.Namespace,
         blocks: int,
         own: argparse.Namespace,
-        train: Mixture,
-        val: Mixture,
-        accelerator,
+        data: tuple[Mixture, Mixture],
+        accelerator: Accelerator,
         progress: bool,
 ) -> list[ComponentAdvice]:
-    net = FeatureNet(plain, accelerator, classifier=not own.no_source_classifier)
-    splits = [
-        extract_features(net, dataset, plain.cache_dir, progress, f'{net.name}: {split} features')
-        for dataset, split in ((train, 'train'), (val, 'val'))]
-    source = _source_means(net, own.source_dir, progress) if own.source_dir else None
-    spec = data_spec_from_args(plain, plain.recipe.get('data'))
+    """The advice for each component under the plain network of the options, which has so many blocks."""
+    net = FeatureNet(args, accelerator, classifier=not own.no_source_classifier)
+
+    def features(dataset: Mixture, of: str) -> Features:
+        return extract_features(net, dataset, args.cache_dir, progress, f'{net.name}: {of} features')
+
+    splits, source = [features(dataset, of) for dataset, of in zip(data, ('train', 'val'))], None
+    if own.source_dir:
+        spec = DataSpec.from_mapping({'path': own.source_dir, 'name': 'source'})
+        images = features(create_dataset(spec, 'train', in_chans=build.input_channels(args)), 'source')
+        source = class_means(images.pooled, images.labels)
+    spec = data_spec_from_args(args, args.recipe.get('data'))
     advices = []
-    for index, name in enumerate(train.components):
-        features, evaluation = (split.of_component(index) for split in splits)
-        single = DataSpec(**{**vars(spec), 'components': (spec.components[index],)})
-        scratch = None
-        if own.random_init:
-            scratch = functools.partial(_random_init_accuracy, plain, single, own.random_init, accelerator)
+    for index, name in enumerate(data[0].components):
+        single = replace(spec, components=(spec.components[index],))
+        scratch = functools.partial(_random_init, args, single, own.random_init) if own.random_init else None
         try:
-            measures = measure(features, evaluation, train.class_names, source, scratch)
+            measures = measure(*(split.of_component(index) for split in splits), data[0].class_names, source, scratch)
         except UserError as e:
             raise UserError(f'data component {name!r}: {e}') from e
         decision = decide(measures.values)
         settings = body_settings(decision, blocks)
-        pilots = _pilots(plain, single, own.pilot_epochs, decision, settings, accelerator)
+        pilots = _pilots(args, single, own.pilot_epochs, decision, settings)
         advices.append(ComponentAdvice(
             name, net.name, measures, decision, settings if pilots[0].by_rules else {}, pilots))
     return advices
@@ -282,28 +237,24 @@ def _pilots(
         epochs: Optional[int],
         decision: Decision,
         settings: Mapping[str, Any],
-        accelerator: Accelerator,
 ) -> list[Pilot]:
     """Train the settings with three LRs, and the best LR without them; the best first."""
-    batch = args.batch_size * args.grad_accum_steps
-    options = without_advised(args)
-    whole = plan_from_args(options, ['backbone', 'head'], 1.)
-    high = _SGD_LR * batch / 32 if is_sgd(whole.opt) else _ADAM_LR
+    options, asked, batch = without_advised(args), common_plan(args), args.batch_size * args.grad_accum_steps
+    high = _SGD_LR * batch / 32 if is_sgd(asked.opt) else _ADAM_LR
     if 'lr' in args.explicit or 'lr_base' in args.explicit:
         high = resolve_lr(args, batch)
     if epochs == 0:
         return [Pilot(high / 10 if decision.suited else high, True)]
-    options.epochs = epochs or max(2, whole.epochs // 8)
-    options.recipe = {'data': data.to_mapping()}
+    options.epochs = epochs or max(2, asked.epochs // 8)
 
     def run(lr: float, by_rules: bool) -> Pilot:
-        plan = plan_from_args(options, ['backbone', 'head'], lr)
-        plan = plan.with_role('backbone', **settings) if by_rules else plan
+        options.lr = lr
+        plan = plan_from_args(options, _ROLES, lr)
+        plan.roles = {role: plan.roles[role] for role in _ROLES if role in plan.roles}  # not those of a composite
+        plan = plan.with_role('head', lr=lr).with_role('backbone', lr=lr, **(settings if by_rules else {}))
         try:
-            metrics = _short_training(options, plan, accelerator)
-        except UserError as e:
-            if 'not finite' not in str(e):
-                raise
+            metrics = _short_training(options, data, plan)
+        except Diverged:
             metrics = dict(top1=float('-inf'), loss=float('inf'))  # its LR is too high for these data
         pilot = Pilot(lr, by_rules, metrics['top1'], metrics['loss'])
         print(f'{data.components[0].name} under {args.model}, {pilot}', file=sys.stderr)
@@ -317,19 +268,7 @@ def _pilots(
     return sorted(found, key=place)
 
 
-def _source_means(net: FeatureNet, folder: str, progress: bool) -> tuple[np.ndarray, np.ndarray]:
-    spec = DataSpec.from_mapping({'path': folder, 'name': 'source'})
-    source = create_dataset(spec, 'train', in_chans=net.in_chans)
-    features: Features = extract_features(net, source, net.args.cache_dir, progress, f'{net.name}: source features')
-    return class_means(features.pooled.astype(np.float64), features.labels)
-
-
-def _random_init_accuracy(
-        args: argparse.Namespace,
-        data: DataSpec,
-        epochs: int,
-        accelerator: Accelerator,
-) -> tuple[float, float]:
+def _random_init(args: argparse.Namespace, data: DataSpec, epochs: int) -> tuple[float, float]:
     """Train the network from random weights (Plested et al., Table 1), with the augmentation of the options.
 
     The optimiser is SGD with a cosine schedule, a tenth of the epochs of warm-up and an LR of 0.05 at batch 32, or that
@@ -339,57 +278,52 @@ def _random_init_accuracy(
         Validation accuracy in percent and mean training loss, both of the last epoch.
     """
     print(f'Training {args.model} from random weights on {data.components[0].name}.', file=sys.stderr)
-    options = copy.deepcopy(args)
-    defaults = vars(build_parser().parse_args([]))
-    for name in (*_RESET, *plan_flags() - _OPTIMIZER):
-        setattr(options, name, copy.deepcopy(defaults[name]))
-    batch = args.batch_size * args.grad_accum_steps
+    how = dict(
+        lr=_RANDOM_LR * args.batch_size * args.grad_accum_steps / 32, opt='sgd', momentum=0.9, weight_decay=1e-4)
     if 'lr' in args.explicit:
-        options.lr = resolve_lr(args, batch)
-    else:
-        options.lr, options.opt, options.momentum, options.weight_decay = _RANDOM_LR * batch / 32, 'sgd', 0.9, 1e-4
-    options.sched, options.epochs, options.warmup_epochs = 'cosine', epochs, epochs // 10
-    options.min_lr, options.warmup_lr = 0., 0.
-    options.recipe = {'data': data.to_mapping()}
-    metrics = _short_training(options, plan_from_args(options, ['backbone', 'head'], options.lr), accelerator)
+        asked = common_plan(args)
+        how = {'lr': args.lr, **{name: getattr(asked, name) for name in _OPTIMIZER}}
+    plan = Plan(epochs=epochs, schedule=Schedule(warmup_epochs=epochs // 10, warmup_scale=0.), **how)
+    metrics = _short_training(args, data, plan, _START)
     return metrics['top1'], metrics['train_loss']
 
 
-def _short_training(options: argparse.Namespace, plan: Plan, accelerator: Accelerator) -> dict[str, float]:
-    """Train by a Plan and leave nothing; the metrics of the last epoch."""
-    options = argparse.Namespace(**{**vars(options), 'checkpoint_hist': None, 'wise_ft': False, 'split_file': None})
-    train, val = build.build_data(options, accelerator)
-    model = build.place_model(build.build_model(options, train.num_classes), options, accelerator)
-    loaders = build.build_loaders(options, model, train, val, accelerator)
-    table = resolve(model, plan)
-    build.set_start(model, table, options, train.num_classes)
-    start_head(model, options, train, accelerator, table)
-    mixup = build.build_mixup(options, model.num_classes)
-    task = AdaptiveTask(
-        model, RunSettings(plan), device=accelerator.device,
-        criterion=create_criterion(options, mixup is not None, train))
-    with tempfile.TemporaryDirectory(prefix='timm_amf-') as folder, contextlib.redirect_stdout(io.StringIO()):
-        trainer = Trainer(
-            options, accelerator, task, table, create_optimizer(model, table), *loaders, Path(folder), mixup)
-        while trainer.epoch < trainer.epochs:
-            trained = trainer.train_epoch()
-            evaluated = trainer.evaluate() if trainer.epoch + 1 == trainer.epochs else None
-            trainer.finish_epoch(trained, evaluated)
-    for loader in loaders:
-        loader.close()
-    accelerator.free_memory()
-    return {**evaluated, 'train_loss': trained['loss']}
+def _short_training(
+        args: argparse.Namespace,
+        data: DataSpec,
+        plan: Plan,
+        reset: Sequence[str] = (),
+) -> dict[str, float]:
+    """Train by a Plan and leave nothing; the metrics of the last epoch.
+
+    Args:
+        args: Options, of which neither the Plan nor the data count.
+        data: What to train on.
+        plan: How.
+        reset: More options that do not count.
+    """
+    options = with_defaults(args, {*plan_flags(), *_NOT_OF_A_PILOT, *reset})
+    options.recipe = {'data': data.to_mapping(), 'plan': plan.to_dict()}
+    options.finds_plan, options.val_interval = False, plan.epochs
+    with tempfile.TemporaryDirectory(prefix='timm_amf-') as scratch:
+        options.output, options.experiment = scratch, 'pilot'
+        try:
+            run(args=options, quiet=True)
+        except Interrupted as e:
+            raise Interrupted(e.signum, 'interrupted') from e
+        with open(Path(scratch, 'pilot', 'summary.csv'), newline='', encoding='utf-8') as file:
+            last = list(csv.DictReader(file))[-1]
+    return {name: float(last[column]) for name, column in (
+        ('top1', 'eval_top1'), ('loss', 'eval_loss'), ('train_loss', 'train_loss'))}
 
 
 def _rank(found: Sequence[tuple[str, Sequence[ComponentAdvice]]]) -> list[tuple[str, float, dict[str, float]]]:
     """(model, mean rank, mean of each measure), the best first; ranks by every measure that all models have."""
     names = [m for m in RANKING if all(m in c.measures.values for _, advices in found for c in advices)]
-    number = len(found[0][1])
     table = np.array([[[c.measures.values[m] for m in names] for c in advices] for _, advices in found])
-    ranks = 1 + (table[:, None] < table[None]).sum(axis=1)  # equal values share the better rank
-    means = ranks.reshape(len(found), number * len(names)).mean(axis=1)
-    rows = [(name, float(mean), dict(zip(names, values.mean(axis=0).tolist())))
-            for (name, _), mean, values in zip(found, means, table)]
+    ranks = rankdata(-table, method='min', axis=0).mean(axis=(1, 2))  # equal values share the better rank
+    rows = [(name, float(rank), dict(zip(names, values.mean(axis=0).tolist())))
+            for (name, _), rank, values in zip(found, ranks, table)]
     return sorted(rows, key=lambda row: row[1])
 
 
@@ -400,82 +334,78 @@ _NO_VOTE = {
     'random_init': 'see above',
     'fixed_top1': 'see above',
 }
-_ORDER = (
-    'random_minus_fixed', 'fixed_accuracy', 'fisher', 'emd', 'random_init', 'fixed_top1', 'log_me', 'leep', 'nce',
-    'h_score', 'trans_rate',
-)
 
 
 def _component_table(advice: ComponentAdvice) -> str:
     """Tables: what each measure says; what each rule then says, and how surely; and the pilots."""
-    name, network, measures, decision = advice.name, advice.network, advice.measures, advice.decision
+    measures, decision = advice.measures, advice.decision
     votes = {vote.measure: vote for vote in decision.votes}
+    sides = {True: 'well suited', False: 'not well suited'}
     rows = [('measure', 'value', 'sides part at', 'speaks for', 'weight')]
-    for key in _ORDER:
-        label = LABELS[key]
+    for key, label in LABELS.items():
         if key in votes:
-            vote = votes[key]
-            side = 'well suited' if vote.score > 0 else 'not well suited'
+            vote, (weight, why) = votes[key], RELIABILITY[key]
             rows.append((
                 label, f'{vote.value:.4g}', f'{"" if vote.threshold == 0 else "about "}{vote.threshold:.3g}',
-                f'{side} ({vote.score:+.2f})', f'{vote.reliability:g}: {vote.why}'))
+                f'{sides[vote.score > 0]} ({vote.score:+.2f})', f'{weight:g}: {why}'))
         elif key in measures.values:
             rows.append((label, f'{measures.values[key]:.4g}', '', '', _NO_VOTE.get(key, 'ranks models; no rule')))
         elif key in measures.missing:
             rows.append((label, '-', '', '', measures.missing[key]))
-    side = 'well suited' if decision.suited else 'not well suited'
-    names = {True: [], False: []}
-    for vote in decision.votes:
-        names[(vote.score > 0) == decision.suited].append(LABELS[vote.measure])
+    agreeing, against = (
+        ', '.join(LABELS[v.measure] for v in decision.votes if ((v.score > 0) == decision.suited) == agrees)
+        for agrees in (True, False))
     rules = [('rule (Table 7)', 'advice', 'how sure', "the paper's results agree", 'for', 'against')]
-    for rule in RULES.values():
-        sure = decision.sure * max(0., 2 * rule.support - 1)
+    for name, suited, unsuited, support in RULES:
+        sure = decision.sure * max(0., 2 * support - 1)
         rules.append((
-            rule.name, rule.suited if decision.suited else rule.unsuited, f'{sureness(sure)} ({sure:.2f})',
-            f'{rule.support:.0%}', ', '.join(names[True]), ', '.join(names[False])))
-    title = f'{name} under {network}: {measures.images} training images, {measures.classes} classes'
-    verdict = f'The pretrained weights are {side}, {sureness(decision.sure)} ({decision.sure:.2f}); nearest of the ' \
-              f"paper's data sets: {decision.like}"
-    tried = ['Pilots, validation accuracy, the best first:', *(f'  {pilot}' for pilot in advice.pilots)]
-    return '\n'.join([title, columns(rows), verdict, columns(rules), *(tried if len(tried) > 2 else ())])
+            name, suited if decision.suited else unsuited, f'{sureness(sure)} ({sure:.2f})', f'{support:.0%}', agreeing,
+            against))
+    pilots = ['Pilots, validation accuracy, the best first:', *(f'  {pilot}' for pilot in advice.pilots)] if (
+        len(advice.pilots) > 1) else []
+    return '\n'.join([
+        f'{advice.name} under {advice.network}: {measures.images} training images, {measures.classes} classes',
+        columns(rows),
+        f'The pretrained weights are {sides[decision.suited]}, {sureness(decision.sure)} ({decision.sure:.2f}); '
+        f"nearest of the paper's data sets: {decision.like}",
+        columns(rules), *pilots])
 
 
-def _plan_table(model: str, plan: Plan, followed: Mapping[str, str]) -> str:
+def _plan_table(advice: Advice) -> str:
     """The settings of each role that the Plan names."""
     names = ('lr', 'low_blocks', 'low_lr_scale', 'reinit_blocks', 'l2sp_alpha', 'l2sp_blocks', 'weight_decay')
-    rows = [(f'plan for {model}', 'follows', *names)]
-    for role, settings in plan.roles.items():
-        values = [getattr(settings, name) for name in names]
+    followed = {role: c.name for role, c in advice.roles.items()}
+    rows = [(f'plan for {advice.model}', 'follows', *names)]
+    for role, settings in advice.plan.roles.items():
+        values = (getattr(settings, name) for name in names)
         rows.append((role, followed.get(role, ''), *('' if v is None else f'{v:.4g}' for v in values)))
     return columns(rows)
 
 
 def _ranking_table(ranking: Sequence[tuple[str, float, Mapping[str, float]]]) -> str:
     """Models by mean rank over the measures, the best first."""
-    names = list(ranking[0][2])
-    rows = [('model', 'mean rank', *(LABELS[name] for name in names))]
-    for model, rank, values in ranking:
-        rows.append((model, f'{rank:.2f}', *(f'{values[name]:.4g}' for name in names)))
-    return columns(rows)
+    return columns([('model', 'mean rank', *(LABELS[name] for name in ranking[0][2])), *(
+        (model, f'{rank:.2f}', *(f'{value:.4g}' for value in values.values())) for model, rank, values in ranking)])
 
 
 # -- From Python, and as a command.
 
 def _runs(
         words: Sequence[str],
-        models: Sequence[tuple[str, str]],
+        models: Optional[str] = None,
         data: Optional[Mapping] = None,
 ) -> list[argparse.Namespace]:
-    """The options of each model: a recipe has a start of its own, others have that of `fit`."""
+    """The options of each of `--models`, or of one run: a recipe has a start of its own, others have that of `fit`."""
+    named = [item.strip().partition('=')[::2] for item in (models or '').split(',') if item.strip()]
+    if models and (len(named) < 2 or len(dict(named)) < len(named)):
+        raise UserError(f'--models {models}: name two different models or more, with commas between')
     recipe = any(word.split('=')[0] in ('--config', '-c') for word in words)
-    words = [*(() if recipe else COMMON), *words]
-    if models:
-        words = [*words, '--model', models[0][0]]
+    words = [*(() if recipe else COMMON), *words, *(['--model', named[0][0]] if named else [])]
     if 'model' not in parse_args(words, data).explicit:
         raise UserError('no model: name one with --model, several with --models, or a recipe with --config')
     words = complete(words, data=data)
-    named = [['--model', name, *(['--pretrained-path', file] if file else [])] for name, file in models]
-    return [parse_args([*words, *extra], data) for extra in named or [[]]]
+    extra = [['--model', name, *(['--pretrained-path', file] if file else [])] for name, file in named]
+    return [parse_args([*words, *more], data) for more in extra or [[]]]
 
 
 def advise(
@@ -489,7 +419,7 @@ def advise(
         source_classifier: bool = True,
         policy: Optional[str] = None,
         progress: bool = True,
-        **options,
+        **options: Any,
 ) -> Advice:
     """Measure how well pretrained weights fit the data, and propose a Plan by Table 7 of the non-binary paper.
 
@@ -509,7 +439,7 @@ def advise(
     Returns:
         Measures, advice and Plan; `print` shows them as tables and `to_yaml` writes what `train_amf.py` runs.
     """
-    models = _split_models(models if models is None or isinstance(models, str) else ','.join(models))
+    models = models if models is None or isinstance(models, str) else ','.join(models)
     own = argparse.Namespace(
         source_dir=source_dir, random_init=random_init, pilot_epochs=pilot_epochs,
         no_source_classifier=not source_classifier, policy=policy)
@@ -525,7 +455,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         return
     if os.path.exists(own.advice_file) and '--overwrite' not in rest:
         raise UserError(f'{own.advice_file} exists; add --overwrite, or name another with --advice-file')
-    advice = _advise(own, _runs(rest, _split_models(own.models)))
+    advice = _advise(own, _runs(rest, own.models))
     advice.to_yaml(own.advice_file)
     print(advice)
     print(f'\nRun it: timm-amf train --config {own.advice_file}')

@@ -11,12 +11,13 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -31,10 +32,12 @@ from torch import nn
 from timm_amf.data import Mixture
 from timm_amf.engine import build
 from timm_amf.engine.options import parse_args, resolve_lr, save_args
-from timm_amf.engine.run import claim_folder
+from timm_amf.engine.run import claim_folder, environment
 from timm_amf.errors import CommandParser, UserError
-from timm_amf.files import replacing, write_text
+from timm_amf.files import write_text
+from timm_amf.flags import words_of
 from timm_amf.models.blocks import in_eval
+from timm_amf.report import check_installed, report
 from timm_amf.search.candidates import (
     CUTS,
     Candidate,
@@ -47,10 +50,12 @@ from timm_amf.search.candidates import (
     weighted_layers,
     window_candidates,
 )
-from timm_amf.search.keywords import parse_keywords, words_of
+from timm_amf.search.charts import search_charts, write_figure
+from timm_amf.search.keywords import parse_keywords
 from timm_amf.search.proposal import config_text
 from timm_amf.search.results import BASELINES, CandidateResult, SearchResults, ranking, summary, write_csv
 from timm_amf.search.training import CandidateRuns, Stage
+from timm_amf.text import columns
 from timm_amf.tuning import Plan, Schedule, model_roles, plan_from_args
 from timm_amf.tuning.plan_args import common_plan
 from timm_amf.tuning.resolve import resolve
@@ -60,12 +65,13 @@ __all__ = ['BlockSearch', 'Search', 'main', 'search_blocks']
 
 _WAYS = ('layer', 'block', 'window')
 # Of train_amf.py: what a search cannot train with, and what candidates do without.
-_REFUSED = (
-    'jsd_loss', 'aug_splits', 'split_bn', 'global_k', 'torchcompile', 'dry_run', 'eval_only')
+_REFUSED = ('jsd_loss', 'aug_splits', 'split_bn', 'global_k', 'torchcompile', 'dry_run', 'eval_only')
 _LEFT_OUT = ('model_ema', 'branch_loss', 'policy_balance')
+_ANYWHERE = ('overwrite', 'resume', 'no_progress', 'workers', 'explicit', 'config', 'output', 'experiment', 'report')
 
 
-# -- Flags.
+# -- flags ------------------------------------------------------------------------------------------------------------
+
 
 def _build_parser() -> argparse.ArgumentParser:
     """The flags that train_amf.py has not."""
@@ -75,9 +81,9 @@ def _build_parser() -> argparse.ArgumentParser:
         description='Find the layers, blocks or windows of layers that are worth tuning.')
     add = parser.add_argument
     add('-h', '--help', action='store_true', help='show this; timm-amf train --help shows the flags of train_amf.py')
-    add('--ways', nargs='+', default=['block'], metavar='WAY',
+    add('--ways', nargs='+', type=_way, default=['block'], metavar='WAY',
         help='what to choose from: layer, block, window, topK (top3) and randomK of the layers (default: block)')
-    add('--cut', default='residual', metavar='WHERE', help=f'what ends a block: {", ".join(CUTS)} (default: residual)')
+    add('--cut', default='residual', choices=CUTS, help='what ends a block (default: %(default)s)')
     add('--window', type=int, default=3, metavar='N', help='layers of a window (default: %(default)s)')
     add('--separate-norms', action='store_true', help='norms are layers of their own, as in the paper')
     add('--search-role', metavar='ROLE', help='part of the model to search, such as branch.0 (default: the backbone)')
@@ -94,38 +100,39 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _checked(own: argparse.Namespace, args: argparse.Namespace) -> tuple[argparse.Namespace, argparse.Namespace]:
-    """Both sets of flags, with what follows from them; refuses what a search cannot have."""
-    for way in own.ways:
-        if way not in _WAYS and not re.fullmatch('(top|random)[1-9][0-9]*', way):
-            raise UserError(f'--ways {way}: unknown; choose from {", ".join(_WAYS)}, topK, such as top3, and randomK')
-    if own.cut not in CUTS:
-        raise UserError(f'--cut {own.cut}: unknown; choose one of {", ".join(CUTS)}')
-    for name in ('search_share', 'final_share'):
+def _way(text: str) -> str:
+    if text not in _WAYS and not re.fullmatch('(top|random)[1-9][0-9]*', text):
+        raise argparse.ArgumentTypeError(
+            f'{text}: unknown; choose from {", ".join(_WAYS)}, topK, such as top3, and randomK')
+    return text
+
+
+def _check(own: argparse.Namespace, args: argparse.Namespace) -> None:
+    """Refuses what a search cannot have, and sets what follows from the flags."""
+    for name, highest in (
+            ('search_share', 1), ('final_share', 1), ('search_epochs', math.inf), ('chunk', math.inf),
+            ('memory', math.inf)):
         value = getattr(own, name)
-        if not (0 < value <= 1 or (value == 0 and name == 'final_share')):
-            raise UserError(f'--{name.replace("_", "-")} {value:g}: must be above 0 and at most 1')
-    for name in ('search_epochs', 'chunk', 'memory'):
-        value = getattr(own, name)
-        if value is not None and value <= 0:
-            raise UserError(f'--{name.replace("_", "-")} {value:g}: must be above 0')
+        if value is not None and not (0 < value <= highest or (name, value) == ('final_share', 0)):
+            raise UserError(
+                f'--{name.replace("_", "-")} {value:g}: must be above 0{" and at most 1" if highest == 1 else ""}')
     if 'model' not in args.explicit:
         raise UserError('no model: name one with --model, or a recipe with --config')
     for name in _REFUSED:
         if getattr(args, name):
             raise UserError(f'--{name.replace("_", "-")}: a search cannot train with it; leave it out of the search')
-    if args.resume not in ('', 'auto'):
+    if args.resume not in ('', 'auto') or args.resume and not args.experiment:
         raise UserError(f'--resume {args.resume}: give auto, and the --output and --experiment of the search')
-    if args.resume and not args.experiment:
-        raise UserError('--resume auto: name the search that goes on with --experiment')
+    if args.report:
+        check_installed()
     if not args.initial_checkpoint and not args.pretrained:
         args.pretrained = True
         args.explicit.add('pretrained')
     own.search_epochs = own.search_epochs or min(10, common_plan(args).epochs)
-    return own, args
 
 
-# -- The search.
+# -- the search -------------------------------------------------------------------------------------------------------
+
 
 @dataclass
 class BlockSearch:
@@ -141,8 +148,8 @@ class BlockSearch:
     results: SearchResults
     plan: Plan
     config: str
-    notes: list[str] = field(default_factory=list)
-    folder: Optional[Path] = None
+    notes: list[str]
+    folder: Path
 
     @property
     def best(self) -> CandidateResult:
@@ -150,12 +157,15 @@ class BlockSearch:
         return self.results.winner()
 
     def __str__(self) -> str:
-        return '\n\n'.join([ranking(self.results, limit=5), summary(self.results), *self.notes])
+        rows = ranking(self.results, limit=5)
+        tables = [columns(rows, right=(0, 3, 6)), columns(summary(self.results), right=(1, 3, 5, 6, 7))]
+        if len(rows) <= len(self.results.results):
+            tables[0] += f'\nand {len(self.results.results) - len(rows) + 1} more, beyond the first 5 of each way'
+        return '\n\n'.join([*(f'{self.results.title}\n{table}' for table in tables), *self.notes])
 
     def to_yaml(self, path: Union[str, Path]) -> None:
         """Write the file for `train_amf.py --config`, whole or not at all."""
-        with replacing(path, 'choose another folder') as temporary:
-            temporary.write_text(self.config, encoding='utf-8')
+        write_text(path, self.config)
 
 
 class Search:
@@ -172,7 +182,8 @@ class Search:
     """
 
     def __init__(self, own: argparse.Namespace, args: argparse.Namespace, progress: bool):
-        self.own, self.args = _checked(own, args)
+        _check(own, args)
+        self.own, self.args = own, args
         untracked = argparse.Namespace(**{**vars(args), 'tracker': ['none'], 'log_wandb': False})
         self.accelerator = build.build_accelerator(untracked)
         self.progress = progress and not args.no_progress and self.accelerator.is_local_main_process
@@ -202,9 +213,9 @@ class Search:
         results = SearchResults(args.model, self.role, args.seed, search.num_classes, len(search))
         with self._stage(model, 'search', search, val, _shorter(plan, own.search_epochs)) as stage:
             results.results = candidates.run(found, stage)
-            tops = self._top_candidates(layers, results)
-            if tops:
-                results.results += candidates.run(tops, dataclasses.replace(stage, name='top'))
+            accuracies = {r.candidate.name: r.top1 for r in results.of_way('layer')}
+            tops = [top_candidate(layers, accuracies, number) for number in self.tops.values()]
+            results.results += candidates.run(tops, dataclasses.replace(stage, name='top'))
         if final is not None:
             chosen = [results.winner(way).candidate for way in (*BASELINES, *results.ways)]
             results.final_images = len(final)
@@ -247,49 +258,40 @@ class Search:
         return model, plan
 
     def _candidates(self, model: nn.Module) -> tuple[list[Candidate], list]:
-        """Both baselines and the candidates of all ways but the tops, which wait for the layers'; and the layers."""
-        own = self.own
-        tops = [way for way in own.ways if way.startswith('top')]
-        norms = 'separate' if own.separate_norms else 'joined'
-        features_only = own.search_head == 'mlp'
+        """Both baselines and the candidates of all ways but the tops, which wait for the layers; and the layers."""
+        own, features_only = self.own, self.own.search_head == 'mlp'
         try:
-            layers = weighted_layers(model, self.input_size, self.role, norms, features_only)
+            layers = weighted_layers(model, self.input_size, self.role, own.separate_norms, features_only)
         except (AssertionError, RuntimeError, ValueError) as e:  # whatever an architecture makes of another size
             size, cause = 'x'.join(map(str, self.input_size)), (str(e) or repr(e)).splitlines()[0]
             raise UserError(
                 f'--img-size: {self.args.model} takes no images of {size} ({cause}); give another, '
                 f'or --model-kwargs img_size={self.input_size[-1]} if it is built for a size') from e
         found = baseline_candidates()
-        if tops or 'layer' in own.ways:
+        numbers = {way: int(way[6:]) for way in own.ways if way.startswith('random')}
+        self.tops = {way: int(way[3:]) for way in own.ways if way.startswith('top')}
+        for way, number in {**numbers, **self.tops}.items():
+            if number > len(layers):
+                raise UserError(f'--ways {way}: the model has {len(layers)} layers')
+        if self.tops or 'layer' in own.ways:
             found += layer_candidates(layers)
         if 'block' in own.ways:
             found += block_candidates(model, self.input_size, self.role, own.cut, features_only)
         if 'window' in own.ways:
             found += window_candidates(layers, own.window)
-        for way in dict.fromkeys(way for way in own.ways if way.startswith('random')):
-            found.append(random_candidate(layers, int(way[6:]), self.args.seed))
-        for way in tops:
-            if int(way[3:]) > len(layers):
-                raise UserError(f'--ways {way}: the model has {len(layers)} layers')
+        found += [random_candidate(layers, number, self.args.seed) for number in numbers.values()]
         return found, layers
 
-    def _top_candidates(self, layers: list, results: SearchResults) -> list[Candidate]:
-        accuracies = {r.candidate.name: r.top1 for r in results.of_way('layer')}
-        ways = dict.fromkeys(way for way in self.own.ways if way.startswith('top'))
-        return [top_candidate(layers, accuracies, int(way[3:])) for way in ways]
-
     def _runs(self, model: nn.Module, plan: Plan, num_classes: int) -> CandidateRuns:
-        own, alone = self.own, ''
-        if own.one_by_one:
-            alone = 'as asked for'
-        elif self.role != 'backbone':
-            alone = 'they are in a branch of a composite'
-        elif 'lamb' in plan.opt.lower():
-            alone = f'{plan.opt} scales by the gradients of all parameters'
+        own, args = self.own, self.args
+        reasons = {
+            'as asked for': own.one_by_one, 'they are in a branch of a composite': self.role != 'backbone',
+            f'{plan.opt} scales by the gradients of all parameters': 'lamb' in plan.opt.lower()}
+        head = _mlp_head(model, self.input_size, num_classes, args.seed) if own.search_head == 'mlp' else None
+        memory = own.memory * 2**30 if own.memory else _free_memory(self.accelerator) / 2
         return CandidateRuns(
-            model, self.input_size, self.role, self.args, self.accelerator, self.folder / 'state',
-            _mlp_head(model, self.input_size, num_classes, self.args.seed) if own.search_head == 'mlp' else None,
-            alone, own.chunk, own.memory * 2**30 if own.memory else _free_memory(self.accelerator) / 2, self.progress)
+            model, self.input_size, self.role, args, self.accelerator, self.folder / 'state', head,
+            next((reason for reason, holds in reasons.items() if holds), ''), own.chunk, memory, self.progress)
 
     @contextlib.contextmanager
     def _stage(self, model: nn.Module, name: str, train: Mixture, val: Mixture, plan: Plan):
@@ -319,16 +321,13 @@ class Search:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def _identity(self) -> str:
-        """What the results follow from, as text."""
-        skip = ('overwrite', 'resume', 'no_progress', 'workers', 'explicit', 'config', 'output', 'experiment')
-        values = {k: v for k, v in vars(self.args).items() if k not in skip}
-        flags = {k: v for k, v in vars(self.own).items() if k not in ('chunk', 'memory', 'help')}
-        return json.dumps({'search': flags, 'options': values}, indent=1, sort_keys=True, default=str)
-
     def _prepare_folder(self) -> None:
         """Make the folder, or find that it holds this search, which goes on."""
-        args, path, identity = self.args, self.folder / 'search.yaml', self._identity()
+        args, path = self.args, self.folder / 'search.yaml'
+        values = {k: v for k, v in vars(args).items() if k not in _ANYWHERE} | {'report': False}
+        flags = {k: v for k, v in vars(self.own).items() if k not in ('chunk', 'memory', 'help')}
+        # What the results follow from.
+        identity = json.dumps({'search': flags, 'options': values}, indent=1, sort_keys=True, default=str)
         if self.accelerator.is_main_process:
             if path.exists() and not args.overwrite:
                 if not args.resume:
@@ -343,6 +342,8 @@ class Search:
             (self.folder / 'state').mkdir(parents=True, exist_ok=True)
             write_text(path, identity)
             save_args(args, self.folder / 'args.yaml')
+            about = environment(self.accelerator.num_processes, self.accelerator.device)
+            write_text(self.folder / 'environment.yaml', yaml.safe_dump(about, sort_keys=False))
         self.accelerator.wait_for_everyone()
 
     def _finish(self, results: SearchResults, plan: Plan) -> BlockSearch:
@@ -357,13 +358,10 @@ class Search:
             results.write(self.folder / 'results.json')
             write_csv(results, self.folder / 'candidates.csv')
             found.to_yaml(self.folder / 'best.yaml')
-            from timm_amf.search.plots import plot_search
-
-            try:
-                plot_search(results, self.folder / 'search.png')
-            except (ImportError, UserError) as e:  # the figure is an extra; the rest is there
-                self.notes.append(f'No figure: {e}')
+            self.notes += write_figure(search_charts(results), self.folder / 'search.png')
             shutil.rmtree(self.folder / 'state', ignore_errors=True)
+            if self.args.report:
+                self.notes.append(f'Report: {report([self.folder])}')
         return found
 
 
@@ -372,21 +370,19 @@ def _stratified(dataset: Mixture, shares: Sequence[float], seed: int) -> list[Mi
 
     A part of each class has its share of the images, rounded, and one at least.
     """
-    parts: list[list[np.ndarray]] = [[] for _ in shares]
+    parts: list[list[np.ndarray]] = []
     for number in range(dataset.num_classes):
         members = np.flatnonzero(dataset.targets == number)
         if len(members) < len(shares):
             raise UserError(
                 f'data: class {dataset.class_names[number]!r} has {len(members)} images, too few for {len(shares)} '
                 f'parts; add images, or search without shares')
+        ends = [0]
+        for left, end in zip(range(len(shares) - 1, -1, -1), np.cumsum(shares)):
+            ends.append(min(max(round(float(end) * len(members)), ends[-1] + 1), len(members) - left))
         drawn = np.random.RandomState((seed + 7919 * number) % 2**32).permutation(members)
-        start = 0
-        for i, end in enumerate(np.cumsum(shares)):
-            left = len(shares) - i - 1
-            stop = min(max(round(float(end) * len(members)), start + 1), len(members) - left)
-            parts[i].append(drawn[start:stop])
-            start = stop
-    return [dataset.subset(np.sort(np.concatenate(part))) for part in parts]
+        parts.append(np.split(drawn, ends)[1:-1])
+    return [dataset.subset(np.sort(np.concatenate(part))) for part in zip(*parts)]
 
 
 def _mlp_head(model: nn.Module, input_size: Sequence[int], num_classes: int, seed: int) -> nn.Module:
@@ -403,10 +399,8 @@ def _mlp_head(model: nn.Module, input_size: Sequence[int], num_classes: int, see
         head = nn.Sequential(
             nn.Flatten(), nn.Linear(width, 128), nn.Dropout(0.5), nn.Linear(128, 64), nn.ReLU(),
             nn.Linear(64, num_classes))
-        for layer in head:
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        for param in head.parameters():
+            nn.init.xavier_uniform_(param) if param.ndim > 1 else nn.init.zeros_(param)
     return head.to(device=first.device, dtype=first.dtype)
 
 
@@ -444,7 +438,7 @@ def search_blocks(
         config: Union[str, Path, None] = None,
         ways: Union[str, Sequence[str], None] = None,
         progress: bool = True,
-        **options,
+        **options: Any,
 ) -> BlockSearch:
     """Find the layers, blocks or windows of layers that are worth tuning (Algorithms 1 and 2 of the block-wise paper).
 

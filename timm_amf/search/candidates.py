@@ -4,12 +4,11 @@ These are the four ways of the block-wise paper (sections III-A to III-C) and it
 modules that train together, besides the classifier. Which parameters these are, `candidate_parameters` says;
 `candidate_plan` makes the Plan that trains them.
 """
-import bisect
-import contextlib
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import timm.layers
@@ -32,6 +31,7 @@ __all__ = [
 ]
 
 CUTS = ('residual', 'activation', 'pooling')
+_ACTIVATION, _POOLING = '@activation', '@pooling'  # marks among the names of a trace
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,9 @@ class Layer:
         name: Path of the module that owns the matrix or kernel.
         modules: It, and the norms and layer scales that go with it, in order of execution. What a module with weighted
             modules below it owns itself (ConvNeXt's `gamma`, a position embedding) is there as a parameter's path.
-        block: Path of its block; empty outside of all blocks.
     """
     name: str
     modules: tuple[str, ...]
-    block: str
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def weighted_layers(
         model: nn.Module,
         input_size: Sequence[int],
         role: str = 'backbone',
-        norms: str = 'joined',
+        separate_norms: bool = False,
         features_only: bool = False,
 ) -> list[Layer]:
     """The layers of a role that own weights, without the classifier, in the order in which they first compute.
@@ -82,22 +80,20 @@ def weighted_layers(
         model: Any timm model, or a composite with `tuning_roles`, on any device.
         input_size: (C, H, W) of the images.
         role: The role, such as `backbone` or `branch.0`.
-        norms: With `joined`, what owns vectors only (norms, layer scales) or is a parameter of a module with others
-            below it (position embeddings and biases) goes with the matrix or kernel before it in the same block, else
-            with the one after it. Outside of blocks, what lies between the same two blocks counts as a block, and what
-            finds nothing there (a last norm) goes with the layer before it. With `separate`, each is a layer of its
-            own, as in the paper's networks, where batch norm is a layer.
+        separate_norms: What owns vectors only (norms, layer scales) or is a parameter of a module with others below it
+            (position embeddings and biases) is a layer of its own, as in the paper's networks, where batch norm is a
+            layer. Else it goes with the matrix or kernel before it in the same block, else with the one after it.
+            Outside of blocks, what lies between the same two blocks counts as a block, and what finds nothing there (a
+            last norm) goes with the layer before it.
         features_only: The classifier reads `forward_features`, so that what `forward_head` computes has no part in it
             (VGG's `pre_logits`, MobileNetV3's `conv_head`).
     """
-    if norms not in ('joined', 'separate'):
-        raise ValueError(f'norms must be joined or separate, not {norms!r}')
-    return [layer for layer, _ in _placed_layers(model, _trace(model, input_size, features_only), role, norms)]
+    return _layers(_units(model, _trace(model, input_size, features_only), role), separate_norms)
 
 
 def trainable_parameters(model: nn.Module, input_size: Sequence[int], features_only: bool = False) -> set[str]:
     """Names of the parameters that get a gradient; arguments as for `weighted_layers`."""
-    return set(_trace(model, input_size, features_only).first_use)
+    return set(_trace(model, input_size, features_only)) - {_ACTIVATION, _POOLING}
 
 
 def layer_candidates(layers: Iterable[Layer]) -> list[Candidate]:
@@ -126,44 +122,28 @@ def block_candidates(
     `BatchNormAct2d`); those that a model computes by a function are not.
 
     Args:
-        model: Any timm model, or a composite with `tuning_roles`.
-        input_size: (C, H, W) of the images that show the order of execution.
-        role: The role, such as `backbone` or `branch.0`.
+        model: As for `weighted_layers`, and so what is not named here.
         cut: With `residual`, the blocks of `timm_amf.list_blocks`, and what lies before (`stem`), between and after
             them (`tail`) where it has a matrix or kernel. With `activation`, the layers of `weighted_layers` between
             two calls of an activation or pooling module; with `pooling`, of a pooling module.
-        features_only: As for `weighted_layers`.
     """
-    if cut not in CUTS:
-        raise UserError(f'cut {cut!r} is unknown; choose one of {", ".join(CUTS)}')
     trace = _trace(model, input_size, features_only)
     if cut == 'residual':
-        return _residual_candidates(model, trace, role)
-    calls = sorted(trace.poolings + (trace.activations if cut == 'activation' else []))
-    pieces: dict[int, list[Layer]] = {}
-    for layer, time in _placed_layers(model, trace, role, 'joined'):
-        pieces.setdefault(bisect.bisect(calls, time), []).append(layer)
-    return [Candidate(_span(piece), 'block', i, _modules(piece)) for i, piece in enumerate(pieces.values())]
+        return _residual_candidates(model, _units(model, trace, role), role_blocks(model, role))
+    units = _units(model, trace, role, (_ACTIVATION, _POOLING) if cut == 'activation' else (_POOLING,))
+    piece_of = {unit.path: unit.piece for unit in units}
+    pieces = [list(piece) for _, piece in itertools.groupby(_layers(units), lambda layer: piece_of[layer.name])]
+    return [Candidate(_span(piece), 'block', i, _modules(piece)) for i, piece in enumerate(pieces)]
 
 
 def top_candidate(layers: Sequence[Layer], accuracies: Mapping[str, float], k: int) -> Candidate:
-    """The k layers that were best on their own (section III-C); of equal ones those nearer the output.
-
-    Args:
-        layers: Layers in order of execution.
-        accuracies: Accuracy of each, by its name.
-        k: How many.
-    """
-    if not 1 <= k <= len(layers):
-        raise UserError(f'top {k}: the model has {len(layers)} layers; choose a number from 1 to that')
+    """The k layers that were best on their own (section III-C); of equals those nearer the output."""
     ranked = sorted(range(len(layers)), key=lambda i: (accuracies[layers[i].name], i), reverse=True)
     return Candidate(f'top{k}', f'top{k}', 0, _modules(layers[i] for i in sorted(ranked[:k])))
 
 
 def random_candidate(layers: Sequence[Layer], k: int, seed: int) -> Candidate:
     """k layers at random (the paper's Figure 3)."""
-    if not 1 <= k <= len(layers):
-        raise UserError(f'random {k}: the model has {len(layers)} layers; choose a number from 1 to that')
     drawn = sorted(np.random.RandomState(seed % 2**32).choice(len(layers), k, replace=False))
     return Candidate(f'random{k}', f'random{k}', 0, _modules(layers[i] for i in drawn))
 
@@ -201,64 +181,43 @@ def _span(layers: Sequence[Layer]) -> str:
     return first if first == last else f'{first}..{last}'
 
 
-# --- The order of execution.
-
-@dataclass
-class _Trace:
-    """What a forward pass met, in moments counted from its start.
-
-    Attributes:
-        first_use: The moment at which each parameter was first computed with, by its name.
-        activations: The moments at which a call of an activation ended.
-        poolings: The same of poolings.
-    """
-    first_use: dict[str, int] = field(default_factory=dict)
-    activations: list[int] = field(default_factory=list)
-    poolings: list[int] = field(default_factory=list)
-    now: int = 0
-
-    def tick(self) -> int:
-        self.now += 1
-        return self.now
+# -- the order of execution -------------------------------------------------------------------------------------------
 
 
 class _UseRecorder(TorchDispatchMode):
-    """Notes when each parameter is computed with.
+    """Notes each parameter when it is first computed with.
 
     Hooks on modules would miss weights that another module reads (BEiT's `qkv`) and parameters of the model itself.
     """
 
-    def __init__(self, trace: _Trace, names: Mapping[int, str]):
+    def __init__(self, events: list[str], names: dict[int, str]):
         super().__init__()
-        self.trace, self.names = trace, names
+        self.events, self.names = events, names
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for value in tree_leaves((args, kwargs)):
-            name = self.names.get(id(value)) if isinstance(value, Tensor) else None
-            if name is not None and name not in self.trace.first_use:
-                self.trace.first_use[name] = self.trace.tick()
+            if id(value) in self.names:
+                self.events.append(self.names.pop(id(value)))
         return func(*args, **(kwargs or {}))
 
 
-def _classes(module) -> tuple[type, ...]:
-    found = [c for _, c in inspect.getmembers(module, inspect.isclass)]
-    return tuple(c for c in found if issubclass(c, nn.Module) and c.__module__ == module.__name__)
+def _classes(module) -> set[type]:
+    found = {c for _, c in inspect.getmembers(module, inspect.isclass)}
+    return {c for c in found if issubclass(c, nn.Module) and c.__module__ == module.__name__}
 
 
-_ACTIVATIONS = tuple(
-    # It stands in the same file of torch.
-    {*_classes(nn.modules.activation), *_classes(timm.layers.activations)} - {nn.MultiheadAttention})
-_POOLINGS = (
-    *_classes(nn.modules.pooling),
-    *_classes(timm.layers.adaptive_avgmax_pool),
-    *_classes(timm.layers.pool2d_same),
-    *_classes(timm.layers.blur_pool),
-)
+# MultiheadAttention stands in the same file of torch.
+_ACTIVATIONS = (*_classes(nn.modules.activation) - {nn.MultiheadAttention}, *_classes(timm.layers.activations))
+_POOLINGS = tuple(set().union(*map(_classes, (
+    nn.modules.pooling, timm.layers.adaptive_avgmax_pool, timm.layers.pool2d_same, timm.layers.blur_pool))))
 
 
-def _trace(model: nn.Module, input_size: Sequence[int], features_only: bool = False) -> _Trace:
-    """Pass two images of zeros, forward and backward, through a copy of the model that shares its weights."""
-    trace = _Trace()
+def _trace(model: nn.Module, input_size: Sequence[int], features_only: bool = False) -> list[str]:
+    """What happens in a forward pass: the first use of each parameter that gets a gradient, and the marks.
+
+    Two images of zeros go forward and backward through a copy of the model that shares its weights.
+    """
+    events: list[str] = []
     weights = {id(p): nn.Parameter(p.detach(), p.is_floating_point()) for p in model.parameters()}
     example = next((p for p in weights.values() if p.is_floating_point()), torch.empty(0))
     devices = [] if example.device.type in ('cpu', 'meta') else [example.device]
@@ -267,33 +226,22 @@ def _trace(model: nn.Module, input_size: Sequence[int], features_only: bool = Fa
         # In training mode, and with nothing routed by values, so that a gradient reaches all that can train.
         copied = copy.deepcopy(model, dict(weights)).train()
         images = torch.zeros(2, *input_size, device=example.device, dtype=example.dtype)
-        names = {id(p): name for name, p in copied.named_parameters()}
-        with method_of(copied).exportable() as net, _marks(net, trace), _UseRecorder(trace, names):
-            outputs = (net.forward_features if features_only else net)(images)
+        with method_of(copied).exportable() as net:
+            for module in net.modules():
+                for kinds, mark in ((_ACTIVATIONS, _ACTIVATION), (_POOLINGS, _POOLING)):
+                    if isinstance(module, kinds):
+                        module.register_forward_hook(lambda *_, mark=mark: events.append(mark))
+            with _UseRecorder(events, {id(p): name for name, p in copied.named_parameters()}):
+                outputs = (net.forward_features if features_only else net)(images)
         total = sum(t.sum() for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad)
         params = {name: p for name, p in copied.named_parameters() if p.requires_grad}
         found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
-    reached = {name for name, gradient in zip(params, found) if gradient is not None}
-    trace.first_use = {name: time for name, time in trace.first_use.items() if name in reached}
-    return trace
+    reached = {name for name, gradient in zip(params, found) if gradient is not None} | {_ACTIVATION, _POOLING}
+    return [event for event in events if event in reached]
 
 
-@contextlib.contextmanager
-def _marks(model: nn.Module, trace: _Trace) -> Iterator[None]:
-    """Note each call of an activation or a pooling."""
-    handles = []
-    for module in model.modules():
-        moments = trace.activations if isinstance(module, _ACTIVATIONS) else trace.poolings
-        if isinstance(module, (*_ACTIVATIONS, *_POOLINGS)):
-            handles.append(module.register_forward_hook(lambda *_, moments=moments: moments.append(trace.tick())))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+# -- layers -----------------------------------------------------------------------------------------------------------
 
-
-# --- Layers.
 
 @dataclass
 class _Unit:
@@ -302,13 +250,13 @@ class _Unit:
     Attributes:
         path: Its path.
         place: Where it stands.
+        piece: How many marks were before its first use.
         weighted: Whether it is a module that owns a matrix or kernel.
-        time: When it first computes.
     """
     path: str
     place: Place
-    weighted: bool
-    time: int
+    piece: int
+    weighted: bool = False
 
     @property
     def region(self) -> tuple[str, int]:
@@ -316,24 +264,25 @@ class _Unit:
         return self.place.block, self.place.depth
 
 
-def _units(model: nn.Module, trace: _Trace, role: str) -> list[_Unit]:
+def _units(model: nn.Module, trace: Iterable[str], role: str, marks: Sequence[str] = ()) -> list[_Unit]:
     """The units of a role, in order of execution."""
     if role not in model_roles(model):
         raise UserError(f'{type(model).__name__} has no role {role!r}; it has {", ".join(model_roles(model))}')
-    where, units = places(model), {}
-    for name, param in model.named_parameters():
-        if where[name].role != role or name not in trace.first_use:
+    where, piece = places(model), 0
+    units: dict[str, _Unit] = {}
+    for name in trace:
+        piece += name in marks
+        if name in (_ACTIVATION, _POOLING) or where[name].role != role:
             continue
-        path, _, own = name.rpartition('.')
+        path = name.rpartition('.')[0]
         owner = model.get_submodule(path)
         alone = bool(path) and sum(1 for _ in owner.parameters()) == len(list(owner.parameters(recurse=False)))
-        time = trace.first_use[name]
-        unit = units.setdefault(path if alone else name, _Unit(path if alone else name, where[name], False, time))
-        unit.weighted |= alone and _is_matrix(param, owner)
-        unit.time = min(unit.time, time)
+        path = path if alone else name
+        unit = units.setdefault(path, _Unit(path, where[name], piece))
+        unit.weighted |= alone and _is_matrix(model.get_parameter(name), owner)
     if not any(unit.weighted for unit in units.values()):
         raise UserError(f'{type(model).__name__}: {role} has no layers with weights')
-    return sorted(units.values(), key=lambda unit: unit.time)
+    return list(units.values())
 
 
 def _is_matrix(param: nn.Parameter, owner: nn.Module) -> bool:
@@ -341,18 +290,11 @@ def _is_matrix(param: nn.Parameter, owner: nn.Module) -> bool:
     return param.ndim > 1 and (isinstance(owner, (nn.Linear, _ConvNd)) or param.numel() > max(param.shape))
 
 
-def _placed_layers(model: nn.Module, trace: _Trace, role: str, norms: str) -> list[tuple[Layer, int]]:
-    """The layers, each with the moment at which its own weights first compute."""
-    units = _units(model, trace, role)
-    blocks = role_blocks(model, role)
-    owner_of = list(range(len(units))) if norms == 'separate' else [_leader(units, i) for i in range(len(units))]
-    layers = []
+def _layers(units: Sequence[_Unit], separate_norms: bool = False) -> list[Layer]:
+    modules: dict[int, list[str]] = {}
     for i, unit in enumerate(units):
-        modules = tuple(units[j].path for j, owner in enumerate(owner_of) if owner == i)
-        if modules:
-            block = unit.place.block if unit.place.block in blocks else ''
-            layers.append((Layer(unit.path, modules, block), unit.time))
-    return layers
+        modules.setdefault(i if separate_norms else _leader(units, i), []).append(unit.path)
+    return [Layer(units[i].path, tuple(modules[i])) for i in sorted(modules)]
 
 
 def _leader(units: Sequence[_Unit], index: int) -> int:
@@ -365,10 +307,10 @@ def _leader(units: Sequence[_Unit], index: int) -> int:
     return (near or before or after)[0]
 
 
-# --- Blocks.
+# -- blocks -----------------------------------------------------------------------------------------------------------
 
-def _residual_candidates(model: nn.Module, trace: _Trace, role: str) -> list[Candidate]:
-    units, blocks = _units(model, trace, role), role_blocks(model, role)
+
+def _residual_candidates(model: nn.Module, units: Sequence[_Unit], blocks: Sequence[str]) -> list[Candidate]:
     pieces: dict[tuple[int, bool], list[_Unit]] = {}
     for unit in units:
         pieces.setdefault((unit.place.depth, unit.place.block in blocks), []).append(unit)

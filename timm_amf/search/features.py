@@ -3,7 +3,6 @@ import argparse
 import copy
 import hashlib
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
@@ -13,20 +12,18 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.numpy import load
-from safetensors.torch import save_file
-from timm.data import resolve_data_config
+from safetensors.torch import save, save_file
+from scipy.special import softmax
 from tqdm import tqdm
 
-from timm_amf.data import Mixture, create_loader
+from timm_amf.data import Mixture
 from timm_amf.data.cache import fingerprint
 from timm_amf.data.storage import cache_folder, open_or_write
 from timm_amf.engine import build
+from timm_amf.engine.run_folder import eval_loader
 from timm_amf.errors import UserError
 
 __all__ = ['Features', 'FeatureNet', 'extract_features']
-
-_logger = logging.getLogger(__name__)
-_VERSION = 1
 
 
 @dataclass
@@ -44,12 +41,9 @@ class Features:
     labels: np.ndarray
     component: np.ndarray
 
-    def probabilities(self) -> Optional[np.ndarray]:
-        """The pretrained classifier's probabilities, (N, source classes) float64, or None."""
-        if self.logits is None:
-            return None
-        shifted = np.exp(self.logits.astype(np.float64) - self.logits.max(axis=1, keepdims=True))
-        return shifted / shifted.sum(axis=1, keepdims=True)
+    def probabilities(self) -> np.ndarray:
+        """The pretrained classifier's probabilities, (N, source classes) float64."""
+        return softmax(self.logits.astype(np.float64), axis=1)
 
     def of_component(self, index: int) -> 'Features':
         """Those of one component."""
@@ -69,58 +63,28 @@ class FeatureNet:
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, classifier: bool = True):
         self.args = plain = copy.deepcopy(args)
-        self.accelerator = accelerator
+        self.accelerator, self.name = accelerator, args.model
         if not plain.initial_checkpoint:  # a checkpoint's number of classes is that of --num-classes
             plain.num_classes = None
-        self.name = args.model
-        self.source_classes = (plain.num_classes or self._count_classes()) if classifier else 0
         try:
-            model = build.build_model(plain, self.source_classes)
+            # Without a number, the classes are those of the weights.
+            model = build.build_model(plain, plain.num_classes if classifier else 0)
         except UserError as e:
-            if self.source_classes and 'Missing key' in str(e):
+            if classifier and 'Missing key' in str(e):
                 raise UserError(f'{e} If the weights have no classifier, add --no-source-classifier.') from e
             raise
+        self.source_classes = model.num_classes if classifier else 0
         self.model = build.place_model(model, plain, accelerator).eval()
-        self.config = resolve_data_config(vars(plain), model=self.model, verbose=False)
-        self.in_chans = self.config['input_size'][0]
-
-    def _count_classes(self) -> int:
-        """Number of classes that the pretrained classifier has; 0 where the weights come without one."""
-        bare = copy.copy(self.args)
-        bare.pretrained, bare.initial_checkpoint = False, ''
-        with torch.device('meta'):
-            cfg = build.build_model(bare, 0).pretrained_cfg
-        return int(cfg.get('num_classes') or 0)
 
     def fingerprint(self) -> str:
         """Changes with the weights and with what else decides the features of an image."""
-        digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
-            digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
         about = (
             self.name, self.args.model_kwargs, self.args.gp, self.args.bn_eps, self.accelerator.mixed_precision,
             self.source_classes)
-        digest.update(json.dumps(about, sort_keys=True, default=repr).encode())
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(save({name: tensor.contiguous()}))
         return digest.hexdigest()
-
-    def loader(self, dataset: Mixture):
-        """The images of a data set in order, with the evaluation transform."""
-        args, config = self.args, self.config
-        return create_loader(
-            dataset, config['input_size'], args.validation_batch_size or args.batch_size,
-            interpolation=config['interpolation'], mean=config['mean'], std=config['std'],
-            crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], device=self.accelerator.device,
-            img_dtype=next(self.model.parameters()).dtype, channels_last=args.channels_last, workers=args.workers,
-            pin_memory=args.pin_mem)
-
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """Pooled features (B, D) and the classifier's logits (B, source classes), or None."""
-        maps = self.model.forward_features(images)
-        pooled = self.model.forward_head(maps, pre_logits=True)
-        if not torch.is_tensor(pooled) or pooled.ndim != 2:
-            raise UserError(f'{self.name} gives no flat pooled features to measure; choose another model')
-        return pooled, self.model.forward_head(maps) if self.source_classes else None
 
 
 def extract_features(
@@ -142,9 +106,9 @@ def extract_features(
         progress: Show a bar.
         description: Its label.
     """
-    loader = net.loader(dataset)
-    stats = loader.mean.flatten().tolist(), loader.std.flatten().tolist(), str(loader.img_dtype)
-    key = fingerprint(dataset, f'features {_VERSION} {net.fingerprint()} {loader.transform} {stats}')
+    loader = eval_loader(net.args, net.model, dataset, net.accelerator.device)
+    stats = loader.mean.flatten().tolist(), loader.std.flatten().tolist()
+    key = fingerprint(dataset, f'features 1 {net.fingerprint()} {loader.transform} {stats}')
     folder = cache_folder(cache_dir, f'features-{key}')
 
     def read(path: Path) -> Features:
@@ -168,21 +132,22 @@ def extract_features(
 
 @torch.inference_mode()
 def _compute(net: FeatureNet, loader, progress: bool, description: str) -> dict[str, torch.Tensor]:
+    model, dtype = net.model, next(net.model.parameters()).dtype
     parts: dict[str, list[torch.Tensor]] = {'pooled': [], 'logits': []}
-    with tqdm(total=len(loader.dataset), desc=description, unit='img', disable=None if progress else True) as bar:
-        for batch in loader:
-            with net.accelerator.autocast():
-                result = net(batch.input)
-            for name, tensor in zip(parts, result):
-                if tensor is None:
-                    continue
-                tensor = tensor.float().cpu()
-                bad = ~tensor.isfinite().all(dim=1)
-                if bad.any():
-                    name = loader.dataset.filename(int(batch.index[int(bad.nonzero()[0])]))
-                    raise UserError(
-                        f'{net.name} gives NaN or infinite features for {int(bad.sum())} images of a batch, {name} '
-                        f'among them; check its weights, and compute without half precision')
-                parts[name].append(tensor)
-            bar.update(len(batch.input))
-    return {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
+    for batch in tqdm(loader, description, disable=None if progress else True):
+        with net.accelerator.autocast():
+            maps = model.forward_features(batch.input.to(dtype))
+            found = {'pooled': model.forward_head(maps, pre_logits=True)}
+            if net.source_classes:
+                found['logits'] = model.forward_head(maps)
+        if not torch.is_tensor(found['pooled']) or found['pooled'].ndim != 2:
+            raise UserError(f'{net.name} gives no flat pooled features to measure; choose another model')
+        for name, tensor in found.items():
+            parts[name].append(tensor.float().cpu())
+            bad = ~parts[name][-1].isfinite().all(dim=1)
+            if bad.any():
+                image = loader.dataset.filename(int(batch.index[int(bad.nonzero()[0])]))
+                raise UserError(
+                    f'{net.name} gives NaN or infinite features for {int(bad.sum())} images of a batch, {image} among '
+                    f'them; check its weights, and compute without half precision')
+    return {name: torch.cat(rows) for name, rows in parts.items() if rows}

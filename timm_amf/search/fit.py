@@ -4,42 +4,45 @@
     timm-amf fit photos --model convnext_tiny.fb_in22k --budget 30
 
 It measures instead of asking. A logistic regression on the frozen features is the floor and the start of every
-candidate; candidates are ordinary command lines of `timm-amf train`, which differ in how fast what depth trains. Few
-epochs have time for the last layers only. Many have time for all, unless the pilots object: whole trainings, schedule
-and all, of a sixth of the epochs. The chosen one trains in full; then the weights between its start and its best epoch
-that validate best are kept, so that it never ends below the floor on the validation images. What is left is an ordinary
-run: `args.yaml` repeats the training of the winner, and `fit.csv` says what was tried.
+candidate; candidates are ordinary command lines of `timm-amf train`, which differ in their LR. Few epochs get a low
+one. Many have time for a high one, unless the pilots object: whole trainings, schedule and all, of a sixth of the
+epochs. The chosen one trains in full, with a tenth of its LR if the first epoch wrecks the features; then the weights
+between its start and its best epoch that validate best are kept, so that it never ends below the floor on the
+validation images. What is left is an ordinary run: `args.yaml` repeats the training of the winner, and `fit.csv` says
+what was tried.
 """
 import argparse
 import contextlib
 import csv
-import importlib
 import io
 import json
+import math
 import os
+import re
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
 from torch import nn
 
-from timm_amf.data import create_datasets, data_spec_from_args, splits_from_args
+from timm_amf.data import Mixture, create_dataset, data_spec_from_args, splits_from_args
 from timm_amf.data.datasets import lacks_split
 from timm_amf.engine.build import input_channels
 from timm_amf.engine.checkpoint import read_state
 from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.engine.run_folder import best_epoch
-from timm_amf.errors import CommandParser, Interrupted, UserError
+from timm_amf.errors import CommandParser, Diverged, Interrupted, UserError
 from timm_amf.files import write_text
+from timm_amf.flags import words_of
 from timm_amf.tuning import Plan
 from timm_amf.tuning.plan_args import common_plan
-from timm_amf.yaml_text import load_yaml
 
-__all__ = ['COMMON', 'Candidate', 'Fit', 'complete', 'fit', 'fit_words', 'main']
+__all__ = ['COMMON', 'Candidate', 'Fit', 'complete', 'epochs_within', 'fit', 'fit_words', 'main', 'run']
 
 MODEL = 'tf_efficientnet_lite0'
 # Of all candidates: what is measured to fine-tune well from a logistic regression (docs/fit.md).
@@ -60,20 +63,19 @@ class Candidate:
         seconds: What both took.
     """
     name: str
-    flags: tuple[str, ...]
+    flags: Sequence[str]
     pilot: Optional[float] = None
     loss: Optional[float] = None
     metric: Optional[float] = None
     seconds: float = 0.
 
 
-# From so many epochs and updates on there is time for all layers, and for pilots.
+# From so many epochs and updates on there is time for a high LR, and for pilots.
 _MANY_EPOCHS, _MANY_UPDATES = 12, 250
-# For few, and for many.
-CANDIDATES = (
-    Candidate('layer decay 0.75, LR 1e-3', ('--lr', '1e-3', '--layer-decay', '0.75')),
-    Candidate('all, LR 1e-3', ('--lr', '1e-3')),
-)
+# (name, flags): for few, and for many; and for a network that one epoch with either wrecks, so that it keeps less than
+# this share of the accuracy of its frozen features.
+CANDIDATES = (('LR 3e-4', ('--lr', '3e-4')), ('LR 1e-3', ('--lr', '1e-3')))
+_CAUTIOUS, _WRECKED = ('LR 3e-5', ('--lr', '3e-5')), 0.5
 
 
 @dataclass
@@ -91,7 +93,7 @@ class Fit:
     floor: float
     metric: float
     winner: Candidate
-    candidates: list[Candidate] = field(default_factory=list)
+    candidates: list[Candidate]
 
     @property
     def model(self) -> nn.Module:
@@ -103,12 +105,11 @@ class Fit:
     def write(self, path: Union[str, Path]) -> None:
         """Write the table as CSV."""
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator='\n')
-        writer.writerow(['candidate', 'flags', 'pilot', 'pilot_loss', 'metric', 'seconds', 'winner'])
-        writer.writerow(['frozen features', '', '', '', self.floor, '', ''])
-        for c in self.candidates:
-            writer.writerow(
-                [c.name, ' '.join(c.flags), c.pilot, c.loss, c.metric, round(c.seconds, 1), c is self.winner])
+        csv.writer(text, lineterminator='\n').writerows([
+            ['candidate', 'flags', 'pilot', 'pilot_loss', 'metric', 'seconds', 'winner'],
+            ['frozen features', '', '', '', self.floor, '', ''],
+            *([c.name, ' '.join(c.flags), c.pilot, c.loss, c.metric, round(c.seconds, 1), c is self.winner]
+              for c in self.candidates)])
         write_text(path, text.getvalue())
 
     def __str__(self) -> str:
@@ -139,12 +140,8 @@ def fit(
     Returns:
         What was found; `Fit.model` is the model, and `print` shows what was tried.
     """
-    from timm_amf.search.keywords import words_of
-
-    words = [data_dir] if data_dir is not None else []
-    options['budget'] = budget
-    return fit_words([*words, '--model', model, *words_of(build_parser(), {
-        name: value for name, value in options.items() if value is not None})])
+    options.update(data_dir=data_dir, model=model, budget=budget)
+    return fit_words(words_of(build_parser(), {name: value for name, value in options.items() if value is not None}))
 
 
 def fit_words(words: Sequence[str]) -> Fit:
@@ -155,18 +152,31 @@ def fit_words(words: Sequence[str]) -> Fit:
     if args.dry_run or args.eval_only:
         raise UserError('fit trains; leave --dry-run and --eval-only out')
     folder = Path(args.output or 'output/fit') / (args.experiment or Path(args.data_dir or 'mixture').resolve().name)
-    progress = _Progress(folder.with_name(f'{folder.name}-pilots'), words)
-    if (folder / 'args.yaml').exists() and not args.overwrite and progress.winner is None:
+    progress = _Progress.open(folder.with_name(f'{folder.name}-pilots'), list(words))
+    if (folder / 'args.yaml').exists() and not args.overwrite and not progress.winner:
         raise UserError(f'{folder}: holds a run already; name another with --experiment, or add --overwrite')
-    words = progress.words = progress.words or complete(words)
-    if progress.winner is None:
-        args = parse_args(words)
-        progress.candidates = [Candidate(c.name, c.flags) for c in CANDIDATES]
-        _contest(progress, words, args)
-        if folder.exists():
-            shutil.rmtree(folder)
-    winner = progress.winner
-    _train(winner, words, folder.parent, folder.name)
+    progress.words = progress.words or complete(words)
+    if not progress.winner:
+        if args.lr is not None:  # then there is nothing to choose
+            progress.candidates = [Candidate(f'LR {args.lr:g}', ())]
+        _contest(progress, parse_args(progress.words))
+        shutil.rmtree(folder, ignore_errors=True)
+    start, ours = time.monotonic(), progress.winner in dict(CANDIDATES)
+    try:
+        _train(progress.chosen, [*progress.words, '--wise-ft'], folder,
+               after_epoch=_stop_if_wrecked(folder, args) if ours else None)
+    except Diverged as e:
+        if not ours:
+            raise
+        print(f'{e}\n{progress.winner} is too high for this network: once more with {_CAUTIOUS[0]}', flush=True)
+        progress.candidates.append(Candidate(*_CAUTIOUS))
+        progress.winner = _CAUTIOUS[0]
+        progress.write()
+        shutil.rmtree(folder, ignore_errors=True)
+        _train(progress.chosen, [*progress.words, '--wise-ft'], folder)
+    winner = progress.chosen
+    winner.metric = best_epoch(folder)[args.eval_metric]
+    winner.seconds += time.monotonic() - start
     floor = read_state(folder / 'last')['start'][args.eval_metric]
     with open(folder / 'mix.csv', newline='', encoding='utf-8') as file:
         kept = next(float(row['metric']) for row in csv.DictReader(file) if row['kept'] == 'True')
@@ -176,20 +186,66 @@ def fit_words(words: Sequence[str]) -> Fit:
     return result
 
 
-def _contest(progress: '_Progress', words: Sequence[str], args: argparse.Namespace) -> None:
+@dataclass
+class _Progress:
+    """What an interrupted `fit` goes on from: `fit.json` in the folder of its pilots.
+
+    Attributes:
+        folder: That folder.
+        asked: The command line.
+        words: What `complete` made of it.
+        candidates: All, with what is known of them.
+        winner: Name of the one that is trained to the end.
+    """
+    folder: Path
+    asked: list[str]
+    words: list[str]
+    candidates: list[Candidate]
+    winner: str = ''
+
+    @property
+    def chosen(self) -> Candidate:
+        return next(c for c in self.candidates if c.name == self.winner)
+
+    @classmethod
+    def open(cls, folder: Path, asked: list[str]) -> '_Progress':
+        file = folder / 'fit.json'
+        state = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+        if state.get('asked') == asked:
+            return cls(folder, asked, state['words'], [Candidate(**c) for c in state['candidates']], state['winner'])
+        shutil.rmtree(folder, ignore_errors=True)  # of another fit
+        return cls(folder, asked, [], [Candidate(*c) for c in CANDIDATES])
+
+    def write(self) -> None:
+        write_text(self.folder / 'fit.json', json.dumps({**asdict(self), 'folder': None}, indent=1))
+
+
+def _contest(progress: _Progress, args: argparse.Namespace) -> None:
     """Give all candidates a pilot and choose; with few epochs or updates, the first."""
-    images = len(create_datasets(
-        data_spec_from_args(args, args.recipe.get('data')), ('train',), input_channels(args))[0])
-    whole = common_plan(args).epochs
-    many = whole >= _MANY_EPOCHS and whole * images >= _MANY_UPDATES * args.batch_size
-    epochs = whole // 6 if many else 0  # two at least: fewer favour low LRs even more
-    start = progress.folder / _slug(progress.candidates[0]) / 'model_start.safetensors'
-    for candidate in progress.candidates if epochs else ():
-        # They share the features' classifier, which the first one fits.
-        own = ['--initial-checkpoint', str(start), '--head-start', 'timm'] if start.exists() else []
-        _train(candidate, [*words, *own, '--epochs', str(epochs), '--val-interval', str(epochs)], progress.folder)
+    whole, candidates = common_plan(args).epochs, progress.candidates
+    many = len(candidates) > 1 and whole >= _MANY_EPOCHS
+    many = many and whole * len(_images(args, 'train')) >= _MANY_UPDATES * args.batch_size
+    shared = None
+    for candidate in candidates if many else ():
+        folder = progress.folder / re.sub(r'[^\w.-]', '-', candidate.name)
+        words = [word for word in progress.words if word != '--report']
+        if shared is None:
+            shared = folder / 'model_start.safetensors'
+        elif shared.exists():  # the features' classifier, which the first one fits
+            words += ['--initial-checkpoint', str(shared), '--head-start', 'timm']
+        start, best = time.monotonic(), {}
+        try:
+            epochs = str(whole // 6)  # two at least: fewer favour low LRs even more
+            _train(candidate, [*words, '--epochs', epochs, '--val-interval', epochs], folder, quiet=True)
+            best = best_epoch(folder)
+        except Diverged:
+            pass  # its LR is too high for these data
+        candidate.loss = best.get('loss', math.inf)
+        candidate.pilot = candidate.loss if args.eval_metric == 'loss' else best.get(args.eval_metric, -math.inf)
+        candidate.seconds += time.monotonic() - start
+        print(f'pilot of {candidate.name}: {candidate.pilot:.2f}', flush=True)
         progress.write()
-    progress.winner = _choose(progress.candidates, args) if epochs else progress.candidates[0]
+    progress.winner = (_choose(candidates, args) if many else candidates[0]).name
     progress.write()
 
 
@@ -200,36 +256,13 @@ def _choose(candidates: Sequence[Candidate], args: argparse.Namespace) -> Candid
     """
     if args.eval_metric == 'loss':
         return min(candidates, key=lambda c: c.pilot)
-    split = splits_from_args(args)[1]
-    spec = data_spec_from_args(args, args.recipe.get('data'))
-    images = len(create_datasets(spec, (split,), input_channels(args))[0])
     best = max(c.pilot for c in candidates)
-    error = 100 * (max(best / 100 * (1 - best / 100), 0.) / images) ** 0.5
+    error = 100 * (max(best / 100 * (1 - best / 100), 0.) / len(_images(args, splits_from_args(args)[1]))) ** 0.5
     return next(c for c in reversed(candidates) if c.pilot >= best - 2 * error)
 
 
-class _Progress:
-    """What an interrupted `fit` goes on from: `fit.json` in the folder of its pilots."""
-
-    def __init__(self, folder: Path, asked: Sequence[str]):
-        self.folder, self.asked = folder, list(asked)
-        self.words: list[str] = []
-        self.candidates: list[Candidate] = []
-        self.winner: Optional[Candidate] = None
-        file = folder / 'fit.json'
-        state = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
-        if state.get('asked') != self.asked:
-            shutil.rmtree(folder, ignore_errors=True)  # of another fit
-        else:
-            self.words = state['words']
-            self.candidates = [Candidate(**{**c, 'flags': tuple(c['flags'])}) for c in state['candidates']]
-            self.winner = next((c for c in self.candidates if c.name == state['winner']), None)
-
-    def write(self) -> None:
-        state = dict(
-            asked=self.asked, words=self.words, winner=self.winner and self.winner.name,
-            candidates=[asdict(c) for c in self.candidates])
-        write_text(self.folder / 'fit.json', json.dumps(state, indent=1))
+def _images(args: argparse.Namespace, split: str) -> Mixture:
+    return create_dataset(data_spec_from_args(args, args.recipe.get('data')), split, input_channels(args))
 
 
 def complete(words: Sequence[str], data: Optional[Mapping] = None) -> list[str]:
@@ -248,16 +281,14 @@ def complete(words: Sequence[str], data: Optional[Mapping] = None) -> list[str]:
         if roots and all(lacks_split(root, 'val') for root in roots):
             words += ['--val-share', '0.2']
             given.val_share = 0.2
-    train = create_datasets(
-        data_spec_from_args(given, given.recipe.get('data')), ('train',), input_channels(given))[0]
-    plain = parse_args(words, data)
+    images, plain = len(_images(given, 'train')), parse_args(words, data)
     if 'batch_size' not in plain.explicit:
         batch = 32
-        while batch > 4 and len(train) < 8 * batch:
+        while batch > 4 and images < 8 * batch:
             batch //= 2
         words += ['--batch-size', str(batch)]
     if plain.epochs is None and 'epochs' not in plain.recipe.get('plan', {}):
-        epochs = max(5, min(30, round(10000 / len(train))))
+        epochs = max(5, min(30, round(10000 / images)))
         if plain.budget is not None:
             epochs = max(3, min(100, epochs_within([*COMMON, *words], pilots=1.5)))
         words += ['--epochs', str(epochs)]
@@ -282,42 +313,37 @@ def epochs_within(words: Sequence[str], pilots: float = 1.) -> int:
         raise UserError('--budget: times an epoch in one process; give --epochs')
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix='timm_amf-') as scratch:
-        _run([*words, '--epochs', '1', '--head-start', 'zero', '--resume', ''], Path(scratch) / 'timing', quiet=True)
+        run([*words, '--epochs', '1', '--head-start', 'zero', '--resume', '', *_where(Path(scratch, 'timing'))], True)
     return max(1, round(60 * args.budget / (pilots * (time.monotonic() - start))))
 
 
-def _slug(candidate: Candidate) -> str:
-    return ''.join(c if c.isalnum() or c in '.-' else '-' for c in candidate.name)
+def _stop_if_wrecked(folder: Path, args: argparse.Namespace) -> Callable[[int, Optional[float]], None]:
+    def stop_if_wrecked(epoch: int, metric: Optional[float]) -> None:
+        if epoch == 0 and metric is not None and args.eval_metric != 'loss':
+            floor = read_state(folder / 'last')['start'][args.eval_metric]
+            if metric < _WRECKED * floor:
+                raise Diverged(f'one epoch took the features from {floor:.2f} to {metric:.2f}')
+    return stop_if_wrecked
 
 
-def _run(words: Sequence[str], folder: Path, quiet: bool) -> None:
-    train = importlib.import_module('train_amf').train
-    where = ['--output', str(folder.parent), '--experiment', folder.name, '--tracker', 'none']
-    with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
-        train([*words, *where])
-
-
-def _train(candidate: Candidate, words: Sequence[str], output: Path, experiment: Optional[str] = None) -> None:
-    """Train a candidate: its pilot, or as the experiment that is left."""
-    start, folder = time.monotonic(), output / (experiment or _slug(candidate))
-    mix = ['--wise-ft'] if experiment else []
-    words = words if experiment else [word for word in words if word != '--report']
+def _train(candidate: Candidate, words: Sequence[str], folder: Path, quiet: bool = False, **options: Any) -> None:
+    """Train a candidate, or go on with that."""
     try:
-        _run([*COMMON, *candidate.flags, *words, *mix, '--resume', 'auto'], folder, quiet=not experiment)
-        best = best_epoch(folder)
-        metric, loss = best[load_yaml(folder / 'args.yaml').get('eval_metric', 'top1')], best['loss']
+        run([*COMMON, *candidate.flags, *words, '--resume', 'auto', *_where(folder)], quiet, **options)
     except Interrupted as e:
         raise Interrupted(e.signum, 'stopped; the same command goes on where it stopped') from e
-    except UserError as e:
-        if experiment or 'not finite' not in str(e):
-            raise
-        metric, loss = float('-inf'), float('inf')  # its LR is too high for these data
-    if experiment:
-        candidate.metric = metric
-    else:
-        candidate.pilot, candidate.loss = metric, loss
-        print(f'pilot of {candidate.name}: {metric:.2f}', flush=True)
-    candidate.seconds += time.monotonic() - start
+
+
+def _where(folder: Path) -> list[str]:
+    return ['--output', str(folder.parent), '--experiment', folder.name, '--tracker', 'none']
+
+
+def run(words: Sequence[str] = (), quiet: bool = False, **options: Any) -> None:
+    """`timm-amf train` by a command line, or by the options of `train_amf.train`; quiet: without what it prints."""
+    from train_amf import train  # which calls this module
+
+    with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
+        train(words, **options)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -326,18 +352,13 @@ def main(argv: Sequence[str]) -> None:
         prog='timm-amf fit', add_help=False, allow_abbrev=False, usage='%(prog)s [DIR] [--model NAME] [flags of train]',
         description='Fine-tune a model: measure a few ways on the data, train the best to the end.')
     parser.add_argument('-h', '--help', action='store_true', help='show this; timm-amf train --help shows its flags')
-    # Listed here, read with the rest.
     parser.add_argument('--budget', metavar='MINUTES', help='about how long it may take, pilots included')
-    own, words = parser.parse_known_args(argv)
-    if own.help:
+    if {'-h', '--help'} & set(argv):  # the flags are read with those of train
         parser.print_help()
         return
-    if own.budget is not None:
-        words = [*words, '--budget', own.budget]
+    words = list(argv)
     if not any(word.split('=')[0] in ('--model', '--config', '-c') for word in words):
-        words = [*words, '--model', MODEL]
+        words += ['--model', MODEL]
     found = fit_words(words)
-    run = found.folder
-    print(f'{found}\n\nNext: timm-amf evaluate {run}')
-    print(f'      timm-amf export {run} --format onnx')
-    print(f'      timm-amf publish {run} --repo-id OWNER/NAME --license ID')
+    print(f'{found}\n\nNext: timm-amf evaluate {found.folder}\n      timm-amf export {found.folder} --format onnx\n'
+          f'      timm-amf publish {found.folder} --repo-id OWNER/NAME --license ID')

@@ -9,6 +9,7 @@ summed; no candidate has a parameter of another, so each gets the gradient that 
 parameters, has a `_Unit` in the place of each block, of each layer outside of blocks, and of the classifier. What the
 architecture computes between them, it computes itself, on a batch that grows from unit to unit.
 """
+import contextlib
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +25,7 @@ from timm_amf.models.method import Method
 from timm_amf.search.candidates import Candidate
 
 __all__ = [
-    'HEAD', 'Lockstep', 'LockstepModel', 'LockstepUnfit', 'Member', 'lockstep_member', 'plain_logits',
-    'plain_member',
+    'HEAD', 'Lockstep', 'LockstepModel', 'LockstepUnfit', 'Member', 'create_member', 'plain_logits',
 ]
 
 _BATCH = 3  # images of the comparison with the plain network
@@ -44,7 +44,8 @@ def pairs_below(pairs: Iterable[tuple[str, str]], path: str) -> list[tuple[str, 
     return [(c[len(prefix):], n[len(prefix):]) for c, n in pairs if c.startswith(prefix) and n.startswith(prefix)]
 
 
-# -- A candidate with weights of its own.
+# -- a candidate with weights of its own ------------------------------------------------------------------------------
+
 
 @dataclass
 class Member:
@@ -75,99 +76,72 @@ class Member:
         """Put what is tuned in training mode, or all in evaluation mode; what is frozen stays in evaluation mode."""
         for path, unit in self.copies.items():
             unit.eval()
-            for name, module in unit.named_modules():
-                full = _join(path, name)
-                if mode and is_within(full, self.candidate.modules):
+            for name, module in unit.named_modules(prefix=path):
+                if mode and is_within(name, self.candidate.modules):
                     module.training = not (isinstance(module, _NormBase) and getattr(module, 'norm_is_fixed', False))
         self.head.train(mode)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training changes: parameters, and the statistics of its norms."""
         buffers = {
-            _join(path, name): b for path, unit in self.copies.items() for name, b in unit.named_buffers()
-            if is_within(_join(path, name), self.candidate.modules)}
+            name: b for path, unit in self.copies.items() for name, b in unit.named_buffers(path)
+            if is_within(name, self.candidate.modules)}
         return {**self.params, **buffers, **{f'{HEAD}{n}': b for n, b in self.head.named_buffers()}}
 
 
-def _own_copy(unit: nn.Module, path: str, modules: Sequence[str]) -> nn.Module:
-    """A copy of a unit that shares what is frozen."""
-    named = [*unit.named_parameters(), *unit.named_buffers()]
-    shared = {id(t): t for n, t in named if not is_within(_join(path, n), modules)}
-    return copy.deepcopy(unit, shared)
+def create_member(
+        model: nn.Module,
+        candidate: Candidate,
+        head: nn.Module,
+        trains: Iterable[str],
+        probe: Optional[Units] = None,
+) -> Member:
+    """A candidate with its own copies of the units that it tunes, which share what is frozen.
 
-
-def _member(candidate: Candidate, copies: dict[str, nn.Module], head: nn.Module, trains: Iterable[str]) -> Member:
-    trains = set(trains)
-    member = Member(candidate, copies, head)
-    for path, unit in copies.items():
-        for name, param in unit.named_parameters():
-            full = _join(path, name)
-            if full in trains:
-                member.params[full] = param.requires_grad_(True)
-        for name, module in unit.named_modules():
-            own = [_join(path, name, n) for n, _ in module.named_parameters(recurse=False)]
+    Args:
+        model: The frozen network, left as it is.
+        candidate: What to tune.
+        head: Classifier to copy.
+        trains: Names of the parameters that train, as the Plan has it.
+        probe: What `probe_units` told of the network. Without it the candidate has a network to itself: the one that
+            tunes all layers, or each where lockstep does not apply.
+    """
+    trains, member = set(trains), Member(candidate, {}, copy.deepcopy(head))
+    for path in [''] if probe is None else _units_of(probe, candidate):
+        unit = model.get_submodule(path)
+        named = [*unit.named_parameters(path), *unit.named_buffers(path)]
+        unit = copy.deepcopy(unit, {id(t): t for n, t in named if not is_within(n, candidate.modules)})
+        member.copies[path] = unit
+        for name, param in unit.named_parameters(path):
+            if name in trains:
+                member.params[name] = param.requires_grad_(True)
+        for name, module in unit.named_modules(prefix=path):
+            own = [n for n, _ in module.named_parameters(name, recurse=False)]
             if isinstance(module, _NormBase) and own and not trains.intersection(own):
                 module.norm_is_fixed = True
-    member.params.update({f'{HEAD}{n}': p.requires_grad_(True) for n, p in head.named_parameters()})
+    member.params.update({f'{HEAD}{n}': p.requires_grad_(True) for n, p in member.head.named_parameters()})
     member.train(False)
     return member
 
 
-def plain_member(model: nn.Module, candidate: Candidate, head: nn.Module, trains: Iterable[str]) -> Member:
-    """A candidate with a network to itself: the one that tunes all layers, or each where lockstep does not apply.
+def _units_of(probe: Units, candidate: Candidate) -> list[str]:
+    """The units in which a candidate lies."""
+    def meet(one: str, other: str) -> bool:
+        return is_within(one, [other]) or is_within(other, [one])
 
-    Args:
-        model: The frozen network, left as it is.
-        candidate: What to tune.
-        head: Classifier to copy.
-        trains: Names of the parameters that train, as the Plan has it.
-    """
-    return _member(candidate, {'': _own_copy(model, '', candidate.modules)}, copy.deepcopy(head), trains)
-
-
-def lockstep_member(
-        model: nn.Module,
-        probe: Units,
-        candidate: Candidate,
-        head: nn.Module,
-        trains: Iterable[str],
-) -> Member:
-    """A candidate that shares a network with others, with its own copies of the units that it tunes.
-
-    Args:
-        model: The frozen network, left as it is.
-        probe: What `probe_units` told of it.
-        candidate: What to tune.
-        head: Classifier to copy.
-        trains: Names of the parameters that train, as the Plan has it.
-    """
-    reached = {path: [u for u in probe.order if is_within(path, [u]) or is_within(u, [path])]
-               for path in candidate.modules}
-    for path, units in reached.items():
-        missed = [n for n in probe.refused if is_within(n, [path]) or is_within(path, [n])]
-        if missed or not units or not path:
+    for path in candidate.modules:
+        missed = [n for n in probe.refused if meet(n, path)]
+        if missed or not path or not any(meet(u, path) for u in probe.order):
             reason = probe.refused[missed[0]] if missed else 'is in no block and no layer'
             raise LockstepUnfit(f'{missed[0] if missed else path or "the whole network"} {reason}')
-    units = [u for u in probe.order if any(u in found for found in reached.values())]
-    copies = {u: _own_copy(model.get_submodule(u), u, candidate.modules) for u in units}
-    return _member(candidate, copies, copy.deepcopy(head), trains)
+    return [u for u in probe.order if any(meet(u, path) for path in candidate.modules)]
 
 
-def _join(*names: str) -> str:
-    return '.'.join(n for n in names if n)
+# -- the network that candidates share --------------------------------------------------------------------------------
 
-
-# -- The network that candidates share.
 
 def plain_logits(model: nn.Module, head: nn.Module, x: Tensor, own_head: bool) -> Tensor:
-    """Logits of a network with a classifier other than its own.
-
-    Args:
-        model: The network.
-        head: The classifier.
-        x: Images, (B, C, H, W).
-        own_head: Whether `head` stands in the place of the network's classifier; else it takes the network's features.
-    """
+    """Logits of images (B, C, H, W) with another classifier: in the place of the network's, or on its features."""
     if not own_head:
         return head(model.forward_features(x))
     (own,) = classifiers(model)
@@ -210,7 +184,7 @@ class Lockstep:
         model: The network with its starting weights. It is put in evaluation mode and stays as it is otherwise; no
             parameter of it may require a gradient.
         probe: What `probe_units` told of it.
-        members: The candidates, by `lockstep_member`.
+        members: The candidates, by `create_member`.
         own_head: Whether their classifiers stand in the place of the network's; else they take the network's features.
 
     Attributes:
@@ -229,19 +203,25 @@ class Lockstep:
             _Unit(name, i, model.get_submodule(name), pairs_below(probe.pairs, name))
             for i, name in enumerate(probe.order)]
         self.head_unit = _Unit(_HEAD_UNIT, len(self.units), heads[0], [])
-        for unit in (*self.units, self.head_unit):
+        self._places = [*self.units, self.head_unit]
+        for unit in self._places:
             unit.net = self
         replaced: dict[str, nn.Module] = {unit.name: unit for unit in self.units}
         if own_head:
             replaced.update({n: self.head_unit for n, m in model.named_modules() if m is heads[0]})
         self.view = view_with(model, replaced)
-        self._folds = {(m.name, u): _own_folds(probe, m, u) for m in members for u in m.copies}
+        # Of each copy what to fold in evaluation, and in training, where what trains has its batch's statistics.
+        self._folds: dict[tuple[str, str], tuple[Folds, Folds]] = {}
         self._starts: dict[int, list[Member]] = {}
         for member in self.members:
             first = next((u.index for u in self.units if u.name in member.copies), self.head_unit.index)
             self._starts.setdefault(first, []).append(member)
-        self._pass: Optional[_Pass] = None
-        self._shapes: dict[tuple, torch.Size] = {}
+            for path in member.copies:
+                pairs = pairs_below(probe.pairs, path)
+                fixed = [p for p in pairs if not is_within(f'{path}.{p[1]}', member.candidate.modules)]
+                self._folds[member.name, path] = Folds(pairs), Folds(fixed)
+        self._pass = _Pass()
+        self._shapes: dict[str, torch.Size] = {}  # of what a unit gives of one image
 
     @torch.no_grad()
     def check(self, input_size: Sequence[int]) -> None:
@@ -266,19 +246,11 @@ class Lockstep:
             if logits.shape != right.shape or (logits - right).abs().max() > 1e-3 * scale:
                 raise LockstepUnfit(f'it gives other values for candidate {name} than alone')
 
-    @property
-    def tap_names(self) -> list[str]:
-        """Names of the units whose inputs the candidates begin at; the classifier's is the last if it is one."""
-        return [(*self.units, self.head_unit)[i].name for i in sorted(self._starts)]
-
     def taps(self, x: Tensor) -> dict[str, Tensor]:
-        """What arrives in the frozen network at each of `tap_names`, without a graph."""
-        self._pass = _Pass(trunk=True, images=x.shape, missing=set(self.tap_names))
-        with torch.no_grad():
-            try:
-                self._run(x)
-            except _Reached:
-                pass
+        """What arrives in the frozen network where candidates begin, by the name of the unit, without a graph."""
+        self._pass = _Pass(trunk=True)
+        with torch.no_grad(), contextlib.suppress(_Reached):
+            self._run(x)
         return self._pass.taps
 
     def __call__(self, x: Tensor, taps: Optional[Mapping[str, Tensor]] = None) -> dict[str, Tensor]:
@@ -286,16 +258,12 @@ class Lockstep:
 
         Args:
             x: Images, (B, C, H, W).
-            taps: What `taps(x)` gave, if that is known.
+            taps: In the place of `taps(x)`, of other images of the same shape, which `check` gives.
         """
-        taps = self.taps(x) if taps is None else taps
+        self._pass = _Pass(batch=len(x), taps=dict(taps or self.taps(x)))
         # Before the first candidate begins there is nothing to compute: one image, and units that pass on zeros.
-        self._pass = _Pass(trunk=False, images=x.shape, taps=dict(taps), begins=min(self._starts))
-        try:
-            logits = self._run(x[:1])
-            order = self._pass.order
-        finally:
-            self._pass = None
+        logits = self._run(x[:1])
+        order, self._pass = self._pass.order, _Pass()
         return dict(zip([m.name for m in order], logits.split(len(x))))
 
     def _run(self, x: Tensor) -> Tensor:
@@ -306,9 +274,9 @@ class Lockstep:
         """What a unit gives for the batch that stands before it."""
         if self._pass.trunk:
             return self._run_trunk(unit, x, args, kwargs)
-        if unit.index < self._pass.begins:
-            return self._placeholder(unit, x, args, kwargs)
-        order, batch = self._pass.order, self._pass.images[0]
+        if unit.index < min(self._starts):
+            return x.new_zeros((1, *self._shapes[unit.name]))
+        order, batch = self._pass.order, self._pass.batch
         begin = self._starts.get(unit.index, [])
         rest = [m for m in order if unit is not self.head_unit and unit.name not in m.copies]
         here = [m for m in order if m not in rest]
@@ -326,23 +294,13 @@ class Lockstep:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _run_trunk(self, unit: _Unit, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        state = self._pass
-        if unit.name in state.missing:
-            state.taps[unit.name] = x
-            state.missing.remove(unit.name)
-            if not state.missing:
+        if unit.index in self._starts:
+            self._pass.taps[unit.name] = x
+            if unit.index == max(self._starts):
                 raise _Reached
         y = unit.frozen(x, args, kwargs)
-        self._shapes[unit.name, state.images[1:]] = y.shape[1:]
+        self._shapes[unit.name] = y.shape[1:]
         return y
-
-    def _placeholder(self, unit: _Unit, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        """One row of zeros in the shape that the unit gives."""
-        key = unit.name, self._pass.images[1:]
-        if key not in self._shapes:
-            with torch.no_grad():
-                self._shapes[key] = unit.frozen(x[:1], args, kwargs).shape[1:]
-        return x.new_zeros((1, *self._shapes[key]))
 
     def _run_own(self, member: Member, unit: _Unit, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
         module = member.head
@@ -361,29 +319,18 @@ class _Pass:
 
     Attributes:
         trunk: The pass of the frozen network alone.
-        images: Shape of the images.
+        batch: Number of images.
         taps: What arrives at the units where candidates begin.
-        missing: Of those, which the pass has not come to.
-        begins: Index of the first of them.
         order: Candidates that have begun, in the order of their rows.
     """
-    trunk: bool
-    images: torch.Size
+    trunk: bool = False
+    batch: int = 0
     taps: dict[str, Tensor] = field(default_factory=dict)
-    missing: set[str] = field(default_factory=set)
-    begins: int = 0
     order: list[Member] = field(default_factory=list)
 
 
-def _own_folds(probe: Units, member: Member, path: str) -> tuple[Folds, Folds]:
-    """For a candidate's copy of a unit, what to fold in evaluation, and in training."""
-    pairs = pairs_below(probe.pairs, path)
-    # Norms that train have their batch's statistics in training.
-    fixed = [p for p in pairs if not is_within(f'{path}.{p[1]}', member.candidate.modules)]
-    return Folds(pairs), Folds(fixed)
+# -- as a model of the engine's trainer -------------------------------------------------------------------------------
 
-
-# -- As a model of the engine's trainer.
 
 class LockstepModel(Method, nn.Module):
     """Candidates as one model: it trains their layers and classifiers side by side, each as if it were alone.
@@ -392,8 +339,8 @@ class LockstepModel(Method, nn.Module):
     checkpoints nor reducers see it.
 
     Args:
-        members: The candidates: such as share a network, or a single one with a network to itself.
-        net: The network that they share; None for a single candidate with a network to itself.
+        members: The candidates that share `net`; without one, a single candidate with a network to itself.
+        net: The network.
         own_head: As for `Lockstep`.
     """
     tuning_roles = {'head': 'trained'}

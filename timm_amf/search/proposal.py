@@ -2,14 +2,15 @@
 
 Plested, Shen and Gedeon, "Rethinking binary hyperparameters for deep transfer learning for image classification". The
 paper has four data sets and one network, Inception-v4. Its rules are here as they stand in the paper, and so are the
-numbers behind them, from which the thresholds come; another network's features have other scales, so a threshold is
-approximate and what it says is never more than likely.
+numbers that the thresholds come from; another network's features have other scales, so a threshold is approximate and
+what it says is never more than likely.
 """
 import argparse
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Optional
 
 import torch
@@ -26,8 +27,9 @@ from timm_amf.tuning import Plan, add_plan_args, plan_from_args
 from timm_amf.tuning.roles import model_roles, role_blocks
 
 __all__ = [
-    'PAPER', 'PAPER_BLOCKS', 'RULES', 'Decision', 'PaperSet', 'Proposal', 'Rule', 'Target', 'Vote', 'body_settings',
-    'config_text', 'decide', 'is_sgd', 'plan_flags', 'propose', 'read_target', 'sureness', 'without_advised',
+    'PAPER', 'PAPER_BLOCKS', 'RELIABILITY', 'RULES', 'Decision', 'PaperSet', 'Target', 'Vote', 'body_settings',
+    'config_text', 'decide', 'is_sgd', 'plan_flags', 'propose', 'read_target', 'sureness', 'with_defaults',
+    'without_advised',
 ]
 
 # Inception-v4 counts `features.0` to `features.21`; "new layers" 1, 2 and 3 are the classifier and 0, 1, 2 of these.
@@ -43,33 +45,23 @@ class PaperSet:
         classes: Number of classes (section 3.1.2).
         random_init: Accuracy from random initialisation (Table 1).
         fixed: Accuracy of fixed features (Table 1).
-        emd: EMD domain similarity (Table 1).
         fisher: Normalised Fisher score (Table 1).
-        lr: Best single LR (Table 2).
-        gains: What each rule's setting gained alone over the default, and the sum of the two standard deviations, in
-            points: re-initialised blocks (Table 3, the best of 2 and 3 layers), low LR (Table 4, 1 layer), L2-SP (Table
-            5, on all layers; one run, so without deviation).
-        new_layers: Of the optimal settings together (Table 6), as are the rest.
-        low_lr: LR of the low layers, None where they have that of the others.
-        low_layers: Number of low layers.
+        low_layers: Number of low layers of the optimal settings together (Table 6), as are the rest.
+        low_lr_scale: LR of the low layers, as a share of that of the others.
         l2sp: (alpha, beta, number of L2-SP layers), or None.
     """
     suited: bool
     classes: int
     random_init: float
     fixed: float
-    emd: float
     fisher: float
-    lr: float
-    gains: Mapping[str, tuple[float, float]]
-    new_layers: int
-    low_lr: Optional[float]
-    low_layers: int
-    l2sp: Optional[tuple[float, float, int]]
+    low_layers: int = 0
+    low_lr_scale: float = 1.
+    l2sp: Optional[tuple[float, float, int]] = None
 
     @property
     def measures(self) -> dict[str, float]:
-        """By the names of `Vote.measure`."""
+        """By the names of `RELIABILITY`."""
         chance = 100 / self.classes
         return {
             'random_minus_fixed': self.random_init - self.fixed,
@@ -79,30 +71,28 @@ class PaperSet:
 
 
 PAPER = {
-    'Caltech-256-30': PaperSet(
-        True, 256, 67.2, 83.4, 0.568, 1.35, 0.0025,
-        dict(reinit=(84.31 - 83.69, 0.078 + 0.114), low=(83.95 - 83.69, 0.078 + 0.196), l2sp=(84.52 - 83.69, 0.)),
-        1, None, 0, (0.01, 0.01, PAPER_BLOCKS)),
-    'DTD': PaperSet(
-        True, 47, 66.8, 74.6, 0.540, 3.47, 0.002,
-        dict(reinit=(78.92 - 77.30, 0.726 + 0.191), low=(77.753 - 77.30, 0.726 + 0.456), l2sp=(78.32 - 77.30, 0.)),
-        2, None, 0, (0.001, 0.001, 14)),
-    'Cars': PaperSet(
-        False, 196, 92.7, 64.2, 0.536, 1.18, 0.025,
-        dict(reinit=(94.59 - 94.59, 0.110 + 0.205), low=(94.86 - 94.59, 0.110 + 0.046), l2sp=(94.42 - 94.59, 0.)),
-        1, 0.01, 8, None),
-    'Aircraft': PaperSet(
-        False, 100, 88.8, 59.9, 0.557, 0.83, 0.025,
-        dict(reinit=(93.56 - 93.78, 0.137 + 0.942), low=(94.32 - 93.78, 0.137 + 0.144), l2sp=(93.29 - 93.78, 0.)),
-        3, 0.01, 8, None),
+    'Caltech-256-30': PaperSet(True, 256, 67.2, 83.4, 1.35, l2sp=(0.01, 0.01, PAPER_BLOCKS)),
+    'DTD': PaperSet(True, 47, 66.8, 74.6, 3.47, l2sp=(0.001, 0.001, 14)),
+    'Cars': PaperSet(False, 196, 92.7, 64.2, 1.18, 8, 0.01 / 0.025),
+    'Aircraft': PaperSet(False, 100, 88.8, 59.9, 0.83, 8, 0.01 / 0.025),
 }
 
-# measure -> how far it can be trusted, and why (section 4.6). EMD similarity has no vote: "a poor predictor".
+# Measure -> how far it can be trusted, and why (section 4.6). EMD similarity has no vote: "a poor predictor".
 RELIABILITY = {
     'random_minus_fixed': (1.0, "the paper's best measure; its threshold is 0"),
     'fixed_accuracy': (0.5, "one half of the best measure; parts the paper's four sets"),
     'fisher': (0.25, 'less pronounced; its scale depends on the network'),
 }
+
+# The rows of Table 7: (what it sets, for well-suited weights, for others, share of the paper's own results that agree
+# with it: for each data set, the setting alone, whose gain must exceed the standard deviations (Tables 2 to 5), and in
+# the best combination (Table 6)).
+RULES = (
+    ('learning rate', 'low', 'high', 1.),
+    ('L2-SP', 'yes', 'no (L2)', 1.),
+    ('more blocks re-initialised', 'yes', 'no', 0.75),
+    ('low LR for low blocks', 'no', 'yes', 1.),
+)
 
 
 @dataclass(frozen=True)
@@ -115,15 +105,11 @@ class Vote:
         threshold: Where it changes sides, from the paper's numbers.
         score: Distance from there in units of half the distance between the paper's two sides, in [-1, 1]; above 0 for
             well-suited weights.
-        reliability: How far the measure can be trusted, in [0, 1].
-        why: Reason of that.
     """
     measure: str
     value: float
     threshold: float
     score: float
-    reliability: float
-    why: str
 
 
 @dataclass(frozen=True)
@@ -142,66 +128,40 @@ class Decision:
     like: str
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A row of Table 7.
-
-    Attributes:
-        name: What it sets.
-        suited: Setting for well-suited weights.
-        unsuited: Setting for others.
-        support: Share of the paper's own results that agree with it: for each data set, the setting alone (Tables 2 to
-            5; a gain must exceed the standard deviations) and in the best combination (Table 6).
-    """
-    name: str
-    suited: str
-    unsuited: str
-    support: float
-
-
-def _threshold(measure: str) -> tuple[float, float]:
-    """(where the sides part, half the distance of their means), in the scale of `_scaled`."""
-    unsuited, suited = (
-        [_scaled(measure, s.measures[measure]) for s in PAPER.values() if s.suited == side] for side in (False, True))
-    half = abs(sum(suited) / len(suited) - sum(unsuited) / len(unsuited)) / 2
-    if measure == 'random_minus_fixed':
-        return 0., half  # section 5 says so
-    return (max(unsuited) + min(suited)) / 2, half
-
-
 def _scaled(measure: str, value: float) -> float:
     return math.log(max(value, 1e-12)) if measure == 'fisher' else value
 
 
+def _of_paper(measure: str, suited: bool) -> dict[str, float]:
+    """What a measure is on one side, by data set."""
+    return {name: _scaled(measure, s.measures[measure]) for name, s in PAPER.items() if s.suited == suited}
+
+
 def _vote(measure: str, value: float) -> Vote:
-    middle, half = _threshold(measure)
-    direction = -1 if measure == 'random_minus_fixed' else 1
-    score = max(-1., min(1., direction * (_scaled(measure, value) - middle) / half))
-    return Vote(measure, value, math.exp(middle) if measure == 'fisher' else middle, score, *RELIABILITY[measure])
+    suited, unsuited = (list(_of_paper(measure, side).values()) for side in (True, False))
+    half = (fmean(suited) - fmean(unsuited)) / 2  # below 0 where less speaks for well-suited weights
+    # Of the difference, section 5 says so.
+    middle = 0. if measure == 'random_minus_fixed' else (max(unsuited) + min(suited)) / 2
+    score = max(-1., min(1., (_scaled(measure, value) - middle) / half))
+    return Vote(measure, value, math.exp(middle) if measure == 'fisher' else middle, score)
 
 
-def decide(measures: Mapping[str, Optional[float]]) -> Decision:
+def decide(measures: Mapping[str, float]) -> Decision:
     """The side of Table 7 that the measures speak for.
 
     The most reliable measure decides. The others make it surer or less sure: the sureness is the mean of all scores in
     its direction, weighted by reliability, times the reliability of the best.
 
     Args:
-        measures: Values by name of `Vote.measure`; others and None are ignored.
+        measures: Values by name of `RELIABILITY`, one at least; others are ignored.
     """
-    votes = sorted(
-        (_vote(name, measures[name]) for name in RELIABILITY if measures.get(name) is not None),
-        key=lambda v: -v.reliability)
-    if not votes:
-        raise ValueError(f'none of {", ".join(RELIABILITY)} is among the measures')
-    best = votes[0]
-    suited = best.score > 0
-    mean = sum(v.reliability * v.score for v in votes) / sum(v.reliability for v in votes)
-    sure = max(0., mean if suited else -mean) * best.reliability
-    side = {name: s for name, s in PAPER.items() if s.suited == suited}
-    like = min(side, key=lambda n: abs(
-        _scaled(best.measure, side[n].measures[best.measure]) - _scaled(best.measure, best.value)))
-    return Decision(suited, sure, tuple(votes), like)
+    votes = tuple(_vote(name, measures[name]) for name in RELIABILITY if name in measures)
+    best, suited = votes[0], votes[0].score > 0
+    weights = [RELIABILITY[vote.measure][0] for vote in votes]
+    mean = sum(w * vote.score for w, vote in zip(weights, votes)) / sum(weights)
+    side, value = _of_paper(best.measure, suited), _scaled(best.measure, best.value)
+    return Decision(
+        suited, max(0., mean if suited else -mean) * weights[0], votes, min(side, key=lambda n: abs(side[n] - value)))
 
 
 def sureness(value: float) -> str:
@@ -210,25 +170,23 @@ def sureness(value: float) -> str:
         (0.6, 'fairly sure'), (0.3, 'likely'), (0.1, 'weak'), (-1., 'a guess')) if value >= limit)
 
 
-def _support(agrees) -> float:
-    found = [x for s in PAPER.values() for x in agrees(s)]
-    return sum(found) / len(found)
+def body_settings(decision: Decision, blocks: int) -> dict[str, Any]:
+    """Settings of a backbone or branch by Table 7, in the sizes of Tables 3 to 6; all but the LR, which is measured.
 
-
-def _gained(s: PaperSet, what: str) -> bool:
-    gain, deviation = s.gains[what]
-    return gain > deviation
-
-
-RULES = {
-    'lr': Rule('learning rate', 'low', 'high', _support(lambda s: [(s.lr < 0.01) == s.suited])),
-    'l2sp': Rule('L2-SP', 'yes', 'no (L2)', _support(
-        lambda s: [_gained(s, 'l2sp') == s.suited, (s.l2sp is not None) == s.suited])),
-    'reinit': Rule('more blocks re-initialised', 'yes', 'no', _support(
-        lambda s: [_gained(s, 'reinit') == s.suited, (s.new_layers > 1) == s.suited])),
-    'low': Rule('low LR for low blocks', 'no', 'yes', _support(
-        lambda s: [_gained(s, 'low') != s.suited, (s.low_layers > 0) != s.suited])),
-}
+    Args:
+        decision: Side of the table, and the paper's data set that is nearest.
+        blocks: Number of blocks of the network.
+    """
+    like = PAPER[decision.like]
+    if not decision.suited:
+        low = round(like.low_layers / PAPER_BLOCKS * blocks)
+        return dict(low_blocks=low, low_lr_scale=like.low_lr_scale, reinit_blocks=0, l2sp_alpha=0.)
+    alpha, beta, layers = like.l2sp
+    reinit = int(blocks > 1)
+    kept = min(round(layers / PAPER_BLOCKS * blocks), blocks - reinit)
+    settings = dict(low_blocks=0, reinit_blocks=reinit, l2sp_alpha=alpha, weight_decay=beta)
+    # A model without blocks decays towards its start as a whole.
+    return {**settings, 'l2sp_blocks': kept} if kept else settings
 
 
 # -- The networks that are asked about.
@@ -239,18 +197,12 @@ class Target:
 
     Attributes:
         roles: Its roles.
-        bodies: Those that have blocks and start from pretrained weights: `backbone`, or `branch.0`, `branch.1`, ...
-        blocks: Number of blocks of each of these.
+        blocks: Number of blocks of those that start from pretrained weights: `backbone`, or `branch.0`, `branch.1`, ...
         networks: Options that name the plain network of each of these, with its pretrained weights.
     """
     roles: list[str]
-    bodies: list[str]
     blocks: dict[str, int]
     networks: list[argparse.Namespace]
-
-    @property
-    def is_composite(self) -> bool:
-        return self.bodies != ['backbone']
 
 
 def read_target(args: argparse.Namespace, num_classes: int) -> Target:
@@ -265,8 +217,9 @@ def read_target(args: argparse.Namespace, num_classes: int) -> Target:
     with torch.device('meta'):
         model = build.build_model(bare, num_classes)
     roles = list(model_roles(model))
-    if roles[0] == 'backbone':
-        return Target(roles, ['backbone'], {'backbone': len(role_blocks(model, 'backbone'))}, [copy.deepcopy(args)])
+    blocks = {r: len(role_blocks(model, r)) for r in roles if r == 'backbone' or r.startswith('branch.')}
+    if 'backbone' in blocks:
+        return Target(roles, blocks, [args])
     if not is_model_in_modules(args.model.split('.')[0], ['amf']):
         raise UserError(
             f'--model {args.model}: advice is for plain models, AMF and MultiTune; ask about its backbone by name, and '
@@ -275,19 +228,16 @@ def read_target(args: argparse.Namespace, num_classes: int) -> Target:
         raise UserError(
             f'--model {args.model}: advice is about the weights that the branches start from; name a file of these in '
             f'backbone_kwargs, not a checkpoint of the whole')
-    bodies = [role for role in roles if role.startswith('branch.')]
-    blocks = {role: len(role_blocks(model, role)) for role in bodies}
-    return Target(roles, bodies, blocks, [_of_part(args, part) for part in model.backbone_parts])
+    return Target(roles, blocks, [_of_part(args, part) for part in model.backbone_parts])
 
 
-def _of_part(args: argparse.Namespace, part) -> argparse.Namespace:
+def _of_part(args: argparse.Namespace, part: Part) -> argparse.Namespace:
     """Options that name a branch's network as a model of its own; a composite normalises images for each itself."""
-    plain = copy.deepcopy(args)
+    of_roles = {name for name in plan_flags() if name.startswith('policy_')} | {'freeze', 'freeze_bn', 'role_settings'}
+    plain = with_defaults(args, {'mean', 'std', 'gp', *of_roles})
     kwargs = {k: v for k, v in part.kwargs.items() if v is not None}
-    plain.model = part.name
-    plain.pretrained_cfg_overlay = kwargs.pop('pretrained_cfg_overlay', {})
+    plain.model, plain.pretrained_cfg_overlay = part.name, kwargs.pop('pretrained_cfg_overlay', {})
     plain.model_kwargs = kwargs
-    plain.mean = plain.std = plain.gp = None
     return plain
 
 
@@ -303,88 +253,51 @@ _NOT_WRITTEN = (
     'config', 'experiment', 'resume', 'eval_only', 'dry_run', 'overwrite', 'no_progress', 'routing_eps', 'plan')
 
 
-@dataclass
-class Proposal:
-    """A Plan and what belongs to it.
-
-    Attributes:
-        model: Model that it is for.
-        plan: The Plan.
-        config: Text of the YAML file.
-        followed: For each body of the model the advice of the component that it follows.
-        notes: What is left open, in sentences.
-    """
-    model: str
-    plan: Plan
-    config: str
-    followed: dict[str, Any]
-    notes: list[str]
-
-
-def body_settings(decision: Decision, blocks: int) -> dict[str, Any]:
-    """Settings of a backbone or branch by Table 7, in the sizes of Tables 3 to 6; all but the LR, which is measured.
-
-    Args:
-        decision: Side of the table, and the paper's data set that is nearest.
-        blocks: Number of blocks of the network.
-    """
-    like = PAPER[decision.like]
-    if decision.suited:
-        reinit = min(1, max(0, blocks - 1))
-        alpha, beta, layers = like.l2sp
-        kept = max(0, min(round(layers / PAPER_BLOCKS * blocks), blocks - reinit))
-        settings = dict(low_blocks=0, reinit_blocks=reinit, l2sp_alpha=alpha, weight_decay=beta)
-        # A model without blocks decays towards its start as a whole.
-        return {**settings, 'l2sp_blocks': kept} if kept else settings
-    low = round(like.low_layers / PAPER_BLOCKS * blocks)
-    return dict(low_blocks=low, low_lr_scale=like.low_lr / like.lr, reinit_blocks=0, l2sp_alpha=0.)
-
-
 def propose(
         args: argparse.Namespace,
         target: Target,
         advices: Sequence[Sequence[Any]],
         num_classes: int,
         policy: Optional[str] = None,
-) -> Proposal:
+) -> tuple[str, Plan, str, list[str], dict[str, Any]]:
     """The Plan for the options' model; for components on different sides of Table 7, an AMF of a plain model.
 
     Args:
         args: Options of `train_amf.py`.
         target: Its model.
-        advices: For each body of the model, the advice for each component.
+        advices: For each network of the target, the `ComponentAdvice` for each component.
         num_classes: Classes of the data.
         policy: Policy network of a proposed AMF; `none` for MultiTune, None for a small one.
+
+    Returns:
+        The model, the Plan, the text of the YAML file, what is left open (in sentences), and for each body of the model
+        the advice that it follows.
     """
-    notes = []
-    args = copy.deepcopy(args)
-    sides = {c.decision.suited for c in advices[0]}
-    if not target.is_composite and len(sides) == 2:
+    args, notes = copy.deepcopy(args), []
+    followed = [_spread(of_network, i, len(advices)) for i, of_network in enumerate(advices)]
+    if 'backbone' in target.blocks and len({c.decision.suited for c in advices[0]}) == 2:
         notes += _become_composite(args, policy)
-        network = target.networks[0]
         target = read_target(args, num_classes)
-        target.networks = [network] * len(target.bodies)
-        order = [max((c for c in advices[0] if c.decision.suited == side), key=lambda c: c.decision.sure)
-                 for side in (True, False)]
-        followed = dict(zip(target.bodies, order))
-    else:
-        followed = {
-            role: _spread(advices[i], i, len(target.bodies)) for i, role in enumerate(target.bodies)}
+        followed = [max((c for c in advices[0] if c.decision.suited == side), key=_sure) for side in (True, False)]
+    followed = dict(zip(target.blocks, followed))
     plan, more = _build_plan(args, target, followed)
-    header = [
+    header = ['# By `timm-amf advise`, from Table 7 of Plested et al., "Rethinking binary hyperparameters".', *(
         f'# {role}: {c.name} under {c.network}; the weights are {"" if c.decision.suited else "not "}well suited, like '
-        f'{c.decision.like}' for role, c in followed.items()]
-    header.insert(0, '# By `timm-amf advise`, from Table 7 of Plested et al., "Rethinking binary hyperparameters".')
-    return Proposal(args.model, plan, config_text(args, plan, header), followed, notes + more)
+        f'{c.decision.like}' for role, c in followed.items())]
+    return args.model, plan, config_text(args, plan, header), notes + more, followed
 
 
-def _spread(advices: Sequence[Any], branch: int, branches: int):
+def _sure(advice: Any) -> float:
+    return advice.decision.sure
+
+
+def _spread(advices: Sequence[Any], branch: int, branches: int) -> Any:
     """Whose advice a branch follows: its own component's where there are as many, else from one end to the other."""
     if len(advices) == branches:
         return advices[branch]
-    ordered = sorted(advices, key=lambda c: -c.decision.sure if c.decision.suited else 1 + c.decision.sure)
     if branches == 1:
-        return max(advices, key=lambda c: c.decision.sure)
+        return max(advices, key=_sure)
+    ordered = sorted(advices, key=lambda c: -_sure(c) if c.decision.suited else 1 + _sure(c))
     return ordered[round(branch * (len(ordered) - 1) / (branches - 1))]
 
 
@@ -394,13 +307,10 @@ def _become_composite(args: argparse.Namespace, policy: Optional[str]) -> list[s
         raise UserError(
             'the components want different settings, that is, an AMF, and its branches cannot start from '
             '--initial-checkpoint; give the weights with --pretrained-path')
-    overlay = dict(args.pretrained_cfg_overlay)
-    overlay.update({'file': args.pretrained_path} if args.pretrained_path else {})
-    overlay.update({k: list(getattr(args, k)) for k in ('mean', 'std') if getattr(args, k) is not None})
-    kwargs: dict[str, Any] = {'backbones': [args.model] * 2}
-    backbone_kwargs = {**args.model_kwargs, **({'pretrained_cfg_overlay': overlay} if overlay else {})}
-    if backbone_kwargs:
-        kwargs['backbone_kwargs'] = backbone_kwargs
+    given = {'file': args.pretrained_path, 'mean': args.mean and list(args.mean), 'std': args.std and list(args.std)}
+    overlay = {**args.pretrained_cfg_overlay, **{k: v for k, v in given.items() if v}}
+    of_backbone = {**args.model_kwargs, **({'pretrained_cfg_overlay': overlay} if overlay else {})}
+    kwargs = {'backbones': [args.model] * 2, **({'backbone_kwargs': of_backbone} if of_backbone else {})}
     name, notes = policy or _POLICY, []
     if name != 'none':
         try:
@@ -429,7 +339,7 @@ def _build_plan(args: argparse.Namespace, target: Target, followed: dict[str, An
     for role, advice in followed.items():
         plan = plan.with_role(role, lr=advice.lr, **advice.settings)
     if 'head' in target.roles:
-        decay = {plan.role(r).weight_decay for r in target.bodies}
+        decay = {plan.role(r).weight_decay for r in target.blocks}
         plan = plan.with_role('head', lr=lr, **({'weight_decay': decay.pop()} if len(decay) == 1 else {}))
     if 'policy' in target.roles and is_sgd(plan.opt):
         short = plan.epochs < _SHORT
@@ -447,22 +357,23 @@ def is_sgd(opt: str) -> bool:
 
 def plan_flags() -> set[str]:
     """Names of the options that only a Plan has, not timm."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(add_help=False)
     add_plan_args(parser)
-    return {action.dest for action in parser._actions} - {'help'}
+    return {action.dest for action in parser._actions}
+
+
+def with_defaults(args: argparse.Namespace, names: Iterable[str]) -> argparse.Namespace:
+    """A copy of the options, some of them as if they were not given."""
+    defaults = vars(build_parser().parse_args([]))
+    changed = {name: defaults[name] for name in names}
+    return copy.deepcopy(argparse.Namespace(**{**vars(args), **changed, 'explicit': args.explicit - set(changed)}))
 
 
 def without_advised(args: argparse.Namespace) -> argparse.Namespace:
     """The options without what the advice is about; `--freeze`, `--role` and the rest stay."""
-    base = copy.deepcopy(args)
-    defaults = vars(build_parser().parse_args([]))
-    advised = [*_LR_FLAGS, 'branch_lr', 'policy_lr', 'head_lr', 'backbone_lr', 'low_blocks', 'low_lr_scale',
-               'reinit_blocks', 'l2sp_alpha', 'l2sp_blocks']
-    for name in advised:
-        if name in defaults:
-            setattr(base, name, copy.deepcopy(defaults[name]))
-    base.explicit = set(args.explicit) - set(advised)
-    return base
+    return with_defaults(args, (
+        *_LR_FLAGS, 'branch_lr', 'policy_lr', 'head_lr', 'backbone_lr', 'low_blocks', 'low_lr_scale', 'reinit_blocks',
+        'l2sp_alpha', 'l2sp_blocks'))
 
 
 def config_text(args: argparse.Namespace, plan: Plan, header: Sequence[str]) -> str:
@@ -473,13 +384,11 @@ def config_text(args: argparse.Namespace, plan: Plan, header: Sequence[str]) -> 
         plan: The Plan, instead of what the options say of it.
         header: Lines of comment to begin with.
     """
-    skip = {*_LR_FLAGS, *_NOT_WRITTEN, *plan_flags(), 'data', 'weight_decay'}
+    skip = {*_LR_FLAGS, *_NOT_WRITTEN, *plan_flags(), 'data'}
     chosen = {name: getattr(args, name) for name in {'model', *args.explicit} - skip}
     recipe = {**({'data': args.recipe['data']} if 'data' in args.recipe else {}), 'plan': plan.to_dict()}
     content = args_content(argparse.Namespace(**chosen, recipe=recipe, explicit=set(chosen)))
     content = yaml.safe_load(yaml.safe_dump(content))  # sorted at every level
-    first, last = ('model', 'data_dir', 'pretrained'), ('data', 'plan')
-    keys = [*(k for k in first if k in content), *(k for k in content if k not in (*first, *last))]
-    content = {key: content[key] for key in [*keys, *(k for k in last if k in content)]}
-    text = yaml.safe_dump(content, sort_keys=False)
-    return '\n'.join([*header, text])
+    order = ('model', 'data_dir', 'pretrained', *sorted({*content} - {'data', 'plan'}), 'data', 'plan')
+    content = {key: content[key] for key in dict.fromkeys(order) if key in content}
+    return '\n'.join([*header, yaml.safe_dump(content, sort_keys=False)])

@@ -1,10 +1,9 @@
-"""What a block-wise search found: as data, as tables for the terminal, and as CSV."""
-import csv
+"""What a block-wise search found: as data, as tables, and as CSV."""
 import dataclasses
-import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -12,26 +11,22 @@ from typing import Any, Optional, Union
 
 from timm_amf.engine.intervals import wilson_interval
 from timm_amf.errors import UserError
-from timm_amf.files import replacing
+from timm_amf.files import write_text
 from timm_amf.search.candidates import Candidate
-from timm_amf.text import columns
+from timm_amf.text import csv_text
 
 __all__ = [
-    'BASELINES', 'CandidateResult', 'SearchResults', 'difference_interval', 'labelled', 'ranking', 'summary', 'title',
+    'BASELINES', 'CandidateResult', 'SearchResults', 'difference_interval', 'labelled', 'ranking', 'summary',
     'write_csv',
 ]
 
-# The paper's names of the ways of choosing (its Table I).
-_PAPER_NAMES = {
-    'classifier': 'Baseline I', 'all': 'Baseline II', 'layer': 'LW', 'block': 'BW', 'top3': 'BWT3', 'top5': 'BWT5',
-    'window': 'BWSW',
-}
+# By the paper's names; the order is that of its Table I.
+BASELINES = {'classifier': 'baseline I', 'all': 'baseline II'}
+_ORDER = (*BASELINES, 'layer', 'block', 'top', 'window', 'random')
 _COLUMNS = (
     'way', 'position', 'name', 'modules', 'phase', 'top1', 'top1_low', 'top1_high', 'loss', 'images', 'parameters',
     'epochs', 'rank',
 )
-# The paper's baselines I and II.
-BASELINES = ('classifier', 'all')
 
 
 @dataclass(frozen=True)
@@ -105,8 +100,15 @@ class SearchResults:
 
     @property
     def ways(self) -> list[str]:
-        """The ways that were searched, without the baselines."""
-        return list(dict.fromkeys(r.candidate.way for r in self.results if r.candidate.way not in BASELINES))
+        """The ways that were searched, without the baselines, in the order of Table I."""
+        return sorted({r.candidate.way for r in self.results} - set(BASELINES), key=_way_order)
+
+    @property
+    def title(self) -> str:
+        """What was searched, on what."""
+        validation = ' to '.join(map(str, sorted({r.images for r in self.results})))
+        return f'{self.model} {self.role}, seed {self.seed}: {self.classes} classes, trained on ' \
+               f'{self.train_images} images, validated on {validation}'
 
     def of_way(self, way: str) -> list[CandidateResult]:
         """The candidates of a way, from the input to the output."""
@@ -117,8 +119,7 @@ class SearchResults:
 
         Of equal ones the one with fewer parameters comes first.
         """
-        chosen = [r for r in self.results if way in (None, r.candidate.way)]
-        return sorted(chosen, key=_order)
+        return _ranked(r for r in self.results if way in (None, r.candidate.way))
 
     def winner(self, way: Optional[str] = None) -> CandidateResult:
         """The best of a way; without one, of all ways and both baselines."""
@@ -128,8 +129,7 @@ class SearchResults:
         """Write as JSON, whole or not at all."""
         values = {**dataclasses.asdict(self), 'results': [r.to_dict() for r in self.results],
                   'final': [r.to_dict() for r in self.final]}
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(values, indent=1), encoding='utf-8')
+        write_text(path, json.dumps(values, indent=1))
 
     @classmethod
     def read(cls, path: Union[str, Path]) -> 'SearchResults':
@@ -144,96 +144,68 @@ class SearchResults:
             raise UserError(f'{path}: holds no results of a search ({type(e).__name__}: {e})') from None
 
 
-# -- Tables.
+# -- tables -----------------------------------------------------------------------------------------------------------
 
-def ranking(results: SearchResults, level: float = 0.95, limit: Optional[int] = None) -> str:
-    """All candidates and both baselines, the best first.
 
-    Interval: Wilson's, of the accuracy of each. Level with the best is what trained to its end like the best, and where
-    the interval of the difference between both accuracies (`difference_interval`) includes zero. It is not corrected
-    for the best being the best of many.
+def ranking(results: SearchResults, limit: float = math.inf) -> list[list[str]]:
+    """Rows of all candidates and both baselines, the best first.
+
+    Interval: Wilson's, of the accuracy of each. Level with the best is where the interval of the difference between
+    both accuracies (`difference_interval`) includes zero. It is not corrected for the best being the best of many.
 
     Args:
-        results: Of a search, finished or not.
-        level: Confidence, between 0 and 1.
-        limit: Rows of each way, the best ones; baselines are always there. Without it, all.
-
+        results: Of a search.
+        limit: Rows of each way, the best ones; baselines are always there.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f'a ranking of {limit} rows of each way: show at least 1')
-    ranked = _ranked(results)
-    best = ranked[0]
-    rows = [('rank', 'way', 'candidate', 'top-1', f'{100 * level:g} % interval', 'epochs', 'parameters', '')]
-    shown: dict[str, int] = {}
+    ranked, shown = results.ranked(), Counter[str]()
+    rows = [['rank', 'way', 'candidate', 'top-1', '95 % interval', 'epochs', 'parameters', '']]
     for rank, result in enumerate(ranked, 1):
-        way = result.candidate.way
-        shown[way] = shown.get(way, 0) + 1
-        if limit is None or shown[way] <= limit or way in BASELINES:
-            note = 'best' if result is best else 'level with the best' if _is_level(result, best, level) else ''
-            rows.append((
-                str(rank), labelled(way), result.candidate.name, f'{result.top1:.2f}', _interval(result, level),
-                str(result.epochs), f'{result.parameters:,}', note))
-    left_out = len(ranked) - len(rows) + 1
-    lines = [title(results), columns(rows, right=(0, 3, 6))]
-    if left_out:
-        lines.append(f'and {left_out} more, beyond the first {limit} of each way')
-    return '\n'.join(lines)
+        candidate, (low, high) = result.candidate, difference_interval(ranked[0], result)
+        shown[candidate.way] += 1
+        if shown[candidate.way] <= limit:
+            note = 'best' if rank == 1 else 'level with the best' if low <= 0 <= high else ''
+            rows.append([
+                str(rank), labelled(candidate.way), candidate.name, *_accuracy(result), str(result.epochs),
+                f'{result.parameters:,}', note])
+    return rows
 
 
-def summary(results: SearchResults, level: float = 0.95) -> str:
-    """A row for each baseline and each way: how many candidates, the best, and how the others fared.
+def summary(results: SearchResults) -> list[list[str]]:
+    """Rows of each baseline and each way: how many candidates, the best, and how the others fared.
 
     The accuracy of the best is high by the choice alone, the more so the more candidates there were and the fewer
     images; what was trained anew on more images (`final`) has its own columns, where it is there.
-
-    Args:
-        results: Of a search, finished or not.
-        level: Confidence of the intervals, between 0 and 1.
-
     """
-    _ranked(results)  # says so if there are none
-    interval = f'{100 * level:g} % interval'
-    rows = [('way', 'candidates', 'best', 'top-1', interval, 'mean', 'worst')]
+    rows = [['way', 'candidates', 'best', 'top-1', '95 % interval', 'mean', 'worst']]
     if results.final:
-        rows[0] += (f'on {results.final_images} images', interval)
-    for way in _ways([results]):
-        found, final = results.ranked(way), _best(results.final, way)
-        if not found and final is None:
-            continue
-        cells = ('0', '', '', '', '', '')
-        if found:
-            accuracies = [r.top1 for r in found]
-            cells = (
-                str(len(found)), found[0].candidate.name, f'{found[0].top1:.2f}', _interval(found[0], level),
-                f'{fmean(accuracies):.2f}', f'{min(accuracies):.2f}')
+        rows[0] += [f'on {results.final_images} images', '95 % interval']
+    for way in (*BASELINES, *results.ways):
+        found = results.ranked(way)
+        accuracies = [r.top1 for r in found]
+        rows.append([
+            labelled(way), str(len(found)), found[0].candidate.name, *_accuracy(found[0]), f'{fmean(accuracies):.2f}',
+            f'{min(accuracies):.2f}'])
         if results.final:
-            cells += ('', '') if final is None else (f'{final.top1:.2f}', _interval(final, level))
-        rows.append((labelled(way), *cells))
-    lines = [title(results), columns(rows, right=(1, 3, 5, 6, 7))]
-    return '\n'.join(lines)
+            again = [r for r in results.final if r.candidate.way == way]
+            rows[-1] += _accuracy(again[0]) if again else ['', '']
+    return rows
 
 
-def write_csv(results: SearchResults, path: Union[str, Path], level: float = 0.95) -> None:
+def write_csv(results: SearchResults, path: Union[str, Path]) -> None:
     """Write all candidates as CSV, whole or not at all; those of the search first, each phase the best first.
 
     Accuracies are in percent. `modules` are separated by spaces; `classifier` has none and `all` has all, so that both
     are empty. A loss that diverged is empty. Ranks are over all candidates of the phase.
-
-    Args:
-        results: Of a search, finished or not.
-        path: Its folder is made where it is missing.
-        level: Confidence of Wilson's interval from `top1_low` to `top1_high`, between 0 and 1.
-
     """
-    rows = []
+    rows: list[tuple] = [_COLUMNS]
     for phase, found in (('search', results.results), ('final', results.final)):
-        for rank, result in enumerate(sorted(found, key=_order), 1):
-            candidate, (low, high) = result.candidate, result.interval(level)
+        for rank, result in enumerate(_ranked(found), 1):
+            candidate, loss = result.candidate, result.loss if math.isfinite(result.loss) else None
             rows.append((
                 candidate.way, candidate.position, candidate.name, ' '.join(candidate.modules), phase,
-                *(round(v, 6) for v in (result.top1, low, high)), result.loss if math.isfinite(result.loss) else '',
-                result.images, result.parameters, result.epochs, rank))
-    _write_rows(path, [_COLUMNS, *rows])
+                *(round(v, 6) for v in (result.top1, *result.interval())), loss, result.images, result.parameters,
+                result.epochs, rank))
+    write_text(path, csv_text(rows))
 
 
 def difference_interval(
@@ -259,57 +231,20 @@ def difference_interval(
         difference + math.hypot(high1 - first.top1, second.top1 - low2))
 
 
-def _ways(searches: Sequence[SearchResults]) -> list[str]:
-    """The columns of Table I, with other numbers of top layers in their order, and then what else there is."""
-    found = dict.fromkeys(r.candidate.way for s in searches for r in (*s.results, *s.final))
-    ways = list(dict.fromkeys([*_PAPER_NAMES, *found]))
-    tops = sorted((w for w in ways if w[:3] == 'top' and w[3:].isdigit()), key=lambda w: int(w[3:]))
-    others = [w for w in ways if w not in tops]
-    after = others.index('block') + 1
-    return [*others[:after], *tops, *others[after:]]
-
-
-def _order(result: CandidateResult) -> tuple:
-    """That of `SearchResults.ranked`."""
-    return -result.top1, result.parameters
-
-
-def _best(found: Sequence[CandidateResult], way: str) -> Optional[CandidateResult]:
-    return min((r for r in found if r.candidate.way == way), key=_order, default=None)
-
-
-def _ranked(results: SearchResults) -> list[CandidateResult]:
-    ranked = results.ranked()
-    if not ranked:
-        raise UserError(f'{results.model}: the search has no results yet; let it finish its first candidates')
-    return ranked
-
-
-def _is_level(result: CandidateResult, best: CandidateResult, level: float) -> bool:
-    low, high = difference_interval(best, result, level)
-    return low <= 0 <= high
-
-
 def labelled(way: str) -> str:
     """The way, a baseline with the paper's name of it."""
-    return f'{way} (b{_PAPER_NAMES[way][1:]})' if way in BASELINES else way
+    return f'{way} ({BASELINES[way]})' if way in BASELINES else way
 
 
-def _interval(result: CandidateResult, level: float) -> str:
-    low, high = result.interval(level)
-    return f'{low:.2f} to {high:.2f}'
+def _ranked(found: Iterable[CandidateResult]) -> list[CandidateResult]:
+    return sorted(found, key=lambda r: (-r.top1, r.parameters))
 
 
-def title(results: SearchResults) -> str:
-    """What was searched, on what."""
-    images = {r.images for r in results.results}
-    validation = f'{min(images)}' if len(images) == 1 else f'{min(images)} to {max(images)}'
-    return f'{results.model} {results.role}, seed {results.seed}: {results.classes} classes, trained on ' \
-           f'{results.train_images} images, validated on {validation}'
+def _way_order(way: str) -> tuple[int, int]:
+    kind = way.rstrip('0123456789')
+    return _ORDER.index(kind), int(way[len(kind):] or 0)
 
 
-def _write_rows(path: Union[str, Path], rows: Sequence[Sequence]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator='\n').writerows(rows)
-    with replacing(path) as temporary:
-        temporary.write_text(text.getvalue(), encoding='utf-8')
+def _accuracy(result: CandidateResult) -> list[str]:
+    low, high = result.interval()
+    return [f'{result.top1:.2f}', f'{low:.2f} to {high:.2f}']

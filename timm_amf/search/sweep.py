@@ -37,8 +37,10 @@ from timm_amf.engine.config_file import args_content
 from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs, table
 from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.engine.run_folder import best_epoch, is_run
-from timm_amf.errors import CommandParser, Interrupted, UserError
-from timm_amf.search.keywords import words_of
+from timm_amf.errors import CommandParser, Diverged, Interrupted, UserError
+from timm_amf.flags import words_of
+from timm_amf.report import check_installed, report
+from timm_amf.search.charts import sweep_charts, write_figure
 from timm_amf.search.sweep_results import Configuration, Sweep, ranked, write_rows
 from timm_amf.search.sweep_space import Space, pairs, seed_list
 from timm_amf.tuning.plan_args import common_plan
@@ -47,11 +49,14 @@ __all__ = ['main', 'sweep']
 
 # Seconds between two signs of life of a process, and without one until its trial is another's.
 _HEARTBEAT, _GRACE = 15, 60
-_PRUNERS = ('none', 'median', 'hyperband')
+_PRUNERS = {  # of the epochs of a run
+    'none': lambda epochs: NopPruner(),
+    'median': lambda epochs: MedianPruner(n_warmup_steps=epochs // 3),
+    'hyperband': lambda epochs: HyperbandPruner()}
 _REFUSED = {'resume': '--resume', 'dry_run': '--dry-run', 'eval_only': '--eval-only', 'publish': '--publish',
             'finds_plan': '--plan auto', 'budget': '--budget'}
 # What the scores do not follow from.
-_ANYWHERE = ('overwrite', 'no_progress', 'workers', 'output', 'experiment', 'seed', 'tracker')
+_ANYWHERE = ('overwrite', 'no_progress', 'workers', 'output', 'experiment', 'seed', 'tracker', 'report')
 
 
 class _Repeated(Exception):
@@ -77,9 +82,7 @@ class _Worker:
         self.folder = Path(self.args.output or 'output/sweep') / (
             self.args.experiment or Path(self.args.data_dir or 'mixture').resolve().name)
         self.lock = FileLock(self.folder / 'sweep.lock')
-        self.pruner = {
-            'none': NopPruner(), 'hyperband': HyperbandPruner(),
-            'median': MedianPruner(n_warmup_steps=common_plan(self.args).epochs // 3)}[pruner]
+        self.pruner = _PRUNERS[pruner](common_plan(self.args).epochs)
         self.retry = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
         self.number: Optional[int] = None  # of the trial that it trains
 
@@ -93,6 +96,8 @@ class _Worker:
                 raise UserError(f'{flag}: is nothing for a sweep; leave it out')
         if trials is not None and (self.space.is_grid or trials < 1):
             raise UserError('--trials: give 1 or more with --space; a grid trains all its configurations')
+        if self.args.report:
+            check_installed()
         if pruner not in _PRUNERS:
             raise UserError(f'--pruner {pruner}: unknown; choose from {", ".join(_PRUNERS)}')
         if len(set(self.seeds)) < len(self.seeds):
@@ -139,6 +144,8 @@ class _Worker:
                     optuna.delete_study(study_name=name, storage=storage)
                 for run in self.folder.glob('trial*-seed*'):
                     shutil.rmtree(run)
+                for file in ('sweep.csv', 'runs.csv', 'test.csv'):  # a report would read them
+                    (self.folder / file).unlink(missing_ok=True)
             known = {s.study_name: s.user_attrs.get('asked') for s in optuna.get_all_study_summaries(storage)}
             if name not in known:
                 for values in self.space.samples():  # mistakes are found before anything is trained
@@ -218,9 +225,7 @@ class _Worker:
 
         try:
             self._train([*words, '--output', str(self.folder), '--experiment', name, '--resume', 'auto'], after_epoch)
-        except (UserError, TrialPruned) as e:
-            if isinstance(e, UserError) and 'not finite' not in str(e):
-                raise
+        except (Diverged, TrialPruned) as e:
             end = str(e) if isinstance(e, TrialPruned) else f'diverged: seed {seed}'
             trial.set_user_attr('end', end)
             print(f'trial {place} ({configuration}): {end}', flush=True)
@@ -230,8 +235,10 @@ class _Worker:
         return found
 
     def _train(self, words: Sequence[str], after_epoch: Optional[Callable] = None) -> None:
+        args = parse_args(words)
+        args.report = False  # of the sweep, not of its runs
         with contextlib.redirect_stdout(io.StringIO()):
-            importlib.import_module('train_amf').train(words, after_epoch)
+            importlib.import_module('train_amf').train(words, after_epoch, args)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -242,29 +249,34 @@ class _Worker:
             raise UserError(f'{self.folder}: no configuration was trained to its end; lower the LRs, or do not prune')
         with self.lock:
             found.write()
+            found.notes += write_figure(
+                sweep_charts(found), *(self.folder / f'sweep.{kind}' for kind in ('png', 'svg')))
             if all(map(is_run, found.runs(found.best))):
                 found.write_best(parse_args([*self.space.words(found.best.values), '--seed', str(min(self.seeds))]))
-                self._test(found, study)
+                if self.test_split:
+                    self._test(found, study)
             else:
                 found.notes.append(f'Runs of {found.best} are on another machine: no best.yaml, no test.')
+            if self.args.report:
+                found.notes.append(f'Report: {report([self.folder])}')
         return found
 
     def _test(self, found: Sweep, study: optuna.Study) -> None:
         """Evaluate the best configuration on the test images, unless one was before."""
         if study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             found.notes.append('Trials run elsewhere or were killed, which this storage cannot tell: no test yet.')
-        elif self.test_split:
-            if 'test' not in study.user_attrs:
-                options = RunOptions(self.test_split, cpu=self.args.cpu, workers=self.args.workers)
-                rows = evaluate_runs(found.runs(found.best), options)
-                write_rows(self.folder / 'test.csv', [asdict(row) for row in rows])
-                text = f'best configuration, split {self.test_split}\n{table(rows)}'
-                study.set_user_attr('test', [found.best.number, text])
-            number, found.test = study.user_attrs['test']
-            if number != found.best.number:
-                found.notes.append(
-                    f'Trial {number} was the best when the test images were looked at, which is done once. For others '
-                    'see timm-amf evaluate.')
+            return
+        if 'test' not in study.user_attrs:
+            options = RunOptions(self.test_split, cpu=self.args.cpu, workers=self.args.workers)
+            rows = evaluate_runs(found.runs(found.best), options)
+            write_rows(self.folder / 'test.csv', [asdict(row) for row in rows])
+            text = f'best configuration, split {self.test_split}\n{table(rows)}'
+            study.set_user_attr('test', [found.best.number, text])
+        number, found.test = study.user_attrs['test']
+        if number != found.best.number:
+            found.notes.append(
+                f'Trial {number} was the best when the test images were looked at, which is done once. For others '
+                'see timm-amf evaluate.')
 
     def _configurations(self, study: optuna.Study) -> list[Configuration]:
         found = []
@@ -333,7 +345,8 @@ def main(argv: Sequence[str]) -> None:
         help='what to draw from: LOW:HIGH, log:LOW:HIGH (whole numbers if both limits are), or V,V,...')
     add('--seeds', type=seed_list, default=[], metavar='N,N', help='train each configuration with each')
     add('--trials', type=int, metavar='N', help='configurations to draw from a --space (default: 20)')
-    add('--pruner', choices=_PRUNERS, default='none', help='end configurations that fall behind (default: %(default)s)')
+    add('--pruner', choices=tuple(_PRUNERS), default='none',
+        help='end configurations that fall behind (default: %(default)s)')
     add('--storage', metavar='URL', help="database or journal file of Optuna (default: SQLite in the sweep's folder)")
     add('--test-split', metavar='NAME', help='evaluate the best configuration on this split, once, at the end')
     own, words = parser.parse_known_args([word for word in argv if word != '--'])

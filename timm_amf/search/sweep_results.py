@@ -1,7 +1,6 @@
 """What a sweep found: its configurations, ranked, with paired tests against the best, and the files that say so."""
 import argparse
 import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,10 +12,14 @@ from timm_amf.engine.intervals import holm, mean_interval, paired_p
 from timm_amf.errors import UserError
 from timm_amf.files import write_text
 from timm_amf.search.proposal import config_text
-from timm_amf.text import columns
+from timm_amf.text import columns, csv_text
 from timm_amf.tuning import Plan
+from timm_amf.yaml_text import load_yaml
 
-__all__ = ['Configuration', 'Sweep', 'ranked', 'shown', 'write_rows']
+__all__ = ['HOW', 'Configuration', 'Sweep', 'ranked', 'shown', 'write_rows']
+
+HOW = "Interval: Student's t over the seeds, none where all agree; p: paired t test against the best"
+_STATISTICS = ('mean', 'std', 'low', 'high', 'difference', 'p', 'p_holm')
 
 
 @dataclass
@@ -115,41 +118,61 @@ class Sweep:
         """The folders of a configuration's runs, in the order of the seeds."""
         return [self.folder / f'trial{configuration.number}-seed{seed}' for seed in sorted(configuration.runs)]
 
+    @property
+    def table(self) -> list[list[str]]:
+        """Rows: the configurations, with intervals and tests where there are several seeds."""
+        several = len(self.best.runs) > 1
+        rows = [['trial', *self.best.values, 'seeds', self.metric,
+                 *(('95 % interval', 'difference', 'p', 'p (Holm)') if several else ())]]
+        for c in self.configurations:
+            rows.append([
+                str(c.number), *map(shown, c.values.values()), str(len(c.runs)),
+                c.end if c.mean is None else f'{c.mean:.2f}'])
+            if several:
+                rows[-1] += ['' if c.low is None else f'{c.low:.2f} to {c.high:.2f}', _number(c.difference, '+.2f'),
+                             _number(c.p, '.2g'), _number(c.p_holm, '.2g')]
+        return rows
+
     def __str__(self) -> str:
-        found = self.configurations
-        head = ['trial', *self.best.values, 'seeds', self.metric]
+        text = columns(self.table, right=range(len(self.best.values) + 1, len(self.table[0])))
         if len(self.best.runs) > 1:
-            head += ['95 % interval', 'difference', 'p', 'p (Holm)']
-        rows = [head]
-        for c in found:
-            row = [str(c.number), *map(shown, c.values.values()), str(len(c.runs))]
-            row.append(c.end if c.mean is None else f'{c.mean:.2f}')
-            if len(self.best.runs) > 1:
-                row += ['' if c.low is None else f'{c.low:.2f} to {c.high:.2f}', _number(c.difference, '+.2f')]
-                row += [_number(c.p, '.2g'), _number(c.p_holm, '.2g')]
-            rows.append(row)
-        text = columns(rows, right=range(len(self.best.values) + 1, len(head)))
-        if len(self.best.runs) > 1:
-            text += "\ninterval: Student's t over the seeds, none where all agree; p: paired t test against the best"
+            text += f'\n{HOW}'
         return '\n\n'.join([text, *filter(None, [self.test]), *self.notes])
 
     def write(self) -> None:
-        """Write `sweep.csv`, a row a configuration, `runs.csv`, a row a run, and the figure, drawn from `runs.csv`."""
-        stats = ('mean', 'std', 'low', 'high', 'difference', 'p', 'p_holm')
+        """Write `sweep.csv`, a row a configuration, and `runs.csv`, a row a run."""
         write_rows(self.folder / 'sweep.csv', [
             {'trial': c.number, **c.values, 'seeds': len(c.runs), 'metric': self.metric,
-             **{name: getattr(c, name) for name in stats}, 'end': c.end} for c in self.configurations])
+             **{name: getattr(c, name) for name in _STATISTICS}, 'end': c.end} for c in self.configurations])
         write_rows(self.folder / 'runs.csv', [
             {'trial': c.number, **c.values, 'seed': seed, **c.runs[seed], 'run': run.name}
             for c in self.configurations for seed, run in zip(sorted(c.runs), self.runs(c))])
+
+    @classmethod
+    def read(cls, folder: Path) -> 'Sweep':
+        """What `write` and `write_best` wrote."""
+        tables = []
+        for name in ('sweep.csv', 'runs.csv'):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f'{folder / name}: is missing; the sweep has not ended: wait, or give its command again')
+            with open(folder / name, newline='', encoding='utf-8') as file:
+                tables.append(list(csv.DictReader(file)))
         try:
-            from timm_amf.search.plots import plot_sweep
-
-            for name in ('sweep.png', 'sweep.svg'):
-                plot_sweep(self, self.folder / name)
-        except (ImportError, UserError) as e:  # the figure is an extra; the rest is there
-            self.notes.append(f'No figure: {e}')
-
+            rows, runs = tables
+            keys = list(rows[0])[1:list(rows[0]).index('seeds')]
+            found = [Configuration(
+                int(row['trial']), {key: _value(row[key]) for key in keys}, {}, row['end'],
+                **{name: float(row[name]) if row[name] else None for name in _STATISTICS}) for row in rows]
+            of_number = {c.number: c for c in found}
+            for row in runs:
+                of_number[int(row['trial'])].runs[int(row['seed'])] = {
+                    name: float(value) for name, value in row.items()
+                    if value and name not in ('trial', 'seed', 'run', *keys)}
+            best = load_yaml(folder / 'best.yaml') if (folder / 'best.yaml').is_file() else {}
+            return cls(folder, rows[0]['metric'], found, best.get('model', ''))
+        except (KeyError, ValueError, IndexError, TypeError) as e:
+            raise UserError(f'{folder / "sweep.csv"}: is damaged ({type(e).__name__}: {e})') from None
 
     def write_best(self, args: argparse.Namespace) -> None:
         """Write `best.yaml`, which repeats the best configuration's run of the least seed.
@@ -165,14 +188,18 @@ class Sweep:
         write_text(self.folder / 'best.yaml', self.config)
 
 
+def _value(text: str) -> Any:
+    """A value of a CSV file; numbers with a point come from a range, and are shown rounded."""
+    try:
+        return float(text) if '.' in text else text
+    except ValueError:
+        return text
+
+
 def _number(value: Optional[float], form: str) -> str:
     return '' if value is None or math.isnan(value) else format(value, form)
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows of the same columns as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_text(path, csv_text([list(rows[0]), *(row.values() for row in rows)]))

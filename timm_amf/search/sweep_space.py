@@ -10,9 +10,9 @@ from typing import Any, Optional
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial
 
-from timm_amf.engine.config_file import nearest
 from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.errors import UserError
+from timm_amf.flags import nearest
 
 __all__ = ['Space', 'pairs', 'seed_list']
 

@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import math
@@ -11,15 +12,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any, Optional
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from timm.utils import dispatch_clip_grad
 from torch import nn
 
 from timm_amf.engine import build
+from timm_amf.engine.csv_log import CsvLog
 from timm_amf.engine.evaluate import Tally, reduce_tensors
 from timm_amf.engine.loop import Trainer
 from timm_amf.engine.memory import saved_bytes
@@ -36,8 +38,7 @@ from timm_amf.search.lockstep import (
     LockstepModel,
     LockstepUnfit,
     Member,
-    lockstep_member,
-    plain_member,
+    create_member,
 )
 from timm_amf.search.results import CandidateResult
 from timm_amf.tuning import GroupScheduler, Plan
@@ -50,50 +51,36 @@ __all__ = ['CandidateRuns', 'CandidateTrainer', 'Stage']
 _logger = logging.getLogger(__name__)
 
 
-class _GroupsOf:
-    """A candidate's share of an optimiser's groups, for its own scheduler."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, start: int, stop: int):
-        self.optimizer, self.range = optimizer, slice(start, stop)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups[self.range]  # the dicts are others after `load_state_dict`
-
-
 class _Schedulers:
     """The schedulers of several candidates as one: `plateau` follows the metric of each.
 
     Attributes:
-        latest: (top1, loss) of each candidate at the last evaluation.
-        curves: (epochs trained, top1, loss) of each evaluation, by candidate.
+        latest: The metric of each candidate at the last evaluation.
     """
 
-    def __init__(self, schedulers: Sequence[GroupScheduler], decreasing: bool):
-        self.schedulers, self.decreasing = list(schedulers), decreasing
-        self.latest: list[tuple[float, float]] = []
-        self.curves: list[list[tuple[int, float, float]]] = [[] for _ in schedulers]
+    def __init__(self, optimizer: torch.optim.Optimizer, groups: Iterable[int], plan: Plan, updates: int, mode: str):
+        self.optimizer = optimizer
+        self.shares = [slice(*ends) for ends in itertools.pairwise(itertools.accumulate(groups, initial=0))]
+        self.each = [
+            GroupScheduler(SimpleNamespace(param_groups=optimizer.param_groups[share]), plan, updates, mode)
+            for share in self.shares]
+        self.latest: list[float] = []
 
     def step(self, epoch: int, metric: Optional[float] = None) -> None:
-        for i, scheduler in enumerate(self.schedulers):
-            if metric is None:
-                scheduler.step(epoch)
-            else:
-                top1, loss = self.latest[i]
-                self.curves[i].append((epoch, top1, loss))
-                scheduler.step(epoch, loss if self.decreasing else top1)
+        for scheduler, own in zip(self.each, itertools.repeat(None) if metric is None else self.latest):
+            scheduler.step(epoch, own)
 
     def step_update(self, num_updates: int) -> None:
-        for scheduler in self.schedulers:
+        for scheduler in self.each:
             scheduler.step_update(num_updates)
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(schedulers=[s.state_dict() for s in self.schedulers], curves=self.curves)
+        return {'schedulers': [scheduler.state_dict() for scheduler in self.each]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for scheduler, values in zip(self.schedulers, state['schedulers']):
+        for scheduler, share, values in zip(self.each, self.shares, state['schedulers']):
+            scheduler.optimizer.param_groups = self.optimizer.param_groups[share]  # those that were loaded
             scheduler.load_state_dict(values)
-        self.curves = [[tuple(point) for point in curve] for curve in state['curves']]
 
 
 class CandidateTrainer(Trainer):
@@ -120,7 +107,7 @@ class CandidateTrainer(Trainer):
                 tally.update(logits, batch.target, batch.component)
         reduce_tensors(self.accelerator, *tallies)
         found = [tally.metrics() for tally in tallies]
-        self.scheduler.latest = [(metrics['top1'], metrics['loss']) for metrics in found]
+        self.scheduler.latest = [metrics[self.args.eval_metric] for metrics in found]
         columns = {
             f'{key}_{member.name}': metrics[key]
             for member, metrics in zip(model.members, found) for key in ('top1', 'loss')}
@@ -218,10 +205,10 @@ class CandidateRuns:
         names = [n for g in groups if g['role'] != 'head' for n in g['param_names'] if n in self.trainable]
         if self.probe is not None and '' not in candidate.modules:
             try:
-                return lockstep_member(self.model, self.probe, candidate, self.head, names)
+                return create_member(self.model, candidate, self.head, names, self.probe)
             except LockstepUnfit as e:
                 _logger.info('%s trains on its own: %s', candidate.name, e)
-        return plain_member(self.model, candidate, self.head, names)
+        return create_member(self.model, candidate, self.head, names)
 
     def _network(self, members: Sequence[Member]) -> Lockstep:
         return Lockstep(self.model, self.probe, members, self.own_head)
@@ -247,32 +234,32 @@ class CandidateRuns:
         kept = [t.clone() for t in member.tensors().values()]
         member.train()
         images = next(self.model.parameters()).new_zeros((3, *self.input_size))
-        sizes = [saved_bytes(functools.partial(net, images[:count])) for count in (2, 3)]
+        two, three = (saved_bytes(functools.partial(net, images[:count])) for count in (2, 3))
         member.train(False)
         with torch.no_grad():
             for tensor, value in zip(member.tensors().values(), kept):
                 tensor.copy_(value)  # the statistics of norms moved
-        return (sizes[1] - sizes[0]) * self.args.batch_size
+        return (three - two) * self.args.batch_size
 
     def _groups(self, member: Member, plan: Plan) -> list[dict[str, Any]]:
         """The groups of the Plan, over the member's own parameters."""
         groups = param_groups(self.model, candidate_plan(plan, member.candidate, self.role))
-        result = []
-        for g in groups:
-            names = [n for n in g['param_names'] if n in member.params]  # the classifier's are named otherwise
-            if names:
-                result.append({**g, 'params': [member.params[n] for n in names], 'param_names': names})
         of_head = next(g for g in groups if g['role'] == 'head')
         decay = plan.role('head', role_defaults(self.model)).weight_decay
-        own = {n: p for n, p in member.params.items() if n.startswith(HEAD)}
-        for decays in (True, False):
-            chosen = {n: p for n, p in own.items() if decays == (p.ndim > 1 or not plan.weight_decay_exclude_1d)}
-            if chosen:
+        head = {True: [], False: []}  # names by whether they decay
+        for name, param in member.params.items():
+            if name.startswith(HEAD):
+                head[param.ndim > 1 or not plan.weight_decay_exclude_1d].append(name)
+        wanted = [(g, g['param_names']) for g in groups]  # of the network's own classifier the member has none
+        wanted += [({**of_head, 'weight_decay': decay if decays else 0.}, names) for decays, names in head.items()]
+        result = []
+        for group, names in wanted:
+            names = [n for n in names if n in member.params]
+            if names:  # unique in the optimiser of all
                 result.append({
-                    **of_head, 'weight_decay': decay if decays else 0., 'params': list(chosen.values()),
-                    'param_names': list(chosen)})
-        # Unique in the optimiser of all.
-        return [{**g, 'param_names': [f'{member.name}/{n}' for n in g['param_names']]} for g in result]
+                    **group, 'params': [member.params[n] for n in names],
+                    'param_names': [f'{member.name}/{n}' for n in names]})
+        return result
 
     # -- a run --------------------------------------------------------------------------------------------------------
 
@@ -293,12 +280,13 @@ class CandidateRuns:
             while trainer.epoch < trainer.epochs:
                 trainer.finish_epoch(trainer.train_epoch(), trainer.evaluate())
         images, epochs = len(stage.val_loader.dataset), trainer.epochs
-        results = {}
-        for member, curve in zip(members, trainer.scheduler.curves):
-            _, top1, loss = curve[-1]
+        rows, results = CsvLog(folder / 'policy.csv', epochs).rows, {}
+        for member in members:
+            curve = [(int(row['epoch']) + 1, *(float(row[f'{name}_{member.name}']) for name in ('top1', 'loss')))
+                     for row in rows]
             parameters = sum(p.numel() for p in member.params.values())
             results[member.candidate] = CandidateResult(
-                member.candidate, top1, loss, images, parameters, epochs, tuple(curve))
+                member.candidate, *curve[-1][1:], images, parameters, epochs, tuple(curve))
         if self.accelerator.is_main_process:
             write_text(done, json.dumps([r.to_dict() for r in results.values()]))
             trainer.checkpoints.discard_last()
@@ -310,7 +298,7 @@ class CandidateRuns:
         shared = not members[0].alone
         model = LockstepModel(members, self._network(members) if shared else None, self.own_head)
         groups = [self._groups(member, plan) for member in members]
-        optimizer = optimizer_of([group for of_member in groups for group in of_member], plan)
+        optimizer = optimizer_of(list(itertools.chain(*groups)), plan)
         mixup = build.build_mixup(args, self.model.num_classes)
         # Its parameters are known to the trainer as one role, which trains from the start.
         common = dataclasses.replace(plan, roles={})
@@ -323,9 +311,6 @@ class CandidateRuns:
         trainer = CandidateTrainer(
             own_args, self.accelerator, task, resolve(model, common), optimizer, stage.train_loader, stage.val_loader,
             folder, mixup)
-        ends = np.cumsum([0, *map(len, groups)])
-        mode = 'min' if trainer.decreasing else 'max'
-        trainer.scheduler = _Schedulers([
-            GroupScheduler(_GroupsOf(optimizer, start, stop), plan, trainer.updates_per_epoch, mode)
-            for start, stop in zip(ends, ends[1:])], trainer.decreasing)
+        trainer.scheduler = _Schedulers(
+            optimizer, map(len, groups), plan, trainer.updates_per_epoch, 'min' if trainer.decreasing else 'max')
         return trainer

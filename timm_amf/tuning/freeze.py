@@ -7,7 +7,7 @@ from torch import nn
 from timm_amf.tuning.plan import Plan
 from timm_amf.tuning.resolve import Resolved, resolve, running_norms
 
-__all__ = ['apply_freeze', 'freeze_norm', 'unfreeze_norm']
+__all__ = ['apply_freeze', 'freeze_norm']
 
 
 def apply_freeze(model: nn.Module, plan: Union[Plan, Resolved], epoch: int = 0) -> bool:
@@ -26,13 +26,14 @@ def apply_freeze(model: nn.Module, plan: Union[Plan, Resolved], epoch: int = 0) 
 
     Returns:
         Whether any parameter's `requires_grad` changed.
-
-    Raises:
-        UserError: If the Plan does not fit the model.
     """
     table, norms = resolve(model, plan), running_norms(model)
     for name, start in table.norms.items():
-        unfreeze_norm(norms[name]) if start is not None and epoch >= start else freeze_norm(norms[name])
+        if start is None or epoch < start:
+            freeze_norm(norms[name])
+        else:
+            # It keeps its present mode until that of the model is next set.
+            norms[name].__dict__.pop('train', None)
     changed = False
     for name, param in model.named_parameters():
         setting = table.parameters[name]
@@ -55,8 +56,3 @@ def freeze_norm(norm: nn.Module) -> None:
     # module through deepcopy (EMA) and pickling; a bound method would be pickled by a name the module has not.
     norm.train = functools.partial(_stay_in_eval, norm)
     norm.train(False)
-
-
-def unfreeze_norm(norm: nn.Module) -> None:
-    """Let a norm follow the mode of the model again. It keeps its present mode until that is next set."""
-    norm.__dict__.pop('train', None)

@@ -27,11 +27,7 @@ _COUPLED = ('ASGD', 'Adadelta', 'Adagrad', 'Adam', 'Adamax', 'Lars', 'NAdam', 'N
 
 
 def is_decoupled(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimiser of torch or timm decays weights beside its gradient step, as AdamW does.
-
-    Raises:
-        UserError: If it is another's optimiser, of which this is not known.
-    """
+    """Whether an optimiser of torch or timm decays weights beside its gradient step, as AdamW does."""
     optimizer = getattr(optimizer, '_base_optimizer', optimizer)  # of timm's Lookahead
     group, name = optimizer.param_groups[0], type(optimizer).__name__
     if name in _DECOUPLED:
@@ -56,9 +52,6 @@ class L2SP:
 
     Attributes:
         decoupled: Whether the pull is beside the gradient step.
-
-    Raises:
-        UserError: If it is not known how the optimiser decays weights.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
@@ -82,11 +75,7 @@ class L2SP:
         return {n: t for i, starts in self._starts.items() for n, t in zip(groups[i]['param_names'], starts)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the starting point.
-
-        Raises:
-            UserError: If it lacks a parameter, or has one of another shape.
-        """
+        """Restore the starting point."""
         own = self.state_dict()
         unlike = [n for n, t in own.items() if n not in state or state[n].shape != t.shape]
         if unlike:
@@ -118,21 +107,10 @@ class L2SP:
         for i, starts in self._starts.items():
             group = optimizer.param_groups[i]
             starts[:] = [s.to(p) for s, p in zip(starts, group['params'])]  # trainers move a model when they start
-            pairs = [(p, s) for p, s in zip(group['params'], starts) if p.grad is not None and p.requires_grad]
-            if not pairs:
-                continue
-            params, starts = map(list, zip(*pairs))
-            if self.decoupled:
-                torch._foreach_lerp_(params, starts, float(group['lr']) * group['l2sp_alpha'])
-            else:
-                _add_differences([p.grad for p in params], params, starts, scale * group['l2sp_alpha'])
-
-
-def _add_differences(grads: list[Tensor], params: list[Tensor], starts: list[Tensor], alpha: float) -> None:
-    """grads += alpha * (params - starts)"""
-    if params[0].device.type != 'cpu':
-        torch._foreach_add_(grads, torch._foreach_sub(params, starts), alpha=alpha)
-        return
-    # One by one, the differences take turns in the same few pages; all at once they cost four times as long.
-    for grad, param, start in zip(grads, params, starts):
-        grad.add_(param - start, alpha=alpha)
+            for param, start in zip(group['params'], starts):
+                if param.grad is None or not param.requires_grad:
+                    continue
+                if self.decoupled:
+                    param.lerp_(start, float(group['lr']) * group['l2sp_alpha'])
+                else:
+                    param.grad.add_(param - start, alpha=scale * group['l2sp_alpha'])

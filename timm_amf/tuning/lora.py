@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from timm_amf.errors import UserError
+from timm_amf.models.blocks import ancestors
 from timm_amf.tuning.resolve import Resolved
 
 __all__ = ['add_lora', 'merge_lora', 'merged_state']
@@ -30,12 +31,10 @@ def add_lora(model: nn.Module, table: Resolved, seed: int) -> bool:
     Returns:
         Whether any role has adapters.
     """
-    modules = dict(model.named_modules())
     targets: dict[str, int] = {}
     for name, setting in table.parameters.items():
         owner, _, kind = name.rpartition('.')
-        role = table.roles[setting.place.role]
-        module = modules[owner]
+        role, module = table.roles[setting.place.role], model.get_submodule(owner)
         fits = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
         if role.plan.lora_rank and kind == 'weight' and fits and role.trained(name, setting.place):
             targets[owner] = role.plan.lora_rank
@@ -70,18 +69,13 @@ def merge_lora(model: nn.Module) -> None:
 
 def merged_state(model: nn.Module) -> Mapping[str, torch.Tensor]:
     """The state of the plain model with the adapters added, which the model itself keeps apart."""
-    state = model.state_dict()
-    layers = _adapted(model)
-    if not layers:
-        return state
-    merged = {}
-    for name, tensor in state.items():
-        owner = next((path for path in layers if name.startswith(f'{path}.')), None)
+    layers, merged = _adapted(model), {}
+    for name, tensor in model.state_dict().items():
+        owner = next((path for path in ancestors(name) if path in layers), None)
         if owner is None:
             merged[name] = tensor
         elif name.startswith(f'{owner}.base_layer.'):
-            kind = name[len(f'{owner}.base_layer.'):]
-            layer = layers[owner]
+            layer, kind = layers[owner], name.rpartition('.')[2]
             delta = layer.get_delta_weight(layer.active_adapters[0]) if kind == 'weight' else 0
             merged[f'{owner}.{kind}'] = tensor + delta
     return merged

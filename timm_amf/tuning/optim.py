@@ -28,26 +28,15 @@ def param_groups(model: nn.Module, plan: Union[Plan, Resolved]) -> list[dict[str
 
     Returns:
         Parameter groups, none of them empty.
-
-    Raises:
-        UserError: If the Plan does not fit the model, or leaves nothing to train.
     """
-    params = dict(model.named_parameters())
-    groups: dict[tuple, dict[str, Any]] = {}
+    params, groups = dict(model.named_parameters()), {}
     for name, setting in resolve(model, plan).parameters.items():
         if not setting.trains:
             continue
-        key = (setting.place.role, setting.lr, setting.weight_decay, setting.l2sp_alpha)
-        group = groups.setdefault(key, dict(
-            params=[],
-            lr=setting.lr,
-            weight_decay=setting.weight_decay,
-            l2sp_alpha=setting.l2sp_alpha,
-            role=setting.place.role,
-            start_epoch=setting.start_epoch,
-            schedule=setting.schedule,
-            param_names=[],
-        ))
+        own = dict(
+            lr=setting.lr, weight_decay=setting.weight_decay, l2sp_alpha=setting.l2sp_alpha, role=setting.place.role)
+        group = groups.setdefault(tuple(own.values()), dict(
+            own, start_epoch=setting.start_epoch, schedule=setting.schedule, params=[], param_names=[]))
         group['params'].append(params[name])
         group['param_names'].append(name)
     if not groups:
@@ -60,9 +49,6 @@ def create_optimizer(model: nn.Module, plan: Union[Plan, Resolved], **kwargs) ->
 
     Where the Plan asks for L2-SP, the weights that the model has now are the starting point, and the `L2SP` that pulls
     towards it is `optimizer.l2sp` (None otherwise).
-
-    Raises:
-        UserError: If the Plan does not fit the model, or the optimiser refuses its arguments.
     """
     table = resolve(model, plan)
     return optimizer_of(param_groups(model, table), table.plan, **kwargs)
@@ -88,14 +74,10 @@ def optimizer_of(groups: list[dict[str, Any]], plan: Plan, **kwargs) -> torch.op
 
 def describe_groups(groups: list[dict[str, Any]]) -> str:
     """A table of parameter groups, a line each: role, LR, weight decay, L2-SP, first epoch, tensors, parameters."""
-    rows = [('role', 'lr', 'weight_decay', 'l2sp_alpha', 'from epoch', 'tensors', 'parameters')]
-    for group in groups:
-        rows.append((
-            group['role'], f'{group.get("initial_lr", group["lr"]):g}', f'{group["weight_decay"]:g}',
-            f'{group["l2sp_alpha"]:g}', str(group['start_epoch']), str(len(group['params'])),
-            f'{sum(p.numel() for p in group["params"]):,}',
-        ))
-    return columns(rows)
+    heads = ('role', 'lr', 'weight_decay', 'l2sp_alpha', 'from epoch', 'tensors', 'parameters')
+    return columns([heads, *(
+        (g['role'], f'{g.get("initial_lr", g["lr"]):g}', f'{g["weight_decay"]:g}', f'{g["l2sp_alpha"]:g}',
+         str(g['start_epoch']), str(len(g['params'])), f'{sum(p.numel() for p in g["params"]):,}') for g in groups)])
 
 
 def describe_depths(model: nn.Module, plan: Union[Plan, Resolved]) -> str:

@@ -8,6 +8,7 @@ two.
 import copy
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,11 +94,6 @@ class Schedule:
         if self.noise is not None and (len(self.noise) not in (1, 2) or self.noise != sorted(self.noise)):
             raise UserError(f'schedule: noise must be 1 or 2 values in increasing order, not {self.noise}')
 
-    def replace(self, **changes) -> 'Schedule':
-        """A copy with some fields changed, validated again."""
-        _check_names(changes, Schedule, 'schedule')
-        return dataclasses.replace(self, **changes)
-
 
 @dataclass
 class RolePlan:
@@ -149,14 +145,10 @@ class RolePlan:
 
     def merged(self, other: 'RolePlan') -> 'RolePlan':
         """This role's settings with every field that `other` sets taken from `other`."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in values:
-            theirs = getattr(other, name)
-            if name == 'schedule' and theirs is not None:
-                theirs = {**(self.schedule or {}), **theirs}
-            if theirs is not None:
-                values[name] = theirs
-        return RolePlan(**values)
+        theirs = {name: value for name, value in vars(other).items() if value is not None}
+        if other.schedule is not None:
+            theirs['schedule'] = {**(self.schedule or {}), **other.schedule}
+        return dataclasses.replace(self, **theirs)
 
 
 # What a role does when neither it nor the Plan says otherwise.
@@ -172,9 +164,6 @@ class Plan:
 
     Keys of `roles` are the roles of the model (`branch.0`, `branch.1`, `policy`, `head`; `backbone` and `head` for a
     plain timm model), or a kind (`branch`) that stands for all roles `branch.*`; the exact name wins field by field.
-
-    Raises:
-        UserError: If a field is unknown, of the wrong type or out of range.
     """
     lr: float = setting(
         0.01, 'learning rate; in a run that names none, --lr-base scaled with the batch', low=0, flag='')
@@ -240,7 +229,7 @@ class Plan:
 
     def complete_schedule(self, changes: Optional[Mapping[str, Any]] = None) -> Schedule:
         """The Plan's schedule with some fields changed and timm's absolute start of the warm-up as a fraction."""
-        schedule = self.schedule.replace(**(changes or {}))
+        schedule = dataclasses.replace(self.schedule, **(changes or {}))
         if schedule.warmup_scale is None:
             schedule.warmup_scale = min(1., _TIMM_WARMUP_LR / self.lr) if self.lr else 0.
         return schedule
@@ -254,26 +243,19 @@ class Plan:
 
     def with_role(self, name: str, **settings) -> 'Plan':
         """A copy of the Plan in which the role `name` has the given settings besides those that it had."""
-        _check_names(settings, RolePlan, f'plan.roles.{name}')
-        plan = copy.deepcopy(self)
-        plan.roles[name] = plan.roles.get(name, RolePlan()).merged(RolePlan(**settings))
-        return plan
+        return self.updated({'roles': {name: settings}})
 
     def updated(self, mapping: Mapping[str, Any]) -> 'Plan':
         """A copy with the settings of a mapping (the `plan:` section of a recipe) laid over this Plan's."""
         _check_names(mapping, Plan, 'plan')
-        values = self.to_dict()
-        for key, value in mapping.items():
-            if key == 'schedule' and isinstance(value, Mapping):
-                value = {**values.get('schedule', {}), **value}
-            values[key] = value
-        roles = values.get('roles') or {}
-        if mapping.get('roles') is not None and isinstance(roles, Mapping):
-            merged = dict(self.roles)
-            for name, settings in roles.items():
-                settings = _build(RolePlan, settings, f'plan.roles.{name}')
-                merged[name] = merged[name].merged(settings) if name in merged else settings
-            values['roles'] = merged
+        before = self.to_dict()
+        values = {**before, **mapping}
+        if isinstance(values['schedule'], Mapping):
+            values['schedule'] = {**before['schedule'], **values['schedule']}
+        if isinstance(values['roles'], Mapping):
+            values['roles'] = {**copy.deepcopy(self.roles), **{
+                name: self.roles.get(name, RolePlan()).merged(_build(RolePlan, settings, f'plan.roles.{name}'))
+                for name, settings in values['roles'].items()}}
         return Plan(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -286,18 +268,13 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> 'Plan':
-        """Build a Plan from plain data.
-
-        Raises:
-            UserError: If a field is unknown, of the wrong type or out of range.
-        """
+        """Build a Plan from plain data."""
         _check_names(data, cls, 'plan')
         return cls(**data)
 
     def to_yaml(self, path: Union[str, Path]) -> None:
         """Write the Plan under the key `plan`, so that `train_amf.py --config` takes the file as it is."""
-        text = yaml.safe_dump({'plan': self.to_dict()}, sort_keys=False)
-        write_text(path, text)
+        write_text(path, yaml.safe_dump({'plan': self.to_dict()}, sort_keys=False))
 
     @classmethod
     def from_yaml(cls, path: Union[str, Path]) -> 'Plan':
@@ -315,8 +292,6 @@ class Plan:
 def _build(cls, value, where: str):
     if isinstance(value, cls):
         return value
-    if not isinstance(value, Mapping):
-        raise UserError(f'{where} must be a mapping of settings, not {value!r}')
     _check_names(value, cls, where)
     try:
         return cls(**value)
@@ -357,12 +332,12 @@ def _problem(value, low=None, high=None, above=None, choices=None, **_) -> str:
         return f'{value!r} is unknown; choose one of {", ".join(choices)}'
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return ''
-    if above is not None and not value > above:
+    if above is not None and value <= above:
         return f'must be above {above}, not {value}'
-    if (low is not None and value < low) or (high is not None and value > high):
-        return f'must be at least {low}, not {value}' if high is None else (
-            f'must be from {above if low is None else low} to {high}, not {value}')
-    return ''
+    if (low is None or value >= low) and (high is None or value <= high):
+        return ''
+    limits = f'at least {low}' if high is None else f'from {above if low is None else low} to {high}'
+    return f'must be {limits}, not {value}'
 
 
 def _coerce(value, hint):
@@ -370,29 +345,19 @@ def _coerce(value, hint):
     if hint is Any:
         return value
     if origin is Union:
-        if value is None and type(None) in args:
-            return None
-        for option in (a for a in args if a is not type(None)):
+        for option in args:
             try:
                 return _coerce(value, option)
             except (TypeError, ValueError, OverflowError):
                 continue
-        raise TypeError
-    if origin is list:
-        if isinstance(value, (str, Mapping)):
-            raise TypeError
+    elif origin is list and not isinstance(value, (str, Mapping)):
         return [_coerce(v, args[0]) for v in value]
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise TypeError
+    elif origin is dict and isinstance(value, Mapping):
         return {k: _coerce(v, args[1]) for k, v in value.items()}
-    if hint in (int, float):
-        if isinstance(value, bool):
-            raise TypeError
-        number = float(value)
-        if number != number or (hint is int and not number.is_integer()):
-            raise ValueError
-        return int(number) if hint is int else number
-    if not isinstance(value, hint):
-        raise TypeError
-    return value
+    elif hint in (int, float):
+        number = math.nan if isinstance(value, bool) else float(value)
+        if number == number and (hint is float or number.is_integer()):
+            return hint(number)
+    elif origin is None and isinstance(value, hint):
+        return value
+    raise TypeError

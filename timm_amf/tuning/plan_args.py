@@ -5,90 +5,69 @@ import typing
 from collections.abc import Iterable, Iterator
 from typing import Any, Optional, Union
 
-import yaml
-
-from timm_amf.engine.config_file import KeyValues
 from timm_amf.errors import UserError
+from timm_amf.flags import add_flags, path
 from timm_amf.tuning.plan import Plan, RolePlan, Schedule
 from timm_amf.yaml_text import load_yaml, parse_yaml
 
-__all__ = ['add_plan_args', 'common_plan', 'field_table', 'plan_from_args']
+__all__ = ['add_plan_args', 'common_plan', 'plan_from_args']
 
 # Roles that the flags of depth pass over: they have no blocks of their own, or none that train.
 _WITHOUT_BLOCKS = ('frozen', 'head', 'policy', 'stem', 'tail')
 
 
-def _flags(cls, prefix: str = '') -> Iterator[tuple[dataclasses.Field, list[str], str]]:
+def _flags(cls, prefix: str = '') -> Iterator[tuple[dataclasses.Field, str, str]]:
     """(field, names of its flag, its key in the namespace) of the fields that have a flag.
 
     With a prefix, of those that the policy has a flag of its own for.
     """
     for field in dataclasses.fields(cls):
-        names = (field.metadata.get('flag', f'--{field.name}')).replace('_', '-').split()
-        if prefix and field.metadata.get('policy'):
-            names = [f'--{prefix}{field.name}'.replace('_', '-')]
-        elif prefix or not names:
-            continue
-        yield field, names, names[0][2:].replace('-', '_')
+        names = field.metadata.get('flag', f'--{field.name}').replace('_', '-')
+        if prefix:
+            names = f'--{prefix}{field.name}'.replace('_', '-') if field.metadata.get('policy') else ''
+        if names:
+            yield field, names, names.split()[0][2:].replace('-', '_')
 
 
-def _flag_keywords(cls, field: dataclasses.Field) -> dict[str, Any]:
-    """Keywords of `add_argument` that follow from a field. Its default is None: what is not given changes nothing."""
-    hint = typing.get_type_hints(cls)[field.name]
+def _row(cls, field: dataclasses.Field, names: str, whose: str) -> tuple:
+    """The row of a field for `add_flags`. Its default is None: what is not given changes nothing."""
+    hint, keywords = typing.get_type_hints(cls)[field.name], {}
     if typing.get_origin(hint) is Union:
         kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
         hint = kinds[0] if len(kinds) == 1 else _number_or_word
-    if hint is bool:
-        return dict(action='store_true', default=None)
-    if typing.get_origin(hint) is dict:
-        return dict(action=KeyValues, nargs='*', metavar='KEY=VALUE')
-    keywords = {}
     if typing.get_origin(hint) is list:
         hint = typing.get_args(hint)[0]
         keywords['nargs'] = field.metadata.get('nargs', '+')
-    choices = field.metadata.get('choices')
+    choices, text = field.metadata.get('choices'), field.metadata['help']
+    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
     if choices:
-        return dict(keywords, choices=(*choices, 'none') if field.name == 'sched' else choices)
-    return dict(keywords, type=hint, metavar={int: 'N', float: 'X', str: 'NAME'}.get(hint, 'N'))
+        keywords['choices'] = (*choices, 'none') if field.name == 'sched' else choices
+    if not (whose or 'default' in text or default in (None, {}, False)):
+        text += f' (default: {" ".join(map(str, default)) if isinstance(default, list) else default})'
+    return names, typing.get_origin(hint) or hint, None, whose + text, keywords
+
+
+_ROLE_FLAGS = (
+    ('--branch-lr', float, None, 'LR of each branch, in order', {'nargs': '+', 'metavar': 'LR'}),
+    ('--policy-lr', float, None, 'LR of the policy network', {'metavar': 'LR'}),
+    ('--head-lr', float, None, 'LR of the classifier', {'metavar': 'LR'}),
+    ('--backbone-lr', float, None, 'LR of a plain model apart from its classifier', {'metavar': 'LR'}),
+    ('--freeze', str, [], 'roles that do not train', {'nargs': '+', 'metavar': 'ROLE'}),
+    ('--freeze-bn', str, [], 'roles whose batch norms stay fixed', {'nargs': '+', 'metavar': 'ROLE'}),
+    ('--role', str, [], 'any setting of any role, e.g. branch.0.lr=0.0008 policy.schedule.sched=cosine '
+     'backbone.train=[-1,-2]', {'nargs': '+', 'metavar': 'ROLE.FIELD=VALUE', 'dest': 'role_settings'}),
+)
 
 
 def add_plan_args(parser: argparse.ArgumentParser) -> None:
     """Add the group `Plan parameters`: the flags of the fields of Plan, Schedule and RolePlan."""
-    group = parser.add_argument_group('Plan parameters', 'How the model, and each of its roles, is fine-tuned.')
-    add = group.add_argument
-    add('--plan', default='', metavar='FILE', help='read a Plan (plan.yaml of a run, or a recipe); '
-        'flags override it; auto: the one that timm-amf fit finds')
+    rows = [('--plan', path, '', 'read a Plan (plan.yaml of a run, or a recipe); flags override it; auto: the one that '
+             'timm-amf fit finds', {'metavar': 'FILE'})]
     for cls, prefix, whose in (
             (Plan, '', ''), (Schedule, '', ''), (RolePlan, '', 'backbone or each branch: '),
             (RolePlan, 'policy_', 'policy: '), (Schedule, 'policy_', 'policy: ')):
-        for field, names, _ in _flags(cls, prefix):
-            text = whose + field.metadata['help']
-            default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-            if not (prefix or 'default' in text or default in (None, {}, False)):
-                text += f' (default: {" ".join(map(str, default)) if isinstance(default, list) else default})'
-            add(*names, help=text.replace('%', '%%'), **_flag_keywords(cls, field))
-    add('--branch-lr', type=float, nargs='+', metavar='LR', help='LR of each branch, in order')
-    add('--policy-lr', type=float, metavar='LR', help='LR of the policy network')
-    add('--head-lr', type=float, metavar='LR', help='LR of the classifier')
-    add('--backbone-lr', type=float, metavar='LR', help='LR of a plain model apart from its classifier')
-    add('--freeze', nargs='+', default=[], metavar='ROLE', help='roles that do not train')
-    add('--freeze-bn', nargs='+', default=[], metavar='ROLE', help='roles whose batch norms stay fixed')
-    add('--role', nargs='+', default=[], metavar='ROLE.FIELD=VALUE', dest='role_settings',
-        help='any setting of any role, e.g. branch.0.lr=0.0008 policy.schedule.sched=cosine backbone.train=[-1,-2]')
-
-
-def field_table(cls) -> str:
-    """The table of a class in docs/plan.md."""
-    lines = ['| field | default | | flag |', '|---|---|---|---|']
-    for field in dataclasses.fields(cls):
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        shown = default is not None and not isinstance(default, Schedule)
-        default = yaml.safe_dump(default, default_flow_style=True).split('\n')[0] if shown else ''
-        flags = field.metadata.get('flag', f'--{field.name}').replace('_', '-').split()
-        flags += [f'--policy-{field.name}'.replace('_', '-')] if field.metadata.get('policy') else []
-        text = field.metadata['help'].replace('|', '\\|')
-        lines.append(f'| `{field.name}` | {default} | {text} | {", ".join(f"`{flag}`" for flag in flags)} |')
-    return '\n'.join(lines)
+        rows += [_row(cls, field, names, whose) for field, names, _ in _flags(cls, prefix)]
+    add_flags(parser, 'Plan parameters', [*rows, *_ROLE_FLAGS], 'How the model, and each of its roles, is fine-tuned.')
 
 
 def _number_or_word(text: str) -> Union[int, str]:
@@ -128,19 +107,14 @@ def common_plan(args: argparse.Namespace, lr: Optional[float] = None) -> Plan:
     schedule = {'noise_seed': noise_seed, **_values(args, Schedule)}
     if schedule.get('sched') == 'none':
         schedule.update(sched='constant', warmup_epochs=0)
-    if lr is None:
-        return plan.updated(dict(schedule=schedule))
-    asks_lr = any(getattr(args, name) is not None for name in ('lr', 'lr_base', 'lr_base_size', 'lr_base_scale'))
-    if asks_lr or 'lr' not in section:
-        plan = plan.updated(dict(lr=lr))
-    for flag, field in (('warmup_lr', 'warmup_scale'), ('min_lr', 'min_scale')):
-        value = getattr(args, flag)
-        if value is None:
-            continue
-        if value > plan.lr:
-            name = flag.replace('_', '-')
-            raise UserError(f'--{name} {value:g} is above the LR of {plan.lr:g}; lower it, or raise --lr')
-        schedule[field] = value / plan.lr if plan.lr else 0.
+    if lr is not None:
+        asks_lr = any(getattr(args, name) is not None for name in ('lr', 'lr_base', 'lr_base_size', 'lr_base_scale'))
+        plan = plan.updated(dict(lr=lr)) if asks_lr or 'lr' not in section else plan
+        for name, value, field in (('warmup', args.warmup_lr, 'warmup_scale'), ('min', args.min_lr, 'min_scale')):
+            if value is not None and value > plan.lr:
+                raise UserError(f'--{name}-lr {value:g} is above the LR of {plan.lr:g}; lower it, or raise --lr')
+            if value is not None:
+                schedule[field] = value / plan.lr if plan.lr else 0.
     return plan.updated(dict(schedule=schedule))
 
 
@@ -187,11 +161,11 @@ def _known(role: str, roles: list[str], flag: str) -> str:
 
 def _parse_setting(text: str, roles: list[str]) -> tuple[str, dict[str, Any]]:
     """`branch.0.lr=0.0008` -> ('branch.0', {'lr': 0.0008}); `policy.schedule.sched=cosine` nests."""
-    path, separator, value = text.partition('=')
+    where, separator, value = text.partition('=')
     names = sorted([*roles, *{r.split('.')[0] for r in roles}], key=len, reverse=True)
-    role = next((r for r in names if path.startswith(f'{r}.')), None)
+    role = next((r for r in names if where.startswith(f'{r}.')), None)
     if not separator or role is None:
         raise UserError(f'--role {text}: write ROLE.FIELD=VALUE with a role of the model ({", ".join(roles)})')
-    field, _, inner = path[len(role) + 1:].partition('.')
+    field, _, inner = where[len(role) + 1:].partition('.')
     value = parse_yaml(value, f'--role {text[:200]}')
     return role, {field: {inner: value} if inner else value}

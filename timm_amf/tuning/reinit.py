@@ -5,6 +5,7 @@ and buffers, batch-norm statistics among them. Resetting module by module would 
 by position (the last norm of a residual branch at zero, layer scales, a depth-dependent standard deviation) is in its
 constructor and nowhere else.
 """
+import itertools
 from collections.abc import Callable
 from typing import Optional, Union
 
@@ -39,9 +40,6 @@ def reinit(
 
     Returns:
         Names of the parameters and buffers that were re-initialised.
-
-    Raises:
-        UserError: If the Plan does not fit the model, or the model cannot be built anew.
     """
     names = resolve(model, plan).reinitialised
     if not names:
@@ -50,11 +48,10 @@ def reinit(
         torch.default_generator.manual_seed(seed)
         source = _tensors(_build(model) if fresh is None else fresh())
     target = _tensors(model)
-    for name in names:
-        if name not in source or source[name].shape != target[name].shape:
-            raise UserError(
-                f'reinit_blocks: {type(model).__name__} cannot be built anew: the new one has no {name} of shape '
-                f'{tuple(target[name].shape)}; pass a function that builds this model without weights (fresh=...)')
+    unlike = next((n for n in names if n not in source or source[n].shape != target[n].shape), None)
+    if unlike is not None:
+        raise _no_twin(model, f'cannot be built anew: the new one has no {unlike} of shape '
+                       f'{tuple(target[unlike].shape)}')
     with torch.no_grad():
         for name in names:
             target[name].copy_(source[name])
@@ -62,14 +59,16 @@ def reinit(
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return dict(itertools.chain(model.named_parameters(), model.named_buffers()))
 
 
 def _build(model: nn.Module) -> nn.Module:
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    name = cfg.get('architecture', '')
+    name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', '')
     if not timm.is_model(name):
-        raise UserError(
-            f'reinit_blocks: {type(model).__name__} is not of an architecture that timm can build anew; '
-            f'pass a function that builds this model without weights (fresh=...)')
+        raise _no_twin(model, 'is not of an architecture that timm can build anew')
     return timm.create_model(name, pretrained=False, num_classes=getattr(model, 'num_classes', 0))
+
+
+def _no_twin(model: nn.Module, why: str) -> UserError:
+    return UserError(f'reinit_blocks: {type(model).__name__} {why}; pass a function that builds this model without '
+                     'weights (fresh=...)')

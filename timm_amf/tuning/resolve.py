@@ -2,7 +2,6 @@
 
 Optimiser groups, freezing, re-initialisation, L2-SP and the printed summary read this table.
 """
-import dataclasses
 import difflib
 import math
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from timm_amf.errors import UserError
-from timm_amf.models.blocks import is_within
+from timm_amf.models.blocks import ancestors, is_within
 from timm_amf.tuning.plan import Plan, RolePlan
 from timm_amf.tuning.roles import Place, model_roles, places, role_blocks, role_defaults
 
@@ -56,13 +55,12 @@ class RoleSettings:
     Attributes:
         plan: Its settings, all filled in.
         blocks: Its blocks, in order.
-        training: Names of the blocks that train, `stem` and `tail` among them; None where all of it does.
-        layers: Modules (or single parameters) that train whether or not their block does, by their full paths.
+        training: What trains: blocks, modules and single parameters by their full paths, `stem` and `tail` among them;
+            None where all of it does.
     """
     plan: RolePlan
     blocks: list[str]
     training: Optional[frozenset[str]]
-    layers: frozenset[str] = frozenset()
 
     @property
     def transferred(self) -> int:
@@ -71,7 +69,7 @@ class RoleSettings:
 
     def trained(self, name: str, place: Place) -> bool:
         """Whether `train` covers a parameter or a module, by its own name or with all of its block."""
-        return self.training is None or place.block in self.training or is_within(name, self.layers)
+        return self.training is None or place.block in self.training or is_within(name, self.training)
 
     def reinitialised(self, place: Place) -> bool:
         """Whether what stands there starts anew; never the stem."""
@@ -111,32 +109,48 @@ def resolve(model: nn.Module, plan: Union[Plan, Resolved]) -> Resolved:
     """
     if isinstance(plan, Resolved):
         return plan
-    roles, norms = _roles(model, plan), running_norms(model)
-    parameters, buffers = dict(model.named_parameters()), _owners_of_buffers(model)
-    where = places(model, [*parameters, *norms, *dict.fromkeys(buffers.values())])
+    norms, parameters = running_norms(model), dict(model.named_parameters())
+    # What is in no role (input statistics) has no place.
+    paths = [path for of_role in model_roles(model).values() for path in of_role]
+    owners = {n: n.rpartition('.')[0] for n, _ in model.named_buffers()}
+    owners = {n: owner for n, owner in owners.items() if owner and is_within(owner, paths)}
+    where = places(model, [*parameters, *norms, *dict.fromkeys(owners.values())])
+    roles = _roles(model, plan, {n: where[n].role for n in parameters})
     exempt = getattr(model, 'no_weight_decay', lambda: ())()
     of_norms = {f'{n}.{p}' for n, m in norms.items() for p, _ in m.named_parameters(recurse=False)}
-    settings = {}
-    for name, param in parameters.items():
-        role = roles[where[name].role]
-        setting = _setting(name, param, where[name], role, plan, exempt)
-        fixed = role.plan.freeze_bn and name in of_norms
-        settings[name] = dataclasses.replace(setting, trains=False) if fixed else setting
+    settings = {
+        name: _setting(name, param, where[name], roles[where[name].role], plan, exempt, name in of_norms)
+        for name, param in parameters.items()}
     return Resolved(
         plan,
         roles,
         settings,
         {name: _moves_from(name, norm, where[name], roles, settings) for name, norm in norms.items()},
-        [n for n, owner in {**{n: n for n in parameters}, **buffers}.items()
+        [n for n, owner in {**{n: n for n in parameters}, **owners}.items()
          if roles[where[owner].role].reinitialised(where[owner])],
     )
 
 
-def _owners_of_buffers(model: nn.Module) -> dict[str, str]:
-    """Buffer -> the module that owns it, which says where it stands; what is in no role (input statistics) left out."""
-    paths = [path for of_role in model_roles(model).values() for path in of_role]
-    owners = {n: n.rpartition('.')[0] for n, _ in model.named_buffers()}
-    return {n: owner for n, owner in owners.items() if owner and is_within(owner, paths)}
+def _setting(
+        name: str, param: nn.Parameter, place: Place, role: RoleSettings, plan: Plan, exempt, of_norm: bool) -> Setting:
+    settings = role.plan
+    scale = settings.low_lr_scale if place.depth < settings.low_blocks else 1.
+    trains = role.trained(name, place) and not (settings.lora_rank and '.lora_' not in name)
+    if settings.layer_decay is not None:
+        layer_scale = max(plan.layer_decay_min_scale, settings.layer_decay ** place.layer)
+        trains = trains and not (plan.layer_decay_no_opt_scale and layer_scale < plan.layer_decay_no_opt_scale)
+        scale *= layer_scale
+    one_dimensional = param.ndim <= 1 or name.endswith('.bias')
+    decays = not (plan.weight_decay_exclude_1d and one_dimensional) and not _matches_pattern(name, exempt)
+    return Setting(
+        place=place,
+        trains=trains and not (settings.freeze_bn and of_norm),
+        start_epoch=settings.start_epoch,
+        lr=settings.lr * scale,
+        weight_decay=settings.weight_decay if decays and not role.pulled(place) else 0.,
+        l2sp_alpha=settings.l2sp_alpha if role.pulled(place) and (decays or settings.l2sp_1d) else 0.,
+        schedule=settings.schedule,
+    )
 
 
 def _moves_from(
@@ -157,25 +171,26 @@ def _moves_from(
     return min((s.start_epoch for s in own if s.trains), default=None)
 
 
-def _roles(model: nn.Module, plan: Plan) -> dict[str, RoleSettings]:
-    """The Plan's word on each role of the model.
-
-    Raises:
-        UserError: If the Plan names a role or a block that the model has not, or more blocks than it has.
-    """
-    names = list(model_roles(model))
-    kinds = [*names, *dict.fromkeys(n.split('.')[0] for n in names)]
+def _roles(model: nn.Module, plan: Plan, role_of: dict[str, str]) -> dict[str, RoleSettings]:
+    """The Plan's word on each role of the model; `role_of` names the role of each parameter."""
+    paths = model_roles(model)
+    kinds = [*paths, *dict.fromkeys(n.split('.')[0] for n in paths)]
     for key in plan.roles:
         if key not in kinds:
-            near = difflib.get_close_matches(key, kinds, 1)
-            hint = f'; did you mean {near[0]!r}?' if near else ''
-            raise UserError(f'plan: {type(model).__name__} has no role {key!r} (it has {", ".join(names)}){hint}')
+            raise UserError(f'plan: {type(model).__name__} has no role {key!r} (it has {", ".join(paths)})'
+                            f'{_near(key, kinds)}')
     roles = {}
-    for name in names:
+    for name in paths:
         role, blocks = plan.role(name, role_defaults(model)), role_blocks(model, name)
         _check_counts(name, role, len(blocks))
-        roles[name] = RoleSettings(role, blocks, *_training(model, name, role, blocks))
+        owned = [n for n, owner in role_of.items() if owner == name]
+        roles[name] = RoleSettings(role, blocks, _training(name, role, blocks, owned, paths[name]))
     return roles
+
+
+def _near(word: str, words: Iterable[str], otherwise: str = '') -> str:
+    near = difflib.get_close_matches(word, words, 1)
+    return f'; did you mean {near[0]!r}?' if near else otherwise
 
 
 def _check_counts(name: str, role: RolePlan, count: int) -> None:
@@ -198,92 +213,39 @@ def _check_counts(name: str, role: RolePlan, count: int) -> None:
 
 
 def _training(
-        model: nn.Module,
-        name: str,
-        role: RolePlan,
-        blocks: list[str],
-) -> tuple[Optional[frozenset[str]], frozenset[str]]:
-    """The blocks and the layers that train."""
-    if role.train == 'all':
-        return None, frozenset()
-    if role.train == 'none':
-        return frozenset(), frozenset()
+        name: str, role: RolePlan, blocks: list[str], owned: list[str], paths: list[str]) -> Optional[frozenset[str]]:
+    """What trains of a role, see `RoleSettings.training`; `owned` are its parameters, `paths` what it covers."""
     if role.train == 'random':
-        return _drawn_blocks(name, role, blocks), frozenset()
-    training, others = set(), []
+        if not blocks:
+            raise UserError(f'plan: {name} has no blocks to draw from; set its train to "all" or "none"')
+        number = max(1, math.floor(role.train_share * len(blocks) + 0.5))
+        # A generator whose numbers NumPy keeps the same for good: a resumed run draws the same blocks.
+        drawn = np.random.RandomState(role.train_seed).permutation(len(blocks))[:number]
+        return frozenset([*(blocks[i] for i in drawn), 'tail'])
+    if isinstance(role.train, str):
+        return None if role.train == 'all' else frozenset()
+    tops = [path for path in paths if path]
+    # Modules and parameters of the role, none of them above the role itself.
+    known = dict.fromkeys(
+        path for n in owned for path in ancestors(n) if path and not any(t.startswith(f'{path}.') for t in tops))
+    training = set()
     for item in role.train:
         if isinstance(item, int):
             if not -len(blocks) <= item < len(blocks):
                 raise UserError(f'plan: {name} has {len(blocks)} blocks, so train: [{item}] is out of range')
             training.add(blocks[item])
-        elif item in ('stem', 'tail'):
-            training.add(item)
-        else:
-            # A block may be named within its role or by its full path.
-            found = [b for b in blocks if b == item] or [b for b in blocks if b.endswith(f'.{item}')]
-            if len(found) == 1:
-                training.add(found[0])
-            else:
-                others.append(item)
-    return frozenset(training), _training_layers(model, name, blocks, others)
-
-
-def _training_layers(model: nn.Module, role: str, blocks: list[str], items: list[str]) -> frozenset[str]:
-    """The full paths of the modules and parameters that `train` names beside the blocks."""
-    if not items:
-        return frozenset()
-    owned = [n for n, place in places(model).items() if place.role == role]
-    # Paths that own parameters of the role, none of them above the role itself.
-    tops = [path for path in model_roles(model)[role] if path]
-    known = dict.fromkeys(path for n in owned for path in _paths(n) if not any(t.startswith(f'{path}.') for t in tops))
-    layers = set()
-    for item in items:
-        found = [path for path in dict.fromkeys([item, *(f'{top}.{item}' for top in tops)]) if path in known]
+            continue
+        # Within the role or by the full path; a block goes before a layer.
+        found = [b for b in blocks if b == item] or [b for b in blocks if b.endswith(f'.{item}')]
+        if item in ('stem', 'tail'):
+            found = [item]
+        elif len(found) != 1:
+            found = [path for path in dict.fromkeys([item, *(f'{top}.{item}' for top in tops)]) if path in known]
         if len(found) > 1:
-            raise UserError(f'plan: {role} has several modules {item!r}; name one of {", ".join(found)}')
+            raise UserError(f'plan: {name} has several modules {item!r}; name one of {", ".join(found)}')
         if not found:
-            near = difflib.get_close_matches(item, [*blocks, *known, *_relative(known, tops)], 1)
-            hint = f'; did you mean {near[0]!r}?' if near else '; see timm_amf.list_blocks(model)'
-            raise UserError(f'plan: {role} has no block or layer {item!r}{hint}')
-        layers.add(found[0])
-    return frozenset(layers)
-
-
-def _paths(name: str) -> list[str]:
-    """A dotted name and all above it, the root left out."""
-    parts = name.split('.')
-    return ['.'.join(parts[:end]) for end in range(1, len(parts) + 1)]
-
-
-def _relative(names: Iterable[str], tops: list[str]) -> list[str]:
-    return [name[len(top) + 1:] for name in names for top in tops if name.startswith(f'{top}.')]
-
-
-def _drawn_blocks(name, role, blocks) -> frozenset[str]:
-    if not blocks:
-        raise UserError(f'plan: {name} has no blocks to draw from; set its train to "all" or "none"')
-    number = max(1, math.floor(role.train_share * len(blocks) + 0.5))
-    # A generator whose numbers NumPy keeps the same for good: a resumed run draws the same blocks.
-    drawn = np.random.RandomState(role.train_seed).permutation(len(blocks))[:number]
-    return frozenset([*(blocks[i] for i in drawn), 'tail'])
-
-
-def _setting(name: str, param: nn.Parameter, place: Place, role: RoleSettings, plan: Plan, exempt) -> Setting:
-    settings = role.plan
-    scale = settings.low_lr_scale if place.depth < settings.low_blocks else 1.
-    trains = role.trained(name, place) and not (settings.lora_rank and '.lora_' not in name)
-    if settings.layer_decay is not None:
-        layer_scale = max(plan.layer_decay_min_scale, settings.layer_decay ** place.layer)
-        trains = trains and not (plan.layer_decay_no_opt_scale and layer_scale < plan.layer_decay_no_opt_scale)
-        scale *= layer_scale
-    one_dimensional = param.ndim <= 1 or name.endswith('.bias')
-    decays = not (plan.weight_decay_exclude_1d and one_dimensional) and not _matches_pattern(name, exempt)
-    return Setting(
-        place=place,
-        trains=trains,
-        start_epoch=settings.start_epoch,
-        lr=settings.lr * scale,
-        weight_decay=settings.weight_decay if decays and not role.pulled(place) else 0.,
-        l2sp_alpha=settings.l2sp_alpha if role.pulled(place) and (decays or settings.l2sp_1d) else 0.,
-        schedule=settings.schedule,
-    )
+            within = [path[len(top) + 1:] for path in known for top in tops if path.startswith(f'{top}.')]
+            near = _near(item, [*blocks, *known, *within], '; see timm_amf.list_blocks(model)')
+            raise UserError(f'plan: {name} has no block or layer {item!r}{near}')
+        training.add(found[0])
+    return frozenset(training)

@@ -1,11 +1,11 @@
 """Where each parameter stands: its role and its depth within the role."""
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, Optional
 
 from torch import nn
 
-from timm_amf.models.blocks import classifier_names, layer_ids, list_blocks
+from timm_amf.models.blocks import ancestors, classifier_names, layer_ids, list_blocks
 
 __all__ = ['Place', 'model_roles', 'places', 'role_blocks', 'role_defaults']
 
@@ -66,65 +66,42 @@ def role_blocks(model: nn.Module, role: str) -> list[str]:
     return blocks
 
 
-def places(model: nn.Module, names: Union[Iterable[str], None] = None) -> dict[str, Place]:
+def places(model: nn.Module, names: Optional[Iterable[str]] = None) -> dict[str, Place]:
     """The place of every parameter (or of the given parameter or module names).
 
     What lies between two blocks (a downsampling layer, say) belongs to the depth of the one that follows.
     """
     roles = model_roles(model)
-    owner_of = sorted(((path, role) for role, paths in roles.items() for path in paths), key=lambda p: -len(p[0]))
     blocks = {role: role_blocks(model, role) for role in roles}
-    layers = _layers(model, roles)
-    order = [n for n, _ in model.named_parameters()]
-    names = order if names is None else list(names)
-    following = _following_block(model, order, blocks, owner_of)
+    role_of = {path: role for role, paths in roles.items() for path in paths}
+    index_of = {(role, block): i for role, of_role in blocks.items() for i, block in enumerate(of_role)}
 
-    result = {}
-    for name in names:
-        role = _owner(name, owner_of)
-        if role is None:
-            raise ValueError(f'{name} belongs to no role of {type(model).__name__}')
-        index = _block_index(name, blocks[role])
-        if index is not None:
-            depth, block = index, blocks[role][index]
-        else:
-            depth = following.get(name, len(blocks[role]))
-            block = 'stem' if depth == 0 and blocks[role] else 'tail'
-        result[name] = Place(role, depth, block, layers.get(name, 0))
-    return result
+    def find(name: str) -> tuple[Optional[str], Optional[int]]:
+        """Its role, that of the innermost path, and the index of its block in this."""
+        above = ancestors(name)
+        role = next((role_of[path] for path in above if path in role_of), None)
+        return role, next((index_of[role, path] for path in above if (role, path) in index_of), None)
 
-
-def _owner(name, owner_of):
-    return next((role for path, role in owner_of if not path or name == path or name.startswith(f'{path}.')), None)
-
-
-def _block_index(name, blocks):
-    # By components, since `blocks.1` must not take `blocks.10.conv`.
-    parts = name.split('.')
-    index = {block: i for i, block in enumerate(blocks)}
-    for end in range(len(parts), 0, -1):
-        found = index.get('.'.join(parts[:end]))
-        if found is not None:
-            return found
-    return None
-
-
-def _following_block(model, order, blocks, owner_of):
-    """For names outside all blocks, the index of the block of their role that is registered next after them."""
-    modules = [n for n, _ in model.named_modules() if n]
-    following = {}
-    for sequence in (order, modules):
+    parameters = [n for n, _ in model.named_parameters()]
+    following: dict[str, int] = {}  # of names outside all blocks, the next block that is registered after them
+    for sequence in (parameters, [n for n, _ in model.named_modules() if n]):
         upcoming: dict[str, int] = {}
         for name in reversed(sequence):
-            role = _owner(name, owner_of)
-            if role is None:
-                continue
-            index = _block_index(name, blocks[role])
+            role, index = find(name)
             if index is not None:
                 upcoming[role] = min(index, upcoming.get(role, index))
-            else:
+            elif role is not None:
                 following.setdefault(name, upcoming.get(role, len(blocks[role])))
-    return following
+
+    layers, result = _layers(model, roles), {}
+    for name in parameters if names is None else names:
+        role, index = find(name)
+        if role is None:
+            raise ValueError(f'{name} belongs to no role of {type(model).__name__}')
+        depth = index if index is not None else following.get(name, len(blocks[role]))
+        block = blocks[role][index] if index is not None else 'stem' if depth == 0 and blocks[role] else 'tail'
+        result[name] = Place(role, depth, block, layers.get(name, 0))
+    return result
 
 
 def _layers(model, roles):

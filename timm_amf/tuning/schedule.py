@@ -1,5 +1,6 @@
 """One LR schedule for each parameter group, all of them timm's."""
 import copy
+import dataclasses
 import math
 import warnings
 from typing import Any, Optional
@@ -17,24 +18,15 @@ __all__ = ['GroupScheduler', 'lr_scheduler']
 class _Shape:
     """One timm scheduler over a single group of LR 1: its value is the fraction of the LR at a time."""
 
-    def __init__(
-            self,
-            schedule: Schedule,
-            start_epoch: int,
-            epochs: int,
-            updates_per_epoch: int,
-            on_updates: bool,
-            plateau_mode: str,
-    ):
+    def __init__(self, schedule: Schedule, start_epoch: int, plan: Plan, updates_per_epoch: int, plateau_mode: str):
         if schedule.warmup_epochs is None:
-            schedule = schedule.replace(warmup_epochs=min(5, epochs / 10))
-        self.unit = updates_per_epoch if on_updates else 1
-        self.on_updates = on_updates
-        self.start = start_epoch * self.unit
-        self.warmup = schedule.warmup_epochs * self.unit
-        self.hold = round(schedule.hold_epochs * self.unit)  # timm's noise wants whole times
+            schedule = dataclasses.replace(schedule, warmup_epochs=min(5, plan.epochs / 10))
+        self.on_updates = plan.sched_on_updates
+        unit = updates_per_epoch if self.on_updates else 1
+        self.start, self.warmup = start_epoch * unit, schedule.warmup_epochs * unit
+        self.hold = round(schedule.hold_epochs * unit)  # timm's noise wants whole times
         self.is_plateau, self.noisy = schedule.sched == 'plateau', schedule.noise is not None
-        length = max(1, epochs - start_epoch - int(schedule.hold_epochs))
+        before = start_epoch + int(schedule.hold_epochs)
         self._proxy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.)
         try:
             with warnings.catch_warnings():
@@ -43,14 +35,14 @@ class _Shape:
                 self._scheduler, total = create_scheduler_v2(
                     self._proxy,
                     **_timm_kwargs(schedule),
-                    num_epochs=length,
+                    num_epochs=max(1, plan.epochs - before),
                     plateau_mode=plateau_mode,
-                    step_on_epochs=not on_updates,
+                    step_on_epochs=not self.on_updates,
                     updates_per_epoch=updates_per_epoch,
                 )
-        except (AssertionError, ValueError) as e:
+            self.total_epochs = math.ceil(total + before)
+        except (ArithmeticError, AssertionError, ValueError) as e:
             raise UserError(f'schedule {schedule.sched!r} cannot be made: {e}') from None
-        self.total_epochs = math.ceil(total + start_epoch + int(schedule.hold_epochs))
 
     def factor(self, t: float, metric: Optional[float] = None) -> float:
         """The fraction of the LR at time t, in epochs or updates."""
@@ -124,9 +116,6 @@ class GroupScheduler:
 
     Attributes:
         total_epochs: Epochs to train: the Plan's, with warm-up prefix, cycles and cool-down, as timm counts them.
-
-    Raises:
-        UserError: If a schedule's arguments do not fit each other.
     """
 
     def __init__(
@@ -138,22 +127,15 @@ class GroupScheduler:
     ):
         self.optimizer = optimizer
         self.on_updates, self.updates_per_epoch = plan.sched_on_updates, updates_per_epoch
-        self._shapes: dict[tuple[str, int], _Shape] = {}
-        self._keys = []
-        for group in optimizer.param_groups:
-            group.setdefault('initial_lr', group['lr'])
-            key = (group['role'], group['start_epoch'])
-            self._keys.append(key)
+        self._shapes: dict[str, _Shape] = {}
+        self._keys = [f'{group["role"]}@{group["start_epoch"]}' for group in optimizer.param_groups]
+        for group, key in zip(optimizer.param_groups, self._keys):
             if key not in self._shapes:
                 # The group's own, since the model may have a say in it (`role_defaults`).
                 own = group.get('schedule')
-                schedule = plan.role_schedule(key[0]) if own is None else plan.complete_schedule(own)
-                try:
-                    self._shapes[key] = _Shape(
-                        schedule, key[1], plan.epochs, updates_per_epoch, self.on_updates, plateau_mode)
-                except ArithmeticError as e:
-                    raise UserError(f'schedule {schedule.sched!r} cannot be made: {e}') from None
-        self._lrs = [group['initial_lr'] for group in optimizer.param_groups]
+                schedule = plan.role_schedule(group['role']) if own is None else plan.complete_schedule(own)
+                self._shapes[key] = _Shape(schedule, group['start_epoch'], plan, updates_per_epoch, plateau_mode)
+        self._lrs = [group.get('initial_lr', group['lr']) for group in optimizer.param_groups]
         self.total_epochs = max(shape.total_epochs for shape in self._shapes.values()) if plan.epochs else 0
         self._set(0)
 
@@ -199,12 +181,12 @@ class GroupScheduler:
 
     def state_dict(self) -> dict[str, Any]:
         """The state that time alone does not give (that of `plateau`)."""
-        return {f'{role}@{start}': shape.state_dict() for (role, start), shape in self._shapes.items()}
+        return {key: shape.state_dict() for key, shape in self._shapes.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`."""
-        for (role, start), shape in self._shapes.items():
-            shape.load_state_dict(state.get(f'{role}@{start}', {}))
+        for key, shape in self._shapes.items():
+            shape.load_state_dict(state.get(key, {}))
 
 
 def lr_scheduler(optimizer: torch.optim.Optimizer, plan: Plan, updates_per_epoch: int) -> LambdaLR:
@@ -219,7 +201,7 @@ def lr_scheduler(optimizer: torch.optim.Optimizer, plan: Plan, updates_per_epoch
         A scheduler to `step()` after each update of the optimiser; the LRs are those of `GroupScheduler`.
 
     Raises:
-        UserError: If a schedule's arguments do not fit each other, or it is `plateau`, which follows a metric.
+        UserError: If a schedule is `plateau`, which follows a metric.
     """
     groups = GroupScheduler(optimizer, plan, updates_per_epoch)
     return LambdaLR(optimizer, [

@@ -3,27 +3,30 @@
 Nothing is told by colour alone: lines have dashes and markers, bars hatches, points shapes. matplotlib's objects are
 used without pyplot, so that no window system is needed.
 """
-import csv
 import html
 import io
 import math
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 from PIL import Image
 
+from timm_amf.files import replacing
 from timm_amf.models.charts import Chart
+from timm_amf.text import csv_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ['DARK', 'LIGHT', 'csv_text', 'draw', 'png', 'shown', 'svg']
+__all__ = ['DARK', 'LIGHT', 'draw', 'png', 'shown', 'svg', 'table_csv', 'write_sheet']
 
 # Okabe and Ito, "Color universal design" (2008), without yellow and with violet and grey; on white, and brighter on
 # black. In an SVG each is a variable of the page's style sheet.
@@ -55,55 +58,77 @@ def _drawing(name: str = ''):
         yield
 
 
-def draw(chart: Chart, thumbnail: Thumbnail) -> 'Figure':
+def draw(chart: Chart, thumbnail: Optional[Thumbnail] = None) -> 'Figure':
     """The figure of a chart.
 
     Args:
         chart: What is drawn.
         thumbnail: Gives an image of the data by its index.
     """
-    drawers = dict(lines=_lines, columns=_columns, bars=_bars, heat=_heat, points=_points, panels=_panels)
+    drawers = dict(
+        lines=_lines, dots=_lines, columns=_columns, bars=_bars, heat=_heat, points=_points, panels=_panels,
+        images=partial(_images, thumbnail=thumbnail))
     with _drawing():
-        if callable(chart.kind):
-            figure = chart.kind()
-        else:
-            figure = _images(chart, thumbnail) if chart.kind == 'images' else drawers[chart.kind](chart)
-        figure.draw_without_rendering()
-        figure.set_layout_engine('none')  # found once, for both files
-        return figure
+        return _laid_out(drawers[chart.kind](chart))
+
+
+def write_sheet(charts: Sequence[Chart], path: Path) -> None:
+    """Charts of lines or dots below each other, with their titles, as one file, whole or not at all.
+
+    Args:
+        charts: Without any there is no file.
+        path: A name with `.png` or `.svg`.
+    """
+    if not charts:
+        return
+    with _drawing():
+        sizes = [_lines_size(chart) for chart in charts]
+        figure = _figure(max(wide for wide, _ in sizes), sum(high for _, high in sizes) + 0.4 * len(charts))
+        parts = figure.subfigures(len(charts), 1, height_ratios=[high for _, high in sizes], squeeze=False)[:, 0]
+        for part, chart in zip(parts, charts):
+            _draw_lines(part, chart)
+            part.suptitle(textwrap.fill(chart.title, int(figure.get_figwidth() * 11)), fontsize=10)
+        data = _saved(_laid_out(figure), path.suffix[1:])
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def svg(figure: 'Figure', name: str, title: str) -> str:
     """The figure as an element of a page: its text is text, its ids begin with the name, its colours are the page's."""
-    file = io.BytesIO()
-    with _drawing(name):
-        figure.savefig(file, format='svg', bbox_inches='tight', transparent=True, metadata={'Date': None})
-    text = file.getvalue().decode().partition('<svg ')[2]
-    text = '<svg ' + re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.DOTALL)
+    text = '<svg ' + _saved(figure, 'svg', name).decode().partition('<svg ')[2]
+    text = re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{name}-', text)
-    for i, colour in enumerate(LIGHT):
-        text = re.sub(colour, f'var(--s{i})', text, flags=re.IGNORECASE)
-    for colour, variable in ((_INK, 'var(--ink)'), ('#000000', 'var(--ink)'), (_GRID, 'var(--grid)')):
-        text = text.replace(colour, variable)
+    variables = {**{colour: f's{i}' for i, colour in enumerate(LIGHT)}, _INK: 'ink', '#000000': 'ink', _GRID: 'grid'}
+    for colour, variable in variables.items():
+        text = text.replace(colour, f'var(--{variable})')
     own = f'style="--own: {72 * figure.get_figwidth():.0f}pt"'
     return text.replace('<svg ', f'<svg {own} role="img" aria-label="{html.escape(title)}" ', 1)
 
 
 def png(figure: 'Figure') -> bytes:
     """The figure as a PNG file on white."""
+    return _saved(figure, 'png')
+
+
+def _laid_out(figure: 'Figure') -> 'Figure':
+    figure.draw_without_rendering()
+    figure.set_layout_engine('none')  # found once, for all files
+    return figure
+
+
+def _saved(figure: 'Figure', kind: str, name: str = '') -> bytes:
     file = io.BytesIO()
-    with _drawing():
-        figure.savefig(file, format='png', dpi=150, bbox_inches='tight', facecolor='white')
+    with _drawing(name):
+        if kind == 'svg':
+            figure.savefig(file, format=kind, bbox_inches='tight', transparent=True, metadata={'Date': None})
+        else:
+            figure.savefig(file, format=kind, bbox_inches='tight', dpi=150, facecolor='white')
     return file.getvalue()
 
 
-def csv_text(chart: Chart) -> str:
+def table_csv(chart: Chart) -> str:
     """The chart's table as CSV; what is no number is empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(chart.table)
-    writer.writerows(zip(*([_plain(value) for value in column] for column in chart.table.values())))
-    return text.getvalue()
+    return csv_text([list(chart.table), *zip(*(map(_plain, column) for column in chart.table.values()))])
 
 
 def _plain(value: Any) -> Any:
@@ -118,12 +143,9 @@ def shown(value: Any) -> str:
 
 
 def _figure(width: float, height: float) -> 'Figure':
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout='constrained')
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout='constrained')
 
 
 def _plain_axes(axes: 'Axes', chart: Chart, grid: str = 'y') -> None:
@@ -139,7 +161,7 @@ def _legend(figure: 'Figure', axes: 'Axes') -> None:
         widest = max(map(len, labels)) * 0.075 + 0.6
         figure.legend(
             handles, [_short(label) for label in labels], loc='outside lower center',
-            ncols=max(1, min(len(labels), int(figure.get_figwidth() / widest))))
+            ncols=max(1, min(len(labels), int(figure.bbox.width / figure.dpi / widest))))
 
 
 def _short(name: Any) -> str:
@@ -155,34 +177,80 @@ def _numbers(values: Sequence) -> list[float]:
 
 
 def _lines(chart: Chart) -> 'Figure':
+    figure = _figure(*_lines_size(chart))
+    _draw_lines(figure, chart)
+    return figure
+
+
+def _lines_size(chart: Chart) -> tuple[float, float]:
+    """Inches; names below the axis take room."""
+    x = next(iter(chart.table.values()))
+    names = set(x) if _are_names(x) else ()
+    longest = max(map(len, _ticks(names)), default=0)
+    return min(max(_WIDTH, 1 + 0.14 * len(names)), 14.), 3.2 + 0.1 * len(chart.drawn) + 0.06 * longest
+
+
+def _draw_lines(figure: Any, chart: Chart) -> None:
+    """Lines or dots with their limits, over numbers or over names in their order."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure(_WIDTH, 3.2 + 0.1 * len(chart.drawn))
-    axes = figure.subplots()
-    x = _numbers(next(iter(chart.table.values())))
+    axes, given = figure.subplots(), next(iter(chart.table.values()))
+    names = list(dict.fromkeys(given)) if _are_names(given) else []
+    x = [names.index(name) for name in given] if names else _numbers(given)
     for i, name in enumerate(chart.drawn):
+        y, best = _numbers(chart.table[name]), name == 'best'
+        look = dict(
+            color=LIGHT[i % 8], marker='*' if best else _MARKERS[i % 8], markersize=11 if best else 4.5, label=name,
+            zorder=4 if best else 3)
+        limits = [_numbers(chart.table[f'{name}_{end}']) for end in ('low', 'high') if f'{name}_{end}' in chart.table]
+        if chart.kind == 'dots':
+            axes.plot(x, y, linestyle='none', **look)
+            if limits:
+                axes.vlines(x, *limits, color=LIGHT[i % 8], linewidth=1, alpha=0.6)
+            continue
         axes.plot(
-            x, _numbers(chart.table[name]), color=LIGHT[i % 8], linestyle=_DASHES[i % 4], marker=_MARKERS[i % 8],
-            markersize=4.5, markevery=max(1, len(x) // 15), linewidth=1.6, label=name)
+            x, y, linestyle=_DASHES[i % 4], markevery=max(1, sum(v == v for v in y) // 15), linewidth=1.6, **look)
+        if limits:
+            axes.fill_between(x, *limits, color=LIGHT[i % 8], alpha=0.13, linewidth=0)
     _plain_axes(axes, chart)
     if chart.range:
         margin = (chart.range[1] - chart.range[0]) * 0.03  # lines at the limits are whole
         axes.set_ylim(chart.range[0] - margin, chart.range[1] + margin)
-    if all(value == round(value) for value in x):
+    if names:
+        step = -(-len(names) // int((_lines_size(chart)[0] - 1) * 8))
+        labels = _ticks(names)[::step]
+        upright = sum(map(len, labels)) > 80
+        axes.set_xticks(range(0, len(names), step), labels, rotation=90 * upright, fontsize=7)
+        axes.set_xlim(-0.5, len(names) - 0.5)
+    elif chart.log:
+        axes.set_xscale('log')
+        if len(set(x)) <= 8:
+            axes.set_xticks(sorted(set(x)))
+            axes.set_xticks([], minor=True)
+        axes.xaxis.set_major_formatter('{x:g}')
+    elif all(value == round(value) for value in x):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _legend(figure, axes)
-    return figure
+
+
+def _are_names(values: Sequence) -> bool:
+    return any(isinstance(value, str) for value in values)
+
+
+def _ticks(names: Sequence[str]) -> list[str]:
+    """Of spans the first name, if one is long; of long paths the end."""
+    names = [str(name) for name in names]
+    if max(map(len, names), default=0) > _LONGEST:
+        names = [re.sub(r'(?<=\.\.).*', '', name) for name in names]
+    return [name if len(name) <= _LONGEST else f'…{name[1 - _LONGEST:]}' for name in names]
 
 
 def _columns(chart: Chart) -> 'Figure':
     names = [str(name) for name in next(iter(chart.table.values()))]
     figure = _figure(max(_WIDTH, min(14., 0.12 * len(names) * len(chart.drawn))), 3.4)
     axes = figure.subplots()
-    width = 0.84 / len(chart.drawn)
-    for i, name in enumerate(chart.drawn):
-        axes.bar(
-            np.arange(len(names)) + (i - (len(chart.drawn) - 1) / 2) * width, _numbers(chart.table[name]), width,
-            color=LIGHT[i % 8], hatch=_HATCHES[i % 8], edgecolor=_INK, linewidth=0.4, label=name)
+    for place, values, _, look in _bar_groups(chart, slice(None)):
+        axes.bar(place, values, 0.84 / len(chart.drawn), **look)
     step = -(-len(names) // int(figure.get_figwidth() * 4))
     axes.set_xticks(range(0, len(names), step), names[::step])
     axes.set_xlim(-0.7, len(names) - 0.3)
@@ -200,27 +268,30 @@ def _bars(chart: Chart) -> 'Figure':
     rows = -(-len(names) // panels)
     figure = _figure(max(_WIDTH, 3.6 * panels), 1.3 + rows * max(_ROW, 0.13 * count + 0.05))
     every = figure.subplots(1, panels, sharex=True, squeeze=False)[0]
-    values = {name: np.array(_numbers(chart.table[name])) for name in chart.drawn}
     for k, axes in enumerate(every):
         part = slice(k * rows, (k + 1) * rows)
-        y = np.arange(len(names[part]))
-        for i, name in enumerate(chart.drawn):
-            limits = [chart.table.get(f'{name}_{end}') for end in ('low', 'high')]
-            error = None
-            if limits[0] is not None:
-                error = [np.maximum(sign * (values[name] - np.array(limit, dtype=float)), 0)[part]
-                         for sign, limit in zip((1, -1), limits)]
-            axes.barh(
-                y + (i - (count - 1) / 2) * 0.84 / count, values[name][part], 0.84 / count, xerr=error,
-                color=LIGHT[i % 8], hatch=_HATCHES[i % 8], edgecolor=_INK, linewidth=0.4, label=name,
-                error_kw=dict(ecolor=_INK, elinewidth=0.9, capsize=1.5))
-        axes.set_yticks(y, names[part], fontsize=9 if rows < 30 else 8)
+        for place, values, error, look in _bar_groups(chart, part):
+            whisker = dict(ecolor=_INK, elinewidth=0.9, capsize=1.5)
+            axes.barh(place, values, 0.84 / count, xerr=error, error_kw=whisker, **look)
+        axes.set_yticks(range(len(names[part])), names[part], fontsize=9 if rows < 30 else 8)
         axes.set_ylim(rows - 0.4, -0.6)
         _plain_axes(axes, chart, 'x')
         if chart.range:
             axes.set_xlim(*chart.range)
     _legend(figure, every[0])
     return figure
+
+
+def _bar_groups(chart: Chart, part: slice) -> Iterator[tuple[np.ndarray, np.ndarray, Optional[np.ndarray], dict]]:
+    """Of each series places, values, lengths of whiskers, and look of its bars."""
+    for i, name in enumerate(chart.drawn):
+        values, error = np.array(_numbers(chart.table[name]))[part], None
+        if f'{name}_low' in chart.table:
+            low, high = (np.array(chart.table[f'{name}_{end}'], dtype=float)[part] for end in ('low', 'high'))
+            error = np.maximum([values - low, high - values], 0)
+        place = np.arange(len(values)) + (i - (len(chart.drawn) - 1) / 2) * 0.84 / len(chart.drawn)
+        yield place, values, error, dict(
+            color=LIGHT[i % 8], hatch=_HATCHES[i % 8], edgecolor=_INK, linewidth=0.4, label=name)
 
 
 def _heat(chart: Chart) -> 'Figure':
