@@ -75,7 +75,7 @@ _MANY_EPOCHS, _MANY_UPDATES = 12, 250
 # (name, flags): for few, and for many; and for a network that one epoch with either wrecks, so that it keeps less than
 # this share of the accuracy of its frozen features.
 CANDIDATES = (('LR 3e-4', ('--lr', '3e-4')), ('LR 1e-3', ('--lr', '1e-3')))
-_CAUTIOUS, _WRECKED = ('LR 3e-5', ('--lr', '3e-5')), 0.5
+_CAUTIOUS, _WRECKED = ('LR 3e-5', ('--lr', '3e-5')), 1 / 3
 
 
 @dataclass
