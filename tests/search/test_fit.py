@@ -265,3 +265,17 @@ def test_a_given_lr_is_the_only_candidate(words, tmp_path, capsys):
     assert 'once more' not in capsys.readouterr().out
     with open(tmp_path / 'run' / 'fit.csv', newline='') as file:
         assert [row['candidate'] for row in csv.DictReader(file)] == ['frozen features', 'LR 10']
+
+
+def test_what_is_not_of_a_run_is_left(words, images, tmp_path, capsys, monkeypatch):
+    before = sorted(images.rglob('*'))
+    where = ['fit', str(images), *words[2:-4], '--epochs', '1', '--output', str(tmp_path)]
+    assert main(where) == 2 and 'holds the images' in capsys.readouterr().err
+    assert sorted(images.rglob('*')) == before
+    for name in ('run', 'run-pilots'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'notes.txt').write_text('mine')
+    assert main([*words, '--epochs', '1']) == 2 and 'run-pilots' in capsys.readouterr().err
+    shutil.rmtree(tmp_path / 'run-pilots')
+    assert main([*words, '--epochs', '1']) == 0 and main([*words, '--epochs', '1', '--overwrite']) == 0
+    assert (tmp_path / 'run' / 'notes.txt').read_text() == 'mine'

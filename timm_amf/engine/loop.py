@@ -94,6 +94,11 @@ class _TrainMeter:
         return total / max(count, 1)
 
 
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [f'{name} {before[name]} before, {value} now' for name, value in now.items()
+            if before.get(name, value) != value]
+
+
 class Trainer:
     """Trains a task by a Plan, and keeps the run's folder.
 
@@ -221,15 +226,12 @@ class Trainer:
 
     def _check_same_run(self, source: Path, state: dict[str, Any]) -> None:
         before = state['identity']  # earlier versions wrote fewer
-        differing = [
-            f'{name} {before.get(name)} before, {value} now'
-            for name, value in self._identity().items() if before.get(name, value) != value]
-        if state['plan'] != self.plan.to_dict():
-            _logger.warning('%s: has another Plan than this run, which continues with its own', source)
+        differing = _differences(before, self._identity())
         if differing and state['step']:
             raise UserError(
                 f'{source}: stands in the middle of an epoch, and the steps would differ ({"; ".join(differing)}); '
                 f'resume with the same settings')
+        differing += _differences(state['plan'], self.plan.to_dict())
         if differing:
             _logger.warning('%s: resumed with other settings (%s)', source, '; '.join(differing))
 
@@ -249,8 +251,6 @@ class Trainer:
         """
         self._begin = begin
         self._stop_early()  # as the run did that is resumed
-        if begin is not None and self.epoch and self.epoch >= self.epochs:
-            begin()  # a resumed run in which nothing is left to train
         try:
             with self.signals:
                 while self.epoch < self.epochs:

@@ -31,6 +31,7 @@ from torch import nn
 
 from timm_amf.data import Mixture
 from timm_amf.engine import build
+from timm_amf.engine.head import start_head
 from timm_amf.engine.options import parse_args, resolve_lr, save_args
 from timm_amf.engine.run import claim_folder, environment
 from timm_amf.errors import CommandParser, UserError
@@ -202,7 +203,7 @@ class Search:
     def _run(self) -> BlockSearch:
         own, args = self.own, self.args
         search, final, val = self._open_data()
-        model, plan = self._build_model(search.num_classes)
+        model, plan = self._build_model(search)
         self.input_size = resolve_data_config(vars(args), model=model, verbose=False)['input_size']
         found, layers = self._candidates(model)
         candidates = self._runs(model, plan, search.num_classes)
@@ -237,8 +238,8 @@ class Search:
             for i, share in enumerate((own.search_share, own.final_share)))
         return search, final if own.final_share else None, val
 
-    def _build_model(self, num_classes: int) -> tuple[nn.Module, Plan]:
-        args = self.args
+    def _build_model(self, images: Mixture) -> tuple[nn.Module, Plan]:
+        args, num_classes = self.args, images.num_classes
         model = build.place_model(build.build_model(args, num_classes), args, self.accelerator)
         roles = model_roles(model)
         self.role = self.own.search_role or next((r for r in roles if r not in ('head', 'policy')), '')
@@ -251,7 +252,10 @@ class Search:
         for name in (self.role, 'head'):
             if plan.role(name).start_epoch:
                 raise UserError(f'plan: role {name} must train from the start in a search; leave its start_epoch out')
-        build.set_start(model, resolve(model, plan), args, num_classes)
+        table = resolve(model, plan)
+        build.set_start(model, table, args, num_classes)
+        if self.own.search_head == 'own':
+            start_head(model, args, images, self.accelerator, table)
         for other in roles:
             if other not in (self.role, 'head'):
                 plan = plan.with_role(other, train='none')

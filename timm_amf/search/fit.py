@@ -33,7 +33,7 @@ from torch import nn
 from timm_amf.data import Mixture, create_dataset, data_spec_from_args, splits_from_args
 from timm_amf.data.datasets import lacks_split
 from timm_amf.engine.build import input_channels
-from timm_amf.engine.checkpoint import read_state
+from timm_amf.engine.checkpoint import Checkpointer, read_state
 from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.engine.run_folder import best_epoch
 from timm_amf.errors import CommandParser, Diverged, Interrupted, UserError
@@ -153,14 +153,18 @@ def fit_words(words: Sequence[str]) -> Fit:
         raise UserError('fit trains; leave --dry-run and --eval-only out')
     folder = Path(args.output or 'output/fit') / (args.experiment or Path(args.data_dir or 'mixture').resolve().name)
     progress = _Progress.open(folder.with_name(f'{folder.name}-pilots'), list(words))
-    if (folder / 'args.yaml').exists() and not args.overwrite and not progress.winner:
+    if args.data_dir and folder.resolve() == Path(args.data_dir).resolve():
+        raise UserError(f'{folder}: holds the images; name another place for the run with --output or --experiment')
+    earlier = Checkpointer(folder)  # which removes files of a run only, whatever else lies there
+    if earlier.holds_run() and not args.overwrite and not progress.winner:
         raise UserError(f'{folder}: holds a run already; name another with --experiment, or add --overwrite')
     progress.words = progress.words or complete(words)
+    progress.write()
     if not progress.winner:
         if args.lr is not None:  # then there is nothing to choose
             progress.candidates = [Candidate(f'LR {args.lr:g}', ())]
         _contest(progress, parse_args(progress.words))
-        shutil.rmtree(folder, ignore_errors=True)
+        earlier.discard()
     start, ours = time.monotonic(), progress.winner in dict(CANDIDATES)
     try:
         _train(progress.chosen, [*progress.words, '--wise-ft'], folder,
@@ -172,7 +176,7 @@ def fit_words(words: Sequence[str]) -> Fit:
         progress.candidates.append(Candidate(*_CAUTIOUS))
         progress.winner = _CAUTIOUS[0]
         progress.write()
-        shutil.rmtree(folder, ignore_errors=True)
+        earlier.discard()
         _train(progress.chosen, [*progress.words, '--wise-ft'], folder)
     winner = progress.chosen
     winner.metric = best_epoch(folder)[args.eval_metric]
@@ -213,6 +217,8 @@ class _Progress:
         state = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
         if state.get('asked') == asked:
             return cls(folder, asked, state['words'], [Candidate(**c) for c in state['candidates']], state['winner'])
+        if folder.exists() and not file.exists():
+            raise UserError(f'{folder}: is where the pilots go, and is there already; name another --experiment')
         shutil.rmtree(folder, ignore_errors=True)  # of another fit
         return cls(folder, asked, [], [Candidate(*c) for c in CANDIDATES])
 

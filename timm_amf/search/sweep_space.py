@@ -47,6 +47,8 @@ class Space:
         if '.' not in key and flag not in self._actions:
             near = nearest(flag, self._actions)
             raise UserError(f'{key}: no flag that runs can differ in{near}; a setting of a role is ROLE.FIELD')
+        if flag in self.args.explicit:
+            raise UserError(f'{key}: --{flag.replace("_", "-")} gives it one value already; leave that out')
         if isinstance(given, BaseDistribution):
             return given
         match = None if self.is_grid or not isinstance(given, str) else _RANGE.fullmatch(given)

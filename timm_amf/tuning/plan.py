@@ -310,6 +310,9 @@ def _check_names(mapping, cls, where: str) -> None:
             raise UserError(f'{where} has no setting {key!r}{hint}')
 
 
+_IN_WORDS = {'bool': 'true or false', 'float': 'a number', 'int': 'a whole number', 'str': 'text'}
+
+
 def _check_fields(instance, where: str) -> None:
     """Check the fields against their declarations; YAML gives `1e-4` as a string and `1` for a float."""
     hints = typing.get_type_hints(type(instance))
@@ -319,6 +322,7 @@ def _check_fields(instance, where: str) -> None:
             value = _coerce(value, hints[f.name])
         except (TypeError, ValueError, OverflowError):
             expected = f.type.__name__ if isinstance(f.type, type) else str(f.type).replace('typing.', '')
+            expected = _IN_WORDS.get(expected.removeprefix('Optional[').removesuffix(']'), expected)
             raise UserError(f'{where}: {f.name} must be {expected}, not {value!r}') from None
         setattr(instance, f.name, value)
         for item in value if isinstance(value, list) else [value]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Optional, Union
 
 from timm_amf.errors import UserError
-from timm_amf.flags import add_flags, path
+from timm_amf.flags import add_flags, nearest, path
 from timm_amf.tuning.plan import Plan, RolePlan, Schedule
 from timm_amf.yaml_text import load_yaml, parse_yaml
 
@@ -155,7 +155,7 @@ def _role_settings(args, roles: list[str]) -> list[tuple[str, dict[str, Any]]]:
 
 def _known(role: str, roles: list[str], flag: str) -> str:
     if role not in roles and role not in {r.split('.')[0] for r in roles}:
-        raise UserError(f'{flag}: the model has no role {role!r}; it has {", ".join(roles)}')
+        raise UserError(f'{flag}: the model has no role {role!r}; it has {", ".join(roles)}{nearest(role, roles)}')
     return role
 
 
