@@ -149,10 +149,11 @@ def _train(
             prepare_folder(folder, resume)
             if keeps_start:
                 prepare_mix(folder, start)
-            save_args(args, folder / 'args.yaml')
-            plan.to_yaml(folder / 'plan.yaml')
-            about = environment(accelerator.num_processes, accelerator.device)
-            write_text(folder / 'environment.yaml', yaml.safe_dump(about, sort_keys=False))
+            if trainer.epoch < trainer.epochs or not (folder / 'args.yaml').exists():  # else it stays what trained it
+                save_args(args, folder / 'args.yaml')
+                plan.to_yaml(folder / 'plan.yaml')
+                about = environment(accelerator.num_processes, accelerator.device)
+                write_text(folder / 'environment.yaml', yaml.safe_dump(about, sort_keys=False))
             if train_set.drawn and not (folder / 'split.csv').exists():
                 write_splits(folder / 'split.csv', train_set.drawn)
         start = None  # a copy of the network on the device

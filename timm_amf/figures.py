@@ -377,7 +377,7 @@ def _images(chart: Chart, thumbnail: Thumbnail, across: int = 8) -> 'Figure':
     figure.set_layout_engine('none')  # it takes a second for so many axes, and there is nothing to align
     every = figure.subplots(
         max(1, -(-count // across)), across, squeeze=False, gridspec_kw=dict(
-            left=0.01, right=0.99, bottom=0.01, top=0.88, hspace=0.45)).flat
+            left=0.01, right=0.99, bottom=0.01, top=0.88, hspace=0.45)).ravel()
     for axes in every:
         axes.set_axis_off()
     for axes, index, text in zip(every, chart.table['image'], chart.table['text']):

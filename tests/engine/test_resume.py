@@ -176,6 +176,9 @@ def test_resume_of_a_finished_run_changes_nothing(run, trained):
     copied = whole.parent / 'copied'
     shutil.copytree(whole, copied)
     assert_same_run(whole, run('copied', '--resume', 'auto', base=ONE))
+    before = {name: (copied / name).read_bytes() for name in ('args.yaml', 'plan.yaml', 'environment.yaml')}
+    run('copied', '--resume', 'auto', '--lr', '0.5', '--seed', '7', base=ONE)
+    assert before == {name: (copied / name).read_bytes() for name in before}  # what trained it
 
 
 def test_resume_by_path_into_another_folder_and_more_epochs(run, trained):

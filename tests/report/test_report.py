@@ -74,7 +74,7 @@ def check_page(path) -> Page:
     assert all(attrs['scope'] in ('col', 'row') for attrs in page.of('th'))
     for attrs in page.of('figure'):
         png = Image.open(path.parent / f'{attrs["id"]}.png')
-        assert png.format == 'PNG' and min(png.size) > 50
+        assert png.format == 'PNG' and min(png.size) > 50 and np.ptp(np.asarray(png.convert('L'))) > 50
         with open(path.parent / f'{attrs["id"]}.csv', newline='', encoding='utf-8') as file:
             assert len(list(csv.reader(file))) > 1
     return page

@@ -247,13 +247,14 @@ def test_a_mix_is_undone_when_the_run_goes_on(words, tmp_path, capsys):
             assert torch.allclose(tensor, start[name] + share * (tuned[name] - start[name]), atol=1e-6), name
 
 
-def test_a_network_that_an_epoch_wrecks_gets_a_tenth_of_the_lr(words, tmp_path, monkeypatch, capsys):
-    wild = tuple((name, ('--lr', '10')) for name, _ in CANDIDATES)
-    monkeypatch.setattr(importlib.import_module('timm_amf.search.fit'), 'CANDIDATES', wild)
-    monkeypatch.setattr(importlib.import_module('timm_amf.search.fit'), '_WRECKED', 0.99)
+def test_a_network_that_an_epoch_spoils_gets_lower_lrs(words, tmp_path, monkeypatch, capsys):
+    module = importlib.import_module('timm_amf.search.fit')
+    monkeypatch.setattr(module, 'CANDIDATES', tuple((name, ('--lr', '10')) for name, _ in CANDIDATES))
+    monkeypatch.setattr(module, '_LOWER', (('LR 9', ('--lr', '9')), module._LOWER[-1]))
+    monkeypatch.setattr(module, '_KEPT', 0.99)
     assert main([*words, '--epochs', '2']) == 0
     out = capsys.readouterr().out
-    assert f'{wild[0][0]} is too high for this network' in out
+    assert 'LR 3e-4 is too high; once more with LR 9' in out and 'LR 9 is too high; once more with LR 3e-5' in out
     with open(tmp_path / 'run' / 'fit.csv', newline='') as file:
         winner, = (row for row in csv.DictReader(file) if row['winner'] == 'True')
     assert winner['flags'] == '--lr 3e-5'

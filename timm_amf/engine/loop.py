@@ -251,6 +251,8 @@ class Trainer:
         """
         self._begin = begin
         self._stop_early()  # as the run did that is resumed
+        if begin is not None and self.epoch and self.epoch >= self.epochs:
+            begin()  # a resumed run in which nothing is left to train
         try:
             with self.signals:
                 while self.epoch < self.epochs:

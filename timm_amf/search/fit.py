@@ -6,7 +6,7 @@
 It measures instead of asking. A logistic regression on the frozen features is the floor and the start of every
 candidate; candidates are ordinary command lines of `timm-amf train`, which differ in their LR. Few epochs get a low
 one. Many have time for a high one, unless the pilots object: whole trainings, schedule and all, of a sixth of the
-epochs. The chosen one trains in full, with a tenth of its LR if the first epoch wrecks the features; then the weights
+epochs. The chosen one trains in full, with a lower LR if the first epoch spoils the features; then the weights
 between its start and its best epoch that validate best are kept, so that it never ends below the floor on the
 validation images. What is left is an ordinary run: `args.yaml` repeats the training of the winner, and `fit.csv` says
 what was tried.
@@ -72,10 +72,12 @@ class Candidate:
 
 # From so many epochs and updates on there is time for a high LR, and for pilots.
 _MANY_EPOCHS, _MANY_UPDATES = 12, 250
-# (name, flags): for few, and for many; and for a network that one epoch with either wrecks, so that it keeps less than
-# this share of the accuracy of its frozen features.
+# (name, flags): for few, and for many.
 CANDIDATES = (('LR 3e-4', ('--lr', '3e-4')), ('LR 1e-3', ('--lr', '1e-3')))
-_CAUTIOUS, _WRECKED = ('LR 3e-5', ('--lr', '3e-5')), 1 / 3
+# What follows, in turn, where the first epoch keeps less than a share of the accuracy of the frozen features. After
+# pilots that is a collapse; without them, it is more than a few epochs bring back (docs/fit.md).
+_LOWER = (('LR 1e-4', ('--lr', '1e-4')), ('LR 3e-5', ('--lr', '3e-5')))
+_KEPT, _KEPT_AFTER_PILOTS = 0.8, 1 / 3
 
 
 @dataclass
@@ -165,19 +167,21 @@ def fit_words(words: Sequence[str]) -> Fit:
             progress.candidates = [Candidate(f'LR {args.lr:g}', ())]
         _contest(progress, parse_args(progress.words))
         earlier.discard()
-    start, ours = time.monotonic(), progress.winner in dict(CANDIDATES)
-    try:
-        _train(progress.chosen, [*progress.words, '--wise-ft'], folder,
-               after_epoch=_stop_if_wrecked(folder, args) if ours else None)
-    except Diverged as e:
-        if not ours:
-            raise
-        print(f'{e}\n{progress.winner} is too high for this network: once more with {_CAUTIOUS[0]}', flush=True)
-        progress.candidates.append(Candidate(*_CAUTIOUS))
-        progress.winner = _CAUTIOUS[0]
-        progress.write()
-        earlier.discard()
-        _train(progress.chosen, [*progress.words, '--wise-ft'], folder)
+    start = time.monotonic()
+    while True:
+        lower = [Candidate(*c) for c in _LOWER if args.lr is None and c[0] not in {c.name for c in progress.candidates}]
+        try:
+            _train(progress.chosen, [*progress.words, '--wise-ft'], folder,
+                   after_epoch=_stop_if_wrecked(folder, args, progress) if lower else None)
+            break
+        except Diverged as e:
+            if not lower:
+                raise
+            print(f'{e}: {progress.winner} is too high; once more with {lower[0].name}', flush=True)
+            progress.candidates.append(lower[0])
+            progress.winner = lower[0].name
+            progress.write()
+            earlier.discard()
     winner = progress.chosen
     winner.metric = best_epoch(folder)[args.eval_metric]
     winner.seconds += time.monotonic() - start
@@ -323,11 +327,14 @@ def epochs_within(words: Sequence[str], pilots: float = 1.) -> int:
     return max(1, round(60 * args.budget / (pilots * (time.monotonic() - start))))
 
 
-def _stop_if_wrecked(folder: Path, args: argparse.Namespace) -> Callable[[int, Optional[float]], None]:
+def _stop_if_wrecked(
+        folder: Path, args: argparse.Namespace, progress: _Progress) -> Callable[[int, Optional[float]], None]:
+    kept = _KEPT if progress.candidates[0].pilot is None else _KEPT_AFTER_PILOTS
+
     def stop_if_wrecked(epoch: int, metric: Optional[float]) -> None:
         if epoch == 0 and metric is not None and args.eval_metric != 'loss':
             floor = read_state(folder / 'last')['start'][args.eval_metric]
-            if metric < _WRECKED * floor:
+            if metric < kept * floor:
                 raise Diverged(f'one epoch took the features from {floor:.2f} to {metric:.2f}')
     return stop_if_wrecked
 
