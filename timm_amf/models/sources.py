@@ -22,8 +22,8 @@ _HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
 # Seconds that the Hub gets to answer before a run without network fails.
 _HUB_TIMEOUT = 5.0
 _LOCAL_COPY = (
-    "name a local copy with pretrained_cfg_overlay={'file': ...} in its keyword arguments (in commands "
-    "--backbone-weights and --policy-weights)")
+    "name a local copy with --pretrained-path (of a part, --backbone-weights or --policy-weights; in Python "
+    "pretrained_cfg_overlay={'file': ...} in its keyword arguments)")
 
 
 def as_names(names: Union[str, Sequence[str], None]) -> tuple[str, ...]:

@@ -150,6 +150,8 @@ def fit_words(words: Sequence[str]) -> Fit:
     """`fit` by the words of a command line."""
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UserError('fit runs in one process; start it without accelerate launch or torchrun')
+    import sklearn  # noqa: F401  the regression's, before there is work that its absence would end
+
     args = parse_args(words)
     if args.dry_run or args.eval_only:
         raise UserError('fit trains; leave --dry-run and --eval-only out')
