@@ -252,6 +252,7 @@ def test_a_network_that_an_epoch_spoils_gets_lower_lrs(words, tmp_path, monkeypa
     monkeypatch.setattr(module, 'CANDIDATES', tuple((name, ('--lr', '10')) for name, _ in CANDIDATES))
     monkeypatch.setattr(module, '_LOWER', (('LR 9', ('--lr', '9')), module._LOWER[-1]))
     monkeypatch.setattr(module, '_KEPT', 0.99)
+    monkeypatch.setattr(module, '_COLLAPSED', 0.99)
     assert main([*words, '--epochs', '2']) == 0
     out = capsys.readouterr().out
     assert 'LR 3e-4 is too high; once more with LR 9' in out and 'LR 9 is too high; once more with LR 3e-5' in out

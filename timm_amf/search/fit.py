@@ -74,10 +74,10 @@ class Candidate:
 _MANY_EPOCHS, _MANY_UPDATES = 12, 250
 # (name, flags): for few, and for many.
 CANDIDATES = (('LR 3e-4', ('--lr', '3e-4')), ('LR 1e-3', ('--lr', '1e-3')))
-# What follows, in turn, where the first epoch keeps less than a share of the accuracy of the frozen features. After
-# pilots that is a collapse; without them, it is more than a few epochs bring back (docs/fit.md).
+# What follows, in turn, where the first epoch keeps less than a share of the accuracy of the frozen features: for the
+# first of few epochs more than these bring back, else a collapse (docs/fit.md).
 _LOWER = (('LR 1e-4', ('--lr', '1e-4')), ('LR 3e-5', ('--lr', '3e-5')))
-_KEPT, _KEPT_AFTER_PILOTS = 0.8, 1 / 3
+_KEPT, _COLLAPSED = 0.8, 1 / 3
 
 
 @dataclass
@@ -331,7 +331,8 @@ def epochs_within(words: Sequence[str], pilots: float = 1.) -> int:
 
 def _stop_if_wrecked(
         folder: Path, args: argparse.Namespace, progress: _Progress) -> Callable[[int, Optional[float]], None]:
-    kept = _KEPT if progress.candidates[0].pilot is None else _KEPT_AFTER_PILOTS
+    first = progress.chosen is progress.candidates[0] and progress.chosen.pilot is None
+    kept = _KEPT if first else _COLLAPSED
 
     def stop_if_wrecked(epoch: int, metric: Optional[float]) -> None:
         if epoch == 0 and metric is not None and args.eval_metric != 'loss':
