@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent / 'engine'))
-from conftest_engine import folders, reset_accelerate  # noqa: E402, F401  a fixture
+from conftest_engine import clean, folders, reset_accelerate  # noqa: E402, F401  fixtures
 
 import timm_amf  # noqa: E402
 from timm_amf.cli import main  # noqa: E402
@@ -23,14 +23,6 @@ OPTIONS = dict(
 FLAGS = [
     '--model', 'test_resnet', '--img-size', '32', '-b', '8', '--epochs', '2', '--lr', '0.05', '--warmup-epochs', '0',
     '--workers', '0', '--cpu', '--tracker', 'none', '--no-progress']
-
-
-@pytest.fixture(autouse=True)
-def clean(tmp_path, monkeypatch):
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture(scope='module')

@@ -188,7 +188,7 @@ def _run(command: str, paths: Paths, options: Mapping[str, Any]) -> Any:
     """What a command finds for paths and flags, without what it prints."""
     module = importlib.import_module(f'timm_amf.{command}')
     parser: argparse.ArgumentParser = module.build_parser()
-    words = words_of(parser, {name: value for name, value in options.items() if value is not None})
+    words = words_of(parser, options)
     names = [paths] if isinstance(paths, (str, Path)) else paths
     with contextlib.redirect_stdout(io.StringIO()):
         return module.run(parser.parse_args([*words, '--', *map(str, names)]))

@@ -112,10 +112,12 @@ def add_flags(parser: argparse.ArgumentParser, title: str, rows: Iterable[tuple]
 
 
 def words_of(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> list[str]:
-    """The command line that sets flags of a parser, by name."""
+    """The command line that sets flags of a parser, by name; None leaves one out."""
     actions = {action.dest: action for action in parser._actions if action.option_strings}
     words = []
     for name, value in values.items():
+        if value is None:
+            continue
         if name not in actions:
             raise UserError(f'{name}: no such option{nearest(name, actions)}')
         words += _words(actions[name], value)

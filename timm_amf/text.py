@@ -1,10 +1,11 @@
 """Tables for a terminal and as CSV."""
 import csv
 import io
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ['columns', 'csv_text']
+__all__ = ['columns', 'csv_of', 'csv_text']
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -27,3 +28,10 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows(rows)
     return text.getvalue()
+
+
+def csv_of(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows by column as CSV; each may have some of the columns."""
+    rows = list(rows)
+    names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    return csv_text([names, *([row.get(name) for name in names] for row in rows)])

@@ -103,6 +103,15 @@ def reset_accelerate() -> None:
     GradientState._reset_state()
 
 
+@pytest.fixture(autouse=True)
+def clean(tmp_path, monkeypatch):
+    """A cache of its own, and no accelerator that another test left; for the modules and folders that import it."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
 def rows(path: Path) -> list[dict]:
     with open(path, newline='') as file:
         return list(csv.DictReader(file))

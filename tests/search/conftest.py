@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest_advise import reset_accelerate
+from conftest_advise import clean  # noqa: F401  a fixture
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -41,12 +41,3 @@ def flags(weights) -> list[str]:
     return [
         '--model', 'test_resnet', '--pretrained-path', str(weights), '--img-size', '32', '-b', '16', '--workers', '0',
         '--cpu', '--tracker', 'none', '--no-progress', '--epochs', '2']
-
-
-@pytest.fixture(autouse=True)
-def clean(tmp_path, monkeypatch):
-    """A cache of its own, and no accelerator that another test left."""
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    reset_accelerate()
-    yield
-    reset_accelerate()

@@ -6,7 +6,7 @@ from timm_amf.tuning import create_optimizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'engine'))
 
-from conftest_engine import reset_accelerate, train_amf  # noqa: E402
+from conftest_engine import clean, reset_accelerate, train_amf  # noqa: E402, F401  a fixture
 
 
 def dry_run(path) -> list[dict]:

@@ -1,7 +1,5 @@
 """Splits drawn from the training images: by shares, whole groups at a time, and kept in a run's `split.csv`."""
-import csv
 import hashlib
-import io
 import logging
 import os
 import re
@@ -14,6 +12,7 @@ import numpy as np
 
 from timm_amf.errors import UserError
 from timm_amf.files import write_text
+from timm_amf.text import csv_text
 
 from .sources import Source
 from .table import read_table
@@ -117,15 +116,13 @@ def groups_of(source: Source, chosen: np.ndarray, group: str, where: str) -> lis
 def write_splits(path: Union[str, Path], drawn: Sequence[Drawn]) -> None:
     """Write the splits as a table `split,path,label`, of several components also `component`."""
     several = len(drawn) > 1
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(['split', 'path', 'label'] + ['component'] * several)
+    rows = [['split', 'path', 'label'] + ['component'] * several]
     for split in ('train', 'val', 'test'):
         for part in drawn:
             for i in np.flatnonzero(part.splits == split):
                 name = part.source.relative_name(int(part.chosen[i]))
-                writer.writerow([split, name, part.labels[i]] + [part.component] * several)
-    write_text(path, text.getvalue(), 'choose another --output')
+                rows.append([split, name, part.labels[i]] + [part.component] * several)
+    write_text(path, csv_text(rows), 'choose another --output')
 
 
 def splits_in_file(path: str, component: str, source: Source, chosen: np.ndarray) -> np.ndarray:

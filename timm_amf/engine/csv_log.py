@@ -1,11 +1,10 @@
 """The CSV files of a run, `summary.csv` and `policy.csv`."""
 import csv
-import io
-import itertools
 from pathlib import Path
 from typing import Any, Union
 
 from timm_amf.files import write_text
+from timm_amf.text import csv_of
 
 __all__ = ['CsvLog']
 
@@ -28,9 +27,4 @@ class CsvLog:
     def append(self, row: dict[str, Any]) -> None:
         """Add a row; a row of the same epoch is replaced."""
         self.rows = [r for r in self.rows if int(r['epoch']) != row['epoch']] + [row]
-        columns = list(dict.fromkeys(itertools.chain.from_iterable(self.rows)))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_text(self.path, text.getvalue())
+        write_text(self.path, csv_of(self.rows))

@@ -1,7 +1,5 @@
 """`timm-amf evaluate`: runs, published models and files evaluated; each, their mean, and their ensemble."""
 import argparse
-import csv
-import io
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -16,7 +14,7 @@ from timm_amf.engine.opened import RunOptions
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing, write_text
 from timm_amf.inference.sources import add_run_flags, open_model, options_from
-from timm_amf.text import columns
+from timm_amf.text import columns, csv_of
 
 __all__ = ['build_parser', 'is_for_runs', 'main', 'prediction_rows', 'run']
 
@@ -48,7 +46,8 @@ def run(args: argparse.Namespace) -> list[Row]:
             file.touch()  # before any work
         found = evaluations([open_model(run, options) for run in args.runs], options, args.ensemble)
         if file:
-            file.write_text(_csv(dict(run=e.run, **row) for e in found for row in prediction_rows(e)), encoding='utf-8')
+            rows = (dict(run=e.run, **row) for e in found for row in prediction_rows(e))
+            file.write_text(csv_of(rows), encoding='utf-8')
     rows = summary(found, options.level)
     crops = 'ten crops (average of their softmax)' if options.ten_crop else 'one crop'
     print(f'{options.split or "validation"} split, {crops}, {options.weights} weights')
@@ -159,13 +158,5 @@ def _write_results(
         return
     for name, part in (('', results), ('.classes', classes), ('.policy', policy)):
         if part:
-            write_text(path.with_name(f'{path.stem}{name}{path.suffix}'), _csv(part), remedy)
+            write_text(path.with_name(f'{path.stem}{name}{path.suffix}'), csv_of(part), remedy)
 
-
-def _csv(rows: Iterable[dict[str, Any]]) -> str:
-    """Rows of which each may have some of the columns, as those of models of several kinds."""
-    rows, text = list(rows), io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -459,7 +459,7 @@ def search_blocks(
     """
     parser = _build_parser()
     known = {action.dest for action in parser._actions} - {'help'}
-    own = {name: value for name, value in options.items() if name in known and value is not None}
+    own = {name: value for name, value in options.items() if name in known}
     if ways is not None:
         own['ways'] = [ways] if isinstance(ways, str) else ways
     rest = {name: value for name, value in options.items() if name not in known}

@@ -39,6 +39,7 @@ from timm_amf.engine.run_folder import best_epoch
 from timm_amf.errors import CommandParser, Diverged, Interrupted, UserError
 from timm_amf.files import write_text
 from timm_amf.flags import words_of
+from timm_amf.text import csv_text
 from timm_amf.tuning import Plan
 from timm_amf.tuning.plan_args import common_plan
 
@@ -106,13 +107,11 @@ class Fit:
 
     def write(self, path: Union[str, Path]) -> None:
         """Write the table as CSV."""
-        text = io.StringIO()
-        csv.writer(text, lineterminator='\n').writerows([
+        write_text(path, csv_text([
             ['candidate', 'flags', 'pilot', 'pilot_loss', 'metric', 'seconds', 'winner'],
             ['frozen features', '', '', '', self.floor, '', ''],
             *([c.name, ' '.join(c.flags), c.pilot, c.loss, c.metric, round(c.seconds, 1), c is self.winner]
-              for c in self.candidates)])
-        write_text(path, text.getvalue())
+              for c in self.candidates)]))
 
     def __str__(self) -> str:
         width = max(len(c.name) for c in self.candidates)
@@ -143,7 +142,7 @@ def fit(
         What was found; `Fit.model` is the model, and `print` shows what was tried.
     """
     options.update(data_dir=data_dir, model=model, budget=budget)
-    return fit_words(words_of(build_parser(), {name: value for name, value in options.items() if value is not None}))
+    return fit_words(words_of(build_parser(), options))
 
 
 def fit_words(words: Sequence[str]) -> Fit:

@@ -25,7 +25,7 @@ def keyword_words(
         config: Recipe or YAML file that sets options; the keywords win.
         options: Flags by name (None leaves one out), and `data`, a mapping of the form of a recipe's section.
     """
-    options = {name: value for name, value in options.items() if value is not None}
+    options = dict(options)
     data = options.pop('data') if isinstance(options.get('data'), Mapping) else None
     words = [] if config is None else ['--config', str(config)]
     return [*words, *words_of(build_parser(), options)], data

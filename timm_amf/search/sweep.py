@@ -319,8 +319,7 @@ def sweep(
         What was found: `best`, `plan`, `config`, `configurations`; `print` shows the table.
     """
     words = [str(data_dir)] if data_dir is not None else []
-    options = {name: value for name, value in {'model': model, **options}.items() if value is not None}
-    words += words_of(build_parser(), options)
+    words += words_of(build_parser(), {'model': model, **options})
     return _sweep(words, grid or {}, space or {}, seeds, trials, pruner, storage, test_split)
 
 

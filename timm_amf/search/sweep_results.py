@@ -12,7 +12,7 @@ from timm_amf.engine.intervals import holm, mean_interval, paired_p
 from timm_amf.errors import UserError
 from timm_amf.files import write_text
 from timm_amf.search.proposal import config_text
-from timm_amf.text import columns, csv_text
+from timm_amf.text import columns, csv_of
 from timm_amf.tuning import Plan
 from timm_amf.yaml_text import load_yaml
 
@@ -202,4 +202,4 @@ def _number(value: Optional[float], form: str) -> str:
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows of the same columns as CSV."""
-    write_text(path, csv_text([list(rows[0]), *(row.values() for row in rows)]))
+    write_text(path, csv_of(rows))
