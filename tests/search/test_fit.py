@@ -281,3 +281,6 @@ def test_what_is_not_of_a_run_is_left(words, images, tmp_path, capsys, monkeypat
     shutil.rmtree(tmp_path / 'run-pilots')
     assert main([*words, '--epochs', '1']) == 0 and main([*words, '--epochs', '1', '--overwrite']) == 0
     assert (tmp_path / 'run' / 'notes.txt').read_text() == 'mine'
+    (tmp_path / 'run-pilots').mkdir()
+    (tmp_path / 'run-pilots' / 'fit.json').write_text('{}')  # of another fit, which was interrupted
+    assert main([*words, '--epochs', '1']) == 2 and (tmp_path / 'run-pilots' / 'fit.json').exists()

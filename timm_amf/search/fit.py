@@ -161,7 +161,9 @@ def fit_words(words: Sequence[str]) -> Fit:
     earlier = Checkpointer(folder)  # which removes files of a run only, whatever else lies there
     if earlier.holds_run() and not args.overwrite and not progress.winner:
         raise UserError(f'{folder}: holds a run already; name another with --experiment, or add --overwrite')
-    progress.words = progress.words or complete(words)
+    if not progress.words:
+        progress.words = complete(words)
+        shutil.rmtree(progress.folder, ignore_errors=True)  # of another fit, which a refusal leaves
     progress.write()
     if not progress.winner:
         if args.lr is not None:  # then there is nothing to choose
@@ -224,7 +226,6 @@ class _Progress:
             return cls(folder, asked, state['words'], [Candidate(**c) for c in state['candidates']], state['winner'])
         if folder.exists() and not file.exists():
             raise UserError(f'{folder}: is where the pilots go, and is there already; name another --experiment')
-        shutil.rmtree(folder, ignore_errors=True)  # of another fit
         return cls(folder, asked, [], [Candidate(*c) for c in CANDIDATES])
 
     def write(self) -> None:
