@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from conftest_advise import reset_accelerate
 pytest.importorskip('optuna')
 
 import optuna
+from optuna.trial import TrialState
 from scipy import stats
 
 import timm_amf
@@ -202,9 +204,22 @@ def test_two_processes_share_the_trials(words, tmp_path):
     assert all(trained) and len({line.split()[1] for lines in trained for line in lines}) == 6
     assert sum(map(len, trained)) == 6 and len(read(tmp_path / 'found' / 'runs.csv')) == 6
     study = optuna.load_study(study_name='found', storage=f'sqlite:///{tmp_path / "found" / "study.db"}')
-    assert sum(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials) == 6
+    assert sum(t.state == TrialState.COMPLETE for t in study.trials) == 6
     tables = [text[text.index('\ntrial  lr'):] for text in texts]
     assert tables[0] == tables[1]
+
+
+def test_a_trial_is_given_to_one(tmp_path, monkeypatch):
+    """Also where two processes look at it before either writes."""
+    first, second = (module._open_database(f'sqlite:///{tmp_path / "study.db"}', None) for _ in range(2))
+    study = optuna.create_study(storage=first)
+    study.enqueue_trial({})
+    check = type(first).check_trial_is_updatable
+    monkeypatch.setattr(  # between the look and the writing
+        type(first), 'check_trial_is_updatable', lambda *args: time.sleep(0.3) or check(*args))
+    with ThreadPoolExecutor(2) as pool:
+        took = pool.map(lambda storage: storage.set_trial_state_values(1, TrialState.RUNNING), (first, second))
+        assert sorted(took) == [False, True]
 
 
 def test_interrupted(words, quick, tmp_path, monkeypatch, capsys):
@@ -294,7 +309,7 @@ def test_the_test_images_are_looked_at_once(words, quick, tmp_path, monkeypatch)
 
     optuna.create_study(study_name='found', storage=storage, direction='maximize').ask()
     assert run(2).test == '' and 'no test yet' in run(2).notes[0] and not tested
-    optuna.load_study(study_name='found', storage=storage).tell(0, state=optuna.trial.TrialState.FAIL)
+    optuna.load_study(study_name='found', storage=storage).tell(0, state=TrialState.FAIL)
     first = run(2)
     assert tested == [first.runs(first.best)] and 'the table' in str(first) and not first.notes
     assert run(2).test == first.test and len(tested) == 1

@@ -30,6 +30,7 @@ from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend, JournalRedisBackend
 from optuna.trial import Trial, TrialState
+from sqlalchemy.event import listen
 
 from timm_amf.data import create_dataset, data_spec_from_args, splits_from_args
 from timm_amf.engine.build import input_channels
@@ -61,6 +62,19 @@ _ANYWHERE = ('overwrite', 'no_progress', 'workers', 'output', 'experiment', 'see
 
 class _Repeated(Exception):
     """A trial that another one makes needless."""
+
+
+def _open_database(url: str, on_stale: Callable) -> RDBStorage:
+    sqlite = url.startswith('sqlite')
+    try:
+        storage = RDBStorage(
+            url, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE, heartbeat_stale_trial_callback=on_stale,
+            engine_kwargs={'connect_args': {'timeout': 60, 'isolation_level': None}} if sqlite else None)
+    except ImportError as e:
+        raise UserError(f'--storage: the driver of this database is missing ({e})') from e
+    if sqlite:  # it has no SELECT FOR UPDATE, by which Optuna gives a trial to one process only
+        listen(storage.engine, 'begin', lambda connection: connection.exec_driver_sql('BEGIN IMMEDIATE'))
+    return storage
 
 
 class _Worker:
@@ -171,12 +185,7 @@ class _Worker:
             return url
         if not self.heartbeats:
             return JournalStorage(JournalRedisBackend(url) if '://' in url else JournalFileBackend(url))
-        try:
-            return RDBStorage(
-                url, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE, heartbeat_stale_trial_callback=self.retry,
-                engine_kwargs={'connect_args': {'timeout': 60}} if url.startswith('sqlite') else None)
-        except ImportError as e:
-            raise UserError(f'--storage: the driver of this database is missing ({e})') from e
+        return _open_database(url, self.retry)
 
     # -- a trial ------------------------------------------------------------------------------------------------------
 
