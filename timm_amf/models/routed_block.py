@@ -18,6 +18,7 @@ import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
 
+from .frugal import Frugal
 from .routing import is_channels_last, take
 
 __all__ = ['Decision', 'PartOfBlock', 'Route', 'RoutedBlock']
@@ -121,7 +122,8 @@ class RoutedBlock(nn.Module):
         split, share = decision.splits[self.index], decision.shares[:, self.index]
         if not (self.training and torch.is_grad_enabled()):
             return _exact_split(self.frozen, self.tuned, x, share.detach(), split, True, args, kwargs)
-        out = _exact_split(self.frozen, self.tuned, x, share, split, _norms_fixed(self.tuned), args, kwargs)
+        with Frugal():
+            out = _exact_split(self.frozen, self.tuned, x, share, split, _norms_fixed(self.tuned), args, kwargs)
         if split.tuned is None:
             # Gradients of zero, not none: `DistributedDataParallel` waits for every gradient, and an optimiser passes
             # over what has none, momentum included.
