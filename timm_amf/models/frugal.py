@@ -42,7 +42,7 @@ def frozen_conv2d(x: Tensor, weight: Tensor, *args) -> Tensor:
         # Told by its shape, since autocast puts another tensor in its place.
         if t.shape != x.shape or t.shape == weight.shape:
             return t
-        return partial(torch.empty_strided, t.shape, t.stride(), dtype=t.dtype, device=t.device)
+        return partial(t.new_empty(0).new_empty_strided, t.shape, t.stride())
 
     with saved_tensors_hooks(pack, lambda kept: kept if isinstance(kept, Tensor) else kept()):
         return F.conv2d(x, weight, *args)
