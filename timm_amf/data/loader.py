@@ -4,6 +4,7 @@ Workers decode and transform to uint8; normalisation and random erasing run on t
 PrefetchLoader.
 """
 import contextlib
+import os
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
@@ -181,6 +182,7 @@ class SeededLoader:
             torch.tensor([x * 255 for x in values], device=device, dtype=img_dtype).view(1, -1, 1, 1)
             for values in (mean, std))
         self._stream: Any = None
+        workers = min(workers, os.cpu_count() or 1)  # more are slower, and torch warns of them
         self._loader = torch.utils.data.DataLoader(
             SeededSamples(dataset, transform, seed, splits, skip_bad),
             batch_sampler=sampler,
@@ -296,7 +298,7 @@ def create_loader(
         rank: This process.
         world_size: Number of processes.
         device: Where batches go.
-        workers: Worker processes; 0 loads in the main process.
+        workers: Worker processes, at most one a core; 0 loads in the main process.
         epoch_repeats: Passes over the dataset in an epoch.
         balanced_classes: Draw each class equally often.
         img_dtype: Type of the normalised images.
