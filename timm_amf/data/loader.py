@@ -5,7 +5,6 @@ PrefetchLoader.
 """
 import contextlib
 import signal
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Union
@@ -19,15 +18,13 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.loader import adapt_to_chs
 
 from timm_amf.errors import UserError
+from timm_amf.flags import CORES
 
 from .mixture import Mixture
 from .sampler import EvalSampler, Key, StepSampler
 from .transforms import SeededRandomErasing, adapt_transform, kept_random_state, sample_seed, seed_globals
 
 __all__ = ['Batch', 'SeededLoader', 'create_loader']
-
-# PyTorch repeats it for each loader and each of its iterators.
-warnings.filterwarnings('once', 'This DataLoader will create')
 
 # What stops a run, and the seconds that a worker lives on after a SIGTERM.
 _STOPPING, _GRACE = (signal.SIGINT, signal.SIGTERM), 10
@@ -184,7 +181,7 @@ class SeededLoader:
         self._loader = torch.utils.data.DataLoader(
             SeededSamples(dataset, transform, seed, splits, skip_bad),
             batch_sampler=sampler,
-            num_workers=workers,
+            num_workers=min(workers, CORES),
             collate_fn=_collate,
             pin_memory=pin_memory and device.type == 'cuda',
             persistent_workers=persistent_workers and workers > 0,
@@ -296,7 +293,7 @@ def create_loader(
         rank: This process.
         world_size: Number of processes.
         device: Where batches go.
-        workers: Worker processes; 0 loads in the main process.
+        workers: Worker processes, at most one a core; 0 loads in the main process.
         epoch_repeats: Passes over the dataset in an epoch.
         balanced_classes: Draw each class equally often.
         img_dtype: Type of the normalised images.

@@ -1,7 +1,6 @@
 """A trained model ready to be asked: how it is loaded, how its images are prepared, and which paths they take."""
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -112,7 +111,7 @@ class Opened:
         batch_size = max(1, batch_size // 10) if options.ten_crop else batch_size
         workers = args.workers if options.workers is None else options.workers
         # To start one takes longer than a batch.
-        workers = min(workers, os.cpu_count() or 1, math.ceil(len(data) / batch_size) - 1)
+        workers = min(workers, math.ceil(len(data) / batch_size) - 1)
         model.to(device)
         loader = eval_loader(args, model, data, device, batch_size, workers, options.ten_crop, skip_bad)
         context = nullcontext() if options.precision is None else torch.autocast(device.type, options.precision)

@@ -16,7 +16,7 @@ from timm_amf.engine.options import parse_args
 from timm_amf.engine.run_folder import WEIGHTS, choose_device, is_run, open_run
 from timm_amf.engine.timm_flags import TIMM_FLAGS
 from timm_amf.errors import UserError
-from timm_amf.flags import add_flags
+from timm_amf.flags import add_flags, workers
 from timm_amf.hub.load import load
 
 __all__ = ['add_run_flags', 'add_weights_flags', 'at_least', 'open_model', 'options_from']
@@ -55,6 +55,8 @@ def open_model(source: Source, options: RunOptions, needs_data: bool = True) -> 
         model, name = OnnxModel(path), str(path)
     elif (path / 'config.json').is_file() or str(source).startswith(('hf-hub:', 'hf_hub:')):
         model, name = load(source), str(source)
+    elif path.is_file():
+        raise UserError(f'{source}: of files only .onnx can be asked; timm-amf export RUN --format onnx writes one')
     else:
         raise UserError(
             f'{source}: no args.yaml there; give the folder of a run, of a published model, a file .onnx, or '
@@ -131,7 +133,7 @@ def add_run_flags(parser: argparse.ArgumentParser, data: bool = True) -> None:
     add('--sampling-seed', type=at_least(0), metavar='N', help="draw a SpotTune's decisions with this seed")
     add('-b', '--batch-size', type=at_least(1), metavar='N',
         help="images at a time, ten crops being ten (default: the run's)")
-    add('-j', '--workers', type=at_least(0), metavar='N', help="worker processes (default: the run's)")
+    add('-j', '--workers', type=workers, metavar='N', help="worker processes (default: the run's)")
     add('--cpu', action='store_true', help='use no GPU')
     add('--device', choices=('cpu', 'cuda'), help='cpu acts as --cpu')
     add('--amp', action='store_true', help='compute in --amp-dtype (default: in float32, whatever the run trained in)')
