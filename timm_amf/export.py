@@ -35,8 +35,9 @@ from timm_amf.data import Mixture, SeededLoader, create_loader
 from timm_amf.engine.run_folder import is_run, open_run
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing
+from timm_amf.flags import count
 from timm_amf.hub.load import load, portable_args
-from timm_amf.inference.sources import add_weights_flags, at_least
+from timm_amf.inference.sources import add_weights_flags
 from timm_amf.lazy import callable_module
 from timm_amf.models.method import method_of
 from timm_amf.version import __version__
@@ -531,7 +532,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('--img-size', type=int, nargs='+', metavar='N', help='side, or height and width (default: as RUN evaluates)')
     add('--data-dir', metavar='DIR', help="folder of a run's data, for the class names (default: where the run had it)")
     add('--class-names', metavar='FILE', help='text file with one class name a line')
-    add('--batch', type=at_least(1), default=5, metavar='N', help='largest batch of the check (default: %(default)s)')
+    add('--batch', type=count, default=5, metavar='N', help='largest batch of the check (default: %(default)s)')
     add('--opset', type=int, metavar='N', help="ONNX operator set (default: the exporter's)")
     return parser
 

@@ -55,7 +55,7 @@ def summary(found: Sequence[Evaluation], level: float = 0.95) -> list[Row]:
     """Rows of each run; where there are several that differ in nothing but their seed, also of their mean; of their
     ensemble if there is one. The rows of a mixture's components follow each.
     """
-    runs = _alone(found)
+    runs = [e for e in found if not e.run.startswith(_ENSEMBLE)]
     rows = [e.rows(level) for e in runs]
     if len(runs) > 1 and not why_no_mean(found):
         rows.append(mean_rows(rows, level))
@@ -63,13 +63,9 @@ def summary(found: Sequence[Evaluation], level: float = 0.95) -> list[Row]:
     return [row for part in rows for row in part]
 
 
-def _alone(found: Sequence[Evaluation]) -> list[Evaluation]:
-    return [e for e in found if not e.run.startswith(_ENSEMBLE)]
-
-
 def why_no_mean(found: Sequence[Evaluation]) -> str:
     """In what but their seed runs differ, which then are no sample of one training; '' if in nothing."""
-    first, *others = _alone(found)
+    first, *others = (e for e in found if not e.run.startswith(_ENSEMBLE))
     for other in others:
         one, two = map(_settings, (first.run, other.run))
         name = next((name for name in {**one, **two} if one.get(name) != two.get(name)), None)

@@ -234,9 +234,8 @@ class Trainer:
             raise UserError(
                 f'{source}: stands in the middle of an epoch, and the steps would differ ({"; ".join(differing)}); '
                 f'resume with the same settings')
-        args, options = source.parent / 'args.yaml', {}
-        if args.is_file():  # beside a checkpoint that was copied there is none
-            options = load_yaml(args)
+        args = source.parent / 'args.yaml'  # which is not beside a checkpoint that was copied
+        options = load_yaml(args) if args.is_file() else {}
         differing = _differences(
             settings_of({**options, **before}, state['plan']),
             settings_of({**args_content(self.args), **self._identity()}, self.plan.to_dict()))

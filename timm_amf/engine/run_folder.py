@@ -48,7 +48,7 @@ __all__ = [
 
 # Of `args.yaml`: what no result follows from.
 _NO_SETTINGS = ('output', 'experiment', 'resume', 'overwrite', 'no_progress', 'workers', 'report', 'tracker', 'publish',
-                'plan', 'budget', 'card', 'expected', 'explicit')
+                'plan', 'budget', 'card', 'expected', 'explicit', 'eval_only', 'dry_run')
 # The weights of a run by the name of the choice, in order of preference; all but the first are in its checkpoint, of
 # the last epoch: as the run evaluated them, the moving average, and what the average is of.
 WEIGHTS = {

@@ -31,7 +31,8 @@ from timm_amf.engine.evaluation import short, top_k
 from timm_amf.engine.opened import Opened, RunOptions
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.files import replacing
-from timm_amf.inference.sources import Source, add_run_flags, at_least, open_model, options_from
+from timm_amf.flags import count
+from timm_amf.inference.sources import Source, add_run_flags, open_model, options_from
 from timm_amf.models.method import method_of
 
 __all__ = ['UNREADABLE', 'Prediction', 'main', 'predict']
@@ -159,7 +160,7 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add('run', metavar='RUN', help='folder of a run or of a published model, file .onnx, or hf-hub:OWNER/NAME')
     add('paths', nargs='+', metavar='PATH', help='image, or folder of images')
-    add('--topk', type=at_least(1), default=1, metavar='N', help='number of classes (default: %(default)s)')
+    add('--topk', type=count, default=1, metavar='N', help='number of classes (default: %(default)s)')
     add('--output', '--results-file', metavar='FILE', help='file to write (default: what is printed)')
     add('--format', '--results-format', choices=('table', 'csv', 'json'),
         help='default: by the name of the file, else table')

@@ -1,7 +1,6 @@
 """What `evaluate` and `predict` ask: the folder of a run, a published model, an exported ONNX file."""
 import argparse
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Union
@@ -16,10 +15,10 @@ from timm_amf.engine.options import parse_args
 from timm_amf.engine.run_folder import WEIGHTS, choose_device, is_run, open_run
 from timm_amf.engine.timm_flags import TIMM_FLAGS
 from timm_amf.errors import UserError
-from timm_amf.flags import add_flags, workers
+from timm_amf.flags import add_flags, count, natural, workers
 from timm_amf.hub.load import load
 
-__all__ = ['add_run_flags', 'add_weights_flags', 'at_least', 'open_model', 'options_from']
+__all__ = ['add_run_flags', 'add_weights_flags', 'open_model', 'options_from']
 
 # Flags of timm's that say which images there are, and how they are shown to the network.
 _OF_DATA = ('--dataset', '--dataset-download', '--class-map', '--input-key', '--target-key')
@@ -106,16 +105,6 @@ class OnnxModel(nn.Module):
 # -- the flags of both commands ---------------------------------------------------------------------------------------
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """The `type` of a flag: whole numbers from one on."""
-    def number(text: str) -> int:
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f'must be at least {low}, not {text}')
-        return int(text)
-
-    return number
-
-
 def add_weights_flags(parser: argparse.ArgumentParser) -> None:
     """Add what says which weights of a run, and which path through them."""
     add = parser.add_argument
@@ -130,8 +119,8 @@ def add_run_flags(parser: argparse.ArgumentParser, data: bool = True) -> None:
     add_weights_flags(parser)
     add = parser.add_argument
     add('--ten-crop', action='store_true', help='average over four corners and the centre, and their mirror images')
-    add('--sampling-seed', type=at_least(0), metavar='N', help="draw a SpotTune's decisions with this seed")
-    add('-b', '--batch-size', type=at_least(1), metavar='N',
+    add('--sampling-seed', type=natural, metavar='N', help="draw a SpotTune's decisions with this seed")
+    add('-b', '--batch-size', type=count, metavar='N',
         help="images at a time, ten crops being ten (default: the run's)")
     add('-j', '--workers', type=workers, metavar='N', help="worker processes (default: the run's)")
     add('--cpu', action='store_true', help='use no GPU')
