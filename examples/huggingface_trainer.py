@@ -19,22 +19,23 @@ class Freeze(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, model, **kwargs):
         timm_amf.apply_freeze(model, self.plan, int(state.epoch))
-        model.train()  # norms that are not frozen any more
 
 
 class PlanTrainer(Trainer):
     """A Trainer of a timm model with its pretrained weights, for data of images and labels in pairs."""
 
-    def __init__(self, model, plan, args: TrainingArguments, train_dataset, **kwargs):
+    def __init__(self, model, plan, args, train_dataset, **kwargs):
         timm_amf.reinit(model, plan)
-        optimizer = timm_amf.create_optimizer(model, plan)
+        optimizer = timm_amf.create_optimizer(model, plan)  # here: before a resume loads other weights
         batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         scheduler = timm_amf.lr_scheduler(optimizer, plan, math.ceil(len(train_dataset) / batch))
         args.num_train_epochs, args.label_names = plan.epochs, ['labels']
         super().__init__(
-            model, args, train_dataset=train_dataset, optimizers=(optimizer, scheduler), callbacks=[Freeze(plan)],
-            data_collator=lambda pairs: dict(
-                x=torch.stack([x for x, _ in pairs]), labels=torch.tensor([y for _, y in pairs])), **kwargs)
+            model, args, self.collate, train_dataset, callbacks=[Freeze(plan)], optimizers=(optimizer, scheduler),
+            **kwargs)
+
+    def collate(self, pairs):
+        return dict(x=torch.stack([x for x, _ in pairs]), labels=torch.tensor([y for _, y in pairs]))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logits = model(inputs['x'])
@@ -45,9 +46,7 @@ class PlanTrainer(Trainer):
 if __name__ == '__main__':
     model, train, val = model_and_images(__doc__)
     args = TrainingArguments(
-        'output/huggingface', per_device_train_batch_size=16, eval_strategy='epoch', save_strategy='epoch',
-        logging_steps=10, report_to='none')
-    trainer = PlanTrainer(
-        model, PLAN, args, train, eval_dataset=val,
-        compute_metrics=lambda p: dict(accuracy=(p.predictions.argmax(1) == p.label_ids).mean()))
-    trainer.train()
+        'output/huggingface', per_device_train_batch_size=16, eval_strategy='epoch', report_to='none')
+    PlanTrainer(
+        model, PLAN, args, train.dataset, eval_dataset=val.dataset,
+        compute_metrics=lambda p: dict(accuracy=(p.predictions.argmax(1) == p.label_ids).mean())).train()

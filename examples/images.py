@@ -7,6 +7,7 @@ import argparse
 import timm
 from timm.data import create_transform, resolve_data_config
 from torch import nn
+from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 import timm_amf
@@ -16,8 +17,8 @@ PLAN = timm_amf.Plan(
     opt='adamw', lr=3e-4, weight_decay=0.01, epochs=4, roles=dict(backbone=dict(start_epoch=1), head=dict(lr=3e-3)))
 
 
-def model_and_images(doc: str) -> tuple[nn.Module, ImageFolder, ImageFolder]:
-    """The model with a new classifier, and the training and validation images in its transforms."""
+def model_and_images(doc: str) -> tuple[nn.Module, DataLoader, DataLoader]:
+    """The model with a new classifier, and batches of the training and of the validation images in its transforms."""
     parser = argparse.ArgumentParser(description=doc.partition('\n')[0])
     parser.add_argument('data', metavar='DIR')
     parser.add_argument('--model', default='resnet18')
@@ -31,4 +32,4 @@ def model_and_images(doc: str) -> tuple[nn.Module, ImageFolder, ImageFolder]:
     nn.init.zeros_(model.get_classifier().weight)  # with timm's own start the first loss of some networks is 15
     config = resolve_data_config(dict(img_size=args.img_size), model=model)
     train.transform, val.transform = (create_transform(**config, is_training=on) for on in (True, False))
-    return model, train, val
+    return model, DataLoader(train, 16, shuffle=True, drop_last=True), DataLoader(val, 32)

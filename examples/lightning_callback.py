@@ -7,7 +7,6 @@ import lightning as L
 import torch.nn.functional as F
 from images import PLAN, model_and_images
 from lightning.pytorch.strategies import DDPStrategy
-from torch.utils.data import DataLoader
 
 import timm_amf
 
@@ -17,7 +16,6 @@ class PlanCallback(L.Callback):
 
     def on_train_epoch_start(self, trainer, module):
         changed = timm_amf.apply_freeze(module.model, module.plan, trainer.current_epoch)
-        module.train()  # norms that are not frozen any more
         if changed and isinstance(trainer.strategy, DDPStrategy):  # a reducer knows what trained when it was built
             trainer.strategy.model = module
             trainer.strategy.configure_ddp()
@@ -47,6 +45,5 @@ class Classifier(L.LightningModule):
 if __name__ == '__main__':
     model, train, val = model_and_images(__doc__)
     trainer = L.Trainer(max_epochs=PLAN.epochs, callbacks=[PlanCallback()], default_root_dir='output/lightning')
-    trainer.fit(
-        Classifier(model, PLAN), DataLoader(train, 16, shuffle=True, drop_last=True), DataLoader(val, 32))
-    print(trainer.validate(dataloaders=DataLoader(val, 32)))
+    trainer.fit(Classifier(model, PLAN), train, val)
+    print(trainer.callback_metrics)

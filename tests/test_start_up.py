@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from timm_amf.cli import _COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 # As the script of the wheel does it; the exit code is 99 where torch was imported.
 CODE = """
@@ -25,18 +27,40 @@ def command(*words, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, '-c', CODE, *words], capture_output=True, text=True, env=ENV, **kwargs)
 
 
+# Each command in one process: what it says of `--help`, and of a flag that is mistyped.
+EACH = """
+import sys
+sys.argv[0] = 'bin/timm-amf'
+from timm_amf import cli
+for command in cli._COMMANDS:
+    needed = {'export': ['--format', 'onnx'], 'publish': ['--repo-id', 'a/b']}.get(command, [])
+    words = ['score', 'dtd=50'] if command == 'decathlon' else ['.', '.', *needed]
+    try:
+        cli.main([command, '--help'])
+    except SystemExit as e:
+        assert not e.code
+    assert cli.main([command, *words, '--hepl', '3']) == 2
+    assert not {'torch', 'timm', 'numpy'} & sys.modules.keys(), command
+"""
+
+
+def test_no_command_imports_torch_for_its_help_or_a_mistyped_flag():
+    result = subprocess.run([sys.executable, '-c', EACH], capture_output=True, text=True, env=ENV)
+    assert result.returncode == 0, result.stderr
+    said = result.stderr.splitlines()
+    assert [line.partition(':')[0] for line in said] == [f'timm-amf {command}' for command in _COMMANDS]
+    assert all('unknown flag --hepl, did you mean --help?' in line for line in said), said
+    assert all(f'usage: timm-amf {command} ' in result.stdout for command in _COMMANDS if command != 'train')
+
+
 @pytest.mark.parametrize('words, code, text', [
     (['--version'], 0, 'timm_amf '),
     (['--help'], 0, 'usage: timm-amf COMMAND'),
     (['trian'], 2, 'did you mean train?'),
-    (['train', '--help'], 0, '--img-size'),
-    (['train', '/nowhere'], 2, '/nowhere: no such file or folder'),
-    (['train', '.', '--modle', 'resnet18'], 2, 'did you mean --model?'),
-    (['fit', '/nowhere'], 2, '/nowhere: no such'),
+    (['sweep', '.', '--gird', 'lr=1'], 2, 'did you mean --grid?'),
+    (['fit', '/nowhere'], 2, '/nowhere: no such file or folder'),
     (['evaluate', '/nowhere', '--ten-crop'], 2, '/nowhere: no such'),
-    (['search', '/nowhere', '--model', 'resnet18'], 2, '/nowhere: no such'),
     (['export', '/nowhere', '--format', 'onnx'], 2, '/nowhere: no such'),
-    (['publish', '/nowhere', '--repo-id', 'a/b'], 2, '/nowhere: no such'),
 ], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
 def test_answers_without_importing_torch(words, code, text):
     result = command(*words)

@@ -3,7 +3,6 @@
 `fit`, `advise`, `sweep`, `publish` and `load` are functions where they work; here are the commands that are more than
 one function. Each goes the way of its command, so that checks, messages and results are the same.
 """
-import argparse
 import contextlib
 import importlib
 import io
@@ -20,6 +19,7 @@ from timm_amf.engine.opened import RunOptions
 from timm_amf.engine.run_folder import best_epoch
 from timm_amf.errors import CommandParser, UserError, user_errors
 from timm_amf.flags import words_of
+from timm_amf.parsers import PARSERS, add_run_flags
 from timm_amf.search.keywords import keyword_words
 from timm_amf.tuning import Plan
 
@@ -137,7 +137,7 @@ def predict(
         UserError: If the source cannot be asked, or there are no images; at once, before the first prediction.
     """
     from timm_amf.inference.predict import predict as work
-    from timm_amf.inference.sources import add_run_flags, options_from
+    from timm_amf.inference.sources import options_from
 
     if options is None:
         parser = CommandParser(add_help=False)
@@ -187,8 +187,8 @@ def export(
 def _run(command: str, paths: Paths, options: Mapping[str, Any]) -> Any:
     """What a command finds for paths and flags, without what it prints."""
     module = importlib.import_module(f'timm_amf.{command}')
-    parser: argparse.ArgumentParser = module.build_parser()
+    parser = PARSERS[command.rpartition('.')[2]]()
     words = words_of(parser, options)
     names = [paths] if isinstance(paths, (str, Path)) else paths
     with contextlib.redirect_stdout(io.StringIO()):
-        return module.run(parser.parse_args([*words, '--', *map(str, names)]))
+        return module.main(parser.parse_args([*words, '--', *map(str, names)]))

@@ -1,5 +1,4 @@
 """The `timm-amf` command: one subcommand for each thing to do."""
-import difflib
 import functools
 import importlib
 import itertools
@@ -8,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from timm_amf.errors import UserError, run_command
+from timm_amf.errors import UserError, nearest, run_command
 
 __all__ = ['main']
 
-# Subcommand -> module whose `main(argv)` does it, and what it does.
+# Subcommand -> module that does it, by `main` with the flags that `parsers` reads, and what it does.
 _COMMANDS = {
     'fit': ('timm_amf.search.fit', 'fine-tune by measuring: a few ways on your images, the best to the end'),
     'demo': ('timm_amf.demo', 'fine-tune from real weights on embedded images, in three minutes'),
@@ -72,23 +71,25 @@ def _answer(words: list[str]) -> int:
 
         print(f'timm_amf {__version__}')
         return 0
-    near = difflib.get_close_matches(words[0], _COMMANDS, 1)
-    hint = f'did you mean {near[0]}?' if near else f'there are {", ".join(_COMMANDS)}'
-    raise UserError(f'no command {words[0]!r}; {hint}')
+    raise UserError(f'no command {words[0]!r}{nearest(words[0], _COMMANDS, "; there are " + ", ".join(_COMMANDS))}')
 
 
 def _run(command: str, words: list[str]) -> Optional[int]:
+    """Nothing imports torch before the words are known to make sense."""
+    from timm_amf.engine.options import parse_args
+    from timm_amf.parsers import parse
+
     if command in _TAKE_PATHS:
         _check_paths(words)
-    module = _COMMANDS[command][0]
-    if command == 'evaluate' and not importlib.import_module(module).is_for_runs(words):
-        command = 'train'
-        words.append('--eval-only')
+    if command == 'evaluate' and any(word.partition('=')[0] in ('--model', '--config', '-c') for word in words):
+        command, words = 'train', [*words, '--eval-only']  # of weights without a run
     if command == 'train':
-        args = importlib.import_module('timm_amf.engine.options').parse_args(words)  # without torch
+        args = parse_args(words)
         importlib.import_module('train_amf').train(words, args=args)
         return None
-    return importlib.import_module(module).main(words)
+    args = parse(command, words)
+    found = importlib.import_module(_COMMANDS[command][0]).main(args)
+    return found if isinstance(found, int) else None
 
 
 def _check_paths(words: Sequence[str]) -> None:

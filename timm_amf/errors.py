@@ -5,6 +5,7 @@ it knows a remedy that the exception does not tell, or can save the user work.
 """
 import argparse
 import contextlib
+import difflib
 import logging
 import os
 import re
@@ -12,10 +13,11 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
-from typing import NoReturn, Optional
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NoReturn, Optional
 
-__all__ = ['TOKEN', 'CommandParser', 'Diverged', 'Interrupted', 'UserError', 'run_command', 'user_errors']
+__all__ = [
+    'TOKEN', 'CommandParser', 'Diverged', 'Interrupted', 'UserError', 'nearest', 'run_command', 'user_errors']
 
 # Exceptions that are no defect of this package, by module and name, since importing their modules takes seconds.
 _EXPECTED = {
@@ -68,11 +70,32 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+def nearest(word: str, choices: Iterable[str], otherwise: str = '') -> str:
+    """', did you mean ...?' with the closest of the choices, or `otherwise` where none is close."""
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    return f', did you mean {close[0]}?' if close else otherwise
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are `UserError`: without the usage, which would hide the one line that matters."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(re.sub(r'^argument (?:-\w+/)*(--[\w-]+)[^:]*: ', r'\1: ', message))
+
+    def parse_args(  # type: ignore[override]
+            self, args: Optional[Sequence[str]] = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.reject(unknown)
+        return found
+
+    def reject(self, unknown: Sequence[str], others: Iterable[str] = ()) -> NoReturn:
+        """Say which of the words is wrong; `others` are flags that were read before."""
+        flag = next((word.partition('=')[0] for word in unknown if word.startswith('-')), None)
+        if flag is None:
+            raise UserError(f'unexpected argument {unknown[0]!r}; flags begin with --')
+        hint = nearest(flag, [*self._option_string_actions, *others], '; --help lists them')
+        raise UserError(f'unknown flag {flag}{hint}')
 
 
 def run_command(

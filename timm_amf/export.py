@@ -33,18 +33,15 @@ from torch import Tensor, nn
 
 from timm_amf.data import Mixture, SeededLoader, create_loader
 from timm_amf.engine.run_folder import is_run, open_run
-from timm_amf.errors import CommandParser, UserError
+from timm_amf.errors import UserError
 from timm_amf.files import replacing
-from timm_amf.flags import count
 from timm_amf.hub.load import load, portable_args
-from timm_amf.inference.sources import add_weights_flags
 from timm_amf.lazy import callable_module
 from timm_amf.models.method import method_of
 from timm_amf.version import __version__
 
 __all__ = [
-    'FORMATS', 'Exported', 'Format', 'Source', 'build_parser', 'describe', 'export_model', 'main', 'open_source',
-    'quantize', 'run',
+    'FORMATS', 'Exported', 'Format', 'Source', 'describe', 'export_model', 'main', 'open_source', 'quantize',
 ]
 
 callable_module(__name__)  # timm_amf.export(RUN, 'onnx')
@@ -510,34 +507,7 @@ def _compare(first: Callable, second: Callable, loader: SeededLoader) -> tuple[f
 # -- the verb ---------------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str]) -> None:
-    """`timm-amf export`."""
-    run(build_parser().parse_args(argv))
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Its flags."""
-    parser = CommandParser(
-        prog='timm-amf export',
-        description='Write the model of a run, or of a published folder, to one file that others can run; run the file '
-                    'on random images, and keep it if it computes what the model computes.',
-    )
-    add = parser.add_argument
-    add('run', metavar='RUN', help='folder of a run (args.yaml), or a published one (config.json, model.safetensors)')
-    add('--format', required=True, choices=tuple(FORMATS), help='onnx needs timm_amf[export]')
-    add('--int8', action='store_true', help='also an ONNX file of 8 bits, and the accuracy that it costs on validation')
-    add('--output', metavar='FILE', help='default: exported.onnx, .pt2 or .safetensors in RUN')
-    add('--overwrite', action='store_true', help='replace a file that is there')
-    add_weights_flags(parser)
-    add('--img-size', type=int, nargs='+', metavar='N', help='side, or height and width (default: as RUN evaluates)')
-    add('--data-dir', metavar='DIR', help="folder of a run's data, for the class names (default: where the run had it)")
-    add('--class-names', metavar='FILE', help='text file with one class name a line')
-    add('--batch', type=count, default=5, metavar='N', help='largest batch of the check (default: %(default)s)')
-    add('--opset', type=int, metavar='N', help="ONNX operator set (default: the exporter's)")
-    return parser
-
-
-def run(args: argparse.Namespace) -> Exported:
+def main(args: argparse.Namespace) -> Exported:
     """Write a file, check it, and print and give what the check found."""
     output = Path(args.output or Path(args.run) / f'exported{FORMATS[args.format].suffix}')
     _check_request(output, args.format, args.opset, args.overwrite)

@@ -5,7 +5,6 @@ and `dict` a list of `key=value`; a `count` begins at 1, a `natural` number and 
 """
 import argparse
 import ast
-import difflib
 import logging
 import math
 import os
@@ -13,24 +12,18 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Optional, Union
 
-from timm_amf.errors import UserError
+from timm_amf.errors import UserError, nearest
 from timm_amf.yaml_text import MAX_NUMBER
 
 __all__ = [
-    'CORES', 'HelpFormatter', 'KeyValues', 'add_flags', 'amount', 'count', 'natural', 'nearest', 'number', 'path',
-    'read_value', 'share', 'words_of', 'workers']
+    'CORES', 'HelpFormatter', 'KeyValues', 'add_flags', 'amount', 'count', 'natural', 'number', 'path', 'read_value',
+    'share', 'words_of', 'workers']
 
 _logger = logging.getLogger(__name__)
 
 # Of the machine that this process may use: no more worker processes are started.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 path = os.path.expanduser  # the type of a flag that names a file or a folder
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """', did you mean ...?' with the closest of the choices, or '' where none is close."""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f', did you mean {close[0]}?' if close else ''
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -6,7 +6,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from timm_amf.engine import build
-from timm_amf.models import folding, records
+from timm_amf.models import records
 
 DEVICE = torch.device('mps', 0)
 
@@ -98,9 +98,6 @@ def no_float64(monkeypatch):
     records.exact_device.cache_clear()
     monkeypatch.setattr(build, 'build_accelerator', on_device)
     monkeypatch.setattr(torch.nn.Module, 'to', _module_to)
-    # A view of what a function of one's own gives, which the class makes here, must not be changed in place.
-    fixed = folding._FixedConv.apply
-    monkeypatch.setattr(folding._FixedConv, 'apply', lambda *args: fixed(*args).clone())
     monkeypatch.setattr(torch.mps, 'get_rng_state', lambda device: torch.default_generator.get_state())
     monkeypatch.setattr(torch.mps, 'set_rng_state', lambda state, device: torch.default_generator.set_state(state))
     monkeypatch.setattr(torch.mps, 'manual_seed', lambda seed: None)

@@ -16,7 +16,6 @@ from torchvision import transforms
 from timm_amf.cli import main
 from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs
 from timm_amf.errors import UserError
-from timm_amf.inference.evaluate import is_for_runs
 
 SIZES = ((50, 40), (40, 44), (41, 60))
 PLAIN = [
@@ -228,7 +227,7 @@ def test_what_cannot_be_averaged(plain, run, oblong, tmp_path, capsys):
             ([a, '--batch-size', '0'], '--batch-size: must be at least 1'),
             ([a, '--weights', 'worst'], 'invalid choice'),
             (['--ten-crop'], 'arguments are required: RUN'),
-            ([a, '--crop-mode', 'border'], 'unrecognized arguments'),
+            ([a, '--crop-mode', 'border'], 'unknown flag --crop-mode'),
     ):
         assert main(['evaluate', *map(str, words)]) == 2
         error = capsys.readouterr().err
@@ -247,20 +246,6 @@ def test_what_cannot_be_averaged(plain, run, oblong, tmp_path, capsys):
     folder.write_text('')
     assert main(['evaluate', str(a), '--cpu', '--results-file', str(folder / 'x.csv')]) == 2
     assert 'cannot be written' in capsys.readouterr().err
-
-
-def test_which_form_is_meant(tmp_path):
-    run, data = tmp_path / 'run', tmp_path / 'data'
-    for folder in (run, data):
-        folder.mkdir()
-    (run / 'args.yaml').write_text('')
-    run, data = str(run), str(data)
-    assert is_for_runs([run]) and is_for_runs([data, run]) and is_for_runs([run, '--cpu'])
-    assert is_for_runs(['typo', '--ten-crop']) and is_for_runs(['--split=test', run]) and is_for_runs(['--help'])
-    assert is_for_runs(['--cpu', run]) and is_for_runs(['runs/typo']) and is_for_runs([])
-    assert not is_for_runs([data, '--model', 'resnet18', '--initial-checkpoint', 'x.safetensors'])
-    assert not is_for_runs([data, '--model', 'resnet18', '--resume', run])
-    assert not is_for_runs(['--config', 'demo', '--resume', run])
 
 
 def test_the_flags_of_the_train_script(plain, oblong, tmp_path, capsys):

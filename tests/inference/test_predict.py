@@ -225,7 +225,7 @@ def test_what_cannot_be_predicted(runs, folders, tmp_path, capsys):
             ([bad, image], 'bad.onnx: is no ONNX file that can be run'),
             ([tmp_path / 'other.onnx', image], 'other.onnx: does not say how to prepare an image'),
             ([bad, image, '--weights', 'last'], '--weights last: '),
-            ([run, image, '--class-map', bad], 'unrecognized arguments'),
+            ([run, image, '--class-map', bad], 'unknown flag --class-map'),
             ([run, image, '--blocks', 'tuned'], 'do not act on ResNet'),
             ([run, image, '--topk', '0'], '--topk: must be at least 1'),
             ([run, image, '--batch-size', '0'], '--batch-size: must be at least 1'),

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import timm_amf
 from timm_amf import RolePlan
 from timm_amf.errors import UserError
+from timm_amf.models import routed_block
 from timm_amf.models.routed_block import RoutedBlock
 from timm_amf.tuning.freeze import freeze_norm
 
@@ -20,6 +21,11 @@ BACKBONES = ('test_resnet', 'test_efficientnet', 'test_convnext', 'test_vit', 't
 WITHOUT_BATCH_NORM = ('test_convnext', 'test_vit', 'test_nfnet')
 SIZE = 64
 BATCH = 4
+
+
+@pytest.fixture(autouse=True)
+def every_block_is_frugal(monkeypatch):
+    monkeypatch.setattr(routed_block, '_LARGE', 0)
 
 
 def create(backbone='test_resnet', freeze=True, **kwargs):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import timm_amf
 from timm_amf import cli
 from timm_amf.errors import UserError
+from timm_amf.parsers import parse
 from timm_amf.search import advise as module
 from timm_amf.search.proposal import decide
 from timm_amf.search.transferability import Measures
@@ -223,8 +224,8 @@ def test_random_init(images, flags, monkeypatch):
     """A short training says nothing against the features; a long one decides."""
     def run(*extra):
         words = [str(images / 'colours'), *flags, '--pilot-epochs', '0', *extra]
-        own, rest = module._own_parser().parse_known_args(words)
-        return module._advise(own, module._runs(rest)).components[0].measures
+        own = parse('advise', words)
+        return module._advise(own, module._runs(own.words)).components[0].measures
 
     short = run('--random-init', '1')
     assert 'random_minus_fixed' not in short.values and 'more --random-init' in short.missing['random_minus_fixed']
@@ -262,8 +263,3 @@ def test_no_variance(advise_cli, tmp_path):
 def test_no_model(advise_cli, images):
     code, text, _ = advise_cli(str(images / 'colours'), base=['--cpu'])
     assert code == 2 and 'no model' in text
-
-
-def test_help(capsys):
-    assert cli.main(['advise', '--help']) == 0
-    assert '--random-init' in capsys.readouterr().out

@@ -87,6 +87,19 @@ def test_norms_without_affine_parameters_follow_their_block():
     assert model.branches[0].layer4[0].bn1.training and not model.branches[0].layer1[0].bn1.training
 
 
+def test_a_norm_that_is_unfrozen_is_in_the_mode_of_its_model():
+    model, plan = build().train(), Plan(roles={'branch.0': dict(start_epoch=1)})
+    norm = model.branches[0].layer1[0].bn1
+    apply_freeze(model, plan, 0)
+    model.train()
+    assert not norm.training
+    apply_freeze(model, plan, 1)
+    assert norm.training
+    apply_freeze(model.eval(), plan, 0)
+    apply_freeze(model, plan, 1)
+    assert not norm.training
+
+
 def test_unfreezing_later_trains_with_fresh_momentum_and_nothing_else_changes():
     """A role that starts at epoch 1 trains from then on exactly as one that an optimiser first meets then."""
     plan = Plan(lr=0.1, roles=dict(policy=dict(start_epoch=1)))

@@ -55,7 +55,7 @@ def test_with_role_leaves_the_original_alone():
 
 
 @pytest.mark.parametrize('data, words', [
-    (dict(lrr=1), ['lrr', "'lr'"]),
+    (dict(lrr=1), ['lrr', 'mean lr?']),
     (dict(lr='fast'), ['lr', 'fast']),
     (dict(lr=-1), ['lr', '-1']),
     (dict(lr=float('nan')), ['lr']),

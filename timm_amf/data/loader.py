@@ -178,10 +178,11 @@ class SeededLoader:
             torch.tensor([x * 255 for x in values], device=device, dtype=img_dtype).view(1, -1, 1, 1)
             for values in (mean, std))
         self._stream: Any = None
+        workers = min(workers, CORES)  # more are slower, and torch warns of them
         self._loader = torch.utils.data.DataLoader(
             SeededSamples(dataset, transform, seed, splits, skip_bad),
             batch_sampler=sampler,
-            num_workers=min(workers, CORES),
+            num_workers=workers,
             collate_fn=_collate,
             pin_memory=pin_memory and device.type == 'cuda',
             persistent_workers=persistent_workers and workers > 0,

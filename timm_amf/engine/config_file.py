@@ -13,9 +13,9 @@ from typing import Any, Union
 import yaml
 
 from timm_amf.engine.timm_flags import SWITCHES, why_refused
-from timm_amf.errors import TOKEN, UserError
+from timm_amf.errors import TOKEN, UserError, nearest
 from timm_amf.files import write_text
-from timm_amf.flags import nearest, read_value
+from timm_amf.flags import read_value
 from timm_amf.yaml_text import load_yaml
 
 __all__ = ['SECTIONS', 'args_content', 'derived_flags', 'find_config', 'list_recipes', 'read_config', 'save_args']
@@ -75,8 +75,8 @@ def read_config(
                 name = 'data_dir' if name == 'data' else name
                 values[name] = read_value(parser, actions[name], value)
             elif not why_refused(name):
-                hint = nearest(name, (*actions, *SECTIONS))
-                raise UserError(f'unknown key{hint or "; the keys are the flags of timm-amf train --help"}')
+                hint = nearest(name, (*actions, *SECTIONS), '; the keys are the flags of timm-amf train --help')
+                raise UserError(f'unknown key{hint}')
             elif name in SWITCHES and value:
                 raise UserError(why_refused(name))
         except UserError as e:

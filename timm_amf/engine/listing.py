@@ -6,6 +6,7 @@
 
 What is published is known of the time when this version was released, without any network; `--check` asks the Hub.
 """
+import argparse
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
@@ -18,8 +19,7 @@ from torch import nn
 
 from timm_amf.engine.config_file import list_recipes
 from timm_amf.engine.recipes import Recipe, describe_expected, read_recipe
-from timm_amf.errors import CommandParser, UserError
-from timm_amf.flags import nearest
+from timm_amf.errors import UserError, nearest
 from timm_amf.models.method import method_of
 from timm_amf.models.tags import FINE_TUNED, OWNER
 from timm_amf.text import columns
@@ -105,7 +105,7 @@ def _list(pattern: str, check: bool) -> str:
             tags += _tag_rows(meant, model, published)
     if not models and not recipes:
         known = [*names, *FINE_TUNED, *list_recipes()]
-        raise UserError(f'{pattern}: no such model, tag or recipe{nearest(pattern, known) or "; try *"}')
+        raise UserError(f'{pattern}: no such model, tag or recipe{nearest(pattern, known, "; try *")}')
     blocks = []
     if models:
         blocks.append(columns([('model', 'parameters', 'input', 'networks + policy'), *models], right=(1,)))
@@ -120,12 +120,6 @@ def _list(pattern: str, check: bool) -> str:
     return '\n\n'.join(blocks)
 
 
-def main(argv: Sequence[str]) -> None:
+def main(args: argparse.Namespace) -> None:
     """`timm-amf models`: print the lists."""
-    parser = CommandParser(
-        prog='timm-amf models', description='List the models, their tags, the recipes, and what is published.')
-    parser.add_argument('filter', nargs='?', default='*', help='wildcard on the name, such as amf_*')
-    parser.add_argument(
-        '--check', action='store_true', help='ask the Hub what is published, instead of what this version knows')
-    args = parser.parse_args(argv)
     print(_list(args.filter, args.check), flush=True)

@@ -8,8 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from timm_amf.errors import UserError
-from timm_amf.flags import nearest
+from timm_amf.errors import UserError, nearest
 
 __all__ = ['check_names', 'check_values']
 
@@ -147,7 +146,7 @@ def check_names(args: argparse.Namespace) -> None:
     name, known = common_plan(args).opt, list_optimizers()
     base = name.lower().removeprefix('lookahead_')
     if base not in known:
-        _fail('opt', f'{name} is unknown{nearest(base, known) or "; timm.optim.list_optimizers() lists them"}')
+        _fail('opt', f'{name} is unknown{nearest(base, known, "; timm.optim.list_optimizers() lists them")}')
     if args.aa:
         _check_auto_augment(args.aa)
 
@@ -161,13 +160,13 @@ def _check_model(name: str) -> None:
     if '/' in name or ':' in name:
         _fail('model', f'{name} is no architecture; write hf-hub:OWNER/NAME for the Hub, local-dir:PATH for a folder')
     if not timm.is_model(name):
-        hint = nearest(name.partition('.')[0], timm.list_models())
-        _fail('model', f'{name} is unknown{hint or "; timm-amf models and timm.list_models() list them"}')
+        _fail('model', f'{name} is unknown' + nearest(
+            name.partition('.')[0], timm.list_models(), '; timm-amf models and timm.list_models() list them'))
     try:
         timm.models.get_pretrained_cfg(name)
     except RuntimeError:  # the tag is wrong
         known = timm.list_models(f'{name.partition(".")[0]}.*', include_tags=True)
-        hint = nearest(name, known) or f'; known: {", ".join(known) or "none"}'
+        hint = nearest(name, known, f'; known: {", ".join(known) or "none"}')
         _fail('model', f'{name} has an unknown tag{hint}')
 
 

@@ -12,14 +12,14 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, Optional
 
 from timm_amf.engine.config_file import derived_flags, find_config, read_config, save_args
 from timm_amf.engine.option_checks import check_names, check_values
 from timm_amf.engine.timm_flags import REFUSED_VALUES, REPLACED, TIMM_FLAGS, why_refused
 from timm_amf.errors import CommandParser, UserError
-from timm_amf.flags import HelpFormatter, add_flags, amount, count, nearest, number, path, share
+from timm_amf.flags import HelpFormatter, add_flags, amount, count, number, path, share
 
 __all__ = ['build_parser', 'parse_args', 'resolve_lr', 'resolve_trackers', 'save_args']
 
@@ -91,7 +91,7 @@ FIRST = (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """Returns the parser of `train_amf.py`. Its `parse_args` knows nothing of `--config`: use `parse_args` below."""
     from timm_amf.data.spec import add_data_args
     from timm_amf.tuning.plan_args import add_plan_args
@@ -129,12 +129,14 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(
         argv: Optional[Sequence[str]] = None,
         data: Optional[Mapping[str, Any]] = None,
+        others: Iterable[str] = (),
 ) -> argparse.Namespace:
     """Reads the options from `--config` and the command line, which wins, and checks them.
 
     Args:
         argv: Arguments, those of the process if None.
         data: Section `data` of a recipe, instead of that of the file.
+        others: Flags of a command that it read before, to tell who mistyped one.
 
     Returns:
         A namespace with every flag by name, those of a Plan None unless they were given, and besides: `recipe`, the
@@ -152,7 +154,7 @@ def parse_args(
     parser.set_defaults(**values)
     args, unknown = parser.parse_known_args(rest)
     if unknown:
-        _reject(unknown, parser)
+        _reject(unknown, parser, others)
     args.component = args.component or components
     args = copy.deepcopy(args)  # lists and mappings of the defaults are not shared
     args.config = config.config
@@ -169,15 +171,14 @@ def parse_args(
     return args
 
 
-def _reject(unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:
-    flag = next((word for word in unknown if word.startswith('-')), None)
-    if flag is None:
-        raise UserError(f'unexpected argument {unknown[0]!r}: there is one folder of data, and flags begin with --')
-    flag = flag.partition('=')[0]
+def _reject(unknown: Sequence[str], parser: CommandParser, others: Iterable[str]) -> NoReturn:
+    """`CommandParser.reject`, after what is known of flags of timm and of other programs."""
+    flag = next((word.partition('=')[0] for word in unknown if word.startswith('-')), '')
     if why_refused(flag[2:]):
         raise UserError(f'{flag}: {why_refused(flag[2:])}')
-    hint = f', did you mean {_SYNONYMS[flag]}?' if flag in _SYNONYMS else nearest(flag, parser._option_string_actions)
-    raise UserError(f'unknown flag {flag}{hint or "; --help lists them"}')
+    if flag in _SYNONYMS:
+        raise UserError(f'unknown flag {flag}, did you mean {_SYNONYMS[flag]}?')
+    parser.reject(unknown, others)
 
 
 def _settle(args: argparse.Namespace, given: Container[str], defaults: Mapping) -> None:

@@ -23,7 +23,7 @@ from timm_amf.data.decathlon import (
     open_domain,
 )
 from timm_amf.engine.opened import Opened, RunOptions, open_trained
-from timm_amf.errors import CommandParser, UserError
+from timm_amf.errors import UserError
 from timm_amf.files import replacing
 from timm_amf.yaml_text import load_yaml
 
@@ -116,39 +116,9 @@ def write_results(predictions: Sequence[Predictions], file: Union[str, Path]) ->
 # ---- the command
 
 
-def main(argv: Sequence[str]) -> None:
+def main(args: argparse.Namespace) -> None:
     """Run `timm-amf decathlon score|submit|stats`."""
-    args = _parser().parse_args(argv)
-    args.run(args)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog='timm-amf decathlon', description='The Visual Domain Decathlon.')
-    verbs = parser.add_subparsers(required=True, metavar='VERB')
-
-    score = verbs.add_parser('score', help='the score of test accuracies')
-    score.add_argument('accuracies', nargs='+', metavar='NAME=PERCENT or FILE.yaml',
-                       help='the test accuracy of a domain, or a YAML file that maps names to accuracies')
-    score.set_defaults(run=_score)
-
-    submit = verbs.add_parser('submit', help='predict the test split of each domain and join the predictions')
-    submit.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run: args.yaml and weights')
-    submit.add_argument('--data-dir', metavar='DIR', help='the folder decathlon-1.0 (default: where each run had it)')
-    submit.add_argument('--out', default='results.json', metavar='FILE',
-                        help='file to write, .json or .zip (default: %(default)s)')
-    submit.add_argument('--split', choices=('test', 'val'), default='test', help='default: %(default)s')
-    submit.add_argument('--weights', choices=('best', 'last'), default='best',
-                        help='those of the best epoch, or of the last (default: %(default)s)')
-    submit.add_argument('--batch-size', type=int, metavar='N', help="images at a time (default: the run's)")
-    submit.add_argument('--workers', type=int, metavar='N', help="worker processes (default: the run's)")
-    submit.add_argument('--cpu', action='store_true', help='use no GPU')
-    submit.set_defaults(run=_submit)
-
-    stats = verbs.add_parser('stats', help='mean and standard deviation of the training images')
-    stats.add_argument('domains', nargs='+', metavar='DOMAIN', help=', '.join(DOMAINS))
-    stats.add_argument('--data-dir', required=True, metavar='DIR', help='the folder decathlon-1.0')
-    stats.set_defaults(run=_stats)
-    return parser
+    {'score': _score, 'submit': _submit, 'stats': _stats}[args.verb](args)
 
 
 def _score(args: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ from timm_amf.engine.checkpoint import Checkpointer, read_state
 from timm_amf.engine.intervals import wilson_interval
 from timm_amf.engine.recipes import check_repo_id
 from timm_amf.engine.run_folder import OpenRun, open_run
-from timm_amf.errors import CommandParser, UserError
+from timm_amf.errors import UserError
 from timm_amf.hub.card import build_card
 from timm_amf.hub.load import WEIGHTS, connection, load, portable_args
 from timm_amf.models.method import method_of
@@ -445,28 +445,6 @@ def publish_finished(args: argparse.Namespace, folder: Path) -> None:
             f'--repo-id {args.publish} --license {args.publish_license}') from e
 
 
-def main(argv: Sequence[str]) -> None:
+def main(args: argparse.Namespace) -> None:
     """`timm-amf publish`: publish a run, or with --dry-run write what would be published."""
-    parser = CommandParser(
-        prog='timm-amf publish',
-        description='Publish a run on the Hugging Face Hub: weights, configuration, Plan, options, results and card.',
-        epilog='Log in with `hf auth login` first.')
-    add = parser.add_argument
-    add('run', metavar='RUN', help='folder of the run')
-    add('--repo-id', required=True, metavar='OWNER/NAME', help='repository; made if it is not there')
-    add('--license', default='', metavar='ID', help='licence of the weights, as the Hub names it: apache-2.0, mit, ...')
-    add('--license-name', metavar='NAME', help='name of a licence that is other')
-    add('--license-link', metavar='URL', help='where a licence that is other can be read')
-    add('--private', action='store_true', help='visible to you alone')
-    add('--revision', metavar='BRANCH', help='branch; made if it is not there (default: main)')
-    add('-m', '--commit-message', dest='message', metavar='TEXT', help='message of the commit')
-    add('--keep-card', action='store_true', help='leave the README.md that the repository has as it is')
-    add('--data-dir', metavar='DIR', help='folder of the data, which name the classes (default: where the run had it)')
-    add('--compact', action='store_true', help='publish the plain model that SpotTune with --global-k leaves')
-    add('--results', metavar='FILE', help='results of timm-amf evaluate --results-file for the card')
-    add('--base-model', dest='base_models', action='append', metavar='HUB_ID',
-        help='model that it started from (default: found in the run); repeatable')
-    add('--dataset', dest='datasets', action='append', metavar='NAME',
-        help='Hub id or name of the data (default: of the components); repeatable')
-    add('--dry-run', metavar='DIR', help='write what would be published to a new folder, list it, and send nothing')
-    publish(**vars(parser.parse_args(argv)))
+    publish(**vars(args))

@@ -11,29 +11,17 @@ from typing import Any, Optional
 from timm_amf.engine.evaluate_runs import evaluations, summary, table, why_no_mean
 from timm_amf.engine.evaluation import Evaluation, Row, short, top_k
 from timm_amf.engine.opened import RunOptions
-from timm_amf.errors import CommandParser, UserError
+from timm_amf.errors import UserError
 from timm_amf.files import replacing, write_text
-from timm_amf.inference.sources import add_run_flags, open_model, options_from
+from timm_amf.inference.sources import open_model, options_from
 from timm_amf.text import columns, csv_of
 
-__all__ = ['build_parser', 'is_for_runs', 'main', 'prediction_rows', 'run']
+__all__ = ['main', 'prediction_rows']
 
 _SHOWN_CLASSES = 20
 
 
-def is_for_runs(argv: Sequence[str]) -> bool:
-    """Whether the arguments of `timm-amf evaluate` are those of this module, and not those of `train_amf.py`, which
-    need a model or a file that names one.
-    """
-    return not any(word.partition('=')[0] in ('--model', '--config', '-c') for word in argv)
-
-
-def main(argv: Sequence[str]) -> None:
-    """`timm-amf evaluate RUN ...`."""
-    run(build_parser().parse_args(argv))
-
-
-def run(args: argparse.Namespace) -> list[Row]:
+def main(args: argparse.Namespace) -> list[Row]:
     """Print the table of the runs, write the files that are asked for, and give the rows."""
     if not 0 < args.confidence < 100:
         raise UserError(f'--confidence: must be between 0 and 100, not {args.confidence:g}')
@@ -59,30 +47,6 @@ def run(args: argparse.Namespace) -> list[Row]:
     if args.results_file:
         _write_results(rows, found, options, Path(args.results_file), args.results_format)
     return rows
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog='timm-amf evaluate',
-        usage='%(prog)s RUN [RUN ...] [flags]\n       %(prog)s [DIR] --model NAME --initial-checkpoint FILE [flags of '
-              'train_amf.py]',
-        description='Evaluate trained models: each, their mean, their ensemble.',
-        epilog='The second form, with --model or --config, evaluates any weights by the flags of train_amf.py '
-               '(train_amf.py --help).',
-    )
-    add = parser.add_argument
-    add('runs', nargs='+', metavar='RUN',
-        help='folder of a run or of a published model, file .onnx, or hf-hub:OWNER/NAME')
-    add('--split', metavar='NAME', help='train, validation, test, ... (default: what each run was validated on)')
-    add('--data-dir', metavar='DIR', help='folder of the data (default: where each run had it)')
-    add('--skip-bad-images', action='store_true', help='go on without the images that cannot be read')
-    add('--ensemble', action='store_true', help='also the average of the probabilities of all runs')
-    add('--confidence', type=float, default=95., metavar='PERCENT', help='of the intervals (default: 95)')
-    add('--results-file', metavar='FILE', help='file to write the results to')
-    add('--results-format', choices=('csv', 'json'), help='of it (default: by its name, else csv)')
-    add('--predictions', metavar='FILE', help='CSV file to write, a row an image')
-    add_run_flags(parser)
-    return parser
 
 
 # -- what is printed --------------------------------------------------------------------------------------------------

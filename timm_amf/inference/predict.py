@@ -6,13 +6,14 @@
 The images go the way of evaluation: the same loader, the same transform, the same pass. So images in the order of an
 evaluation, at its batch size, give its numbers to the bit.
 """
+import argparse
 import csv
 import json
 import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,9 @@ from timm_amf.data.sources import FileSource, why_unreadable
 from timm_amf.engine.build import input_channels
 from timm_amf.engine.evaluation import short, top_k
 from timm_amf.engine.opened import Opened, RunOptions
-from timm_amf.errors import CommandParser, UserError
+from timm_amf.errors import UserError
 from timm_amf.files import replacing
-from timm_amf.flags import count
-from timm_amf.inference.sources import Source, add_run_flags, open_model, options_from
+from timm_amf.inference.sources import Source, open_model, options_from
 from timm_amf.models.method import method_of
 
 __all__ = ['UNREADABLE', 'Prediction', 'main', 'predict']
@@ -150,22 +150,8 @@ def _label(opened: Opened, model: nn.Module) -> Callable[[int], str]:
 # -- the verb ---------------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str]) -> int:
+def main(args: argparse.Namespace) -> int:
     """`timm-amf predict`: write a row an image; returns `UNREADABLE` where an image could not be read, else 0."""
-    parser = CommandParser(
-        prog='timm-amf predict',
-        description='What a trained model says of images: the likeliest classes, their probabilities, and weights of '
-                    'branches or tuned blocks.',
-        epilog=f'Exit code {UNREADABLE}: some images could not be read; their rows say why.')
-    add = parser.add_argument
-    add('run', metavar='RUN', help='folder of a run or of a published model, file .onnx, or hf-hub:OWNER/NAME')
-    add('paths', nargs='+', metavar='PATH', help='image, or folder of images')
-    add('--topk', type=count, default=1, metavar='N', help='number of classes (default: %(default)s)')
-    add('--output', '--results-file', metavar='FILE', help='file to write (default: what is printed)')
-    add('--format', '--results-format', choices=('table', 'csv', 'json'),
-        help='default: by the name of the file, else table')
-    add_run_flags(parser, data=False)
-    args = parser.parse_args(argv)
     format = args.format or {'.csv': 'csv', '.json': 'json'}.get(Path(args.output or '').suffix, 'table')
     found = predict(
         args.run, args.paths, args.topk, options_from(args), bool(args.output) or not sys.stdout.isatty())

@@ -12,20 +12,12 @@ from timm_amf.data.sources import first_line
 from timm_amf.engine.checkpoint import class_names
 from timm_amf.engine.opened import Opened, RunOptions, open_trained
 from timm_amf.engine.options import parse_args
-from timm_amf.engine.run_folder import WEIGHTS, choose_device, is_run, open_run
-from timm_amf.engine.timm_flags import TIMM_FLAGS
+from timm_amf.engine.run_folder import choose_device, is_run, open_run
 from timm_amf.errors import UserError
-from timm_amf.flags import add_flags, count, natural, workers
 from timm_amf.hub.load import load
+from timm_amf.parsers import IMAGE_ROWS
 
-__all__ = ['add_run_flags', 'add_weights_flags', 'open_model', 'options_from']
-
-# Flags of timm's that say which images there are, and how they are shown to the network.
-_OF_DATA = ('--dataset', '--dataset-download', '--class-map', '--input-key', '--target-key')
-_OF_IMAGES = (
-    '--input-img-mode', '--img-size', '--input-size', '--crop-pct', '--mean', '--std', '--interpolation',
-    '--device-modules')
-_ROWS = [row for rows in TIMM_FLAGS.values() for row in rows if row[0] in (*_OF_DATA, *_OF_IMAGES)]
+__all__ = ['open_model', 'options_from']
 
 Source = Union[str, Path, nn.Module]
 
@@ -102,42 +94,13 @@ class OnnxModel(nn.Module):
         return torch.from_numpy(found).to(x.device)
 
 
-# -- the flags of both commands ---------------------------------------------------------------------------------------
-
-
-def add_weights_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what says which weights of a run, and which path through them."""
-    add = parser.add_argument
-    add('--weights', choices=tuple(WEIGHTS), default='best',
-        help='of the best epoch; of the last, the moving average if there is one; the moving average; what the average '
-             'is of (default: %(default)s)')
-    add('--blocks', metavar='BLOCKS', help='path through a SpotTune: tuned, frozen, policy, or blocks as in 0,3,5')
-
-
-def add_run_flags(parser: argparse.ArgumentParser, data: bool = True) -> None:
-    """Add what says how a model is asked, and which data there are."""
-    add_weights_flags(parser)
-    add = parser.add_argument
-    add('--ten-crop', action='store_true', help='average over four corners and the centre, and their mirror images')
-    add('--sampling-seed', type=natural, metavar='N', help="draw a SpotTune's decisions with this seed")
-    add('-b', '--batch-size', type=count, metavar='N',
-        help="images at a time, ten crops being ten (default: the run's)")
-    add('-j', '--workers', type=workers, metavar='N', help="worker processes (default: the run's)")
-    add('--cpu', action='store_true', help='use no GPU')
-    add('--device', choices=('cpu', 'cuda'), help='cpu acts as --cpu')
-    add('--amp', action='store_true', help='compute in --amp-dtype (default: in float32, whatever the run trained in)')
-    add('--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='default: %(default)s')
-    rows = [row for row in _ROWS if data or row[0] in _OF_IMAGES]
-    add_flags(parser, "Images (timm's; default: the run's)", rows)
-
-
 def options_from(args: argparse.Namespace) -> RunOptions:
     """The options of the flags, which are checked."""
     cpu = args.cpu or args.device == 'cpu'
     if args.amp and args.amp_dtype == 'float16' and choose_device(cpu).type == 'cpu':
         raise UserError('--amp: float16 needs a GPU; on the CPU add --amp-dtype bfloat16')
     words: list[str] = []
-    for name, _, default, *_ in _ROWS:
+    for name, _, default, *_ in IMAGE_ROWS:
         value = getattr(args, name[2:].replace('-', '_'), default)
         if value != default:
             words += [name] if value is True else [name, *map(str, value if isinstance(value, list) else [value])]

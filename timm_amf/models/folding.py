@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, Conv2dSame, SplitBatchNorm2d, SyncBatchNormAct, pad_same
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from .frugal import frozen_conv2d
 
 __all__ = ['FoldedConv', 'Folds', 'find_pairs', 'foldable_pairs', 'folded_view', 'view_with']
 
@@ -39,28 +40,7 @@ class FoldedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._same:
             x = pad_same(x, *self._same)
-        if torch.is_grad_enabled() and x.requires_grad and not torch.is_autocast_enabled(x.device.type):
-            return _FixedConv.apply(x, self.weight, self.bias, *self._geometry)
-        return F.conv2d(x, self.weight, self.bias, *self._geometry)
-
-
-class _FixedConv(torch.autograd.Function):
-    """A convolution whose weights do not train: its input is not kept for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, *geometry):
-        # The gradient of the input needs of the input its shape alone, which a tensor without memory has as well.
-        ctx.save_for_backward(x.new_empty(1).expand(x.shape), weight)
-        ctx.geometry = geometry
-        return F.conv2d(x, weight, bias, *geometry)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
-        g_x, _, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, [len(weight)], stride, padding, dilation, False, [0, 0], groups, [True, False, False])
-        return g_x, None, None, None, None, None, None
+        return frozen_conv2d(x, self.weight, self.bias, *self._geometry)
 
 
 def foldable_pairs(module: nn.Module, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -5,7 +5,6 @@ with `timm.create_model`, so every adaptation that timm knows (input channels, i
 local files) applies to each network on its own.
 """
 import copy
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from timm.models import get_arch_name, resolve_pretrained_cfg, split_model_name_tag
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 from .sources import check_source, load_network
 
 __all__ = ['Part', 'as_pair', 'build_parts', 'create_part', 'meta_part', 'part_cfg']
@@ -44,9 +43,9 @@ class Part:
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not timm.is_model(self.name):
-            close = difflib.get_close_matches(str(self.name).split('.')[0], timm.list_models(), n=3)
-            hint = f'did you mean {" or ".join(close)}?' if close else 'timm.list_models() names those that exist.'
-            raise UserError(f"'{self.name}' is not an architecture that timm knows; {hint}")
+            hint = nearest(
+                str(self.name).partition('.')[0], timm.list_models(), '; timm.list_models() names those that exist')
+            raise UserError(f"'{self.name}' is not an architecture that timm knows{hint}")
         self.kwargs = {} if self.kwargs is None else self.kwargs
         if not isinstance(self.kwargs, dict):
             raise UserError(f"the keyword arguments of '{self.name}' must be a dict, not {self.kwargs!r}.")

@@ -12,15 +12,19 @@
 The blocks between which a model's own code stands (a downsampling layer, a change of layout) see an ordinary batch in
 its ordinary order, so that any architecture works.
 """
+from contextlib import nullcontext
 from typing import NamedTuple, Optional
 
 import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
 
+from .frugal import Frugal
 from .routing import is_channels_last, take
 
 __all__ = ['Decision', 'PartOfBlock', 'Route', 'RoutedBlock']
+
+_LARGE = 2**14  # values of an input, below which its block keeps too little for `Frugal` to be worth its calls
 
 
 class Split(NamedTuple):
@@ -173,11 +177,12 @@ def _exact_split(
     A tuned copy that is not `independent`, image by image, runs on the whole batch.
     """
     x_frozen, x_tuned = _halves(x, split)
-    y_frozen = None if x_frozen is None else frozen(x_frozen, *args, **kwargs)
-    if independent:
-        y_tuned = None if x_tuned is None else tuned(x_tuned, *args, **kwargs)
-    else:
-        other_tuned, y_tuned = _halves(tuned(x, *args, **kwargs), split)
+    with Frugal() if torch.is_grad_enabled() and x.numel() >= _LARGE else nullcontext():
+        y_frozen = None if x_frozen is None else frozen(x_frozen, *args, **kwargs)
+        if independent:
+            y_tuned = None if x_tuned is None else tuned(x_tuned, *args, **kwargs)
+        else:
+            other_tuned, y_tuned = _halves(tuned(x, *args, **kwargs), split)
     if not share.requires_grad:
         return _join(None, y_frozen, y_tuned, None, None, split)
     with torch.no_grad():

@@ -19,9 +19,9 @@ from timm_amf.engine.evaluate_runs import evaluations, open_images, summary, why
 from timm_amf.engine.opened import RunOptions
 from timm_amf.engine.run import check_finished
 from timm_amf.engine.run_folder import is_run
-from timm_amf.errors import CommandParser, UserError
+from timm_amf.errors import UserError
 from timm_amf.files import replacing, write_text
-from timm_amf.inference.sources import add_run_flags, open_model, options_from
+from timm_amf.inference.sources import open_model, options_from
 from timm_amf.lazy import callable_module
 from timm_amf.models.charts import Chart
 from timm_amf.models.method import method_of
@@ -39,7 +39,7 @@ from timm_amf.report.content import (
     sweep_sections,
 )
 
-__all__ = ['build_parser', 'check_installed', 'main', 'report', 'run']
+__all__ = ['check_installed', 'main', 'report']
 
 callable_module(__name__)  # timm_amf.report(RUN)
 
@@ -47,25 +47,7 @@ _SIDE = 112  # pixels of an embedded image
 _SHOWN_ROWS = 60  # of a figure's table on the page
 
 
-def main(argv: Sequence[str]) -> None:
-    """`timm-amf report RUN ...`: write the page and say where it is."""
-    run(build_parser().parse_args(argv))
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Its flags."""
-    parser = CommandParser(prog='timm-amf report', description=__doc__.partition('\n')[0].partition(': ')[2])
-    add = parser.add_argument
-    add('runs', nargs='+', metavar='RUN', help='folder of a run, or one folder of a search or of a sweep')
-    add('--output', metavar='DIR', help='folder of the page (default: report/ in the folder of the first run)')
-    add('--no-eval', action='store_true', help='draw what the files of the runs tell; their images are not needed')
-    add('--split', metavar='NAME', help='train, validation, test, ... (default: what each run was validated on)')
-    add('--data-dir', metavar='DIR', help='folder of the data (default: where each run had it)')
-    add_run_flags(parser)
-    return parser
-
-
-def run(args: argparse.Namespace) -> Path:
+def main(args: argparse.Namespace) -> Path:
     """Write the page, print where it is, and give it."""
     options = replace(options_from(args), split=args.split, data_dir=args.data_dir)
     page = report(args.runs, args.output, options, not args.no_eval)

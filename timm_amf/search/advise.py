@@ -29,7 +29,7 @@ from scipy.stats import rankdata
 from timm_amf.data import DataSpec, Mixture, create_dataset, data_spec_from_args
 from timm_amf.engine import build
 from timm_amf.engine.options import parse_args, resolve_lr
-from timm_amf.errors import CommandParser, Diverged, Interrupted, UserError
+from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.files import replacing
 from timm_amf.search.features import FeatureNet, Features, extract_features
 from timm_amf.search.fit import COMMON, complete, run
@@ -146,27 +146,6 @@ class Advice:
         """Write the file for `train_amf.py --config`, whole or not at all."""
         with replacing(path, 'choose another --advice-file') as temporary:
             temporary.write_text(self.config, encoding='utf-8')
-
-
-def _own_parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog='timm-amf advise', add_help=False, allow_abbrev=False,
-        usage='%(prog)s [DIR] --model NAME [flags of train_amf.py] [flags below]',
-        description='Measure how well pretrained weights fit the data, and propose a Plan for train_amf.py.')
-    add = parser.add_argument
-    add('-h', '--help', action='store_true', help='show this; timm-amf train --help shows the flags of train_amf.py')
-    add('--models', metavar='A,B=FILE,...', help='rank these backbones (=FILE: of these weights), and advise the best')
-    add('--pilot-epochs', type=int, metavar='N',
-        help='epochs of each pilot, four for each component and network (default: an eighth of --epochs, 2 at least); '
-             '0 for none, and an LR by Table 7')
-    add('--source-dir', metavar='DIR', help='folder of images of the source data by class, for the EMD similarity')
-    add('--random-init', type=int, default=0, metavar='EPOCHS',
-        help="train the network from random weights, too: the paper's best measure, and dear")
-    add('--no-source-classifier', action='store_true', help='the weights hold no classifier: leave LEEP and NCE out')
-    add('--policy', metavar='NAME', help='policy network of an AMF that is proposed for a plain model; none: MultiTune')
-    add('--advice-file', default='advice.yaml', metavar='FILE',
-        help='file that timm-amf train --config runs (default: %(default)s); --overwrite replaces it')
-    return parser
 
 
 def _advise(own: argparse.Namespace, runs: Sequence[argparse.Namespace], progress: bool = True) -> Advice:
@@ -447,15 +426,11 @@ def advise(
     return _advise(own, _runs(words, models, data), progress)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(own: argparse.Namespace) -> None:
     """`timm-amf advise`: print the tables, write the file."""
-    own, rest = _own_parser().parse_known_args(argv)
-    if own.help:
-        _own_parser().print_help()
-        return
-    if os.path.exists(own.advice_file) and '--overwrite' not in rest:
+    if os.path.exists(own.advice_file) and '--overwrite' not in own.words:
         raise UserError(f'{own.advice_file} exists; add --overwrite, or name another with --advice-file')
-    advice = _advise(own, _runs(rest, own.models))
+    advice = _advise(own, _runs(own.words, own.models))
     advice.to_yaml(own.advice_file)
     print(advice)
     print(f'\nRun it: timm-amf train --config {own.advice_file}')

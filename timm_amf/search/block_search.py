@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -34,13 +33,13 @@ from timm_amf.engine import build
 from timm_amf.engine.head import start_head
 from timm_amf.engine.options import parse_args, resolve_lr, save_args
 from timm_amf.engine.run import claim_folder, environment
-from timm_amf.errors import CommandParser, UserError
+from timm_amf.errors import UserError
 from timm_amf.files import write_text
 from timm_amf.flags import words_of
 from timm_amf.models.blocks import in_eval
+from timm_amf.parsers import PARSERS
 from timm_amf.report import check_installed, report
 from timm_amf.search.candidates import (
-    CUTS,
     Candidate,
     baseline_candidates,
     block_candidates,
@@ -64,7 +63,6 @@ from timm_amf.tuning.roles import role_blocks
 
 __all__ = ['BlockSearch', 'Search', 'main', 'search_blocks']
 
-_WAYS = ('layer', 'block', 'window')
 # Of train_amf.py: what a search cannot train with, and what candidates do without.
 _REFUSED = ('jsd_loss', 'aug_splits', 'split_bn', 'global_k', 'torchcompile', 'dry_run', 'eval_only')
 _LEFT_OUT = ('model_ema', 'branch_loss', 'policy_balance')
@@ -72,40 +70,6 @@ _ANYWHERE = ('overwrite', 'resume', 'no_progress', 'workers', 'explicit', 'confi
 
 
 # -- flags ------------------------------------------------------------------------------------------------------------
-
-
-def _build_parser() -> argparse.ArgumentParser:
-    """The flags that train_amf.py has not."""
-    parser = CommandParser(
-        prog='timm-amf search', add_help=False, allow_abbrev=False,
-        usage='%(prog)s [DIR] --model NAME [flags of train_amf.py] [flags below]',
-        description='Find the layers, blocks or windows of layers that are worth tuning.')
-    add = parser.add_argument
-    add('-h', '--help', action='store_true', help='show this; timm-amf train --help shows the flags of train_amf.py')
-    add('--ways', nargs='+', type=_way, default=['block'], metavar='WAY',
-        help='what to choose from: layer, block, window, topK (top3) and randomK of the layers (default: block)')
-    add('--cut', default='residual', choices=CUTS, help='what ends a block (default: %(default)s)')
-    add('--window', type=int, default=3, metavar='N', help='layers of a window (default: %(default)s)')
-    add('--separate-norms', action='store_true', help='norms are layers of their own, as in the paper')
-    add('--search-role', metavar='ROLE', help='part of the model to search, such as branch.0 (default: the backbone)')
-    add('--search-epochs', type=int, metavar='N', help='epochs of each candidate (default: 10, or --epochs if fewer)')
-    add('--search-share', type=float, default=1., metavar='X',
-        help='share of the training images that candidates are trained on (default: all)')
-    add('--final-share', type=float, default=0., metavar='X',
-        help='train the best of each way and both baselines again, for --epochs, on this share (default: do not)')
-    add('--search-head', choices=('own', 'mlp'), default='own',
-        help="the model's own classifier, or the paper's of three layers (default: own)")
-    add('--chunk', type=int, metavar='N', help='most candidates that train at once')
-    add('--memory', type=float, metavar='GB', help='most memory for their activations (default: half of what is free)')
-    add('--one-by-one', action='store_true', help='train each candidate in a network of its own')
-    return parser
-
-
-def _way(text: str) -> str:
-    if text not in _WAYS and not re.fullmatch('(top|random)[1-9][0-9]*', text):
-        raise argparse.ArgumentTypeError(
-            f'{text}: unknown; choose from {", ".join(_WAYS)}, topK, such as top3, and randomK')
-    return text
 
 
 def _check(own: argparse.Namespace, args: argparse.Namespace) -> None:
@@ -458,7 +422,7 @@ def search_blocks(
     Returns:
         Results, Plan and the file for `train_amf.py`; `print` shows tables.
     """
-    parser = _build_parser()
+    parser = PARSERS['search']()
     known = {action.dest for action in parser._actions} - {'help'}
     own = {name: value for name, value in options.items() if name in known}
     if ways is not None:
@@ -469,13 +433,9 @@ def search_blocks(
         return Search(parser.parse_args(words_of(parser, own)), args, progress).run()
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(own: argparse.Namespace) -> None:
     """`timm-amf search`: print the tables, write the files."""
-    own, rest = _build_parser().parse_known_args(argv)
-    if own.help:
-        _build_parser().print_help()
-        return
-    search = Search(own, parse_args(rest), progress=True)
+    search = Search(own, parse_args(own.words), progress=True)
     found = search.run()
     if search.accelerator.is_main_process:
         print(found)

@@ -37,7 +37,7 @@ from timm_amf.engine.checkpoint import Checkpointer, read_state
 from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.engine.run import check_kind
 from timm_amf.engine.run_folder import best_epoch
-from timm_amf.errors import CommandParser, Diverged, Interrupted, UserError
+from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.files import write_text
 from timm_amf.flags import words_of
 from timm_amf.text import csv_text
@@ -364,17 +364,9 @@ def run(words: Sequence[str] = (), quiet: bool = False, **options: Any) -> None:
         train(words, **options)
 
 
-def main(argv: Sequence[str]) -> None:
+def main(args: argparse.Namespace) -> None:
     """`timm-amf fit`."""
-    parser = CommandParser(
-        prog='timm-amf fit', add_help=False, allow_abbrev=False, usage='%(prog)s [DIR] [--model NAME] [flags of train]',
-        description='Fine-tune a model: measure a few ways on the data, train the best to the end.')
-    parser.add_argument('-h', '--help', action='store_true', help='show this; timm-amf train --help shows its flags')
-    parser.add_argument('--budget', metavar='MINUTES', help='about how long it may take, pilots included')
-    if {'-h', '--help'} & set(argv):  # the flags are read with those of train
-        parser.print_help()
-        return
-    words = list(argv)
+    words = args.words
     if not any(word.split('=')[0] in ('--model', '--config', '-c') for word in words):
         words += ['--model', MODEL]
     found = fit_words(words)

@@ -39,12 +39,12 @@ from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs, table
 from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.engine.run import check_kind
 from timm_amf.engine.run_folder import best_epoch, is_run
-from timm_amf.errors import CommandParser, Diverged, Interrupted, UserError
+from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.flags import words_of
 from timm_amf.report import check_installed, report
 from timm_amf.search.charts import sweep_charts, write_figure
 from timm_amf.search.sweep_results import Configuration, Sweep, ranked, write_rows
-from timm_amf.search.sweep_space import Space, pairs, seed_list
+from timm_amf.search.sweep_space import Space, pairs
 from timm_amf.tuning.plan_args import common_plan
 
 __all__ = ['main', 'sweep']
@@ -341,31 +341,11 @@ def _sweep(words: Sequence[str], grid: Mapping, space: Mapping, *how: Any) -> Sw
         return _Worker(Space(words, grid, space), *how).run()
 
 
-def main(argv: Sequence[str]) -> None:
+def main(args: argparse.Namespace) -> None:
     """`timm-amf sweep`."""
-    parser = CommandParser(
-        prog='timm-amf sweep', add_help=False, allow_abbrev=False,
-        usage='%(prog)s [DIR] --model NAME (--grid KEY=V,V ... | --space KEY=LOW:HIGH ...) [flags of train]',
-        description='Train by all configurations of a grid, or by those that Optuna draws, and rank them.',
-        epilog='KEY is a flag of timm-amf train without its dashes, or ROLE.FIELD as its --role takes it.')
-    add = parser.add_argument
-    add('-h', '--help', action='store_true', help='show this; timm-amf train --help shows its flags')
-    add('--grid', action='extend', nargs='+', default=[], metavar='KEY=V,V', help='values, to combine with all others')
-    add('--space', action='extend', nargs='+', default=[], metavar='KEY=RANGE',
-        help='what to draw from: LOW:HIGH, log:LOW:HIGH (whole numbers if both limits are), or V,V,...')
-    add('--seeds', type=seed_list, default=[], metavar='N,N', help='train each configuration with each')
-    add('--trials', type=int, metavar='N', help='configurations to draw from a --space (default: 20)')
-    add('--pruner', choices=tuple(_PRUNERS), default='none',
-        help='end configurations that fall behind (default: %(default)s)')
-    add('--storage', metavar='URL', help="database or journal file of Optuna (default: SQLite in the sweep's folder)")
-    add('--test-split', metavar='NAME', help='evaluate the best configuration on this split, once, at the end')
-    own, words = parser.parse_known_args([word for word in argv if word != '--'])
-    if own.help:
-        parser.print_help()
-        return
     found = _sweep(
-        words, pairs(own.grid, '--grid'), pairs(own.space, '--space'), own.seeds, own.trials, own.pruner, own.storage,
-        own.test_split)
+        args.words, pairs(args.grid, '--grid'), pairs(args.space, '--space'), args.seeds, args.trials, args.pruner,
+        args.storage, args.test_split)
     print(f'\n{found}')
     if found.config:
         print(f'\nNext: timm-amf train --config {found.folder / "best.yaml"}')

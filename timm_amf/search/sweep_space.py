@@ -11,10 +11,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import Trial
 
 from timm_amf.engine.options import build_parser, parse_args
-from timm_amf.errors import UserError
-from timm_amf.flags import nearest
+from timm_amf.errors import UserError, nearest
 
-__all__ = ['Space', 'pairs', 'seed_list']
+__all__ = ['Space', 'pairs']
 
 # Flags that are the same for all runs of a sweep.
 _FIXED = ('config', 'output', 'experiment', 'resume', 'overwrite', 'eval_metric', 'dry_run', 'eval_only', 'publish',
@@ -132,11 +131,3 @@ def pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
             raise UserError(f'{flag} {text}: write KEY=VALUES, and the folder of data before the flags')
         found[key] = values
     return found
-
-
-def seed_list(text: str) -> list[int]:
-    """What `--seeds` says."""
-    try:
-        return [int(seed) for seed in text.split(',')]
-    except ValueError:
-        raise UserError(f'--seeds {text}: give whole numbers with commas between') from None

@@ -31,9 +31,8 @@ def apply_freeze(model: nn.Module, plan: Union[Plan, Resolved], epoch: int = 0) 
     for name, start in table.norms.items():
         if start is None or epoch < start:
             freeze_norm(norms[name])
-        else:
-            # It keeps its present mode until that of the model is next set.
-            norms[name].__dict__.pop('train', None)
+        elif norms[name].__dict__.pop('train', None):
+            norms[name].train(model.training)
     changed = False
     for name, param in model.named_parameters():
         setting = table.parameters[name]

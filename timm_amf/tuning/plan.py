@@ -7,7 +7,6 @@ two.
 """
 import copy
 import dataclasses
-import difflib
 import math
 import typing
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any, Optional, Union
 
 import yaml
 
-from timm_amf.errors import UserError
+from timm_amf.errors import UserError, nearest
 from timm_amf.files import write_text
 from timm_amf.yaml_text import load_yaml
 
@@ -313,8 +312,7 @@ def _check_names(mapping, cls, where: str) -> None:
     names = [f.name for f in dataclasses.fields(cls)]
     for key in mapping:
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, 1)
-            hint = f'; did you mean {near[0]!r}?' if near else f'; it has {", ".join(names)}'
+            hint = nearest(str(key), names, f'; it has {", ".join(names)}')
             raise UserError(f'{where} has no setting {key!r}{hint}')
 
 

@@ -5,8 +5,8 @@ import typing
 from collections.abc import Iterable, Iterator
 from typing import Any, Optional, Union
 
-from timm_amf.errors import UserError
-from timm_amf.flags import add_flags, nearest, path
+from timm_amf.errors import UserError, nearest
+from timm_amf.flags import add_flags, path
 from timm_amf.tuning.plan import Plan, RolePlan, Schedule
 from timm_amf.yaml_text import load_yaml, parse_yaml
 

@@ -2,9 +2,7 @@
 
 Optimiser groups, freezing, re-initialisation, L2-SP and the printed summary read this table.
 """
-import difflib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
@@ -13,7 +11,7 @@ from timm.optim._param_groups import _matches_pattern
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from timm_amf.errors import UserError
+from timm_amf.errors import UserError, nearest
 from timm_amf.models.blocks import ancestors, is_within
 from timm_amf.tuning.plan import Plan, RolePlan
 from timm_amf.tuning.roles import Place, model_roles, places, role_blocks, role_defaults
@@ -178,7 +176,7 @@ def _roles(model: nn.Module, plan: Plan, role_of: dict[str, str]) -> dict[str, R
     for key in plan.roles:
         if key not in kinds:
             raise UserError(f'plan: {type(model).__name__} has no role {key!r} (it has {", ".join(paths)})'
-                            f'{_near(key, kinds)}')
+                            f'{nearest(key, kinds)}')
     roles = {}
     for name in paths:
         role, blocks = plan.role(name, role_defaults(model)), role_blocks(model, name)
@@ -186,11 +184,6 @@ def _roles(model: nn.Module, plan: Plan, role_of: dict[str, str]) -> dict[str, R
         owned = [n for n, owner in role_of.items() if owner == name]
         roles[name] = RoleSettings(role, blocks, _training(name, role, blocks, owned, paths[name]))
     return roles
-
-
-def _near(word: str, words: Iterable[str], otherwise: str = '') -> str:
-    near = difflib.get_close_matches(word, words, 1)
-    return f'; did you mean {near[0]!r}?' if near else otherwise
 
 
 def _check_counts(name: str, role: RolePlan, count: int) -> None:
@@ -245,7 +238,7 @@ def _training(
             raise UserError(f'plan: {name} has several modules {item!r}; name one of {", ".join(found)}')
         if not found:
             within = [path[len(top) + 1:] for path in known for top in tops if path.startswith(f'{top}.')]
-            near = _near(item, [*blocks, *known, *within], '; see timm_amf.list_blocks(model)')
+            near = nearest(item, [*blocks, *known, *within], '; see timm_amf.list_blocks(model)')
             raise UserError(f'plan: {name} has no block or layer {item!r}{near}')
         training.add(found[0])
     return frozenset(training)
