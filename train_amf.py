@@ -103,6 +103,9 @@ def _train(
     model = build.build_model(args, train_set.num_classes)
     set_class_names(model, train_set.class_names)
     model = build.place_model(model, args, accelerator)
+    if not (args.pretrained or args.initial_checkpoint or resume):
+        accelerator.print(
+            f'{args.model} starts from random weights; for trained ones add --pretrained, or --pretrained-path FILE')
     train_loader, val_loader = build.build_loaders(args, model, train_set, val_set, accelerator)
 
     lr = resolve_lr(args, args.batch_size * accelerator.num_processes * args.grad_accum_steps)

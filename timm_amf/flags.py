@@ -5,6 +5,7 @@ and `dict` a list of `key=value`; a `count` begins at 1, a `natural` number and 
 """
 import argparse
 import ast
+import logging
 import math
 import os
 import re
@@ -15,9 +16,13 @@ from timm_amf.errors import UserError, nearest
 from timm_amf.yaml_text import MAX_NUMBER
 
 __all__ = [
-    'HelpFormatter', 'KeyValues', 'add_flags', 'amount', 'count', 'natural', 'number', 'path', 'read_value',
-    'share', 'words_of']
+    'CORES', 'HelpFormatter', 'KeyValues', 'add_flags', 'amount', 'count', 'natural', 'number', 'path', 'read_value',
+    'share', 'words_of', 'workers']
 
+_logger = logging.getLogger(__name__)
+
+# Of the machine that this process may use: no more worker processes are started.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 path = os.path.expanduser  # the type of a flag that names a file or a folder
 
 
@@ -86,6 +91,17 @@ def number(
 
 
 count, natural, amount, share = number(int, 1), number(int, 0), number(float, 0), number(float, 0, 1)
+
+
+def workers(text: str) -> int:
+    """The type of `--workers`, which tells who asks for more than there will be."""
+    value = number(int, 0, 1024)(text)
+    if value > CORES:
+        _logger.warning(f'--workers {value}: this machine has {CORES} cores for it, so that {CORES} load data.')
+    return value
+
+
+workers.__name__ = 'int'
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, rows: Iterable[tuple], about: Optional[str] = None) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from timm_amf.engine.options import parse_args
 from timm_amf.engine.timm_flags import TIMM_FLAGS
 from timm_amf.errors import CommandParser, UserError
-from timm_amf.flags import add_flags, count, natural
+from timm_amf.flags import add_flags, count, natural, workers
 
 __all__ = ['IMAGE_ROWS', 'PARSERS', 'add_run_flags', 'parse']
 
@@ -147,7 +147,7 @@ def add_run_flags(parser: argparse.ArgumentParser, data: bool = True) -> None:
     add('--sampling-seed', type=natural, metavar='N', help="draw a SpotTune's decisions with this seed")
     add('-b', '--batch-size', type=count, metavar='N',
         help="images at a time, ten crops being ten (default: the run's)")
-    add('-j', '--workers', type=natural, metavar='N', help="worker processes (default: the run's)")
+    add('-j', '--workers', type=workers, metavar='N', help="worker processes (default: the run's)")
     add('--cpu', action='store_true', help='use no GPU')
     add('--device', choices=('cpu', 'cuda'), help='cpu acts as --cpu')
     add('--amp', action='store_true', help='compute in --amp-dtype (default: in float32, whatever the run trained in)')
@@ -294,7 +294,7 @@ def _decathlon() -> CommandParser:
     submit.add_argument('--weights', choices=('best', 'last'), default='best',
                         help='those of the best epoch, or of the last (default: %(default)s)')
     submit.add_argument('--batch-size', type=count, metavar='N', help="images at a time (default: the run's)")
-    submit.add_argument('--workers', type=natural, metavar='N', help="worker processes (default: the run's)")
+    submit.add_argument('--workers', type=workers, metavar='N', help="worker processes (default: the run's)")
     submit.add_argument('--cpu', action='store_true', help='use no GPU')
 
     stats = verbs.add_parser('stats', help='mean and standard deviation of the training images')

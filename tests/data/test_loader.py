@@ -13,6 +13,7 @@ from timm_amf.data import Component, DataSpec, create_dataset, create_loader
 from timm_amf.data.sampler import Key
 from timm_amf.data.transforms import sample_seed
 from timm_amf.errors import UserError
+from timm_amf.flags import workers
 
 AUGMENT = dict(input_size=(3, 24, 24), is_training=True, auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.5,
                re_mode='pixel', interpolation='random')
@@ -209,3 +210,11 @@ def test_workers_may_be_spawned(dataset):
     again = pickle.loads(pickle.dumps(samples))
     key = Key(0, 3, 0, 0, 4)
     assert torch.equal(again.__getitems__([key])[0][0][0], samples.__getitems__([key])[0][0][0])
+
+
+def test_no_more_workers_than_cores(dataset, recwarn, monkeypatch, caplog):
+    monkeypatch.setattr('timm_amf.flags.CORES', 1)
+    monkeypatch.setattr('timm_amf.data.loader.CORES', 1)
+    assert create_loader(dataset, batch_size=4, workers=64, **AUGMENT)._loader.num_workers == 1
+    assert not [warning for warning in recwarn if 'worker' in str(warning.message)]
+    assert workers('4') == 4 and 'this machine has 1 cores' in caplog.text

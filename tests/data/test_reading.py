@@ -121,7 +121,7 @@ def test_labels_follow_the_names_of_a_model(make_folder, caplog):
 
 def test_a_class_that_a_model_does_not_know_is_named(make_folder):
     root = make_folder(classes=('b', 'renamed', 'z'), splits=('test',))
-    with pytest.raises(UserError, match=r"class 'renamed' and 1 more is not among the 2 classes of the model \(b, c\)"):
+    with pytest.raises(UserError, match=r"class 'renamed' \(and 1 more\) is not among the 2 classes of the model"):
         create_dataset(spec(root), 'test', class_names=['b', 'c'])
 
 
@@ -176,3 +176,9 @@ def test_what_lacks_a_split(make_folder, tmp_path):
     for header, lacks in (('path,label', True), ('path,label,split', False)):
         (tmp_path / 't.csv').write_text(header)
         assert lacks_split(str(tmp_path / 't.csv'), 'val') == lacks
+
+
+def test_a_folder_of_data_sets_is_none(make_folder, tmp_path):
+    one, _ = make_folder('sets/one', splits=('train', 'val')), make_folder('sets/two', classes=('x', 'y'))
+    with pytest.raises(UserError, match=rf'sets holds 2 data sets .* such as {one}, or mix them, .*--component'):
+        create_dataset(spec(tmp_path / 'sets'))

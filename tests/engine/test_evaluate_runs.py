@@ -234,11 +234,11 @@ def test_what_cannot_be_averaged(plain, run, oblong, tmp_path, capsys):
         assert message in error and error.count('\n') == 1 and error.startswith('timm-amf evaluate: error: ')
     moved = ['--ensemble', '--data-dir', str(third), '--cpu']
     assert main(['evaluate', str(a), str(elsewhere), *moved]) == 0
-    # Each alone they can be evaluated, without a mean.
-    assert main(['evaluate', str(a), str(less), '--cpu']) == 0
-    assert 'no mean: the runs differ' in capsys.readouterr().out
-    assert main(['evaluate', str(a), str(b), '--cpu']) == 0
-    assert 'mean of 2 runs' in capsys.readouterr().out
+    # Each alone they can be evaluated, without a mean: that is of runs that differ in nothing but their seed.
+    for third, what in ((less, f'data_dir ({oblong} and {other})'), (b, 'epochs (2 and 1)')):
+        assert main(['evaluate', str(a), str(third), '--cpu']) == 0
+        out = capsys.readouterr().out
+        assert 'mean of' not in out and f'no mean: {a} and ' in out and f'differ in their {what}' in out
     with pytest.raises(UserError, match='--ten-crop: .*shows whole images'):
         border = plain('border', '--epochs', '1', '--pretrained-cfg-overlay', 'crop_mode=border')
         evaluate_runs([border], RunOptions(ten_crop=True, cpu=True))

@@ -233,3 +233,11 @@ def test_overwrite_starts_anew(run, trained):
     second = run('first', '--epochs', '1', '--overwrite', base=ONE)
     assert len(rows(second / 'summary.csv')) == 1
     assert before != (second / 'last/model.safetensors').read_bytes()
+
+
+def test_changed_options_are_named(run, trained, caplog):
+    trained('first', base=ONE)
+    run('first', '--resume', 'auto', '--epochs', '4', base=ONE)
+    assert '(epochs 3 before, 4 now)' in caplog.text
+    run('first', '--resume', 'auto', '--epochs', '4', '--model-kwargs', 'drop_rate=0.1', '--mixup', '0.2', base=ONE)
+    assert "model_kwargs {} before, {'drop_rate': 0.1} now; mixup 0.0 before, 0.2 now)" in caplog.text

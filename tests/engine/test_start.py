@@ -62,6 +62,10 @@ def test_what_starts_anew(run, weights, monkeypatch, capsys):
         assert torch.equal(value, loaded[name]) != name.startswith(f'{last}.'), name
     out = capsys.readouterr().out
     assert f're-initialised: {last}' in out and 'drawn with seed 0' in out and 'alpha 0.1 on the first 2' in out
+    assert 'random weights' not in out
+    with pytest.raises(Killed):
+        run('random', base=BASE)
+    assert 'starts from random weights; for trained ones add --pretrained' in capsys.readouterr().out
 
 
 def _rank(rank, port, argv):

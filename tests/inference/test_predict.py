@@ -238,6 +238,9 @@ def test_what_cannot_be_predicted(runs, folders, tmp_path, capsys):
         assert main(['predict', *map(str, words)]) == 2
         error = capsys.readouterr().err
         assert message in error and error.startswith('timm-amf predict: error: ') and error.count('\n') == 1
+    (tmp_path / 'model.pt2').touch()
+    with pytest.raises(UserError, match=r'model\.pt2: .* --format onnx writes one'):
+        timm_amf.predict(tmp_path / 'model.pt2', files(folders)[0])
     with pytest.raises(UserError, match='no such file'):  # before the first prediction is asked for
         timm_amf.predict(run, 'nowhere.jpg')
 

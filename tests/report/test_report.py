@@ -97,6 +97,8 @@ def test_report_of_a_run(runs, kind, own, tmp_path, capsys):  # noqa: F811
     with open(runs[kind] / 'summary.csv', newline='') as one, open(tmp_path / 'loss.csv', newline='') as two:
         summary, drawn = list(csv.DictReader(one)), list(csv.DictReader(two))
     assert [float(row['train_loss']) for row in summary] == [float(row['train_loss']) for row in drawn]
+    # As what a run prints, from 1; its files count from 0, as timm's.
+    assert [row['epoch'] for row in summary] == ['0', '1'] and [row['epoch'] for row in drawn] == ['1.0', '2.0']
 
 
 def test_report_of_several_runs_and_without_images(runs, folders, tmp_path):  # noqa: F811
@@ -105,6 +107,7 @@ def test_report_of_several_runs_and_without_images(runs, folders, tmp_path):  # 
     page = check_page(tmp_path / 'all' / 'index.html')
     assert {attrs['id'] for attrs in page.of('figure')} >= {'train_loss', 'eval_loss', 'eval_top1'}
     assert f'{three[1]} less {three[0]}' in page.text
+    assert 'mean of' not in page.text and f'No mean: {three[0]} and {three[1]} differ in their' in page.text
     # Images are gone, and not needed.
     moved = tmp_path / 'moved'
     shutil.copytree(runs['amf'], moved)

@@ -1,7 +1,8 @@
 """One line that fine-tunes: never below its floor, an ordinary run, and what it left is what it says."""
 import csv
-import importlib
+import importlib.util
 import json
+import re
 import shutil
 
 import numpy as np
@@ -70,6 +71,11 @@ def test_fit(words, tmp_path, capsys):
     assert main(['evaluate', str(folder)]) == 0
     assert f'{max(shares.values()):.2f}' in capsys.readouterr().out
     assert timm_amf.load(folder).pretrained_cfg['label_names'] == ['ant', 'bee', 'cat']
+    if importlib.util.find_spec('matplotlib') and importlib.util.find_spec('jinja2'):
+        assert main(['report', str(folder), '--no-eval', '--cpu']) == 0
+        page = (folder / 'report' / 'index.html').read_text(encoding='utf-8')
+        cells = re.findall('<t[hd][^>]*>([^<]*)', page[page.index('share of the fine-tuned weights'):])
+        assert cells[3:5] == ['0: frozen features, logistic regression', f'{floor:.2f}'] and 'kept' in cells
     train_amf.train(['--config', str(folder / 'args.yaml'), '--experiment', 'again'])
     for name in ('last/model.safetensors', 'model_best.safetensors', 'summary.csv', 'mix.csv'):
         assert (folder / name).read_bytes() == (tmp_path / 'again' / name).read_bytes(), name

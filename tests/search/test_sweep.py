@@ -25,7 +25,8 @@ import timm_amf
 import train_amf
 from timm_amf.cli import main
 from timm_amf.engine.intervals import holm, mean_interval, paired_p
-from timm_amf.errors import Diverged, Interrupted
+from timm_amf.engine.run import claim_folder
+from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.search import sweep as module
 from timm_amf.search.charts import write_figure
 from timm_amf.search.sweep_results import Configuration, Sweep, ranked
@@ -353,6 +354,29 @@ def test_mistakes(words, extra, message, tmp_path, capsys):
     err = capsys.readouterr().err.strip().splitlines()
     assert message in err[-1], err
     assert not list((tmp_path / 'found').glob('trial*'))
+
+
+def test_what_was_typed_is_named(words, quick, capsys):
+    for extra, message in (
+            (['--grid', 'lr=fast'], '--grid lr=fast: --lr: invalid'),
+            (['--space', 'lr=3:1'], '--space lr=3:1: write two numbers, LOW:HIGH'),
+            (['--space', 'lr=log:0:1'], 'the lower one first, above 0')):
+        assert main([*words, *extra]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_runs_and_sweeps_have_folders_of_their_own(words, quick, tmp_path, capsys):
+    folder = tmp_path / 'found'
+    folder.mkdir()
+    (folder / 'plan.yaml').touch()
+    assert main([*words, '--grid', 'lr=0.1', '--overwrite']) == 2
+    assert f'{folder}: holds a run; name another folder' in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ['plan.yaml']
+    (folder / 'plan.yaml').unlink()
+    (folder / 'trial0-seed42').mkdir()
+    with pytest.raises(UserError, match='found: holds a sweep'), claim_folder(folder, True, None):
+        pass
+    assert main(['fit', *words[1:]]) == 2 and 'holds a sweep' in capsys.readouterr().err
 
 
 def test_no_model(data, capsys):

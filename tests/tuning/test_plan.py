@@ -201,3 +201,12 @@ def test_a_warm_up_that_would_go_down_is_refused():
         plan_from_args(parse(warmup_lr=1e-2), ROLES, 1e-3)
     plan = plan_from_args(parse(), ROLES, 1e-6)  # timm's default of 1e-5 with a tiny LR
     assert plan.role_schedule('head').warmup_scale == 1
+
+
+def test_a_setting_that_there_is_not_is_named(tmp_path):
+    for cls, name, meant in ((Plan, 'epoch', 'epochs'), (RolePlan, 'lrr', 'lr'), (Schedule, 'shed', 'sched')):
+        with pytest.raises(UserError, match=f"{cls.__name__} has no setting '{name}'; did you mean '{meant}'"):
+            cls(**{name: 3})
+    Plan(roles={'hed': {'lr': 1}}).to_yaml(tmp_path / 'p.yaml')
+    with pytest.raises(UserError, match=r"p\.yaml: the model has no role 'hed'"):
+        plan_from_args(parse(plan=str(tmp_path / 'p.yaml')), ROLES, 0.1)

@@ -19,6 +19,7 @@ from timm.data.transforms import str_to_interp_mode
 from torchvision.transforms import functional
 
 from timm_amf.errors import UserError
+from timm_amf.flags import CORES
 
 from .mixture import Mixture
 from .storage import cache_folder, open_or_write
@@ -147,7 +148,7 @@ def map_images(
     """What a function gives for the indices of images, in order, by worker processes, with a bar on a terminal."""
     from tqdm import tqdm
     loader = torch.utils.data.DataLoader(
-        range(number), batch_size=_CHUNK, num_workers=workers, collate_fn=partial(_each, function),
+        range(number), batch_size=_CHUNK, num_workers=min(workers, CORES), collate_fn=partial(_each, function),
         generator=torch.Generator())
     with tqdm(total=number, desc=description, unit='img', disable=None if progress else True) as bar:
         for chunk in loader:

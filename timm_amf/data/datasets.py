@@ -128,6 +128,11 @@ def _split_folder(root: str, split: str) -> str:
     role, present = split_of(split.split('[')[0]), split_folders(root)
     found = root if os.path.isfile(root) else find_split(root, split)
     if role == 'train' and not present:
+        sets = [p for p in sorted(Path(root).glob('*/')) if len(split_folders(str(p))) > 1]
+        if sets:
+            raise UserError(
+                f'{root} holds {len(sets)} data sets with splits of their own: give one, such as {sets[0]}, or mix '
+                f'them, each as --component path=DIR')
         found = found or root
     if found is None:
         draw = f', or cut it out of the training images with --{role}-share 0.2' if role in ('val', 'test') else ''

@@ -4,9 +4,7 @@ Workers decode and transform to uint8; normalisation and random erasing run on t
 PrefetchLoader.
 """
 import contextlib
-import os
 import signal
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Union
@@ -20,15 +18,13 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.loader import adapt_to_chs
 
 from timm_amf.errors import UserError
+from timm_amf.flags import CORES
 
 from .mixture import Mixture
 from .sampler import EvalSampler, Key, StepSampler
 from .transforms import SeededRandomErasing, adapt_transform, kept_random_state, sample_seed, seed_globals
 
 __all__ = ['Batch', 'SeededLoader', 'create_loader']
-
-# PyTorch repeats it for each loader and each of its iterators.
-warnings.filterwarnings('once', 'This DataLoader will create')
 
 # What stops a run, and the seconds that a worker lives on after a SIGTERM.
 _STOPPING, _GRACE = (signal.SIGINT, signal.SIGTERM), 10
@@ -182,7 +178,7 @@ class SeededLoader:
             torch.tensor([x * 255 for x in values], device=device, dtype=img_dtype).view(1, -1, 1, 1)
             for values in (mean, std))
         self._stream: Any = None
-        workers = min(workers, os.cpu_count() or 1)  # more are slower, and torch warns of them
+        workers = min(workers, CORES)  # more are slower, and torch warns of them
         self._loader = torch.utils.data.DataLoader(
             SeededSamples(dataset, transform, seed, splits, skip_bad),
             batch_sampler=sampler,

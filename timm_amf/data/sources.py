@@ -218,7 +218,7 @@ def errors_of(where: str) -> Iterator[None]:
 
 def and_more(names: Sequence[Any]) -> str:
     """The first of the names, and how many there are beside it."""
-    return f'{names[0]!r} and {len(names) - 1} more' if len(names) > 1 else f'{names[0]!r}'
+    return f'{names[0]!r} (and {len(names) - 1} more)' if len(names) > 1 else f'{names[0]!r}'
 
 
 def first_line(error: BaseException) -> str:

@@ -111,7 +111,7 @@ def build_data(
     drawn = ['test'] if spec.test_share and 'test' not in '+'.join(splits).split('+') else []
     with accelerator.local_main_process_first():
         datasets = create_datasets(spec, (*splits, *drawn), input_channels(args), class_names)
-        if args.check_images:
+        if args.check_images and (args.skip_bad_images or not args.eval_only):  # an evaluation reads them anyway
             for dataset in datasets:
                 check_images(
                     dataset, args.skip_bad_images, args.cache_dir, args.workers, accelerator.is_local_main_process)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
@@ -27,11 +27,14 @@ from timm_amf.engine.build import input_channels
 from timm_amf.engine.csv_log import CsvLog
 from timm_amf.engine.evaluation import Evaluation, Row, mean_rows
 from timm_amf.engine.opened import Opened, RunOptions, open_trained
+from timm_amf.engine.run_folder import is_run, settings_of
 from timm_amf.errors import UserError
 from timm_amf.models.method import method_of
 from timm_amf.text import columns
+from timm_amf.tuning import Plan
+from timm_amf.yaml_text import load_yaml
 
-__all__ = ['Row', 'RunOptions', 'evaluate_runs', 'evaluations', 'open_images', 'summary', 'table']
+__all__ = ['Row', 'RunOptions', 'evaluate_runs', 'evaluations', 'open_images', 'summary', 'table', 'why_no_mean']
 
 
 _logger = logging.getLogger(__name__)
@@ -49,15 +52,36 @@ def evaluate_runs(
 
 
 def summary(found: Sequence[Evaluation], level: float = 0.95) -> list[Row]:
-    """Rows of each run; where there are several on the same images, also of their mean; of their ensemble if there is
-    one. The rows of a mixture's components follow each.
+    """Rows of each run; where there are several that differ in nothing but their seed, also of their mean; of their
+    ensemble if there is one. The rows of a mixture's components follow each.
     """
     runs = [e for e in found if not e.run.startswith(_ENSEMBLE)]
     rows = [e.rows(level) for e in runs]
-    if len(runs) > 1 and not any(_difference(runs[0], other) for other in runs[1:]):
+    if len(runs) > 1 and not why_no_mean(found):
         rows.append(mean_rows(rows, level))
     rows += [e.rows(level) for e in found[len(runs):]]
     return [row for part in rows for row in part]
+
+
+def why_no_mean(found: Sequence[Evaluation]) -> str:
+    """In what but their seed runs differ, which then are no sample of one training; '' if in nothing."""
+    first, *others = (e for e in found if not e.run.startswith(_ENSEMBLE))
+    for other in others:
+        one, two = map(_settings, (first.run, other.run))
+        name = next((name for name in {**one, **two} if one.get(name) != two.get(name)), None)
+        if name is not None:
+            return f'{first.run} and {other.run} differ in their {name} ({one.get(name)} and {two.get(name)})'
+        if _difference(first, other):
+            return _difference(first, other)
+    return ''
+
+
+def _settings(run: str) -> dict[str, Any]:
+    """What the training of a run followed from besides its seed; of what is no run, only what it is."""
+    if not is_run(run):
+        return {'model': run}
+    found = settings_of(load_yaml(Path(run) / 'args.yaml'), Plan.from_yaml(Path(run) / 'plan.yaml').to_dict())
+    return {name: value for name, value in found.items() if name not in ('seed', 'noise_seed')}
 
 
 def evaluations(
@@ -146,7 +170,7 @@ def _open_images(run: Opened, spec: DataSpec, split: str, options: RunOptions) -
 
 
 def _difference(a: Evaluation, b: Evaluation) -> Optional[str]:
-    """What keeps two runs from being averaged; None where they have the same images and classes."""
+    """What keeps two runs from an ensemble; None where they have the same images and classes."""
     for what, one, other in (
             ('classes', a.class_names, b.class_names), ('images', a.paths, b.paths),
             ('labels', a.targets.tolist(), b.targets.tolist()), ('components', a.components, b.components)):

@@ -23,13 +23,16 @@ from tqdm import tqdm
 
 from timm_amf.engine.build import seed_step
 from timm_amf.engine.checkpoint import Checkpointer, class_names, load_weights, read_state, restoring, set_class_names
+from timm_amf.engine.config_file import args_content
 from timm_amf.engine.csv_log import CsvLog
 from timm_amf.engine.evaluate import evaluate, reduce_tensors
+from timm_amf.engine.run_folder import settings_of
 from timm_amf.engine.task import AdaptiveTask
 from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.models.method import check_takes, method_of
 from timm_amf.models.records import Record, exact_device
 from timm_amf.tuning import GroupScheduler, Resolved, apply_freeze
+from timm_amf.yaml_text import load_yaml
 
 __all__ = ['Signals', 'Trainer']
 
@@ -231,7 +234,11 @@ class Trainer:
             raise UserError(
                 f'{source}: stands in the middle of an epoch, and the steps would differ ({"; ".join(differing)}); '
                 f'resume with the same settings')
-        differing += _differences(state['plan'], self.plan.to_dict())
+        args = source.parent / 'args.yaml'  # which is not beside a checkpoint that was copied
+        options = load_yaml(args) if args.is_file() else {}
+        differing = _differences(
+            settings_of({**options, **before}, state['plan']),
+            settings_of({**args_content(self.args), **self._identity()}, self.plan.to_dict()))
         if differing:
             _logger.warning('%s: resumed with other settings (%s)', source, '; '.join(differing))
 

@@ -18,9 +18,11 @@ from timm_amf.engine.checkpoint import Checkpointer
 from timm_amf.errors import TOKEN, UserError
 from timm_amf.version import __version__
 
-__all__ = ['check_finished', 'claim_folder', 'environment', 'find_resume', 'prepare_folder']
+__all__ = ['check_finished', 'check_kind', 'claim_folder', 'environment', 'find_resume', 'prepare_folder']
 
 _LOCK = '.lock'
+# By which a folder is known to hold each.
+_MARKS = {'run': 'plan.yaml', 'search': 'search.yaml', 'sweep': 'trial*-seed*'}
 
 
 def find_resume(args: argparse.Namespace, folder: Path) -> Optional[Path]:
@@ -45,10 +47,18 @@ def find_resume(args: argparse.Namespace, folder: Path) -> Optional[Path]:
     return found
 
 
+def check_kind(folder: Path, kind: str) -> None:
+    """Refuses a folder that holds something else than what is to be written there: a run, a search or a sweep."""
+    for other, mark in _MARKS.items():
+        if other != kind and any(folder.glob(mark)):
+            raise UserError(f'{folder}: holds a {other}; name another folder with --output and --experiment')
+
+
 @contextlib.contextmanager
-def claim_folder(folder: Path, overwrite: bool, resume: Optional[Path]) -> Iterator[None]:
+def claim_folder(folder: Path, overwrite: bool, resume: Optional[Path], kind: str = 'run') -> Iterator[None]:
     """Make a run the only one that writes to its folder, which is made if it is not there, and left if it stays empty.
     """
+    check_kind(folder, kind)
     own = resume is not None and resume.parent.resolve() == folder.resolve()
     if not (own or overwrite) and Checkpointer(folder).holds_run():
         raise UserError(f'{folder}: holds a run already; continue it with --resume auto, or add --overwrite')

@@ -43,9 +43,12 @@ from timm_amf.yaml_text import load_yaml
 
 __all__ = [
     'WEIGHTS', 'OpenRun', 'best_epoch', 'choose_device', 'eval_loader', 'find_weights', 'is_run', 'load_run',
-    'open_run', 'read_run',
+    'open_run', 'read_run', 'settings_of',
 ]
 
+# Of `args.yaml`: what no result follows from.
+_NO_SETTINGS = ('output', 'experiment', 'resume', 'overwrite', 'no_progress', 'workers', 'report', 'tracker', 'publish',
+                'plan', 'budget', 'card', 'expected', 'explicit', 'eval_only', 'dry_run')
 # The weights of a run by the name of the choice, in order of preference; all but the first are in its checkpoint, of
 # the last epoch: as the run evaluated them, the moving average, and what the average is of.
 WEIGHTS = {
@@ -85,6 +88,12 @@ def _options(run: Union[str, Path]) -> Mapping[str, Any]:
     if not is_run(run):
         raise UserError(f'{run}: no args.yaml there; give the folder of a run')
     return load_yaml(Path(run) / 'args.yaml')
+
+
+def settings_of(options: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training follows from, by name: the options of its `args.yaml`, and over them its Plan as plain data."""
+    flags = {name: value for name, value in options.items() if name not in _NO_SETTINGS}
+    return {**flags, **plan, 'schedule': None, **plan.get('schedule', {})}
 
 
 def best_epoch(run: Union[str, Path]) -> dict[str, float]:

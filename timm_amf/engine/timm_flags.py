@@ -4,7 +4,7 @@
 """
 from typing import Optional
 
-from timm_amf.flags import amount, count, natural, number, path, share
+from timm_amf.flags import amount, count, natural, number, path, share, workers
 
 __all__ = ['TIMM_FLAGS', 'REPLACED', 'REFUSED', 'REFUSED_VALUES', 'SWITCHES', 'why_refused']
 
@@ -150,7 +150,7 @@ TIMM_FLAGS = {
         ('--val-interval', count, 1, 'epochs between evaluations'),
         ('--recovery-interval', natural, 0, 'batches between checkpoints within an epoch, none at 0'),
         ('--checkpoint-hist', count, None, 'checkpoints to keep (default: the best and the last)'),
-        ('-j --workers', number(int, 0, 1024), 4, 'processes that load data, at most one a core'),
+        ('-j --workers', workers, 4, 'processes that load data, at most one a core'),
         ('--save-images', bool, False, 'save the images of a batch at each line of the log'),
         ('--pin-mem', bool, False, 'load into pinned memory'),
         ('--no-prefetcher', bool, False, 'do without the prefetching loader'),

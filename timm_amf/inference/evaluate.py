@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Optional
 
-from timm_amf.engine.evaluate_runs import evaluations, summary, table
+from timm_amf.engine.evaluate_runs import evaluations, summary, table, why_no_mean
 from timm_amf.engine.evaluation import Evaluation, Row, short, top_k
 from timm_amf.engine.opened import RunOptions
 from timm_amf.errors import UserError
@@ -40,8 +40,8 @@ def main(args: argparse.Namespace) -> list[Row]:
     crops = 'ten crops (average of their softmax)' if options.ten_crop else 'one crop'
     print(f'{options.split or "validation"} split, {crops}, {options.weights} weights')
     print(table(rows, options.level))
-    if len(args.runs) > 1 and not any(row.run.startswith('mean of') for row in rows):
-        print('no mean: the runs differ in their images or classes')
+    if why_no_mean(found):
+        print(f'no mean: {why_no_mean(found)}')
     if len(found) == 1 or args.ensemble:
         print(_details(found[-1], options.level))
     if args.results_file:

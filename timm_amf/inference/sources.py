@@ -46,6 +46,8 @@ def open_model(source: Source, options: RunOptions, needs_data: bool = True) -> 
         model, name = OnnxModel(path), str(path)
     elif (path / 'config.json').is_file() or str(source).startswith(('hf-hub:', 'hf_hub:')):
         model, name = load(source), str(source)
+    elif path.is_file():
+        raise UserError(f'{source}: of files only .onnx can be asked; timm-amf export RUN --format onnx writes one')
     else:
         raise UserError(
             f'{source}: no args.yaml there; give the folder of a run, of a published model, a file .onnx, or '

@@ -15,7 +15,7 @@ from typing import Optional, Union
 from PIL import Image
 
 from timm_amf import figures
-from timm_amf.engine.evaluate_runs import evaluations, open_images, summary
+from timm_amf.engine.evaluate_runs import evaluations, open_images, summary, why_no_mean
 from timm_amf.engine.opened import RunOptions
 from timm_amf.engine.run import check_finished
 from timm_amf.engine.run_folder import is_run
@@ -98,6 +98,8 @@ def report(
     opened = [open_model(folder, options, evaluate) for folder in folders]
     found = evaluations(opened, options) if evaluate else []
     sections = [Section('Results', [results_of(summary(found))])] if found else []
+    if found and why_no_mean(found):
+        sections[0].parts.append(f'No mean: {why_no_mean(found)}.')
     models = [one.load(len(found[i].class_names) if found else None) for i, one in enumerate(opened)]
     data = open_images(opened[0], options) if found and len(folders) == 1 else None
     if data is not None:

@@ -64,7 +64,7 @@ class Told:
         folder: Its folder.
         options: Of its `args.yaml`.
         plan: How it was fine-tuned.
-        summary: Columns of `summary.csv`, NaN where a cell is empty.
+        summary: Columns of `summary.csv`, NaN where a cell is empty; epochs from 1.
         policy: Columns of `policy.csv`; empty without one.
         speed: Columns of `speed.csv`; empty without one.
         environment: Command, versions and hardware, where they were kept.
@@ -103,7 +103,8 @@ def _columns(path: Path, needed: Sequence[str]) -> dict[str, list[float]]:
         if not rows or name not in rows[0]:
             raise UserError(f'{path}: has no column {name!r}' if rows else f'{path}: has no rows; train the run on')
     try:
-        return {name: [float(row[name]) if row[name] else math.nan for row in rows] for name in rows[0]}
+        # Epochs count from 1, as in what a run prints; in its files from 0, as timm's.
+        return {name: [float(row[name] or 'nan') + (name == 'epoch') for row in rows] for name in rows[0]}
     except (TypeError, ValueError) as e:
         raise UserError(f'{path}: is damaged ({e})') from None
 
@@ -184,6 +185,14 @@ def setting(told: Told, model: Optional[nn.Module], name: str = '', config: str 
         cost = f'{timedelta(seconds=round(seconds))} of training steps in {epochs} epoch{"s" * (epochs != 1)}'
         facts.append(('cost', cost))
     parts.append(Table('The run', ('', ''), facts))
+    if (told.folder / 'mix.csv').is_file():
+        floor = 'frozen features, logistic regression' if told.options.get('head_start') == 'probe' else 'the start'
+        ends = {'0.0': f'0: {floor}', '1.0': '1: the best epoch'}
+        parts.append(Table(
+            'Weights mixed, on the validation images',
+            ('share of the fine-tuned weights', str(told.options.get('eval_metric')), 'loss', ''),
+            [(ends.get(row['share'], row['share']), f'{float(row["metric"]):.2f}', f'{float(row["loss"]):.4f}',
+              'kept' * (row['kept'] == 'True')) for row in _rows(told.folder / 'mix.csv')]))
     return Section(f'How it was fine-tuned{name and f": {name}"}', parts)
 
 
@@ -192,7 +201,7 @@ def _trains(train: Any, groups: Sequence[Mapping[str, Any]]) -> str:
         return 'nothing'
     start = min(group['start_epoch'] for group in groups)
     what = 'all' if train in ('all', None) else train if isinstance(train, str) else ', '.join(map(str, train))
-    return f'{what}, from epoch {start} on' if start else what
+    return f'{what}, from epoch {start + 1} on' if start else what
 
 
 def _span(values: Sequence[float]) -> str:
@@ -315,13 +324,12 @@ def _features(told, run, model, data, found, options) -> Optional[Section]:
     section, tables = Section('Features'), []
     groups = [found.components[i] for i in found.component_of[chosen]] if len(found.components) > 1 else [
         found.class_names[i] for i in found.targets[chosen]]
-    for panel in ('before fine-tuning', 'after'):
-        try:
-            net = model if panel == 'after' else _start(told, run, model, data.num_classes)
-        except (UserError, OSError) as e:
-            section.parts.append(f'Not shown before fine-tuning: {e}')
-            continue
-        pooled = _pooled(net.eval().to(device), run.args, part, device)
+    nets = {'after': model}
+    try:
+        nets = {'before fine-tuning': _start(told, run, model, data.num_classes), **nets}
+    except (UserError, OSError) as e:
+        section.parts.append(f'Not shown before fine-tuning: {e}')
+    for panel, pooled in zip(nets, _pooled([net.eval().to(device) for net in nets.values()], run.args, part, device)):
         # Distances in t-SNE are of single values: features of a hundredth of the size would all be one point.
         pooled = pooled / max(pooled.std(), 1e-12)
         xy = TSNE(perplexity=min(30., (len(pooled) - 1) / 3), init='pca', random_state=0).fit_transform(pooled)
@@ -349,11 +357,11 @@ def _start(told: Told, run: Opened, model: nn.Module, num_classes: int) -> nn.Mo
 
 
 @torch.inference_mode()
-def _pooled(model: nn.Module, args: argparse.Namespace, data: Mixture, device: torch.device) -> np.ndarray:
+def _pooled(nets: list[nn.Module], args: argparse.Namespace, data: Mixture, device: torch.device) -> list[np.ndarray]:
     found = [
-        model.forward_head(model.forward_features(batch.input), pre_logits=True).float().flatten(1).cpu()
-        for batch in eval_loader(args, model, data, device, workers=0)]
-    return torch.cat(found).numpy()
+        [net.forward_head(net.forward_features(batch.input), pre_logits=True).float().flatten(1).cpu() for net in nets]
+        for batch in eval_loader(args, nets[0], data, device, workers=0)]
+    return [torch.cat(of_net).numpy() for of_net in zip(*found)]
 
 
 # -- several runs -----------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ class Search:
 
     def run(self) -> BlockSearch:
         main = self.accelerator.is_main_process
-        with claim_folder(self.folder, True, None) if main else contextlib.nullcontext():
+        with claim_folder(self.folder, True, None, 'search') if main else contextlib.nullcontext():
             return self._run()
 
     def _run(self) -> BlockSearch:
@@ -218,7 +218,8 @@ class Search:
                 raise UserError(f'plan: role {name} must train from the start in a search; leave its start_epoch out')
         table = resolve(model, plan)
         build.set_start(model, table, args, num_classes)
-        if self.own.search_head == 'own':
+        done = args.resume and not args.overwrite and (self.folder / 'results.json').exists()
+        if self.own.search_head == 'own' and not done:  # else nothing is left to train
             start_head(model, args, images, self.accelerator, table)
         for other in roles:
             if other not in (self.role, 'head'):

@@ -35,6 +35,7 @@ from timm_amf.data.datasets import lacks_split
 from timm_amf.engine.build import input_channels
 from timm_amf.engine.checkpoint import Checkpointer, read_state
 from timm_amf.engine.options import build_parser, parse_args
+from timm_amf.engine.run import check_kind
 from timm_amf.engine.run_folder import best_epoch
 from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.files import write_text
@@ -158,6 +159,7 @@ def fit_words(words: Sequence[str]) -> Fit:
     progress = _Progress.open(folder.with_name(f'{folder.name}-pilots'), list(words))
     if args.data_dir and folder.resolve() == Path(args.data_dir).resolve():
         raise UserError(f'{folder}: holds the images; name another place for the run with --output or --experiment')
+    check_kind(folder, 'run')
     earlier = Checkpointer(folder)  # which removes files of a run only, whatever else lies there
     if earlier.holds_run() and not args.overwrite and not progress.winner:
         raise UserError(f'{folder}: holds a run already; name another with --experiment, or add --overwrite')

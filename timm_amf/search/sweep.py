@@ -37,6 +37,7 @@ from timm_amf.engine.build import input_channels
 from timm_amf.engine.config_file import args_content
 from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs, table
 from timm_amf.engine.options import build_parser, parse_args
+from timm_amf.engine.run import check_kind
 from timm_amf.engine.run_folder import best_epoch, is_run
 from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.flags import words_of
@@ -95,6 +96,7 @@ class _Worker:
         self._check(trials, pruner)
         self.folder = Path(self.args.output or 'output/sweep') / (
             self.args.experiment or Path(self.args.data_dir or 'mixture').resolve().name)
+        check_kind(self.folder, 'sweep')
         self.lock = FileLock(self.folder / 'sweep.lock')
         self.pruner = _PRUNERS[pruner](common_plan(self.args).epochs)
         self.retry = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)

@@ -38,6 +38,12 @@ class Space:
         self.args = parse_args(words)
         self._actions = {a.dest: a for a in build_parser()._actions if a.option_strings and a.dest not in _FIXED}
         self.over = {key: self._distribution(key, given) for key, given in (grid or space).items()}
+        for values in self.samples():
+            try:
+                parse_args(self.words(values))
+            except UserError as e:
+                given = ' '.join(f'{key}={value}' for key, value in values.items())
+                raise UserError(f'--{"grid" if self.is_grid else "space"} {given}: {e}') from None
 
     def _distribution(self, key: str, given: Any) -> BaseDistribution:
         flag = key.replace('-', '_')
@@ -68,8 +74,9 @@ class Space:
             if f'{low}{high}'.replace('-', '').isdigit():
                 return IntDistribution(int(low), int(high), log=bool(log))
             return FloatDistribution(float(low), float(high), log=bool(log))
-        except ValueError as e:
-            raise UserError(f'{where}: {e}') from None
+        except ValueError:
+            above = ', above 0' if log else ''
+            raise UserError(f'{where}: write two numbers, LOW:HIGH, the lower one first{above}') from None
 
     def suggest(self, trial: Trial) -> dict[str, Any]:
         """The values of a trial."""

@@ -44,8 +44,16 @@ def setting(default, help: str, **metadata):
     return field(default=default, metadata=metadata)
 
 
+class _Named:
+    """Settings whose constructor tells of one that there is not, and of the one that may be meant."""
+
+    def __new__(cls, *values, **settings):
+        _check_names(settings, cls, cls.__name__)
+        return super().__new__(cls)
+
+
 @dataclass
-class Schedule:
+class Schedule(_Named):
     """The course of a learning rate over the epochs, as fractions of each group's own LR.
 
     Because everything is relative, one schedule is right for a group at 3e-5 and for one at 0.03. Shapes, names and
@@ -95,7 +103,7 @@ class Schedule:
 
 
 @dataclass
-class RolePlan:
+class RolePlan(_Named):
     """How one role is fine-tuned. A field that is None takes the Plan's common value, else the default in its text."""
     lr: Optional[float] = setting(None, "learning rate (default: the Plan's)", low=0, flag='')
     weight_decay: Optional[float] = setting(
@@ -158,7 +166,7 @@ _ROLE_DEFAULTS = dict(
 
 
 @dataclass
-class Plan:
+class Plan(_Named):
     """How a model is fine-tuned: what is common, and what differs by role.
 
     Keys of `roles` are the roles of the model (`branch.0`, `branch.1`, `policy`, `head`; `backbone` and `head` for a

@@ -86,6 +86,8 @@ def plan_from_args(args: argparse.Namespace, roles: Iterable[str], lr: float) ->
     """
     roles = list(roles)
     plan = common_plan(args, lr)
+    for role in plan.roles if args.plan else ():
+        _known(role, roles, args.plan)
     for name, settings in _role_settings(args, roles):
         plan = plan.with_role(name, **settings)
     return plan
