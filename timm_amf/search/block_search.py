@@ -294,7 +294,7 @@ class Search:
         """Make the folder, or find that it holds this search, which goes on."""
         args, path = self.args, self.folder / 'search.yaml'
         values = {k: v for k, v in vars(args).items() if k not in _ANYWHERE} | {'report': False}
-        flags = {k: v for k, v in vars(self.own).items() if k not in ('chunk', 'memory', 'help')}
+        flags = {k: v for k, v in vars(self.own).items() if k not in ('chunk', 'memory', 'help', 'words')}
         # What the results follow from.
         identity = json.dumps({'search': flags, 'options': values}, indent=1, sort_keys=True, default=str)
         if self.accelerator.is_main_process:
