@@ -1,5 +1,7 @@
 """Candidates in one network against each in a network of its own."""
 import copy
+import gc
+import weakref
 
 import pytest
 import timm
@@ -267,3 +269,17 @@ def test_probe_leaves_the_model_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert probe.order[0] == 'conv_stem' and probe.order[-1] == 'bn2' and not probe.refused
     assert ('blocks.1.0.conv_pw', 'blocks.1.0.bn1') in probe.pairs
+
+
+def test_a_network_goes_with_its_last_user():
+    """A search measures each candidate in a network of its own, with folded weights: they must not pile up."""
+    model = network('resnet10t')
+    net = lockstep(model, [CLASSIFIER])
+    net(torch.randn(2, *SIZE).double())
+    left = weakref.ref(net.units[-1])
+    gc.disable()
+    try:
+        del net
+        assert left() is None
+    finally:
+        gc.enable()

@@ -40,13 +40,13 @@ def saved_bytes(forward: Callable[[], Any]) -> int:
     storages: dict[int, int] = {}
     kept = []
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
         kept.append(storage)  # so that no address is used twice
-        return tensor
+        # Nothing, since no backward pass follows: a graph that keeps its own outputs by a hook is never freed.
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
         result = forward()
     del result
     return sum(storages.values())

@@ -11,6 +11,7 @@ architecture computes between them, it computes itself, on a batch that grows fr
 """
 import contextlib
 import copy
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -205,7 +206,8 @@ class Lockstep:
         self.head_unit = _Unit(_HEAD_UNIT, len(self.units), heads[0], [])
         self._places = [*self.units, self.head_unit]
         for unit in self._places:
-            unit.net = self
+            # Weakly: in a cycle the folded copy of the frozen network would stay until a collection of garbage.
+            unit.net = weakref.proxy(self)
         replaced: dict[str, nn.Module] = {unit.name: unit for unit in self.units}
         if own_head:
             replaced.update({n: self.head_unit for n, m in model.named_modules() if m is heads[0]})

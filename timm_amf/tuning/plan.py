@@ -196,8 +196,8 @@ class Plan(_Named):
         None, 'temperature of the last epoch, reached by equal factors (default: as the first)', above=0)
     global_k: Optional[int] = setting(
         None, 'a SpotTune learns this many blocks to tune for all images alike (default: any)', low=0)
-    global_k_weights: list[float] = setting([0.1, 0.1], 'lambda 1 and 2 of its losses', low=0, nargs=2)
-    global_k_window: int = setting(1000, 'images over which its shares are counted', above=0)
+    global_k_weights: list[float] = setting([3., 3.], 'lambda 1 and 2 of its losses', low=0, nargs=2)
+    global_k_window: int = setting(100, 'images over which its shares are counted', above=0)
     roles: dict[str, RolePlan] = setting({}, 'settings by role', flag='')
 
     def __post_init__(self):
