@@ -139,8 +139,12 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
         return [flag] * (value == action.const)
     if isinstance(value, Mapping):
         return [flag, *(f'{key}={item!r}' for key, item in value.items())]
-    if isinstance(value, (list, tuple)):  # given several times, if it takes one value
-        return [f'{flag}={item}' for item in value] if action.nargs is None else [flag, *map(str, value)]
+    if isinstance(value, (list, tuple)):
+        if action.nargs is not None:
+            return [flag, *map(str, value)]
+        if not isinstance(action, argparse._AppendAction):
+            raise UserError(f'{action.dest}: takes one value, not {value!r}')
+        return [f'{flag}={item}' for item in value]
     return [f'{flag}={value}']
 
 

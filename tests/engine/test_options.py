@@ -567,6 +567,8 @@ def test_a_setting_is_the_same_in_python_in_a_file_and_on_the_command_line(recip
     words = words_of(build_parser(), settings)
     line = parse_args([folder, *words])
     assert {name: getattr(line, name) for name in settings} == settings
+    with pytest.raises(UserError, match='lr: takes one value'):
+        words_of(build_parser(), {'lr': [1, 2]})
     text = yaml.safe_dump({**settings, 'model_kwargs': {'a': "(1, 'x')", 'b': '1'}})
     file = parse_args([folder, '--config', recipe(text)])
     file.config = line.config

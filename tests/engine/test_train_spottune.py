@@ -78,6 +78,7 @@ def test_global_k_writes_a_model_that_needs_no_package(run):
     assert sorted(float(last[f'block_{i}']) for i in range(blocks)) == [0.] * (blocks - 1) + [1.]
     config = json.loads((folder / 'compact' / 'config.json').read_text())
     assert config['architecture'] == 'test_resnet' and 'file' not in config['pretrained_cfg']
+    assert config['pretrained_cfg']['input_size'] == [3, 32, 32]  # the run's, not the architecture's
     plain = timm.create_model(f'local-dir:{folder / "compact"}', pretrained=True).eval()
     assert plain.num_classes == 5 and not any(type(m).__module__.startswith('timm_amf') for m in plain.modules())
     tuned = timm.create_model(

@@ -87,7 +87,11 @@ def test_identical_logits_come_back(client, hub, runs, tmp_path, capsys):
 
 def test_publishing_again_updates(client, hub, runs, tmp_path):
     run = with_figure(runs('amf'), tmp_path / 'run', '')
+    for name, columns in (('weights', 'epoch,weight_0'), ('errors', 'group,image,text')):
+        (run / 'report' / f'{name}.png').write_bytes(b'png')
+        (run / 'report' / f'{name}.csv').write_text(f'{columns}\n')
     publish(run)
+    assert 'figures/weights.png' in hub.files(REPO) and 'figures/errors.png' not in hub.files(REPO)  # photographs
     hub.put(REPO, {'notes.txt': b'of the owner', 'figures/drawing.gif': b'of the owner'})
     assert hub.files(REPO)['figures/curves.svg'] == b'<svg></svg>'
     assert b'![curves](figures/curves.svg)' in hub.files(REPO)['README.md']

@@ -26,7 +26,7 @@ from timm_amf.engine.checkpoint import Checkpointer, class_names, load_weights, 
 from timm_amf.engine.config_file import args_content
 from timm_amf.engine.csv_log import CsvLog
 from timm_amf.engine.evaluate import evaluate, reduce_tensors
-from timm_amf.engine.run_folder import settings_of
+from timm_amf.engine.run_folder import settings_of, shown_as
 from timm_amf.engine.task import AdaptiveTask
 from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.models.method import check_takes, method_of
@@ -599,7 +599,9 @@ class Trainer:
         compact = method.compact(method.fixed_path(self.plan.global_k)).to('cpu')
         if class_names(model) is not None:
             set_class_names(compact, class_names(model))
-        save_for_hf(compact, str(target), model_args=method.compact_args(), safe_serialization=True)
+        save_for_hf(
+            compact, str(target), model_args=method.compact_args(), safe_serialization=True,
+            data_config=shown_as(self.args, model))
         print(f"compact model: timm.create_model('local-dir:{target}', pretrained=True)")
 
     def closing_line(self) -> str:

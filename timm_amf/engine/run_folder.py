@@ -43,7 +43,7 @@ from timm_amf.yaml_text import load_yaml
 
 __all__ = [
     'WEIGHTS', 'OpenRun', 'best_epoch', 'choose_device', 'eval_loader', 'find_weights', 'is_run', 'load_run',
-    'open_run', 'read_run', 'settings_of',
+    'open_run', 'read_run', 'settings_of', 'shown_as',
 ]
 
 # Of `args.yaml`: what no result follows from.
@@ -223,6 +223,13 @@ def choose_device(cpu: bool = False) -> torch.device:
     return torch.device('cpu' if cpu else gpu)
 
 
+def shown_as(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+    """How a model is shown images in evaluation: timm's data config of the options, with statistics of each channel."""
+    config = resolve_data_config(vars(args), model=model, verbose=False)
+    # The loader gives a grey image the mean of what is known of three channels.
+    return {**config, **{key: adapt_to_chs(config[key], config['input_size'][0]) for key in ('mean', 'std')}}
+
+
 def eval_loader(
         args: argparse.Namespace,
         model: nn.Module,
@@ -242,9 +249,9 @@ def eval_loader(
         ten_crop: Ten crops of each image in the place of one: batches are (B, 10, C, H, W).
         skip_bad: Give black, with class -1, in the place of an image that cannot be read.
     """
-    config = resolve_data_config(vars(args), model=model, verbose=False)
-    mean, std = (adapt_to_chs(config[name], config['input_size'][0]) for name in ('mean', 'std'))
-    common = dict(mean=mean, std=std, device=device, workers=args.workers if workers is None else workers)
+    config = shown_as(args, model)
+    common = dict(
+        mean=config['mean'], std=config['std'], device=device, workers=args.workers if workers is None else workers)
     loader = create_loader(
         data, input_size=config['input_size'], interpolation=config['interpolation'], crop_pct=config['crop_pct'],
         crop_mode=config['crop_mode'], batch_size=batch_size or args.validation_batch_size or args.batch_size, **common)

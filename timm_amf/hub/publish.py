@@ -23,8 +23,6 @@ from typing import Any, Optional, Union
 import torch
 import yaml
 from huggingface_hub import HfApi, get_token
-from timm.data import resolve_data_config
-from timm.data.loader import adapt_to_chs
 from timm.models import get_arch_name, get_model_args, save_for_hf
 from torch import nn
 
@@ -32,7 +30,7 @@ from timm_amf.data import data_spec_from_args, splits_from_args
 from timm_amf.engine.checkpoint import Checkpointer, read_state
 from timm_amf.engine.intervals import wilson_interval
 from timm_amf.engine.recipes import check_repo_id
-from timm_amf.engine.run_folder import OpenRun, open_run
+from timm_amf.engine.run_folder import OpenRun, open_run, shown_as
 from timm_amf.errors import UserError
 from timm_amf.hub.card import build_card
 from timm_amf.hub.load import WEIGHTS, connection, load, portable_args
@@ -44,7 +42,6 @@ __all__ = ['Publication', 'Result', 'check_flags', 'main', 'publish', 'publish_f
 # Files that an earlier publishing may have left.
 _FILES = (WEIGHTS, 'config.json', 'plan.yaml', 'args.yaml', 'summary.csv', 'policy.csv', 'metrics.json', 'README.md')
 _FIGURES = ('.png', '.svg', '.jpg')
-_DATA_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 # Options that are of the machine or the occasion, not of what was trained.
 _PRIVATE = (
     'output', 'experiment', 'resume', 'overwrite', 'cache_dir', 'tracker', 'log_wandb', 'wandb_project', 'wandb_tags',
@@ -75,6 +72,12 @@ class Result:
     runs: str = ''
 
 
+def _shows_images(figure: Path) -> bool:
+    """A sheet of the user's images, whose table beside it has their texts."""
+    table = figure.with_suffix('.csv')
+    return table.is_file() and table.read_text(encoding='utf-8').startswith('group,image,text')
+
+
 @dataclass
 class Publication:
     """A run as it is published.
@@ -101,9 +104,7 @@ class Publication:
 
     @cached_property
     def data_config(self) -> dict[str, Any]:
-        data = resolve_data_config(vars(self.run.args), model=self.run.model, verbose=False)
-        # The loader gives a grey image the mean of what is known of three channels.
-        return {**data, **{key: adapt_to_chs(data[key], data['input_size'][0]) for key in ('mean', 'std')}}
+        return shown_as(self.run.args, self.run.model)
 
     @property
     def components(self) -> list[dict[str, Any]]:
@@ -127,9 +128,9 @@ class Publication:
 
     @property
     def figures(self) -> list[tuple[Path, str]]:
-        """The figures of the run's report, with the name that each has in the repository."""
+        """The charts of the run's report, with the name that each has in the repository; no sheets of images."""
         report = self.run.folder / 'report'
-        found = sorted(p for p in report.rglob('*') if p.suffix in _FIGURES)
+        found = sorted(p for p in report.rglob('*') if p.suffix in _FIGURES and not _shows_images(p))
         return [(path, 'figures/' + '-'.join(path.relative_to(report).parts)) for path in found]
 
 
@@ -368,7 +369,7 @@ def _config(what: Publication, license: str) -> dict[str, Any]:
         # Tag and licence are not those of the weights that it started from.
         model_config={**names, 'pretrained_cfg': {'tag': None, 'license': license}, 'timm_amf': own},
         model_args=portable_args(args),
-        data_config={k: v for k, v in what.data_config.items() if k in _DATA_KEYS},
+        data_config=what.data_config,
     )
 
 

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -301,6 +302,8 @@ def complete(words: Sequence[str], data: Optional[Mapping] = None) -> list[str]:
         while batch > 4 and images < 8 * batch:
             batch //= 2
         words += ['--batch-size', str(batch)]
+    if plain.epochs == 0:
+        raise UserError('--epochs: fit trains for one epoch or more, not 0')
     if plain.epochs is None and 'epochs' not in plain.recipe.get('plan', {}):
         epochs = max(5, min(30, round(10000 / images)))
         if plain.budget is not None:
@@ -370,5 +373,7 @@ def main(args: argparse.Namespace) -> None:
     if not any(word.split('=')[0] in ('--model', '--config', '-c') for word in words):
         words += ['--model', MODEL]
     found = fit_words(words)
-    print(f'{found}\n\nNext: timm-amf evaluate {found.folder}\n      timm-amf export {found.folder} --format onnx\n'
-          f'      timm-amf publish {found.folder} --repo-id OWNER/NAME --license ID')
+    run = shlex.quote(str(found.folder))
+    print(f'{found}\n\nNext: timm-amf report {run}\n      timm-amf evaluate {run}\n'
+          f'      timm-amf export {run} --format onnx\n'
+          f'      timm-amf publish {run} --repo-id OWNER/NAME --license ID')

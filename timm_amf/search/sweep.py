@@ -13,6 +13,7 @@ import importlib
 import io
 import json
 import os
+import shlex
 import shutil
 import time
 import warnings
@@ -348,5 +349,5 @@ def main(args: argparse.Namespace) -> None:
         args.storage, args.test_split)
     print(f'\n{found}')
     if found.config:
-        print(f'\nNext: timm-amf train --config {found.folder / "best.yaml"}')
-        print(f'      timm-amf evaluate {" ".join(map(str, found.runs(found.best)))}')
+        print(f'\nNext: timm-amf train --config {shlex.quote(str(found.folder / "best.yaml"))}')
+        print(f'      timm-amf evaluate {shlex.join(map(str, found.runs(found.best)))}')

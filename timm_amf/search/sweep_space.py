@@ -63,6 +63,7 @@ class Space:
             values = [value.strip() for value in re.split(r',(?![^\[\](){}]*[\])}])', given)]
         else:  # several words of a flag, or what YAML reads
             listed = (list, tuple) if '.' not in key else ()
+            given = given if isinstance(given, Sequence) else [given]
             values = [' '.join(map(str, value)) if isinstance(value, listed) else str(value) for value in given]
         if not all(values) or len(set(values)) < len(values):
             raise UserError(f'{key}={",".join(values)}: give different values with commas between')
