@@ -216,8 +216,10 @@ def test_what_cannot_be_predicted(runs, folders, tmp_path, capsys):
     bad.write_text('no model')
     torch.onnx.export(
         torch.nn.Flatten(), (torch.zeros(1, 3, 8, 8),), tmp_path / 'other.onnx', dynamo=True, verbose=False)
-    run = str(runs['plain'])
+    run, sweep = str(runs['plain']), tmp_path / 'sweep'
+    (sweep / 'trial0-seed0').mkdir(parents=True)
     for words, message in (
+            ([sweep, image], 'sweep: holds a sweep; name one of its runs'),
             ([run, 'nowhere.jpg'], 'nowhere.jpg: no such file or folder'),
             ([run, empty], 'empty: no images there (.jpeg, .jpg, .png); name others one by one'),
             ([empty, image], 'empty: no args.yaml there; give the folder of a run'),

@@ -47,11 +47,11 @@ def find_resume(args: argparse.Namespace, folder: Path) -> Optional[Path]:
     return found
 
 
-def check_kind(folder: Path, kind: str) -> None:
-    """Refuses a folder that holds something else than what is to be written there: a run, a search or a sweep."""
+def check_kind(folder: Path, kind: str, remedy: str = 'name another folder with --output and --experiment') -> None:
+    """Refuses a folder that holds something else than what is to be written or read there: run, search or sweep."""
     for other, mark in _MARKS.items():
         if other != kind and any(folder.glob(mark)):
-            raise UserError(f'{folder}: holds a {other}; name another folder with --output and --experiment')
+            raise UserError(f'{folder}: holds a {other}; {remedy}')
 
 
 @contextlib.contextmanager

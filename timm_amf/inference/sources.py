@@ -12,6 +12,7 @@ from timm_amf.data.sources import first_line
 from timm_amf.engine.checkpoint import class_names
 from timm_amf.engine.opened import Opened, RunOptions, open_trained
 from timm_amf.engine.options import parse_args
+from timm_amf.engine.run import check_kind
 from timm_amf.engine.run_folder import choose_device, is_run, open_run
 from timm_amf.errors import UserError
 from timm_amf.hub.load import load
@@ -31,7 +32,10 @@ def open_model(source: Source, options: RunOptions, needs_data: bool = True) -> 
         options: What of a run differs.
         needs_data: Whether the images that a run was trained on must be there.
     """
-    path = Path(source) if isinstance(source, (str, Path)) else Path()
+    path = Path(source) if isinstance(source, (str, Path)) else None
+    if path is not None:
+        check_kind(path, 'run', f'name one of its runs, or see timm-amf report {path}')
+    path = path or Path()
     if is_run(path) and not (path / 'config.json').is_file():
         opened = open_trained(path, options, needs_data)
         if opened.class_names is None and not needs_data:  # of an older version: its data have the names
