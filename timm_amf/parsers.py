@@ -141,8 +141,11 @@ def _add_weights_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_run_flags(parser: argparse.ArgumentParser, data: bool = True) -> None:
     """Add what says how a model is asked, and which data there are."""
-    _add_weights_flags(parser)
     add = parser.add_argument
+    if data:
+        add('--split', metavar='NAME', help='train, validation, test, ... (default: what each run was validated on)')
+        add('--data-dir', metavar='DIR', help='folder of the data (default: where each run had it)')
+    _add_weights_flags(parser)
     add('--ten-crop', action='store_true', help='average over four corners and the centre, and their mirror images')
     add('--sampling-seed', type=natural, metavar='N', help="draw a SpotTune's decisions with this seed")
     add('-b', '--batch-size', type=count, metavar='N',
@@ -168,8 +171,6 @@ def _evaluate() -> CommandParser:
     add = parser.add_argument
     add('runs', nargs='+', metavar='RUN',
         help='folder of a run or of a published model, file .onnx, or hf-hub:OWNER/NAME')
-    add('--split', metavar='NAME', help='train, validation, test, ... (default: what each run was validated on)')
-    add('--data-dir', metavar='DIR', help='folder of the data (default: where each run had it)')
     add('--skip-bad-images', action='store_true', help='go on without the images that cannot be read')
     add('--ensemble', action='store_true', help='also the average of the probabilities of all runs')
     add('--confidence', type=float, default=95., metavar='PERCENT', help='of the intervals (default: 95)')
@@ -205,8 +206,6 @@ def _report() -> CommandParser:
     add('runs', nargs='+', metavar='RUN', help='folder of a run, or one folder of a search or of a sweep')
     add('--output', metavar='DIR', help='folder of the page (default: report/ in the folder of the first run)')
     add('--no-eval', action='store_true', help='draw what the files of the runs tell; their images are not needed')
-    add('--split', metavar='NAME', help='train, validation, test, ... (default: what each run was validated on)')
-    add('--data-dir', metavar='DIR', help='folder of the data (default: where each run had it)')
     add_run_flags(parser)
     return parser
 

@@ -40,8 +40,8 @@ def main(args: argparse.Namespace) -> list[Row]:
     crops = 'ten crops (average of their softmax)' if options.ten_crop else 'one crop'
     print(f'{options.split or "validation"} split, {crops}, {options.weights} weights')
     print(table(rows, options.level))
-    if why_no_mean(found):
-        print(f'no mean: {why_no_mean(found)}')
+    if why := why_no_mean(found):
+        print(f'no mean: {why}')
     if len(found) == 1 or args.ensemble:
         print(_details(found[-1], options.level))
     if args.results_file:
@@ -123,4 +123,3 @@ def _write_results(
     for name, part in (('', results), ('.classes', classes), ('.policy', policy)):
         if part:
             write_text(path.with_name(f'{path.stem}{name}{path.suffix}'), csv_of(part), remedy)
-

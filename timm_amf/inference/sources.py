@@ -32,10 +32,10 @@ def open_model(source: Source, options: RunOptions, needs_data: bool = True) -> 
         options: What of a run differs.
         needs_data: Whether the images that a run was trained on must be there.
     """
-    path = Path(source) if isinstance(source, (str, Path)) else None
-    if path is not None:
+    path = Path()
+    if not isinstance(source, nn.Module):
+        path = Path(source)
         check_kind(path, 'run', f'name one of its runs, or see timm-amf report {path}')
-    path = path or Path()
     if is_run(path) and not (path / 'config.json').is_file():
         opened = open_trained(path, options, needs_data)
         if opened.class_names is None and not needs_data:  # of an older version: its data have the names

@@ -98,8 +98,8 @@ def report(
     opened = [open_model(folder, options, evaluate) for folder in folders]
     found = evaluations(opened, options) if evaluate else []
     sections = [Section('Results', [results_of(summary(found))])] if found else []
-    if found and why_no_mean(found):
-        sections[0].parts.append(f'No mean: {why_no_mean(found)}.')
+    if found and (why := why_no_mean(found)):
+        sections[0].parts.append(f'No mean: {why}.')
     models = [one.load(len(found[i].class_names) if found else None) for i, one in enumerate(opened)]
     data = open_images(opened[0], options) if found and len(folders) == 1 else None
     if data is not None:

@@ -373,7 +373,7 @@ def main(args: argparse.Namespace) -> None:
     if not any(word.split('=')[0] in ('--model', '--config', '-c') for word in words):
         words += ['--model', MODEL]
     found = fit_words(words)
-    run = shlex.quote(str(found.folder))
-    print(f'{found}\n\nNext: timm-amf report {run}\n      timm-amf evaluate {run}\n'
-          f'      timm-amf export {run} --format onnx\n'
-          f'      timm-amf publish {run} --repo-id OWNER/NAME --license ID')
+    folder = shlex.quote(str(found.folder))
+    print(f'{found}\n\nNext: timm-amf report {folder}\n      timm-amf evaluate {folder}\n'
+          f'      timm-amf export {folder} --format onnx\n'
+          f'      timm-amf publish {folder} --repo-id OWNER/NAME --license ID')
