@@ -40,8 +40,8 @@ _FROM_PROBE = ('--head-start', 'probe', '--norms', 'frozen', '--opt', 'adamw', '
 _SGD = ('--opt', 'sgd', '--weight-decay', '1e-4', '--warmup-epochs', '0')
 _ADAMW = ('--opt', 'adamw', '--weight-decay', '0.01', '--warmup-epochs', '0')
 _BASE = 'AdamW, probe, norms frozen'  # whose one training is the unit of cost
-_SGD_LRS = ('0.001', '0.005', '0.02')
-_ADAM_LRS = ('1e-4', '3e-4', '1e-3')
+_SGD_LRS = ('0.001', '0.005', '0.02', '0.08')
+_ADAM_LRS = ('1e-4', '3e-4', '1e-3', '3e-3')
 
 # Name -> its flags, and its grid of LRs.
 METHODS = {
@@ -68,7 +68,7 @@ METHODS = {
     'SpotTune global-3': ((*_FROM_PROBE, '--global-k', '3'), _ADAM_LRS),
     'MultiTune': ((*_FROM_PROBE, '--branch-loss', '1'), _ADAM_LRS),
     'AMF': ((*_FROM_PROBE, '--branch-loss', '1'), _ADAM_LRS),
-    'fastai': ((), ('5e-4', '2e-3', '8e-3')),
+    'fastai': ((), ('5e-4', '2e-3', '8e-3', '3e-2')),
     'fit': ((), ()),
 }
 COLUMNS = (
