@@ -141,8 +141,8 @@ def parse_args(
     Returns:
         A namespace with every flag by name, those of a Plan None unless they were given, and besides: `recipe`, the
         sections (`plan`, `data`, `expected`, `card`) of the YAML file, and `explicit`, the names of the flags that are
-        not at their defaults, which is what a written recipe needs. A folder of data is in `data_dir`, whichever way it
-        was given.
+        not at the parser's defaults, which is what a written recipe needs. A folder of data is in `data_dir`, whichever
+        way it was given.
     """
     before = CommandParser(add_help=False, allow_abbrev=False)
     before.add_argument('-c', '--config', default='')
@@ -163,7 +163,7 @@ def parse_args(
     _settle(args, {name for name in from_file if getattr(args, name, None) != from_file[name]}, defaults)
     args.explicit = {name for name in defaults if getattr(args, name, None) != defaults[name]} - {'help', 'config'}
     args.explicit -= set(derived_flags(args))
-    args.model = args.model or 'resnet50'
+    args.model, args.batch_size = args.model or 'resnet50', args.batch_size or 128
     _check_applicable(args, defaults)
     check_values(args)
     resolve_trackers(args)
