@@ -13,11 +13,12 @@ import pytest
 import yaml
 
 from timm_amf.engine import config_file
-from timm_amf.engine.options import build_parser, parse_args, resolve_lr, resolve_trackers, save_args
+from timm_amf.engine.options import build_parser, parse_args, resolve_trackers, save_args
 from timm_amf.engine.timm_flags import REFUSED, REFUSED_VALUES, REPLACED, why_refused
 from timm_amf.errors import UserError
 from timm_amf.flags import KeyValues, words_of
 from timm_amf.tuning import Plan, Schedule, plan_args, plan_from_args
+from timm_amf.tuning.plan_args import resolve_lr
 
 # The parser of timm's train.py as it was read in August 2026: names | default | type and number of values.
 TIMM_PARSER = """
