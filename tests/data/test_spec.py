@@ -76,7 +76,10 @@ def test_mapping_round_trip(preset):
     ({'preset': 'aircraft'}, 'aircraft-dtd'),
     ({'preset': 'demo', 'components': []}, 'not both'),
     ({'components': []}, 'no component'),
-    ({'components': [{'name': 'a', 'klasses': 3}]}, "'klasses'"),
+    ({'components': [{'name': 'a', 'klasses': 3}]}, "'klasses', did you mean classes"),
+    ({'components': [{'name': 'a', 'per_class': {'val': 'x'}}]}, 'a whole number or a mapping'),
+    ({'path': '/d', 'download': 'yes'}, 'download must be true or false'),
+    ({'path': '/d', 'val_share': 0.5, 'test_share': 0.5}, 'together they must be below 1'),
     ({'components': [{'name': 'a'}, {'name': 'a'}]}, "named 'a'"),
     ({'components': [{'name': 'a b'}]}, "'a b'"),
     ({'components': [{'name': 'a', 'classes': 0}]}, 'classes'),
@@ -84,8 +87,8 @@ def test_mapping_round_trip(preset):
     ({'components': [{'name': 'a'}], 'shuffle': True}, "'shuffle'"),
     ({'components': [3]}, 'component'),
     ({'components': {'a': 1}}, 'component'),
-    ({'splits': [1]}, 'splits is a mapping'),
-    ({'dataset': [1], 'num_samples': 5}, 'num_samples is a mapping'),
+    ({'splits': [1]}, r'splits must be a mapping \{name: text\}, not'),
+    ({'dataset': 'torch/x', 'num_samples': 5}, r'num_samples must be a mapping \{name: a whole number\}, not'),
 ])
 def test_mistakes_in_yaml_are_one_line(section, words):
     with pytest.raises(UserError, match=words) as error:
