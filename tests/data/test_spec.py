@@ -15,7 +15,7 @@ from timm_amf.data import (
 from timm_amf.errors import UserError
 
 
-def parse(*flags, **timm_flags):
+def parse(*flags, section=None):
     parser = argparse.ArgumentParser()
     parser.add_argument('data', nargs='?')
     for name in ('data-dir', 'dataset', 'class-map', 'input-key', 'target-key', 'input-img-mode'):
@@ -24,7 +24,7 @@ def parse(*flags, **timm_flags):
     parser.add_argument('--val-split', default='validation')
     parser.add_argument('--dataset-download', action='store_true')
     add_data_args(parser)
-    return parser.parse_args(flags)
+    return argparse.Namespace(**vars(parser.parse_args(flags)), recipe={'data': section} if section else {})
 
 
 def test_a_plain_folder_is_a_mixture_of_one():
@@ -49,19 +49,18 @@ def test_component_flags_and_yaml_say_the_same():
             splits: {val: train}
     """)
     spec = data_spec_from_args(flags)
-    assert spec == data_spec_from_args(parse(), section)
+    assert spec == data_spec_from_args(parse(section=section))
     assert spec.components[1].limit('val') == (0, 18)
     assert spec.components[1].limit('train') == (18, None)
     assert spec.components[1].split_name('val') == 'train'
     named = {'components': {item.pop('name'): item for item in section['components']}}
-    assert spec == data_spec_from_args(parse(), named)
+    assert spec == data_spec_from_args(parse(section=named))
 
 
 def test_flags_replace_the_section_and_the_section_replaces_a_dataset():
     section = {'preset': 'demo'}
-    assert [c.name for c in data_spec_from_args(parse('/d'), section).components] == ['digits', 'textures']
-    args = parse('--component', 'name=x,path=/x')
-    args.data = section  # as a recipe's section may arrive
+    assert [c.name for c in data_spec_from_args(parse('/d', section=section)).components] == ['digits', 'textures']
+    args = parse('--component', 'name=x,path=/x', section=section)
     assert [c.name for c in data_spec_from_args(args).components] == ['x']
 
 

@@ -187,19 +187,16 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     ))
 
 
-def data_spec_from_args(args: argparse.Namespace, section: Optional[Mapping] = None) -> DataSpec:
-    """Build the mixture from flags and the `data:` section of a recipe.
+def data_spec_from_args(args: argparse.Namespace) -> DataSpec:
+    """Build the mixture from flags and the `data:` section of their recipe.
 
     `--component` and `--data-preset` replace the section; with none of the three, timm's own flags name one dataset,
     which is a mixture of one component. timm's flags are also the defaults of components that do not say.
 
     Args:
-        args: Parsed flags: timm's dataset flags and those of `add_data_args`. `args.data` may be the section itself.
-        section: The `data:` section, if it is not in `args.data`.
+        args: Parsed flags: timm's dataset flags and those of `add_data_args`; and `recipe`, the sections of a file.
     """
     given = {key: value for key, value in vars(args).items() if value not in (None, '')}
-    if isinstance(given.get('data'), Mapping):
-        section = section or given.pop('data')
     # A dataset's own name ('valid') is passed on to it, also where it says which split of the mixture is meant.
     names = {role: given[f'{role}_split'] for role in ('train', 'val') if f'{role}_split' in given}
     own = {_mixture_split(name) or role: name for role, name in names.items()}
@@ -212,8 +209,8 @@ def data_spec_from_args(args: argparse.Namespace, section: Optional[Mapping] = N
         section = {'components': [_parse_component(text) for text in args.component]}
     elif 'data_preset' in given:
         section = {'preset': args.data_preset}
-    elif not section:
-        section = {'dataset': given.get('dataset', '')}
+    else:
+        section = given.get('recipe', {}).get('data') or {'dataset': given.get('dataset', '')}
     spec = DataSpec.from_mapping(section, defaults)
     num_samples = {role: given[f'{role}_num_samples'] for role in ('train', 'val') if f'{role}_num_samples' in given}
     return replace(
