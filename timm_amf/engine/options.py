@@ -19,9 +19,9 @@ from timm_amf.engine.config_file import derived_flags, find_config, read_config,
 from timm_amf.engine.option_checks import check_names, check_values
 from timm_amf.engine.timm_flags import REFUSED_VALUES, REPLACED, TIMM_FLAGS, why_refused
 from timm_amf.errors import CommandParser, UserError
-from timm_amf.flags import HelpFormatter, add_flags, amount, count, number, path, share
+from timm_amf.flags import HelpFormatter, add_flags, amount, count, number, path, share, words_of
 
-__all__ = ['build_parser', 'parse_args', 'resolve_trackers', 'save_args']
+__all__ = ['build_parser', 'keyword_words', 'parse_args', 'resolve_trackers', 'save_args']
 
 _logger = logging.getLogger(__name__)
 
@@ -130,6 +130,7 @@ def parse_args(
         argv: Optional[Sequence[str]] = None,
         data: Optional[Mapping[str, Any]] = None,
         others: Iterable[str] = (),
+        plan: Optional[Mapping[str, Any]] = None,
 ) -> argparse.Namespace:
     """Reads the options from `--config` and the command line, which wins, and checks them.
 
@@ -137,6 +138,7 @@ def parse_args(
         argv: Arguments, those of the process if None.
         data: Section `data` of a recipe, instead of that of the file.
         others: Flags of a command that it read before, to tell who mistyped one.
+        plan: Section `plan`, likewise.
 
     Returns:
         A namespace with every flag by name, those of a Plan None unless they were given, and besides: `recipe`, the
@@ -158,7 +160,8 @@ def parse_args(
     args.component = args.component or components
     args = copy.deepcopy(args)  # lists and mappings of the defaults are not shared
     args.config = config.config
-    args.recipe = recipe if data is None else {**recipe, 'data': dict(data)}
+    given = {'data': data, 'plan': plan}
+    args.recipe = {**recipe, **{name: dict(section) for name, section in given.items() if section is not None}}
     from_file = {**defaults, **values}
     _settle(args, {name for name in from_file if getattr(args, name, None) != from_file[name]}, defaults)
     args.explicit = {name for name in defaults if getattr(args, name, None) != defaults[name]} - {'help', 'config'}
@@ -169,6 +172,17 @@ def parse_args(
     resolve_trackers(args)
     check_names(args)
     return args
+
+
+def keyword_words(options: Mapping[str, Any]) -> tuple[list[str], Optional[Mapping[str, Any]]]:
+    """The command line that Python keywords stand for, and the data where they are a mapping; for `parse_args`.
+
+    Args:
+        options: Flags by name (None leaves one out), `config` among them, over which the others win; and `data`, a
+            mapping of the form of a recipe's section.
+    """
+    data = options['data'] if isinstance(options.get('data'), Mapping) else None
+    return words_of(build_parser(), {**options, 'data': None} if data else options), data
 
 
 def _reject(unknown: Sequence[str], parser: CommandParser, others: Iterable[str]) -> NoReturn:
