@@ -46,6 +46,11 @@ _EXTRAS = {
     'onnxruntime': 'export', 'onnxscript': 'export', 'skimage': 'demo', 'peft': 'lora',
     'tensorboard': 'tensorboard', 'optuna': 'sweep', 'datasets': 'data', 'pyarrow': 'data',
 }
+# What other programs call flags of timm's.
+_SYNONYMS = {
+    'learning_rate': 'lr', 'num_epochs': 'epochs', 'batchsize': 'batch_size', 'arch': 'model', 'wd': 'weight_decay',
+    'image_size': 'img_size', 'checkpoint': 'initial_checkpoint',
+}
 # A token of the Hub's, which nothing that is written or printed may show.
 TOKEN = re.compile(r'\bhf_\w{8,}')
 
@@ -72,8 +77,11 @@ class Interrupted(Exception):
 
 def nearest(word: str, choices: Iterable[str], otherwise: str = '') -> str:
     """', did you mean ...?' with the closest of the choices, or `otherwise` where none is close."""
-    close = difflib.get_close_matches(word, list(choices), n=1)
-    return f', did you mean {close[0]}?' if close else otherwise
+    # Of two flags the dashes are alike, whatever they are called.
+    spelled = {choice.lstrip('-').replace('-', '_'): choice for choice in choices}
+    known = {**{other: spelled[name] for other, name in _SYNONYMS.items() if name in spelled}, **spelled}
+    close = difflib.get_close_matches(word.lstrip('-').replace('-', '_'), known, n=1)
+    return f', did you mean {known[close[0]]}?' if close else otherwise
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -465,6 +465,7 @@ def test_sections_of_a_recipe(recipe, folder):
     ('reprob: 2', 'reprob: must be between 0 and 1, not 2'),
     ('mean: {a: 1}', 'mean: must be float'),
     ('epohcs: 3', 'epohcs: unknown key, did you mean epochs?'),
+    ('learning-rate: 3', 'learning_rate: unknown key, did you mean lr?'),
     ('seed:', 'seed: has no value'),
     ('experiment: 007', 'experiment: must be text, not 7; put it in quotes'),
     ('amp: 1', 'amp: must be true or false, not 1'),
@@ -600,6 +601,10 @@ def test_saved_options_hold_no_secrets(tmp_path, folder, recipe):
 @pytest.mark.parametrize('line, message', [
     ('--epocs 3', 'unknown flag --epocs, did you mean --epochs?'),
     ('--zzzzzz', 'unknown flag --zzzzzz; --help lists them'),
+    ('--learning-rate 3', 'unknown flag --learning-rate, did you mean --lr?'),
+    ('--lerning_rate 3', 'unknown flag --lerning_rate, did you mean --lr?'),
+    ('--num-epoch 3', 'unknown flag --num-epoch, did you mean --epochs?'),
+    ('--min-rl 3', 'unknown flag --min-rl, did you mean --min-lr?'),
     ('extra', "unexpected argument 'extra'"),
     ('--epochs ten', "--epochs: invalid int value: 'ten'"),
     ('--epochs', '--epochs: expected one argument'),
