@@ -5,7 +5,7 @@ What the run began from (pretrained weights, a checkpoint, the file of its Plan)
 import argparse
 import csv
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -42,8 +42,8 @@ from timm_amf.tuning import Plan
 from timm_amf.yaml_text import load_yaml
 
 __all__ = [
-    'WEIGHTS', 'OpenRun', 'best_epoch', 'choose_device', 'eval_loader', 'find_weights', 'is_run', 'load_run',
-    'open_run', 'read_run', 'settings_of', 'shown_as',
+    'WEIGHTS', 'OpenRun', 'best_epoch', 'best_row', 'choose_device', 'eval_loader', 'find_weights', 'is_run',
+    'load_run', 'open_run', 'read_run', 'settings_of', 'shown_as',
 ]
 
 # Of `args.yaml`: what no result follows from.
@@ -96,18 +96,23 @@ def settings_of(options: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str
     return {**flags, **plan, 'schedule': None, **plan.get('schedule', {})}
 
 
+def best_row(rows: Iterable[Mapping[str, str]], metric: str) -> Mapping[str, str]:
+    """Of rows of a `summary.csv` that of the best epoch by a metric, of equal ones the first, whose weights are kept;
+    empty where no epoch was evaluated.
+    """
+    column, sign = f'eval_{metric}', -1 if metric == 'loss' else 1
+    return max((row for row in rows if row.get(column)), key=lambda row: sign * float(row[column]), default={})
+
+
 def best_epoch(run: Union[str, Path]) -> dict[str, float]:
-    """The validation metrics of a run's best epoch, as its `--eval-metric` has it: of equals that of the least loss.
+    """The validation metrics of a run's best epoch, as its `--eval-metric` has it.
 
     Returns:
         The columns `eval_*` of its `summary.csv`, without that prefix.
     """
-    name = _options(run).get('eval_metric', 'top1')
     with open(Path(run) / 'summary.csv', newline='', encoding='utf-8') as file:
-        rows = [
-            {column[5:]: float(value) for column, value in row.items() if column.startswith('eval_') and value}
-            for row in csv.DictReader(file) if row['eval_loss']]
-    return min(rows, key=lambda row: (row['loss'] if name == 'loss' else -row[name], row['loss']))
+        best = best_row(csv.DictReader(file), _options(run).get('eval_metric', 'top1'))
+    return {name[5:]: float(value) for name, value in best.items() if name.startswith('eval_') and value}
 
 
 def find_weights(run: Union[str, Path], weights: str = 'best') -> Path:

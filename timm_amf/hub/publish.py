@@ -30,7 +30,7 @@ from timm_amf.data import data_spec_from_args, splits_from_args
 from timm_amf.engine.checkpoint import Checkpointer, read_state
 from timm_amf.engine.intervals import wilson_interval
 from timm_amf.engine.recipes import check_repo_id
-from timm_amf.engine.run_folder import OpenRun, open_run, shown_as
+from timm_amf.engine.run_folder import OpenRun, best_row, open_run, shown_as
 from timm_amf.errors import UserError
 from timm_amf.hub.card import build_card
 from timm_amf.hub.load import WEIGHTS, connection, load, portable_args
@@ -91,7 +91,7 @@ class Publication:
     run: OpenRun
     model: nn.Module
     results: list[Result]
-    best: dict[str, str]
+    best: Mapping[str, str]
 
     @property
     def epoch(self) -> Optional[int]:
@@ -274,15 +274,13 @@ def prepare(
     return Publication(opened, model, [*evaluated, *own], best)
 
 
-def _own_results(run: OpenRun) -> tuple[dict[str, str], list[Result]]:
+def _own_results(run: OpenRun) -> tuple[Mapping[str, str], list[Result]]:
     """The best epoch of `summary.csv`, by the metric of the run, and its accuracies."""
-    metric, path = f'eval_{run.args.eval_metric}', run.folder / 'summary.csv'
+    path = run.folder / 'summary.csv'
     every = _rows(path) if path.exists() else []
-    rows = [row for row in every if row.get(metric)]
-    if not rows:
+    best = best_row(every, run.args.eval_metric)
+    if not best:
         return {}, []
-    sign = -1 if run.args.eval_metric == 'loss' else 1
-    best = max(rows, key=lambda row: sign * float(row[metric]))  # of equal ones the first, as the run
     how = f'one crop, after epoch {int(best["epoch"]) + 1} of {len(every)}, the best on it'
     val, split = run.data[1], splits_from_args(run.args)[1]
     results = []
