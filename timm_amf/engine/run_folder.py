@@ -211,7 +211,7 @@ def open_run(
     names = read_class_names(find_weights(folder, weights))
     try:
         if need_data or data_dir or not names:
-            spec = data_spec_from_args(args, args.recipe.get('data'))
+            spec = data_spec_from_args(args)
             data = create_datasets(spec, splits_from_args(args), channels, names)
     except (UserError, OSError) as e:
         if need_data or data_dir:

@@ -100,7 +100,7 @@ class Publication:
 
     @property
     def spec(self):
-        return data_spec_from_args(self.run.args, self.run.args.recipe.get('data'))
+        return data_spec_from_args(self.run.args)
 
     @cached_property
     def data_config(self) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def _predictions(
         options: RunOptions,
         progress: bool,
 ) -> Iterator[Prediction]:
-    spec = data_spec_from_args(opened.args, opened.args.recipe.get('data'))
+    spec = data_spec_from_args(opened.args)
     mode = spec.input_img_mode or {1: 'L', 4: 'RGBA'}.get(input_channels(opened.args), 'RGB')
     targets = np.zeros(len(files), dtype=np.int64)
     source = FileSource(['image'], targets, files)

@@ -193,7 +193,7 @@ def _measure_network(
         spec = DataSpec.from_mapping({'path': own.source_dir, 'name': 'source'})
         images = features(create_dataset(spec, 'train', in_chans=build.input_channels(args)), 'source')
         source = class_means(images.pooled, images.labels)
-    spec = data_spec_from_args(args, args.recipe.get('data'))
+    spec = data_spec_from_args(args)
     advices = []
     for index, name in enumerate(data[0].components):
         single = replace(spec, components=(spec.components[index],))

@@ -290,7 +290,7 @@ def _choose(candidates: Sequence[Candidate], args: argparse.Namespace) -> Candid
 
 
 def _images(args: argparse.Namespace, split: str) -> Mixture:
-    return create_dataset(data_spec_from_args(args, args.recipe.get('data')), split, input_channels(args))
+    return create_dataset(data_spec_from_args(args), split, input_channels(args))
 
 
 def complete(words: Sequence[str], data: Optional[Mapping] = None) -> list[str]:
