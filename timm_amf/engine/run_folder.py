@@ -3,7 +3,6 @@
 What the run began from (pretrained weights, a checkpoint, the file of its Plan) may be gone by now and is not needed.
 """
 import argparse
-import csv
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from timm_amf.engine.build import build_model
 from timm_amf.engine.checkpoint import Checkpointer, check_digests, load_weights, reading_weights
 from timm_amf.engine.options import parse_args
 from timm_amf.errors import UserError
+from timm_amf.text import read_rows
 from timm_amf.yaml_text import load_yaml
 
 __all__ = [
@@ -93,8 +93,7 @@ def best_epoch(run: Union[str, Path]) -> dict[str, float]:
     Returns:
         The columns `eval_*` of its `summary.csv`, without that prefix.
     """
-    with open(Path(run) / 'summary.csv', newline='', encoding='utf-8') as file:
-        best = best_row(csv.DictReader(file), _options(run).get('eval_metric', 'top1'))
+    best = best_row(read_rows(Path(run) / 'summary.csv'), _options(run).get('eval_metric', 'top1'))
     return {name[5:]: float(value) for name, value in best.items() if name.startswith('eval_') and value}
 
 

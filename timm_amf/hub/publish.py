@@ -8,7 +8,6 @@ The token is that of the Hub's own client (`hf auth login`, or HF_TOKEN); it is 
 """
 import argparse
 import contextlib
-import csv
 import json
 import math
 import re
@@ -36,6 +35,7 @@ from timm_amf.errors import UserError
 from timm_amf.hub.card import build_card
 from timm_amf.hub.load import WEIGHTS, connection, load, portable_args
 from timm_amf.models.method import method_of
+from timm_amf.text import read_rows
 from timm_amf.version import __version__
 
 __all__ = ['Publication', 'Result', 'check_flags', 'main', 'publish', 'publish_finished']
@@ -280,7 +280,7 @@ def prepare(
 def _own_results(run: Opened) -> tuple[Mapping[str, str], list[Result]]:
     """The best epoch of `summary.csv`, by the metric of the run, and its accuracies."""
     path = run.folder / 'summary.csv'
-    every = _rows(path) if path.exists() else []
+    every = read_rows(path) if path.exists() else []
     best = best_row(every, run.args.eval_metric)
     if not best:
         return {}, []
@@ -297,16 +297,11 @@ def _own_results(run: Opened) -> tuple[Mapping[str, str], list[Result]]:
     return best, results
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
-
-
 def _evaluated(path: Path, run: str) -> list[Result]:
     """The rows of a file of `timm-amf evaluate --results-file` that are of a run, and those of all runs together."""
     results = []
     try:
-        for row in _rows(path):
+        for row in read_rows(path):
             together = row['run'] if row['run'].startswith(('mean of ', 'ensemble of ')) else ''
             if together or Path(row['run']).name == run:
                 how = 'ten crops' if row['crops'] == '10' else 'one crop'
