@@ -12,7 +12,6 @@ component by itself, with a schedule of their own, from the start that `timm-amf
 It takes the flags of train_amf.py, so the advice is for the run that these name.
 """
 import argparse
-import csv
 import functools
 import os
 import sys
@@ -49,7 +48,7 @@ from timm_amf.search.proposal import (
     without_advised,
 )
 from timm_amf.search.transferability import LABELS, RANKING, Measures, class_means, measure
-from timm_amf.text import columns
+from timm_amf.text import columns, read_rows
 from timm_amf.tuning import Plan, Schedule, plan_from_args
 from timm_amf.tuning.plan_args import common_plan, resolve_lr
 
@@ -290,8 +289,7 @@ def _short_training(
             run(args=options, quiet=True)
         except Interrupted as e:
             raise Interrupted(e.signum, 'interrupted') from e
-        with open(Path(scratch, 'pilot', 'summary.csv'), newline='', encoding='utf-8') as file:
-            last = list(csv.DictReader(file))[-1]
+        last = read_rows(Path(scratch, 'pilot', 'summary.csv'))[-1]
     return {name: float(last[column]) for name, column in (
         ('top1', 'eval_top1'), ('loss', 'eval_loss'), ('train_loss', 'train_loss'))}
 
