@@ -483,6 +483,7 @@ def test_sections_of_a_recipe(recipe, folder):
     ('plan: {lr: 1, lr: 2}', 'lr is given twice'),
     ('epochs: [', 'line 1: not valid YAML'),
     ('- epochs', 'must hold keys and values'),
+    ('', 'must hold keys and values, .*, not nothing'),
     ('seed: 1' + '0' * 400, 'line 1: not valid YAML: 1000.* is too large a number'),
     ('seed: ' + '9' * 5000, "line 1: not valid YAML: '999.*' is no int"),
     ('lr: !!float x', "'x' is no float"),

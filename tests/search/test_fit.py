@@ -186,7 +186,7 @@ def test_an_unsplit_table_in_groups(words, images, tmp_path):
 
 @pytest.mark.parametrize('flags, message', [
     (['--budget', '0'], 'must be above 0'), (['--val-share', '1.5'], 'val_share'),
-    (['--model', 'nothing_such'], 'is unknown'),
+    (['--model', 'nothing_such'], 'is unknown'), (['--output', f'{__file__}/x'], 'choose another --output'),
 ])
 def test_mistakes(words, flags, message, capsys, tmp_path):
     assert main([*words, *flags]) == 2

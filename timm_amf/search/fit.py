@@ -243,7 +243,8 @@ class _Progress:
         return cls(folder, asked, [], [Candidate(*c) for c in CANDIDATES], before=state.get('asked', ()))
 
     def write(self) -> None:
-        write_text(self.folder / 'fit.json', json.dumps({**asdict(self), 'folder': None}, indent=1))
+        state = json.dumps({**asdict(self), 'folder': None}, indent=1)
+        write_text(self.folder / 'fit.json', state, 'choose another --output')
 
 
 def _contest(progress: _Progress, args: argparse.Namespace) -> None:
