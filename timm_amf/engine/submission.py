@@ -81,7 +81,7 @@ def _predict(opened: Opened, source: DecathlonSource, options: RunOptions) -> np
     model = opened.load(classes)
     channels = resolve_data_config(vars(opened.args), model=model, verbose=False)['input_size'][0]
     data = Mixture(
-        [source.domain], source.classes, [0] * len(source.classes), [(0, source, np.arange(count), source.targets)],
+        [source.domain], source.classes, [(0, source, np.arange(count), source.targets)],
         input_img_mode='L' if channels == 1 else 'RGB')
     predicted = np.full(count, -1)
     for batch in opened.answers(model, data, options):
