@@ -182,12 +182,12 @@ def test_blocks_of_the_blockwise_paper(protocol):
 def test_blockwise_figures(name):
     recipe = read_recipe(f'{name}.tf_flowers')
     if 'mobilenetv3' in name:  # of inputs scaled twice
-        assert not recipe.expected
+        assert not recipe['expected']
         return
     ways = ('classifier', 'all', 'layer', 'block', 'top3', 'top5', 'window')
-    found = [recipe.expected[f'top1_{way}'] for way in ways]
+    found = [recipe['expected'][f'top1_{way}'] for way in ways]
     assert found == [{'mean': round(100 * value, 2)} for value in TABLE_I[name]]
-    assert recipe.flags['model'].split('.')[0] == name
+    assert recipe['model'].split('.')[0] == name
 
 
 @pytest.mark.parametrize('name', TABLE_I)

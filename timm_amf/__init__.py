@@ -14,7 +14,8 @@ from .version import __version__
 
 # What Apple's GPUs cannot do, the CPU does; torch says so in a line, and reads this when it is imported.
 os.environ.setdefault('PYTORCH_ENABLE_MPS_FALLBACK', '1')
-if Path(*sys.argv[:1]).stem != 'timm-amf':  # the command imports them, and torch, when its arguments make sense
+# The command, also as `python -m timm_amf`, imports them, and torch, when its arguments make sense.
+if Path(*sys.argv[:1]).stem not in ('timm-amf', '-m'):
     from . import models  # noqa: F401  registers the models
 
 # The public API: name -> module that holds it.

@@ -39,9 +39,11 @@ def parse(command: str, words: Sequence[str]) -> argparse.Namespace:
 
 
 def _beside_train(command: str, usage: str, description: str, epilog: str = '') -> CommandParser:
+    most = '[--pretrained-path FILE] [--img-size N] [--epochs N] [--batch-size N] [--output DIR] [--experiment NAME]'
     return CommandParser(
-        prog=f'timm-amf {command}', allow_abbrev=False, usage=f'%(prog)s {usage} [flags of train]',
-        description=description, epilog=f'{epilog} timm-amf train --help shows the flags of train.'.strip())
+        prog=f'timm-amf {command}', allow_abbrev=False, description=description,
+        usage=f'%(prog)s {usage}\n       {most}\n       [flags of train]',
+        epilog=f'{epilog} timm-amf train --help shows the flags of train.'.strip())
 
 
 def _fit() -> CommandParser:

@@ -97,6 +97,7 @@ def load_yaml(path: Union[str, Path]) -> Mapping:
     if len(text) > _MAX_CHARS:
         raise UserError(f'{path}: is too long for a file of settings, which has at most {_MAX_CHARS} characters')
     content = parse_yaml(text, path)
-    if not isinstance(content, (Mapping, type(None))):
-        raise UserError(f'{path}: must hold keys and values, such as "epochs: 30", not a {type(content).__name__}')
-    return content or {}
+    if not isinstance(content, Mapping):
+        what = 'nothing' if content is None else f'a {type(content).__name__}'
+        raise UserError(f'{path}: must hold keys and values, such as "epochs: 30", not {what}')
+    return content

@@ -116,7 +116,6 @@ def test_labels_follow_the_names_of_a_model(make_folder, caplog):
     data = create_dataset(spec(root), 'test', class_names=['b', 'x', 'c', 'y'])
     assert data.class_names == ['b', 'x', 'c', 'y'] and data.class_counts().tolist() == [4, 0, 4, 0]
     assert "2 of the 4 classes of the model are not there (x, y)" in caplog.text
-    assert data.class_to_component == [0, -1, 0, -1]
 
 
 def test_a_class_that_a_model_does_not_know_is_named(make_folder):

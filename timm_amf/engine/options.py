@@ -12,7 +12,9 @@ import importlib.util
 import logging
 import os
 import re
+import sys
 from collections.abc import Container, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, Optional
 
 from timm_amf.engine.config_file import derived_flags, find_config, read_config, save_args
@@ -30,12 +32,6 @@ TRACKERS = {
     'tensorboard': ('tensorboard', 'tensorboardX'),
     **{name: (name,) for name in (
         'wandb', 'trackio', 'comet_ml', 'aim', 'mlflow', 'clearml', 'dvclive', 'swanlab')},
-}
-
-# What other programs call flags of timm's.
-_SYNONYMS = {
-    '--learning-rate': '--lr', '--learning_rate': '--lr', '--num-epochs': '--epochs', '--batchsize': '--batch-size',
-    '--arch': '--model', '--wd': '--weight-decay', '--image-size': '--img-size', '--checkpoint': '--initial-checkpoint',
 }
 
 RUN_FLAGS = (
@@ -97,7 +93,7 @@ def build_parser() -> CommandParser:
     from timm_amf.tuning.plan_args import add_plan_args
 
     parser = CommandParser(
-        prog='train_amf.py',
+        prog='train_amf.py' if Path(*sys.argv[:1]).name == 'train_amf.py' else 'timm-amf train',
         usage='%(prog)s [DIR] [--config FILE] [flags]',
         description='Fine-tune any timm model, or an adaptive composite of several, on any image classification data.',
         epilog='[replaced]: accepted with a warning, something else does its work. docs/flags.md says which and why, '
@@ -186,12 +182,10 @@ def keyword_words(options: Mapping[str, Any]) -> tuple[list[str], Optional[Mappi
 
 
 def _reject(unknown: Sequence[str], parser: CommandParser, others: Iterable[str]) -> NoReturn:
-    """`CommandParser.reject`, after what is known of flags of timm and of other programs."""
+    """`CommandParser.reject`, after what is known of flags of timm."""
     flag = next((word.partition('=')[0] for word in unknown if word.startswith('-')), '')
     if why_refused(flag[2:]):
         raise UserError(f'{flag}: {why_refused(flag[2:])}')
-    if flag in _SYNONYMS:
-        raise UserError(f'unknown flag {flag}, did you mean {_SYNONYMS[flag]}?')
     parser.reject(unknown, others)
 
 

@@ -118,7 +118,7 @@ def _predictions(
     mode = spec.input_img_mode or {1: 'L', 4: 'RGBA'}.get(input_channels(opened.args), 'RGB')
     targets = np.zeros(len(files), dtype=np.int64)
     source = FileSource(['image'], targets, files)
-    data = Mixture(['images'], ['image'], [0], [(0, source, np.arange(len(files)), targets)], mode)
+    data = Mixture(['images'], ['image'], [(0, source, np.arange(len(files)), targets)], mode)
     record, label = method_of(model).create_record(data.components), _label(opened, model)
     decided = [] if record is None else record.image_names
     for batch in opened.answers(model, data, options, skip_bad=True, progress=progress):

@@ -41,6 +41,7 @@ from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.engine.run import check_kind
 from timm_amf.engine.run_folder import best_epoch, is_run
 from timm_amf.errors import Diverged, Interrupted, UserError
+from timm_amf.files import writing
 from timm_amf.flags import words_of
 from timm_amf.report import check_installed, report
 from timm_amf.search.charts import sweep_charts, write_figure
@@ -148,7 +149,8 @@ class _Worker:
 
     def _open_study(self) -> optuna.Study:
         """The study of the folder's name; its first process makes it and puts all trials in its queue."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder, 'choose another --output'):
+            self.folder.mkdir(parents=True, exist_ok=True)
         name, args = self.folder.name, self.args
         given = {key: getattr(args, key) for key in args.explicit - set(_ANYWHERE)}
         given = args_content(argparse.Namespace(**given, recipe=args.recipe, explicit=set(given)))

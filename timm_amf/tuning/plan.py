@@ -203,10 +203,6 @@ class Plan(Named):
                     merged = merged.merged(build(RolePlan, settings[key], f'role_defaults.{key}'))
         return merged
 
-    def role_schedule(self, name: str, defaults: Optional[Mapping[str, Mapping[str, Any]]] = None) -> Schedule:
-        """The schedule of one role; `defaults` as in `role`."""
-        return self.complete_schedule(self.role(name, defaults).schedule)
-
     def complete_schedule(self, changes: Optional[Mapping[str, Any]] = None) -> Schedule:
         """The Plan's schedule with some fields changed and timm's absolute start of the warm-up as a fraction."""
         schedule = dataclasses.replace(self.schedule, **(changes or {}))
