@@ -101,9 +101,7 @@ def _check_run(args: argparse.Namespace) -> Iterator[tuple[Any, str, str]]:
            f'{args.output} is a file; name a folder')
     yield (args.lr is not None and args.lr <= 0, 'lr',
            f'must be above 0, not {args.lr}; leave it out to use --lr-base, or freeze roles in the plan')
-    yield (args.lr is not None and args.min_lr is not None and args.min_lr > args.lr, 'min_lr',
-           f'{args.min_lr} is above --lr {args.lr}; lower it')
-    epochs = common_plan(args).epochs
+    epochs = common_plan(args, args.lr).epochs
     yield (args.start_epoch is not None and args.start_epoch > epochs, 'start_epoch',
            f'{args.start_epoch} is beyond the {epochs} epochs of the run')
     yield (args.eval_only and args.resume and args.initial_checkpoint, 'initial_checkpoint',
