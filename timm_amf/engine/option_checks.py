@@ -24,7 +24,7 @@ _NEEDS = (
 
 
 def check_values(args: argparse.Namespace) -> None:
-    """Checks paths and combinations; imports nothing slow."""
+    """Check paths and combinations; import nothing slow."""
     for dests, needed in _NEEDS:
         if not any(getattr(args, name) for name in needed):
             for dest in filter(args.explicit.__contains__, dests):
@@ -130,7 +130,7 @@ def _check_data(args: argparse.Namespace) -> Iterator[tuple[Any, str, str]]:
 
 
 def check_names(args: argparse.Namespace) -> None:
-    """Checks the names that only timm knows: model, optimiser and augmentation. Imports `--device-modules` before."""
+    """Check the names that only timm knows: model, optimiser and augmentation. Import `--device-modules` before."""
     from timm_amf.tuning.plan_args import common_plan
 
     for module in args.device_modules or ():

@@ -88,7 +88,7 @@ FIRST = (
 
 
 def build_parser() -> CommandParser:
-    """Returns the parser of `train_amf.py`. Its `parse_args` knows nothing of `--config`: use `parse_args` below."""
+    """The parser of `train_amf.py`. Its `parse_args` knows nothing of `--config`: use `parse_args` below."""
     from timm_amf.data.spec import add_data_args
     from timm_amf.tuning.plan_args import add_plan_args
 
@@ -128,7 +128,7 @@ def parse_args(
         others: Iterable[str] = (),
         plan: Optional[Mapping[str, Any]] = None,
 ) -> argparse.Namespace:
-    """Reads the options from `--config` and the command line, which wins, and checks them.
+    """Read the options from `--config` and the command line, which wins, and check them.
 
     Args:
         argv: Arguments, those of the process if None.
@@ -190,7 +190,7 @@ def _reject(unknown: Sequence[str], parser: CommandParser, others: Iterable[str]
 
 
 def _settle(args: argparse.Namespace, given: Container[str], defaults: Mapping) -> None:
-    """Brings together the flags that say the same thing in two ways; `given` are those of the command line."""
+    """Bring together the flags that say the same thing in two ways; `given` are those of the command line."""
     for pair in (('data', 'data_dir'), ('amp', 'mixed_precision'), ('bce_loss', 'loss')):
         for one, other in (pair, pair[::-1]):
             if one in given and other not in given:  # the command line wins over the file here, too
@@ -245,7 +245,7 @@ def _settle_part_weights(args: argparse.Namespace) -> None:
 
 
 def _check_applicable(args: argparse.Namespace, defaults: Mapping) -> None:
-    """Refuses values whose work nobody does here, and warns of flags whose work something else does."""
+    """Refuse values whose work nobody does here, and warn of flags whose work something else does."""
     for (dest, value), reason in REFUSED_VALUES.items():
         if getattr(args, dest) == value:
             raise UserError(f'--{dest} {value}: {reason}')
@@ -258,7 +258,7 @@ def _check_applicable(args: argparse.Namespace, defaults: Mapping) -> None:
 
 
 def resolve_trackers(args: argparse.Namespace) -> list[str]:
-    """Returns the names of Accelerate's trackers to log to."""
+    """The names of Accelerate's trackers to log to."""
     names = [name for name in args.tracker if name != 'none']
     if 'auto' in names:
         names.remove('auto')

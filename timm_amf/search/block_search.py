@@ -72,7 +72,7 @@ _ANYWHERE = ('overwrite', 'resume', 'no_progress', 'workers', 'explicit', 'confi
 
 
 def _check(own: argparse.Namespace, args: argparse.Namespace) -> None:
-    """Refuses what a search cannot have, and sets what follows from the flags."""
+    """Refuse what a search cannot have, and set what follows from the flags."""
     for name, highest in (
             ('search_share', 1), ('final_share', 1), ('search_epochs', math.inf), ('chunk', math.inf),
             ('memory', math.inf)):
