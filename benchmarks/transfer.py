@@ -33,7 +33,9 @@ from timm_amf.engine import build
 from timm_amf.engine.checkpoint import read_state
 from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs
 from timm_amf.engine.options import parse_args
-from timm_amf.search import fit
+from timm_amf.parsers import parse
+from timm_amf.search import advise, block_search, fit
+from timm_amf.tuning import Plan
 
 _FROM_PROBE = ('--head-start', 'probe', '--norms', 'frozen', '--opt', 'adamw', '--weight-decay', '0.01',
                '--sched-on-updates', '--warmup-epochs', '0.5')
@@ -61,6 +63,8 @@ METHODS = {
     'low blocks slower': ((*_FROM_PROBE, '--low-blocks', '8', '--low-lr-scale', '0.1'), _ADAM_LRS),
     'layer decay 0.75': ((*_FROM_PROBE, '--layer-decay', '0.75'), _ADAM_LRS),
     'LoRA of rank 8': ((*_FROM_PROBE, '--lora-rank', '8'), _ADAM_LRS),
+    'non-binary as advised': ((), ()),
+    'block-wise winner': (_FROM_PROBE, _ADAM_LRS),
     'twice the epochs': (_FROM_PROBE, _ADAM_LRS),
     'ensemble of two': (_FROM_PROBE, _ADAM_LRS),
     'SpotTune': (_FROM_PROBE, _ADAM_LRS),
@@ -124,6 +128,11 @@ def run(args: argparse.Namespace, words: list[str], method: str, seed: int, scra
         str(args.epochs), '--seed', str(seed), '--tracker', 'none', '-j', str(args.workers), '--cache-images',
         '--no-check-images', *(['--cpu'] if args.cpu else [])]
     start = time.monotonic()
+    if method == 'block-wise winner':
+        with contextlib.redirect_stdout(io.StringIO()):
+            block_search.main(parse('search', [
+                *common, *flags, '--lr', '3e-4', '--output', str(scratch), '--experiment', 'search']))
+        flags = ('--config', str(scratch / 'search' / 'best.yaml'))
     if method == 'fit':
         with contextlib.redirect_stdout(io.StringIO()):
             found = fit.fit_words([*common, '--output', str(scratch), '--experiment', 'fit', '--overwrite'])
@@ -131,6 +140,12 @@ def run(args: argparse.Namespace, words: list[str], method: str, seed: int, scra
     elif method == 'frozen features':  # an epoch that changes nothing
         seconds = train([*common, *flags, '--lr', '1e-30', '--epochs', '1'], scratch / 'frozen')
         best = (best_of(scratch / 'frozen'), '', scratch / 'frozen', seconds)
+    elif method == 'non-binary as advised':
+        advice = scratch / 'advice.yaml'
+        with contextlib.redirect_stdout(io.StringIO()):
+            advise.main(parse('advise', [*common, '--advice-file', str(advice)]))
+        seconds = train([*common, '--config', str(advice)], scratch / 'advised')
+        best = (best_of(scratch / 'advised'), f'{Plan.from_yaml(advice).lr:g}', scratch / 'advised', seconds)
     elif method == 'fastai':
         row = fastai_row([*common, '--val-split', 'validation'], lrs, args, seed)
         return {**row, 'seconds_all': ''} if chosen else row

@@ -8,8 +8,9 @@ import torch
 
 from timm_amf.data import data_spec_from_args
 from timm_amf.engine.config_file import list_recipes
-from timm_amf.engine.options import parse_args, resolve_lr
+from timm_amf.engine.options import parse_args
 from timm_amf.tuning import GroupScheduler, create_optimizer, model_roles, plan_from_args
+from timm_amf.tuning.plan_args import resolve_lr
 from timm_amf.tuning.resolve import resolve
 
 
@@ -27,7 +28,7 @@ def _meta_model(name, kwargs):
 @pytest.mark.parametrize('name', list_recipes())
 def test_recipe(name, tmp_path):
     args = parse_args(['--config', name, '--data-dir', str(tmp_path)])
-    spec = data_spec_from_args(args, args.recipe.get('data'))
+    spec = data_spec_from_args(args)
     assert spec.components
     model = meta_model(args)
     plan = plan_from_args(args, model_roles(model), resolve_lr(args, args.batch_size))

@@ -33,7 +33,7 @@ import sys
 sys.argv[0] = 'bin/timm-amf'
 from timm_amf import cli
 for command in cli._COMMANDS:
-    needed = {'export': ['--format', 'onnx'], 'publish': ['--repo-id', 'a/b']}.get(command, [])
+    needed = {'publish': ['--repo-id', 'a/b']}.get(command, [])
     words = ['score', 'dtd=50'] if command == 'decathlon' else ['.', '.', *needed]
     try:
         cli.main([command, '--help'])

@@ -27,7 +27,7 @@ _PUBLIC = {
     'lr_scheduler': 'tuning.schedule',
     'apply_freeze': 'tuning.freeze',
     'create_optimizer': 'tuning.optim',
-    'param_groups': 'tuning.optim',
+    'param_groups': 'tuning.resolve',
     'model_roles': 'tuning.roles',
     'resolve': 'tuning.resolve',
     'reinit': 'tuning.reinit',

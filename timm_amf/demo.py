@@ -4,7 +4,6 @@ The weights are those of EfficientNet-Lite0 in the package `efficientnet-lite0-p
 mixture of digits and textures (`timm_amf.data.demo`). It runs what a user would: `fit`, then an AMF of two networks.
 """
 import argparse
-import csv
 from pathlib import Path
 
 import timm
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from timm_amf.data.storage import cache_folder
 from timm_amf.errors import UserError
 from timm_amf.files import replacing
+from timm_amf.text import read_rows
 
 __all__ = ['main', 'demo_weights']
 
@@ -60,8 +60,7 @@ def main(args: argparse.Namespace) -> None:
         '--policy-balance', '1', '--experiment', 'amf'])
     amf = Path(args.output) / 'amf'
     frozen = read_state(found.folder / 'last')['start']
-    with open(amf / 'policy.csv', newline='', encoding='utf-8') as file:
-        policy = list(csv.DictReader(file))[-1]
+    policy = read_rows(amf / 'policy.csv')[-1]
     print(f'\nfrozen features, logistic regression: top1 {frozen["top1"]:.2f} (digits {frozen["top1_digits"]:.2f}, '
           f'textures {frozen["top1_textures"]:.2f})\n')
     print(table([row for folder in (found.folder, amf) for row in evaluate_runs([folder])]))

@@ -32,7 +32,8 @@ from timm.models import get_model_args
 from torch import Tensor, nn
 
 from timm_amf.data import Mixture, SeededLoader, create_loader
-from timm_amf.engine.run_folder import is_run, open_run
+from timm_amf.engine.opened import RunOptions, open_trained
+from timm_amf.engine.run_folder import is_run
 from timm_amf.errors import UserError
 from timm_amf.files import replacing
 from timm_amf.hub.load import load, portable_args
@@ -174,9 +175,15 @@ def open_source(
         if getattr(model, 'fixed_blocks', None) is not None:  # its results are of this path
             blocks = blocks or ','.join(map(str, model.fixed_blocks)) or 'frozen'
     else:
-        run = open_run(path, weights, data_dir, need_data=False)
-        model, missing, settings, global_k = run.model, run.missing, vars(run.args), run.plan.global_k
-        names, blocks = run.class_names, blocks or run.args.eval_blocks
+        run = open_trained(path, RunOptions(data_dir=data_dir, weights=weights), needs_data=data_dir is not None)
+        try:
+            names = run.data[0].class_names if data_dir else run.names
+        except (UserError, OSError) as e:
+            if data_dir:
+                raise
+            names, missing = None, str(e)
+        model, settings, global_k = run.load(None), vars(run.args), run.plan.global_k
+        blocks = blocks or run.args.eval_blocks
         if names and (len(names) > model.num_classes or (len(names) < model.num_classes and not run.args.num_classes)):
             missing = f'the data have {len(names)} classes by now, and the model {model.num_classes} outputs'
             names = None
@@ -516,12 +523,13 @@ def main(args: argparse.Namespace) -> Exported:
         if args.format != 'onnx':
             raise UserError(f'--int8: is for --format onnx, not {args.format}')
         _check_request(small, 'onnx', None, args.overwrite)
-        trained = open_run(args.run, args.weights, args.data_dir)  # whose images it needs
+        run = open_trained(args.run, RunOptions(data_dir=args.data_dir, weights=args.weights))
+        trained = *run.data, run.args.workers
     source = open_source(args.run, args.weights, args.img_size, args.blocks, args.data_dir, args.class_names)
     exported = export_model(source, args.format, output, sorted({1, 2, args.batch}), args.opset, args.overwrite)
     exported = replace(exported, notes=source.notes)
     if trained is not None:
         exported = replace(
-            exported, int8=quantize(output, small, source.config, *trained.data, trained.args.workers))
+            exported, int8=quantize(output, small, source.config, *trained))
     print(exported)
     return exported

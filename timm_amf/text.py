@@ -3,9 +3,10 @@ import csv
 import io
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Union
 
-__all__ = ['columns', 'csv_of', 'csv_text']
+__all__ = ['columns', 'csv_of', 'csv_text', 'read_rows']
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -35,3 +36,9 @@ def csv_of(rows: Iterable[Mapping[str, Any]]) -> str:
     rows = list(rows)
     names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     return csv_text([names, *([row.get(name) for name in names] for row in rows)])
+
+
+def read_rows(path: Union[str, Path]) -> list[dict[str, str]]:
+    """The rows of a CSV file by column."""
+    with open(path, newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))

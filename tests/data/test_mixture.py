@@ -27,7 +27,7 @@ def test_one_folder(make_folder):
     assert names(train) == [('images', 'train', label, f'{i}.png') for label in 'abc' for i in range(3)]
     assert names(val) == [('images', 'val', label, f'{i}.png') for label in 'abc' for i in range(3)]
     assert train.targets.tolist() == np.repeat([0, 1, 2], 3).tolist()
-    assert (train.class_names, train.class_to_component, train.components) == (['a', 'b', 'c'], [0, 0, 0], ['images'])
+    assert (train.class_names, train.components) == (['a', 'b', 'c'], ['images'])
     image, target, component = train[4]
     assert (target, component) == (1, 0)
     assert np.array_equal(image, Image.open(root / 'train' / 'b' / '1.png').convert('RGB'))
@@ -46,7 +46,6 @@ def test_two_folders_with_first_classes_and_images(make_folder):
     assert data.targets.tolist() == [0] * 3 + [1] * 3 + [2] * 2 + [3] * 2
     assert data.component_of.tolist() == [0] * 6 + [1] * 4
     assert data.class_names == ['one/x1', 'x9', 'two/x1', 'y']
-    assert data.class_to_component == [0, 0, 1, 1]
 
 
 def test_train_and_validation_cut_out_of_one_split(make_folder):
@@ -74,7 +73,6 @@ def test_shared_and_overlapping_labels(make_folder):
     one, two = str(make_folder('one')), str(make_folder('two', classes=['a', 'b']))
     shared = create_dataset(spec(Component('one', root=one), Component('two', root=two, class_offset=0)))
     assert shared.num_classes == 3
-    assert shared.class_to_component == [-1, -1, 0]
     assert shared.class_counts().tolist() == [8, 8, 4]
     with pytest.raises(UserError, match='overlap'):
         create_dataset(spec(Component('one', root=one), Component('two', root=two, class_offset=2)))

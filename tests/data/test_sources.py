@@ -58,7 +58,6 @@ def test_aircraft_dtd(tmp_path, save):
         assert data.num_classes == 94  # Table I: 47 + 47 classes, 1551 + 1551 images
         assert data.class_counts().tolist() == [33] * 94
         assert np.bincount(data.component_of).tolist() == [1551, 1551]
-        assert data.class_to_component == [0] * 47 + [1] * 47
         assert f'kind00_{split}_0000' in data.filename(1551) and f'kind46_{split}_0032' in data.filename(3101)
     assert data.class_names[46:48] == ['Model 046', 'kind00']
     train = create_dataset(spec, 'train')

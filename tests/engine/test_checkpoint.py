@@ -11,7 +11,9 @@ from torch import nn
 
 from timm_amf import UserError
 from timm_amf.engine.checkpoint import Checkpointer, load_weights, save_weights
+from timm_amf.engine.run_folder import best_epoch
 from timm_amf.files import write_text
+from timm_amf.text import csv_of
 
 
 def test_weights_round_trip_in_any_memory_format(tmp_path):
@@ -28,6 +30,19 @@ def test_tied_weights_are_written_twice(tmp_path):
     net[1].weight = net[0].weight
     save_weights(net, tmp_path / 'w.safetensors')
     assert set(load_file(tmp_path / 'w.safetensors')) == set(net.state_dict())
+
+
+@pytest.mark.parametrize('metric, losses', [('top1', (0.9, 0.8, 0.7, 0.6)), ('loss', (0.9, 0.6, 0.6, 0.7))])
+def test_of_equal_epochs_the_metrics_are_those_of_the_weights(tmp_path, metric, losses):
+    keeper, net = Checkpointer(tmp_path, decreasing=metric == 'loss'), nn.Linear(1, 1)
+    rows = [dict(epoch=i, eval_loss=loss, eval_top1=top1) for i, (loss, top1) in enumerate(zip(losses, (1, 3, 3, 2)))]
+    for row in rows:
+        nn.init.constant_(net.weight, row['epoch'])
+        keeper.save_epoch(net, row['epoch'], row[f'eval_{metric}'])
+    write_text(tmp_path / 'args.yaml', f'eval_metric: {metric}')
+    write_text(tmp_path / 'summary.csv', csv_of(rows))
+    best = rows[int(load_file(tmp_path / 'model_best.safetensors')['weight'])]
+    assert best_epoch(tmp_path) == dict(loss=best['eval_loss'], top1=best['eval_top1'])
 
 
 @pytest.mark.parametrize('content, words', [

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from timm_amf.data.spec import DataSpec
-from timm_amf.engine.config_file import list_recipes
+from timm_amf.engine.config_file import find_config, list_recipes
 from timm_amf.engine.recipes import PAPERS, check_repo_id, describe_expected, read_recipe, split_metric
 from timm_amf.tuning import Plan
 
@@ -30,17 +30,18 @@ AMF_TABLE_3 = {
 @pytest.mark.parametrize('name', list_recipes())
 def test_all_recipes_fit(name):
     recipe = read_recipe(name)
-    Plan.from_dict(recipe.plan)
-    components = [component.name for component in DataSpec.from_mapping(recipe.data).components]
-    if recipe.expected:
-        check_expected(recipe.expected, components)
+    Plan.from_dict(recipe['plan'])
+    components = [component.name for component in DataSpec.from_mapping(recipe['data']).components]
+    if recipe['expected']:
+        check_expected(recipe['expected'], components)
     if name == 'demo':
-        assert not recipe.card  # nothing of it is worth publishing
+        assert not recipe['card']  # nothing of it is worth publishing
         return
-    check_card(recipe)
-    text = recipe.path.read_text(encoding='utf-8')
+    check_card(name, recipe)
+    text = find_config(name).read_text(encoding='utf-8')
     # Where there is no Hub id, the recipe says why, and how to run it is in its first lines.
-    assert recipe.repo_id == f'timm-amf/{name}' or (recipe.repo_id is None and 'There is no Hub id' in text)
+    repo_id = recipe['card'].get('repo_id')
+    assert repo_id == f'timm-amf/{name}' or (repo_id is None and 'There is no Hub id' in text)
     assert f'--config {name} ' in text or 'benchmarks/blockwise_protocol.py' in text
 
 
@@ -55,20 +56,20 @@ def check_expected(expected, components):
     assert describe_expected(expected)
 
 
-def check_card(recipe):
+def check_card(name, recipe):
     """Repository, recipe and tag have one name: who has one finds the others."""
-    card = recipe.card
+    card = recipe['card']
     assert set(card) <= {
         'license', 'license_name', 'license_link', 'repo_id', 'published', 'base_model', 'datasets', 'tags', 'paper'}
     assert card['license'] in LICENSES and ('license_name' in card) == (card['license'] == 'other')
-    assert card['paper'] in PAPERS and not recipe.published
+    assert card['paper'] in PAPERS and not card.get('published')
     for key in ('datasets', 'tags', *(['base_model'] if 'base_model' in card else [])):
         assert len(set(card[key])) == len(card[key]) > 0, key
     assert all(re.fullmatch(r'[a-z0-9][a-z0-9.-]*', tag) for tag in card['tags'])
-    for repo_id in (*card.get('base_model', ()), *filter(None, [recipe.repo_id])):
+    for repo_id in (*card.get('base_model', ()), *([card['repo_id']] if 'repo_id' in card else [])):
         check_repo_id(repo_id)
-    if recipe.repo_id:
-        assert recipe.name.startswith(recipe.flags['model'].partition('.')[0] + '.')
+    if 'repo_id' in card:
+        assert name.startswith(recipe['model'].partition('.')[0] + '.')
 
 
 def test_figures_in_words():
@@ -82,18 +83,18 @@ def test_base_models_are_those_whose_weights_are_loaded():
 
     for name in list_recipes():
         recipe = read_recipe(name)
-        if not recipe.flags.get('pretrained') or not recipe.card.get('base_model'):
+        if not recipe.get('pretrained') or not recipe['card'].get('base_model'):
             continue
-        model = recipe.flags.get('model_kwargs', {}).get('backbone', recipe.flags['model'])
+        model = recipe.get('model_kwargs', {}).get('backbone', recipe['model'])
         if model.startswith(('amf', 'multitune')):
             model = 'inception_v4'
         cfg = timm.get_pretrained_cfg(model)
-        assert recipe.card['base_model'][0] == cfg.hf_hub_id and recipe.card['license'] == cfg.license, name
+        assert recipe['card']['base_model'][0] == cfg.hf_hub_id and recipe['card']['license'] == cfg.license, name
 
 
 @pytest.mark.parametrize('name', AMF_TABLE_3)
 def test_amf_figures(name):
-    expected = read_recipe(f'amf_inception_v4x2.{name}').expected
+    expected = read_recipe(f'amf_inception_v4x2.{name}')['expected']
     wanted = {f'top1_{part}' if part else 'top1': dict(mean=m, std=s) for part, (m, s) in AMF_TABLE_3[name].items()}
     assert {k: v for k, v in expected.items() if k.startswith('top1')} == wanted and expected['split'] == 'test'
 
@@ -102,13 +103,14 @@ def test_amf_figures(name):
 def test_amf_settings_of_single_data_sets(name):
     recipe = read_recipe(f'amf_inception_v4x2.{name}')
     lr = {'cifar10': 0.03, 'fashion_mnist': 0.025}[name]
-    assert [recipe.plan['roles'][r]['lr'] for r in ('branch.0', 'branch.1', 'head', 'policy')] == [lr, lr, 0.008, 3e-5]
-    assert recipe.flags['batch_size'] == 128
+    roles = recipe['plan']['roles']
+    assert [roles[r]['lr'] for r in ('branch.0', 'branch.1', 'head', 'policy')] == [lr, lr, 0.008, 3e-5]
+    assert recipe['batch_size'] == 128
     # As many steps, and falls of the LR, as on Aircraft-DTD.
-    images = {'cifar10': 50000, 'fashion_mnist': 60000}[name] - 10 * recipe.data['per_class']['val']
-    steps = recipe.plan['epochs'] * images / 128
+    images = {'cifar10': 50000, 'fashion_mnist': 60000}[name] - 10 * recipe['data']['per_class']['val']
+    steps = recipe['plan']['epochs'] * images / 128
     assert steps == pytest.approx(1000 * 3102 / 32, rel=0.01)
-    assert recipe.plan['epochs'] / recipe.plan['schedule']['decay_epochs'] == pytest.approx(1000 / 20, rel=0.01)
+    assert recipe['plan']['epochs'] / recipe['plan']['schedule']['decay_epochs'] == pytest.approx(1000 / 20, rel=0.01)
 
 
 def test_the_page():
@@ -116,7 +118,7 @@ def test_the_page():
     page = (Path(__file__).parents[2] / 'docs' / 'recipes.md').read_text(encoding='utf-8')
     example = yaml.safe_load(re.search(r'```yaml\n(.*?)```', page, re.DOTALL)[1])
     recipe = read_recipe('amf_inception_v4x2.aircraft_dtd')
-    assert (example['expected'], example['card'], example['data']) == (recipe.expected, recipe.card, recipe.data)
+    assert all(example[key] == recipe[key] for key in ('expected', 'card', 'data'))
     listed = set()
     for row in page[page.index('## The list'):].splitlines():
         first = ''

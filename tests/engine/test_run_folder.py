@@ -16,8 +16,8 @@ from timm_amf import UserError
 from timm_amf.engine import build, loop
 from timm_amf.engine.checkpoint import read_class_names
 from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs
+from timm_amf.engine.opened import open_trained
 from timm_amf.engine.run import claim_folder
-from timm_amf.engine.run_folder import open_run
 from timm_amf.errors import Diverged
 
 PLAIN = [
@@ -144,8 +144,8 @@ def test_a_run_is_evaluated_by_the_names_of_its_classes(run, colours):
                for name in ('model_best.safetensors', 'last/model.safetensors'))
     fewer = colours('fewer', 'test', ('green', 'red'))
     assert evaluate_runs([folder], RunOptions('test', fewer))[0].top1 == 100
-    opened = open_run(folder, need_data=False)
-    assert opened.class_names == ['blue', 'green', 'red']
+    opened = open_trained(folder, RunOptions(), needs_data=False)
+    assert opened.class_names == opened.names == ['blue', 'green', 'red']
     os.rename(f'{fewer}/test/red', f'{fewer}/test/rouge')
     with pytest.raises(UserError, match="class 'rouge' is not among the 3 classes of the model"):
         evaluate_runs([folder], RunOptions('test', fewer))
@@ -237,9 +237,8 @@ def test_weights_that_are_no_weights_are_named(trained, content):
     path = trained('first', base=PLAIN) / 'model_best.safetensors'
     path.unlink()
     path.mkdir() if content is None else path.write_bytes(content)
-    for need_data in (True, False):
-        with pytest.raises(UserError, match='model_best.safetensors: is damaged or no safetensors file'):
-            open_run(path.parent, need_data=need_data)
+    with pytest.raises(UserError, match='model_best.safetensors: is damaged or no safetensors file'):
+        open_trained(path.parent, RunOptions()).load(None)
 
 
 def test_a_checkpoint_without_its_state_does_not_start_again(run, trained):

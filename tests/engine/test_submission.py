@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from timm_amf.cli import main
 from timm_amf.engine.opened import RunOptions
-from timm_amf.engine.submission import Predictions, predict_run, write_results
+from timm_amf.engine.submission import predict_run, write_results
 from timm_amf.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'data'))
@@ -101,15 +101,18 @@ def test_last_weights_and_a_run_that_moved(train, data, tmp_path):
     images = json.loads((data / 'annotations/aircraft_test_stripped.json').read_text())['images']
     paths = [data / image['file_name'] for image in images]
     for weights, file in (('last', 'last/ema.safetensors'), ('best', 'model_best.safetensors')):
-        got = predict_run(moved, 'test', RunOptions(data_dir=str(data), weights=weights, cpu=True, batch_size=4))
-        assert got.category_ids == [10_000_001 + c for c in expected(moved, paths, file)]
-        assert got.image_ids == [image['id'] for image in images] and got.accuracy is None
+        domain, got, accuracy = predict_run(
+            moved, 'test', RunOptions(data_dir=str(data), weights=weights, cpu=True, batch_size=4))
+        assert [row['category_id'] for row in got] == [10_000_001 + c for c in expected(moved, paths, file)]
+        assert [row['image_id'] for row in got] == [image['id'] for image in images]
+        assert domain == 'aircraft' and accuracy is None
     (moved / 'last/ema.safetensors').unlink()
     with pytest.raises(UserError, match='ema.safetensors: is not there'):
         predict_run(moved, 'test', RunOptions(data_dir=str(data), weights='last', cpu=True))
     (moved / 'last/digests.json').unlink()  # as of a run of an older version
-    got = predict_run(moved, 'test', RunOptions(data_dir=str(data), weights='last', cpu=True))
-    assert got.category_ids == [10_000_001 + c for c in expected(moved, paths, 'last/model.safetensors')]
+    _, got, _ = predict_run(moved, 'test', RunOptions(data_dir=str(data), weights='last', cpu=True))
+    wanted = expected(moved, paths, 'last/model.safetensors')
+    assert [row['category_id'] for row in got] == [10_000_001 + c for c in wanted]
 
 
 def test_what_cannot_be_submitted(train, data, tmp_path, capsys):
@@ -119,7 +122,7 @@ def test_what_cannot_be_submitted(train, data, tmp_path, capsys):
     with pytest.raises(UserError, match='no args.yaml there'):
         predict_run(tmp_path)
     with pytest.raises(UserError, match='cannot be written'):
-        write_results([Predictions('dtd', [1], [2])], tmp_path)
+        write_results([dict(image_id=1, category_id=2)], tmp_path)
     with pytest.raises(UserError, match='no folder annotations'):
         predict_run(run, 'test', RunOptions(data_dir=str(tmp_path)))
     options = yaml.safe_load((run / 'args.yaml').read_text())

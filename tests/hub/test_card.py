@@ -89,8 +89,8 @@ def test_what_the_publisher_says_goes_before_the_recipe(opened):
 def test_base_models_are_named_by_hub_id(model, options, ids):
     with torch.device('meta'):
         built = timm.create_model(model)
-    run = SimpleNamespace(model=built, options=options, args=SimpleNamespace(model=model))
-    assert _base_models(SimpleNamespace(run=run)) == ids
+    run = SimpleNamespace(options=options, args=SimpleNamespace(model=model))
+    assert _base_models(SimpleNamespace(run=run, trained=built)) == ids
 
 
 # -- what people read -------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from timm_amf.cli import main
 from timm_amf.engine.head import C_GRID, logistic_regression
 from timm_amf.engine.options import parse_args
 from timm_amf.errors import Diverged
-from timm_amf.search.fit import CANDIDATES, Candidate, _choose, _contest, _Progress
+from timm_amf.search.fit import CANDIDATES, Candidate, _choose, _contest, _Progress, complete
 
 FLAGS = ['--model', 'test_resnet', '--img-size', '32', '--cpu', '-j', '0', '--batch-size', '8']
 
@@ -80,6 +80,14 @@ def test_fit(words, tmp_path, capsys):
     train_amf.train(['--config', str(folder / 'args.yaml'), '--experiment', 'again'])
     for name in ('last/model.safetensors', 'model_best.safetensors', 'summary.csv', 'mix.csv'):
         assert (folder / name).read_bytes() == (tmp_path / 'again' / name).read_bytes(), name
+
+
+def test_a_batch_size_that_is_given_is_kept(images, tmp_path):
+    (tmp_path / 'run.yaml').write_text('batch_size: 128')
+    for given in (['--batch-size', '128'], ['-b', '127'], ['-c', str(tmp_path / 'run.yaml')]):
+        words = [str(images), *given]
+        assert parse_args(complete(words)).batch_size == parse_args(words).batch_size >= 127
+    assert parse_args(complete([str(images)])).batch_size == 4
 
 
 def test_an_interrupted_fit_goes_on(words, tmp_path, monkeypatch, capsys):

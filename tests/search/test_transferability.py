@@ -38,13 +38,19 @@ def scatter(x, y):
     return within, between
 
 
+@pytest.fixture
+def shrunk_by(monkeypatch):
+    return lambda a: monkeypatch.setattr(tr, 'ledoit_wolf_shrinkage', lambda *_, **__: a)
+
+
 class TestFisher:
     @pytest.mark.parametrize('a', [0., 0.3])
-    def test_loops(self, a):
+    def test_loops(self, shrunk_by, a):
         x, y = clusters()
+        shrunk_by(a)
         within, between = scatter(x, y)
         within = (1 - a) * within + a * np.trace(within) / 6 * np.eye(6)
-        assert tr.fisher_score(x, y, a) == pytest.approx(np.trace(np.linalg.solve(within, between)) / 4)
+        assert tr.fisher_score(x, y) == pytest.approx(np.trace(np.linalg.solve(within, between)) / 4)
 
     def test_two_spheres(self):
         """Two equal spherical classes at distance d: Tr = (1/2)(1/2) d^2 / s^2."""
@@ -57,7 +63,7 @@ class TestFisher:
     def test_shrinkage_vanishes_with_many_images_and_helps_with_few(self):
         def share(number, width):
             x, y = clusters(number, width, seed=1)
-            return tr.fisher_score(x, y) / tr.fisher_score(x, y, 0)
+            return tr.fisher_score(x, y) / (np.trace(np.linalg.solve(*scatter(x, y))) / 4)
 
         assert share(300, 6) < share(3000, 6) < share(30000, 6)
         assert share(30000, 6) == pytest.approx(1, abs=0.05)
@@ -69,25 +75,28 @@ class TestFisher:
 
 
 class TestHScore:
-    def test_canonical_correlations(self):
+    def test_canonical_correlations(self, shrunk_by):
         """Without shrinkage: the sum of the squared canonical correlations of features and one-hot labels."""
         x, y = clusters()
         bases = [np.linalg.svd(z - z.mean(0), full_matrices=False) for z in (x, np.eye(4)[y])]
         q = [u[:, s > 1e-9 * s[0]] for u, s, _ in bases]
         correlations = np.linalg.svd(q[0].T @ q[1], compute_uv=False)
-        assert tr.h_score(x, y, 0) == pytest.approx((correlations ** 2).sum())
+        shrunk_by(0.)
+        assert tr.h_score(x, y) == pytest.approx((correlations ** 2).sum())
 
-    def test_more_features_than_images(self):
+    def test_more_features_than_images(self, shrunk_by):
         """Every label can be told from the features: all K - 1 correlations are one."""
         x, y = clusters(20, 60)
-        assert tr.h_score(x, y, 0) == pytest.approx(3)
+        shrunk_by(0.)
+        assert tr.h_score(x, y) == pytest.approx(3)
 
-    def test_shrunk(self):
+    def test_shrunk(self, shrunk_by):
         x, y = clusters()
         means = np.stack([x[y == k].mean(0) for k in y])
         total, between = np.cov(x.T, bias=True), np.cov(means.T, bias=True)
         shrunk = 0.8 * total + 0.2 * np.trace(total) / 6 * np.eye(6)
-        assert tr.h_score(x, y, 0.2) == pytest.approx(np.trace(np.linalg.inv(shrunk) @ between) * 0.8)
+        shrunk_by(0.2)
+        assert tr.h_score(x, y) == pytest.approx(np.trace(np.linalg.inv(shrunk) @ between) * 0.8)
 
 
 class TestLogME:

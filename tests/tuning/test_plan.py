@@ -26,6 +26,10 @@ def paper_plan() -> Plan:
     )
 
 
+def schedule_of(plan: Plan, role: str) -> Schedule:
+    return plan.complete_schedule(plan.role(role).schedule)
+
+
 def test_yaml_round_trip(tmp_path):
     plan = paper_plan()
     plan.to_yaml(tmp_path / 'plan.yaml')
@@ -41,15 +45,15 @@ def test_a_role_takes_its_own_then_its_kinds_then_the_common_value():
     assert [plan.role(r).lr for r in ROLES] == [0.0008, 0.03, 3e-5, 0.008]
     assert [plan.role(r).low_blocks for r in ROLES] == [8, 8, 0, 0]
     assert plan.role('branch.1').low_lr_scale == 0.4  # the paper: the first layers' LR is "reduced 60%"
-    assert plan.role_schedule('policy').hold_epochs == 5
-    assert plan.role_schedule('policy').decay_rate == 0.94
-    assert plan.role_schedule('head').hold_epochs == 0
+    assert schedule_of(plan, 'policy').hold_epochs == 5
+    assert schedule_of(plan, 'policy').decay_rate == 0.94
+    assert schedule_of(plan, 'head').hold_epochs == 0
 
 
 def test_with_role_leaves_the_original_alone():
     plan = paper_plan()
     other = plan.with_role('policy', start_epoch=3, schedule=dict(sched='cosine'))
-    assert other.role_schedule('policy').sched == 'cosine' and other.role_schedule('policy').hold_epochs == 5
+    assert schedule_of(other, 'policy').sched == 'cosine' and schedule_of(other, 'policy').hold_epochs == 5
     assert other.role('policy').lr == 3e-5 and other.role('policy').start_epoch == 3
     assert plan == paper_plan()
 
@@ -133,7 +137,7 @@ def test_a_field_is_declared_once():
 def test_timms_flags_alone_make_timms_plan():
     plan = plan_from_args(parse(lr=0.1), ROLES, 0.1)
     assert plan.lr == 0.1 and plan.epochs == 300 and plan.schedule.sched == 'cosine'
-    assert plan.schedule.warmup_epochs is None and plan.role_schedule('head').warmup_scale == pytest.approx(1e-4)
+    assert plan.schedule.warmup_epochs is None and schedule_of(plan, 'head').warmup_scale == pytest.approx(1e-4)
     assert plan.roles == {}
 
 
@@ -147,7 +151,7 @@ def test_flags_of_roles():
     assert [plan.role(r).low_blocks for r in ROLES] == [8, 8, 0, 0]
     assert plan.role('branch.0').train == 'none' and plan.role('branch.1').train == [-1, -2]
     assert plan.role('policy').start_epoch == 2 and plan.role('head').weight_decay == 0
-    policy = plan.role_schedule('policy')
+    policy = schedule_of(plan, 'policy')
     assert (policy.sched, policy.hold_epochs, policy.min_scale) == ('cosine', 4, 0.5)
 
 
@@ -200,7 +204,7 @@ def test_a_warm_up_that_would_go_down_is_refused():
     with pytest.raises(UserError, match='--warmup-lr'):
         plan_from_args(parse(warmup_lr=1e-2), ROLES, 1e-3)
     plan = plan_from_args(parse(), ROLES, 1e-6)  # timm's default of 1e-5 with a tiny LR
-    assert plan.role_schedule('head').warmup_scale == 1
+    assert schedule_of(plan, 'head').warmup_scale == 1
 
 
 def test_a_setting_that_there_is_not_is_named(tmp_path):

@@ -30,25 +30,23 @@ class Domain(NamedTuple):
         column: Its name in the papers' tables.
         baseline: Test accuracy (percent) of the network that is fine-tuned as a whole, which sets the scale of the
             score: the row "Finetune" of Rebuffi et al. 2017, Table 1, whose score is 2500 by construction.
-        weight_decay: SpotTune's, from its authors' code (github.com/gyhui14/spottune, main.py); the paper has none.
     """
     column: str
     baseline: float
-    weight_decay: float
 
 
 # In the order of the papers' tables.
 DOMAINS = {
-    'imagenet12': Domain('ImNet', 59.87, 0.0001),
-    'aircraft': Domain('Airc.', 60.34, 0.0005),
-    'cifar100': Domain('C100', 82.12, 0.0),
-    'daimlerpedcls': Domain('DPed', 92.82, 0.0005),
-    'dtd': Domain('DTD', 55.53, 0.0),
-    'gtsrb': Domain('GTSR', 97.53, 0.0),
-    'vgg-flowers': Domain('Flwr', 81.41, 0.0001),
-    'omniglot': Domain('OGlt', 87.69, 0.0005),
-    'svhn': Domain('SVHN', 96.55, 0.0),
-    'ucf101': Domain('UCF', 51.20, 0.0005),
+    'imagenet12': Domain('ImNet', 59.87),
+    'aircraft': Domain('Airc.', 60.34),
+    'cifar100': Domain('C100', 82.12),
+    'daimlerpedcls': Domain('DPed', 92.82),
+    'dtd': Domain('DTD', 55.53),
+    'gtsrb': Domain('GTSR', 97.53),
+    'vgg-flowers': Domain('Flwr', 81.41),
+    'omniglot': Domain('OGlt', 87.69),
+    'svhn': Domain('SVHN', 96.55),
+    'ucf101': Domain('UCF', 51.20),
 }
 
 

@@ -2,7 +2,7 @@
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import numpy as np
@@ -29,10 +29,8 @@ class Mixture(torch.utils.data.Dataset):
     Attributes:
         components: Names of the components.
         class_names: Name of each class; names that several components have are prefixed with the component's.
-        class_to_component: Component of each class, -1 where components share a class.
         targets: Class of each sample, (N,) int64.
         component_of: Component of each sample, (N,) int64.
-        transform: Called with the Pillow image of each sample, or None.
         drawn: The splits of each component that were drawn from its training images; empty where none were.
         copies: What to warn of where images of other splits are in it too (`check.find_copies`).
         hashes: Of each image those that `check_images` finds, (N, 2) uint64, or None.
@@ -43,10 +41,8 @@ class Mixture(torch.utils.data.Dataset):
             self,
             components: Sequence[str],
             class_names: Sequence[str],
-            class_to_component: Sequence[int],
             parts: Sequence[tuple[int, Source, np.ndarray, np.ndarray]],
             input_img_mode: Optional[str] = 'RGB',
-            transform: Optional[Callable] = None,
     ):
         """
         Args:
@@ -54,9 +50,7 @@ class Mixture(torch.utils.data.Dataset):
         """
         self.components = list(components)
         self.class_names = list(class_names)
-        self.class_to_component = list(class_to_component)
         self.input_img_mode = input_img_mode
-        self.transform = transform
         self.cache: Any = None
         self.drawn: list[Drawn] = []
         self.copies = ''
@@ -79,10 +73,7 @@ class Mixture(torch.utils.data.Dataset):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, int, int]:
-        image = self.load(index)
-        if self.transform is not None:
-            image = self.transform(image)
-        return image, int(self.targets[index]), int(self.component_of[index])
+        return self.load(index), int(self.targets[index]), int(self.component_of[index])
 
     def source(self, index: int) -> tuple[Source, int]:
         """The source of a sample, and the sample's index in it."""
@@ -182,16 +173,14 @@ def _create(
     labels = np.arange(len(names))
     if class_names is not None:
         own = [spec.components[i].name if i >= 0 else '' for i in owners]
-        labels = _labels_by_name(names, own, class_names)
-        owner_of = dict(zip(labels.tolist(), owners, strict=True))
-        names, owners = list(class_names), [owner_of.get(label, -1) for label in range(len(class_names))]
+        labels, names = _labels_by_name(names, own, class_names), list(class_names)
     chosen = []
     for split in splits:
         for i, component in enumerate(spec.components):
             source, indices, targets = parts.choose(component, split, all_classes[i], classes[i])
             chosen.append((i, source, indices, labels[targets + offsets[i]]))
     mode = spec.input_img_mode or {1: 'L', 4: 'RGBA'}.get(in_chans, 'RGB')
-    mixture = Mixture([c.name for c in spec.components], names, owners, chosen, input_img_mode=mode)
+    mixture = Mixture([c.name for c in spec.components], names, chosen, input_img_mode=mode)
     mixture.drawn = list(parts.drawn.values())
     return mixture
 

@@ -103,7 +103,7 @@ def build_data(
     Args:
         class_names: Of the model whose weights are there already; labels follow from them.
     """
-    spec = data_spec_from_args(args, args.recipe.get('data'))
+    spec = data_spec_from_args(args)
     splits = splits_from_args(args)
     if splits[1] in splits[0].split('+'):
         _logger.warning('--val-split %s is trained on: its accuracy says nothing', splits[1])

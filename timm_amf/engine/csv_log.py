@@ -1,10 +1,9 @@
 """The CSV files of a run, `summary.csv` and `policy.csv`."""
-import csv
 from pathlib import Path
 from typing import Any, Union
 
 from timm_amf.files import write_text
-from timm_amf.text import csv_of
+from timm_amf.text import csv_of, read_rows
 
 __all__ = ['CsvLog']
 
@@ -21,8 +20,7 @@ class CsvLog:
         self.path = Path(path)
         self.rows: list[dict[str, Any]] = []
         if start_epoch and self.path.exists():
-            with open(self.path, newline='', encoding='utf-8') as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row['epoch']) < start_epoch]
+            self.rows = [row for row in read_rows(self.path) if int(row['epoch']) < start_epoch]
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row; a row of the same epoch is replaced."""

@@ -101,7 +101,7 @@ def evaluations(
     """
     options = options or RunOptions()
     opened = [run if isinstance(run, Opened) else open_trained(run, options) for run in runs]
-    folders = [Path(run.name).resolve() for run in opened]
+    folders = [run.folder.resolve() for run in opened]
     for run, folder in zip(opened, folders):
         if folders.count(folder) > 1:
             raise UserError(f'{run.name}: is given twice; a run has one part in a mean or an ensemble')
@@ -130,7 +130,7 @@ def evaluations(
 def open_images(run: Opened, options: RunOptions) -> Mixture:
     """The images that a run is evaluated on, with the labels that its class names give them."""
     args = run.args
-    spec, split = data_spec_from_args(args, args.recipe.get('data')), splits_from_args(args)[1]
+    spec, split = data_spec_from_args(args), splits_from_args(args)[1]
     if options.data_dir and len(spec.components) == 1:  # which may have named its folder itself
         spec = replace(spec, components=(replace(spec.components[0], root=options.data_dir),))
     if split == 'val' and options.split and options.split not in SPLIT_NAMES['val']:
@@ -198,7 +198,7 @@ def _evaluate(run: Opened, data: Mixture, blank: Evaluation, options: RunOptions
         _logger.warning(f'{run.name} does not name its classes: they are taken in the order of the folders.')
     record, log_probs, decisions = method_of(model).create_record(data.components), None, None
     if record is not None:  # to match components and branches as the run did
-        record.history = CsvLog(Path(run.name) / 'policy.csv', sys.maxsize).rows
+        record.history = CsvLog(run.folder / 'policy.csv', sys.maxsize).rows
     for batch in run.answers(model, data, options):
         if log_probs is None:
             log_probs = np.empty((len(data), batch.log_probs.shape[1]), dtype=np.float32)

@@ -8,7 +8,6 @@ regression on the features as they are is the best that the frozen network can d
 """
 import argparse
 import warnings
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from timm_amf.tuning import Resolved
 
 __all__ = ['held_out', 'logistic_regression', 'probe_features', 'start_head']
 
-# Inverse L2 penalties of the regression on standardised features.
+# Inverse L2 penalties of the regression on standardised features, increasing.
 C_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1., 10.)
 
 
@@ -111,8 +110,6 @@ def logistic_regression(
         features: np.ndarray,
         labels: np.ndarray,
         num_classes: int,
-        grid: Sequence[float] = C_GRID,
-        seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """A linear classifier: multinomial logistic regression on standardised features, its L2 penalty chosen on a quarter
     of the images (of each class) and then fitted to all of them.
@@ -121,8 +118,6 @@ def logistic_regression(
         features: (N, D).
         labels: (N,), below `num_classes`.
         num_classes: Classes; those without images get a classifier of zeros.
-        grid: Inverse penalties to choose from, increasing.
-        seed: Of the choice of the quarter.
 
     Returns:
         Weight (num_classes, D) and bias (num_classes,) for the features as they are, float32, and the inverse penalty.
@@ -136,12 +131,12 @@ def logistic_regression(
     mean, scale = features.mean(0), features.std(0)
     scale[scale == 0] = 1.
     kept = (features - mean) / scale
-    held = held_out(labels, 0.25, seed)
-    classes, best, accuracy, worse = np.unique(labels), grid[len(grid) // 2], -1., 0
+    held = held_out(labels, 0.25, seed=0)
+    classes, best, accuracy, worse = np.unique(labels), C_GRID[len(C_GRID) // 2], -1., 0
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # penalties so weak that the solver does not converge are not chosen
         model = LogisticRegression(warm_start=True, max_iter=300, tol=1e-3)
-        for c in grid if held.any() else ():  # of one image a class none can be held out
+        for c in C_GRID if held.any() else ():  # of one image a class none can be held out
             found = model.set_params(C=c).fit(kept[~held], labels[~held]).score(kept[held], labels[held])
             best, accuracy, worse = (c, found, 0) if found > accuracy else (best, accuracy, worse + 1)
             if worse == 3:  # beyond the best penalty, weaker ones only overfit more

@@ -8,8 +8,9 @@ What is published is known of the time when this version was released, without a
 """
 import argparse
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
+from typing import Any
 
 import timm
 import torch
@@ -18,7 +19,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from torch import nn
 
 from timm_amf.engine.config_file import list_recipes
-from timm_amf.engine.recipes import Recipe, describe_expected, read_recipe
+from timm_amf.engine.recipes import describe_expected, read_recipe
 from timm_amf.errors import UserError, nearest
 from timm_amf.models.method import method_of
 from timm_amf.models.tags import FINE_TUNED, OWNER
@@ -84,17 +85,17 @@ def _tag_rows(tags: Sequence[str], model: nn.Module, published: Published) -> It
             yield f'{tag} (default)', 'yes', ', '.join(dict.fromkeys(filter(None, sources)))
 
 
-def _known(recipes: Iterable[Recipe]) -> Published:
+def _known(cards: Iterable[Mapping[str, Any]]) -> Published:
     """What this version knows: its tags and its recipes say whether their repository is there."""
     there = {f'{OWNER}/{name}' for name, tuned in FINE_TUNED.items() if tuned.published}
-    there |= {recipe.repo_id for recipe in recipes if recipe.published}
+    there |= {card['repo_id'] for card in cards if card.get('published')}
     return lambda repo: 'yes' if repo in there else 'no'
 
 
 def _list(pattern: str, check: bool) -> str:
     names = [name for module in _MODULES for name in timm.list_models(module=module)]
-    recipes = [read_recipe(name) for name in list_recipes() if _matches(name, pattern)]
-    published = functools.cache(ask_hub) if check else _known(recipes)
+    recipes = {name: read_recipe(name) for name in list_recipes() if _matches(name, pattern)}
+    published = functools.cache(ask_hub) if check else _known(recipe['card'] for recipe in recipes.values())
     models, tags = [], []
     for name in names:
         meant = _tags(name, pattern)
@@ -113,8 +114,9 @@ def _list(pattern: str, check: bool) -> str:
         blocks.append(columns([('tag', 'published', 'weights'), *tags]))
     if recipes:
         rows = [(
-            recipe.name, published(recipe.repo_id) if recipe.repo_id else '-', recipe.card.get('paper', '-'),
-            describe_expected(recipe.expected) or '-') for recipe in recipes]
+            name, published(recipe['card']['repo_id']) if 'repo_id' in recipe['card'] else '-',
+            recipe['card'].get('paper', '-'), describe_expected(recipe['expected']) or '-')
+            for name, recipe in recipes.items()]
         blocks.append(columns([('recipe', 'published', 'paper', 'expected top-1, percent'), *rows]))
         blocks.append('timm-amf train --config RECIPE trains one; docs/recipes.md says more.')
     return '\n\n'.join(blocks)

@@ -1,14 +1,11 @@
 """Metrics of classification beyond the accuracy: from counts by class, and from the probabilities. All in percent."""
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 __all__ = ['bootstrap', 'class_metrics', 'expected_calibration_error', 'fit_temperature', 'mended_error', 'reliability']
 
-_BINS = 15
+_BINS, _REPLICATES = 15, 1000
 
 
 def class_metrics(support: NDArray, predicted: NDArray, hits: NDArray) -> tuple[NDArray, NDArray]:
@@ -29,13 +26,7 @@ def class_metrics(support: NDArray, predicted: NDArray, hits: NDArray) -> tuple[
         for part, whole in scores)
 
 
-def bootstrap(
-        targets: NDArray,
-        predicted: NDArray,
-        level: float = 0.95,
-        replicates: int = 1000,
-        seed: int = 0,
-) -> list[tuple[float, float]]:
+def bootstrap(targets: NDArray, predicted: NDArray, level: float = 0.95) -> list[tuple[float, float]]:
     """Percentile intervals of balanced accuracy and macro F1 over images drawn with replacement (Efron, 1979).
 
     Drawing N images is drawing how often each pair of class and prediction occurs, so the cost follows the number of
@@ -45,8 +36,6 @@ def bootstrap(
         targets: Class of each image, (N,).
         predicted: Predicted class of each, (N,).
         level: Confidence, between 0 and 1.
-        replicates: Draws.
-        seed: Of the draws.
 
     Returns:
         (lower, upper) of both.
@@ -54,31 +43,30 @@ def bootstrap(
     pairs, counts = np.unique(np.stack([targets, predicted]), axis=1, return_counts=True)
     names, (of, to) = np.unique(pairs, return_inverse=True)  # only classes that occur
     of, to = (np.eye(len(names))[index] for index in np.reshape((of, to), pairs.shape))
-    draws = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=replicates)
+    draws = np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), size=_REPLICATES)
     found = class_metrics(draws @ of, draws @ to, draws @ (of * to))
     tails = 50 * (1 - level), 50 * (1 + level)
     return [tuple(np.percentile(values, tails).tolist()) for values in found]
 
 
-def reliability(confidence: NDArray, hit: NDArray, bins: int = _BINS) -> dict[str, NDArray]:
-    """What a reliability diagram shows of bins of equal width: `images`, mean `confidence` and `accuracy` (0 to 1).
+def reliability(confidence: NDArray, hit: NDArray) -> dict[str, NDArray]:
+    """What a reliability diagram shows of 15 bins of equal width: `images`, mean `confidence` and `accuracy` (0 to 1).
 
     Args:
         confidence: Largest probability of each image, (N,).
         hit: Whether its class is the image's, (N,).
-        bins: Their number; a bin is without its lower limit.
     """
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    images, *sums = (np.bincount(index, values, bins) for values in (np.ones(len(index)), confidence, hit))
-    means = [np.divide(total, images, out=np.zeros(bins), where=images > 0) for total in sums]
+    index = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)  # a bin is without its lower limit
+    images, *sums = (np.bincount(index, values, _BINS) for values in (np.ones(len(index)), confidence, hit))
+    means = [np.divide(total, images, out=np.zeros(_BINS), where=images > 0) for total in sums]
     return dict(images=images, confidence=means[0], accuracy=means[1])
 
 
-def expected_calibration_error(confidence: NDArray, hit: NDArray, bins: int = _BINS) -> float:
+def expected_calibration_error(confidence: NDArray, hit: NDArray) -> float:
     """Mean distance of confidence and accuracy over the bins, by their images (Guo et al., "On calibration of modern
     neural networks", 2017, equation 3).
     """
-    found = reliability(confidence, hit, bins)
+    found = reliability(confidence, hit)
     return float(100 * found['images'] @ abs(found['accuracy'] - found['confidence']) / found['images'].sum())
 
 
@@ -102,13 +90,13 @@ def fit_temperature(log_probs: NDArray, targets: NDArray) -> float:
     return 10 ** -((low + high) / 2)
 
 
-def mended_error(log_probs: NDArray, targets: NDArray, fit: Callable[[Any, Any], float] = fit_temperature) -> float:
+def mended_error(log_probs: NDArray, targets: NDArray) -> float:
     """The calibration error that a temperature leaves on images that it was not fitted to: each half of the images
     (every second one) has the temperature of the other.
     """
     halves = [slice(i, None, 2) for i in (0, 1)]
     confidence = np.zeros(len(targets))
     for half, other in zip(halves, halves[::-1]):
-        scaled = torch.as_tensor(log_probs[half]) / fit(log_probs[other], targets[other])
+        scaled = torch.as_tensor(log_probs[half]) / fit_temperature(log_probs[other], targets[other])
         confidence[half] = scaled.softmax(1).amax(1)
     return expected_calibration_error(confidence, log_probs.argmax(1) == targets)

@@ -2,22 +2,25 @@
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from timm_amf.data import Mixture
+from timm_amf.data import Mixture, check_images, create_datasets, data_spec_from_args, splits_from_args
+from timm_amf.engine.build import input_channels
 from timm_amf.engine.checkpoint import read_class_names
 from timm_amf.engine.run_folder import choose_device, eval_loader, find_weights, load_run, read_run
 from timm_amf.errors import UserError
 from timm_amf.models.method import RunSettings, method_of
 from timm_amf.tuning import Plan
+from timm_amf.yaml_text import load_yaml
 
 __all__ = ['Answers', 'Opened', 'RunOptions', 'open_trained']
 
@@ -80,12 +83,33 @@ class Opened:
         load: Gives the model in evaluation mode, on the CPU, for a number of classes; None is that of the weights.
         class_names: Of its outputs; None where the weights do not say.
         plan: How it was fine-tuned, if that is known.
+        options: What the `args.yaml` of a run holds: how it was started, with pretrained weights, say.
     """
     name: str
     args: argparse.Namespace
     load: Callable[[Optional[int]], nn.Module]
     class_names: Optional[list[str]] = None
     plan: Optional[Plan] = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.name)
+
+    @cached_property
+    def data(self) -> tuple[Mixture, Mixture]:
+        """The training and the validation images of a run."""
+        args = self.args
+        data = create_datasets(
+            data_spec_from_args(args), splits_from_args(args), input_channels(args), self.class_names)
+        if args.skip_bad_images:  # an accuracy is of the images that the run could read
+            check_images(data[1], True, args.cache_dir, args.workers, False)
+        return data
+
+    @property
+    def names(self) -> list[str]:
+        """Its class names; of a run of an older version, which does not have them, those of its data."""
+        return self.class_names or self.data[0].class_names
 
     @torch.inference_mode()
     def answers(
@@ -147,4 +171,5 @@ def open_trained(run: Union[str, Path], options: RunOptions, needs_data: bool = 
         str(run), args,
         load=lambda num_classes: load_run(args, run, num_classes, options.weights),
         class_names=read_class_names(find_weights(run, options.weights)),
-        plan=Plan.from_yaml(Path(run) / 'plan.yaml'))
+        plan=Plan.from_yaml(Path(run) / 'plan.yaml'),
+        options=load_yaml(Path(run) / 'args.yaml'))

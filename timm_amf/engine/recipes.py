@@ -4,9 +4,7 @@ A recipe is a file for `--config` (`config_file`) with two sections more: `expec
 and `card`, what publishing and the list of models need to know. docs/recipes.md has all keys.
 """
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -15,7 +13,7 @@ from timm_amf.engine.config_file import SECTIONS, find_config
 from timm_amf.errors import UserError
 from timm_amf.yaml_text import load_yaml
 
-__all__ = ['PAPERS', 'Recipe', 'check_repo_id', 'describe_expected', 'read_recipe', 'split_metric']
+__all__ = ['PAPERS', 'check_repo_id', 'describe_expected', 'read_recipe', 'split_metric']
 
 # What `card: paper:` may name.
 PAPERS = {
@@ -27,42 +25,9 @@ PAPERS = {
 _METRICS = ('top1', 'top5', 'assignment_accuracy')
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A recipe.
-
-    Args:
-        name: Its name, for `--config`.
-        path: Its file.
-        flags: Flags of `train_amf.py`, as they are written.
-        data: Section `data`.
-        plan: Section `plan`.
-        expected: Section `expected`, empty where nobody has measured it.
-        card: Section `card`, empty where nothing is to be published.
-    """
-    name: str
-    path: Path
-    flags: dict[str, Any]
-    data: dict[str, Any]
-    plan: dict[str, Any]
-    expected: dict[str, Any]
-    card: dict[str, Any]
-
-    @property
-    def repo_id(self) -> Optional[str]:
-        return self.card.get('repo_id')
-
-    @property
-    def published(self) -> bool:
-        return self.card.get('published', False)
-
-
-def read_recipe(name: str) -> Recipe:
-    """Reads a recipe by its name or its path."""
-    path = find_config(name)
-    content = dict(load_yaml(path))
-    sections = {key: content.pop(key, {}) for key in SECTIONS}
-    return Recipe(path.stem, path, content, **sections)
+def read_recipe(name: str) -> dict[str, Any]:
+    """A recipe by its name or its path: its flags, and all sections, empty where it has none."""
+    return {**dict.fromkeys(SECTIONS, {}), **load_yaml(find_config(name))}
 
 
 def describe_expected(expected: Mapping[str, Any]) -> str:

@@ -3,10 +3,8 @@
 What the run began from (pretrained weights, a checkpoint, the file of its Plan) may be gone by now and is not needed.
 """
 import argparse
-import csv
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -18,32 +16,17 @@ from timm.data.loader import adapt_to_chs
 from torch import nn
 from torchvision.transforms import Compose, TenCrop
 
-from timm_amf.data import (
-    Mixture,
-    SeededLoader,
-    check_images,
-    create_datasets,
-    create_loader,
-    data_spec_from_args,
-    splits_from_args,
-)
-from timm_amf.engine.build import build_model, input_channels
-from timm_amf.engine.checkpoint import (
-    Checkpointer,
-    check_digests,
-    class_names,
-    load_weights,
-    read_class_names,
-    reading_weights,
-)
+from timm_amf.data import Mixture, SeededLoader, create_loader
+from timm_amf.engine.build import build_model
+from timm_amf.engine.checkpoint import Checkpointer, check_digests, load_weights, reading_weights
 from timm_amf.engine.options import parse_args
 from timm_amf.errors import UserError
-from timm_amf.tuning import Plan
+from timm_amf.text import read_rows
 from timm_amf.yaml_text import load_yaml
 
 __all__ = [
-    'WEIGHTS', 'OpenRun', 'best_epoch', 'choose_device', 'eval_loader', 'find_weights', 'is_run', 'load_run',
-    'open_run', 'read_run', 'settings_of', 'shown_as',
+    'WEIGHTS', 'best_epoch', 'best_row', 'choose_device', 'eval_loader', 'find_weights', 'is_run', 'load_run',
+    'read_run', 'settings_of', 'shown_as',
 ]
 
 # Of `args.yaml`: what no result follows from.
@@ -96,18 +79,22 @@ def settings_of(options: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str
     return {**flags, **plan, 'schedule': None, **plan.get('schedule', {})}
 
 
+def best_row(rows: Iterable[Mapping[str, str]], metric: str) -> Mapping[str, str]:
+    """Of rows of a `summary.csv` that of the best epoch by a metric, of equal ones the first, whose weights are kept;
+    empty where no epoch was evaluated.
+    """
+    column, sign = f'eval_{metric}', -1 if metric == 'loss' else 1
+    return max((row for row in rows if row.get(column)), key=lambda row: sign * float(row[column]), default={})
+
+
 def best_epoch(run: Union[str, Path]) -> dict[str, float]:
-    """The validation metrics of a run's best epoch, as its `--eval-metric` has it: of equals that of the least loss.
+    """The validation metrics of a run's best epoch, as its `--eval-metric` has it.
 
     Returns:
         The columns `eval_*` of its `summary.csv`, without that prefix.
     """
-    name = _options(run).get('eval_metric', 'top1')
-    with open(Path(run) / 'summary.csv', newline='', encoding='utf-8') as file:
-        rows = [
-            {column[5:]: float(value) for column, value in row.items() if column.startswith('eval_') and value}
-            for row in csv.DictReader(file) if row['eval_loss']]
-    return min(rows, key=lambda row: (row['loss'] if name == 'loss' else -row[name], row['loss']))
+    best = best_row(read_rows(Path(run) / 'summary.csv'), _options(run).get('eval_metric', 'top1'))
+    return {name[5:]: float(value) for name, value in best.items() if name.startswith('eval_') and value}
 
 
 def find_weights(run: Union[str, Path], weights: str = 'best') -> Path:
@@ -153,69 +140,6 @@ def _count_classes(args: argparse.Namespace, weights: Path) -> int:
                 if key in file.keys():  # noqa: SIM118  no dict
                     return file.get_slice(key).get_shape()[0]
     raise UserError(f'{weights}: has no classifier by which to tell the number of classes')
-
-
-@dataclass
-class OpenRun:
-    """A run rebuilt from its folder.
-
-    Attributes:
-        folder: The folder.
-        args: Its options, as `read_run` gives them.
-        options: What its `args.yaml` holds: how it was started, with pretrained weights, say.
-        plan: How it was fine-tuned.
-        model: With its weights, in evaluation mode, on the CPU.
-        data: Its training and its validation images; None where they are gone.
-        missing: Why they are gone.
-    """
-    folder: Path
-    args: argparse.Namespace
-    options: Mapping[str, Any]
-    plan: Plan
-    model: nn.Module
-    data: Optional[tuple[Mixture, Mixture]]
-    missing: str = ''
-
-    @property
-    def class_names(self) -> Optional[list[str]]:
-        """The names of the model's outputs; of an older run, which does not have them, those of its data."""
-        names = class_names(self.model)
-        return names or (self.data and self.data[0].class_names)
-
-
-def open_run(
-        run: Union[str, Path],
-        weights: str = 'best',
-        data_dir: Optional[str] = None,
-        need_data: bool = True,
-) -> OpenRun:
-    """Rebuilds a run.
-
-    Args:
-        run: Its folder.
-        weights: One of `WEIGHTS`.
-        data_dir: Folder of its data, where it is not that of the run.
-        need_data: Whether missing data are an error.
-    """
-    folder, options = Path(run), _options(run)
-    moved = options.get('data_dir')
-    there = need_data or data_dir or not moved or Path(moved).exists()
-    args = read_run(folder, ['--data-dir', data_dir] if data_dir else [], there)
-    data, missing = None, ''
-    channels = input_channels(args)
-    names = read_class_names(find_weights(folder, weights))
-    try:
-        if need_data or data_dir or not names:
-            spec = data_spec_from_args(args, args.recipe.get('data'))
-            data = create_datasets(spec, splits_from_args(args), channels, names)
-    except (UserError, OSError) as e:
-        if need_data or data_dir:
-            raise
-        missing = str(e)
-    if need_data and args.skip_bad_images:  # an accuracy is of the images that the run could read
-        check_images(data[1], True, args.cache_dir, args.workers, False)
-    model = load_run(args, folder, data[0].num_classes if need_data else None, weights)
-    return OpenRun(folder, args, options, Plan.from_yaml(folder / 'plan.yaml'), model, data, missing)
 
 
 def choose_device(cpu: bool = False) -> torch.device:

@@ -6,7 +6,6 @@ import argparse
 import json
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
 
@@ -27,26 +26,14 @@ from timm_amf.errors import UserError
 from timm_amf.files import replacing
 from timm_amf.yaml_text import load_yaml
 
-__all__ = ['Predictions', 'main', 'predict_run', 'write_results']
+__all__ = ['main', 'predict_run', 'write_results']
 
 
-@dataclass
-class Predictions:
-    """What one run says of the images of one domain, in the order of the annotation file.
-
-    Args:
-        domain: Name of the domain.
-        image_ids: The challenge's id of each image.
-        category_ids: The challenge's id of the class predicted for each.
-        accuracy: Top-1 in percent, None where the labels are not known.
-    """
-    domain: str
-    image_ids: list[int]
-    category_ids: list[int]
-    accuracy: Optional[float] = None
-
-
-def predict_run(run: Union[str, Path], split: str = 'test', options: Optional[RunOptions] = None) -> Predictions:
+def predict_run(
+        run: Union[str, Path],
+        split: str = 'test',
+        options: Optional[RunOptions] = None,
+) -> tuple[str, list[dict[str, int]], Optional[float]]:
     """Rebuild a run from its folder and predict a split of its domain, in float32 and without augmentation.
 
     Args:
@@ -54,18 +41,24 @@ def predict_run(run: Union[str, Path], split: str = 'test', options: Optional[Ru
         split: `test` or `val`.
         options: `weights` last is right for a run that trained on the validation split too; `data_dir` is the folder
             `decathlon-1.0`.
+
+    Returns:
+        The domain; what the challenge's file has of each image, in the order of the annotations; and top-1 in percent,
+        None where the labels are not known.
     """
     options = options or RunOptions()
     opened = open_trained(run, options)
     source = _open(opened.args, Path(run), options.data_dir, split)
     predicted = _predict(opened, source, options)
     accuracy = 100 * float((predicted == source.targets).mean()) if source.labelled else None
-    ids = [source.category_ids[i] for i in predicted.tolist()]
-    return Predictions(source.domain, source.image_ids, ids, accuracy)
+    rows = [
+        {'image_id': image, 'category_id': source.category_ids[i]}
+        for image, i in zip(source.image_ids, predicted.tolist(), strict=True)]
+    return source.domain, rows, accuracy
 
 
 def _open(args: argparse.Namespace, run: Path, data_dir: Optional[str], split: str) -> DecathlonSource:
-    components = data_spec_from_args(args, args.recipe.get('data')).components
+    components = data_spec_from_args(args).components
     prefix, _, domain = components[0].dataset.partition('/')
     if len(components) > 1 or prefix.lower() != 'decathlon':
         raise UserError(f'{run}: was trained on {", ".join(c.dataset or c.name for c in components)}, not on one '
@@ -81,7 +74,7 @@ def _predict(opened: Opened, source: DecathlonSource, options: RunOptions) -> np
     model = opened.load(classes)
     channels = resolve_data_config(vars(opened.args), model=model, verbose=False)['input_size'][0]
     data = Mixture(
-        [source.domain], source.classes, [0] * len(source.classes), [(0, source, np.arange(count), source.targets)],
+        [source.domain], source.classes, [(0, source, np.arange(count), source.targets)],
         input_img_mode='L' if channels == 1 else 'RGB')
     predicted = np.full(count, -1)
     for batch in opened.answers(model, data, options):
@@ -90,19 +83,8 @@ def _predict(opened: Opened, source: DecathlonSource, options: RunOptions) -> np
     return predicted
 
 
-def write_results(predictions: Sequence[Predictions], file: Union[str, Path]) -> int:
-    """Write the file that the server takes: JSON, or if the name ends so a ZIP archive that holds `results.json`.
-
-    Returns:
-        The number of predictions in it.
-    """
-    domains = [p.domain for p in predictions]
-    for domain in domains:
-        if domains.count(domain) > 1:
-            raise UserError(f'decathlon: two runs of {domain}; give one run a domain')
-    rows = [
-        {'image_id': image, 'category_id': category}
-        for p in predictions for image, category in zip(p.image_ids, p.category_ids, strict=True)]
+def write_results(rows: Sequence[Mapping[str, int]], file: Union[str, Path]) -> None:
+    """Write the file that the server takes: JSON, or if the name ends so a ZIP archive that holds `results.json`."""
     text = json.dumps(rows)
     with replacing(file, 'name another --out') as temporary:
         if Path(file).suffix.lower() == '.zip':
@@ -110,7 +92,6 @@ def write_results(predictions: Sequence[Predictions], file: Union[str, Path]) ->
                 archive.writestr('results.json', text)
         else:
             temporary.write_text(text, encoding='utf-8')
-    return len(rows)
 
 
 # ---- the command
@@ -154,18 +135,19 @@ def _without(domains: Collection[str]) -> str:
 
 
 def _submit(args: argparse.Namespace) -> None:
-    options, predictions = RunOptions(**{name: getattr(args, name) for name in (
-        'data_dir', 'weights', 'cpu', 'batch_size', 'workers')}), []
+    options, rows, accuracies = RunOptions(**{name: getattr(args, name) for name in (
+        'data_dir', 'weights', 'cpu', 'batch_size', 'workers')}), [], {}
     for run in args.runs:
-        one = predict_run(run, args.split, options)
-        known = '' if one.accuracy is None else f', top-1 {one.accuracy:.2f} %'
-        print(f'{one.domain}: {len(one.image_ids)} images{known}')
-        predictions.append(one)
-    count = write_results(predictions, args.out)
-    without = _without([p.domain for p in predictions])
-    print(f'{args.out}: {count} predictions of {len(predictions)} domains{without}')
-    if all(p.accuracy is not None for p in predictions):
-        print(_score_table({p.domain: p.accuracy for p in predictions}))
+        domain, found, accuracy = predict_run(run, args.split, options)
+        if domain in accuracies:
+            raise UserError(f'decathlon: two runs of {domain}; give one run a domain')
+        print(f'{domain}: {len(found)} images{"" if accuracy is None else f", top-1 {accuracy:.2f} %"}')
+        accuracies[domain] = accuracy
+        rows += found
+    write_results(rows, args.out)
+    print(f'{args.out}: {len(rows)} predictions of {len(accuracies)} domains{_without(accuracies)}')
+    if None not in accuracies.values():
+        print(_score_table(accuracies))
 
 
 def _stats(args: argparse.Namespace) -> None:

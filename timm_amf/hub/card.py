@@ -30,7 +30,7 @@ def build_card(
         datasets: Optional[Sequence[str]] = None,
 ) -> str:
     """The README of a published run, metadata first; the arguments are those of `publish`."""
-    run, model, method = what.run, what.model, method_of(what.run.model)
+    run, model, method = what.run, what.model, method_of(what.trained)
     bases = list(base_models) if base_models is not None else _base_models(what) or _of_recipe(what, 'base_model')
     datasets = list(datasets or _of_recipe(what, 'datasets') or _dataset_names(what))
     name = repo_id.split('/')[-1]
@@ -62,14 +62,14 @@ def build_card(
         model=model,
         method=method,
         sentence=_sentence(what),
-        named=model.num_classes == len(run.class_names),
+        named=model.num_classes == len(run.names),
         millions=sum(p.numel() for p in model.parameters()) / 1e6,
         plain=plain,
         module='timm_amf' if module.startswith('timm_amf.') else module,
         usage_note=method_of(model).usage_note(),
         expected=_expected(what),
         bases=bases,
-        plan=_plan_text(run.plan, run.model),
+        plan=_plan_text(run.plan, what.trained),
         papers=_papers(what),
     )
     # The template leaves blank lines where it leaves something out.
@@ -87,7 +87,7 @@ def _base_models(what: 'Publication') -> list[str]:
 
     A repository of the whole model, named as such or by a fine-tuned tag, is one; else each network has its own.
     """
-    options, model = what.run.options, what.run.model
+    options, model = what.run.options, what.trained
     if not options.get('pretrained') or options.get('pretrained_path') or options.get('initial_checkpoint'):
         return []
     whole = model.pretrained_cfg
@@ -127,9 +127,9 @@ def _eval_results(result: 'Result', datasets: Sequence[str], what: 'Publication'
 
 def _sentence(what: 'Publication') -> str:
     """What the model is."""
-    run, method = what.run, method_of(what.run.model)
+    run, method = what.run, method_of(what.trained)
     name = method.architectures()[0]
-    if what.model is not run.model:
+    if what.model is not what.trained:
         return (
             f'{name}, fine-tuned with SpotTune under a global policy (k = {run.plan.global_k}): the same blocks '
             'are tuned for all images, the others are as they were. What is left is a plain timm model.')
@@ -173,7 +173,7 @@ def _differing(values: Mapping[str, Any], default: Mapping[str, Any], kept: set[
 
 def _papers(what: 'Publication') -> set[str]:
     """Whose method the run is: the model's, the recipe's paper, and what the Plan does."""
-    method, named = method_of(what.run.model).method_name, {*_of_recipe(what, 'paper')} & {*PAPERS}
+    method, named = method_of(what.trained).method_name, {*_of_recipe(what, 'paper')} & {*PAPERS}
     roles = what.run.plan.roles.values()
     papers = named | {method} - {''}
     if method == 'multitune':

@@ -26,8 +26,9 @@ from safetensors import safe_open
 from timm.models import PretrainedCfg
 from torch import nn
 
+from timm_amf.engine.opened import RunOptions, open_trained
 from timm_amf.engine.recipes import check_repo_id
-from timm_amf.engine.run_folder import is_run, open_run
+from timm_amf.engine.run_folder import is_run
 from timm_amf.errors import UserError, user_errors
 from timm_amf.models.method import Method
 from timm_amf.tuning import Plan
@@ -117,9 +118,10 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs:
     cache_dir, commit, name = kwargs.pop('cache_dir', None), None, str(path_or_id)
     folder = Path(name.removeprefix('local-dir:')).expanduser()
     if is_run(folder) and not (folder / 'config.json').exists() and not kwargs and not revision:
-        run = open_run(folder, need_data=False)
-        run.model.provenance = Provenance(str(folder), None, run.args.model.partition('.')[0], run.plan)
-        return run.model
+        run = open_trained(folder, RunOptions(), needs_data=False)
+        model = run.load(None)
+        model.provenance = Provenance(str(folder), None, run.args.model.partition('.')[0], run.plan)
+        return model
     if isinstance(path_or_id, Path) or name.startswith(('local-dir:', '.', '/', '~')) or folder.is_dir():
         if revision:
             raise UserError(f'{folder}: is a folder, and has no revision {revision!r}; leave it out')

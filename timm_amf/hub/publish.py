@@ -8,7 +8,6 @@ The token is that of the Hub's own client (`hf auth login`, or HF_TOKEN); it is 
 """
 import argparse
 import contextlib
-import csv
 import json
 import math
 import re
@@ -29,12 +28,14 @@ from torch import nn
 from timm_amf.data import data_spec_from_args, splits_from_args
 from timm_amf.engine.checkpoint import Checkpointer, read_state
 from timm_amf.engine.intervals import wilson_interval
+from timm_amf.engine.opened import Opened, RunOptions, open_trained
 from timm_amf.engine.recipes import check_repo_id
-from timm_amf.engine.run_folder import OpenRun, open_run, shown_as
+from timm_amf.engine.run_folder import best_row, shown_as
 from timm_amf.errors import UserError
 from timm_amf.hub.card import build_card
 from timm_amf.hub.load import WEIGHTS, connection, load, portable_args
 from timm_amf.models.method import method_of
+from timm_amf.text import read_rows
 from timm_amf.version import __version__
 
 __all__ = ['Publication', 'Result', 'check_flags', 'main', 'publish', 'publish_finished']
@@ -83,15 +84,17 @@ class Publication:
     """A run as it is published.
 
     Attributes:
-        run: The run, with its data.
-        model: The model that is published: the run's, or what its fixed path leaves.
+        run: The run.
+        trained: Its model.
+        model: The model that is published: that, or what its fixed path leaves.
         results: What it came to.
         best: Row of `summary.csv` of the best epoch; empty where no epoch was evaluated.
     """
-    run: OpenRun
+    run: Opened
+    trained: nn.Module
     model: nn.Module
     results: list[Result]
-    best: dict[str, str]
+    best: Mapping[str, str]
 
     @property
     def epoch(self) -> Optional[int]:
@@ -100,11 +103,11 @@ class Publication:
 
     @property
     def spec(self):
-        return data_spec_from_args(self.run.args, self.run.args.recipe.get('data'))
+        return data_spec_from_args(self.run.args)
 
     @cached_property
     def data_config(self) -> dict[str, Any]:
-        return shown_as(self.run.args, self.run.model)
+        return shown_as(self.run.args, self.trained)
 
     @property
     def components(self) -> list[dict[str, Any]]:
@@ -256,14 +259,14 @@ def prepare(
         results: Union[str, Path, None] = None,
 ) -> Publication:
     """Opens a run to publish it; the arguments are those of `publish`."""
-    opened = open_run(run, data_dir=data_dir)
+    opened = open_trained(run, RunOptions(data_dir=data_dir))
     checkpoint = Checkpointer(opened.folder).found()
-    trained = checkpoint and read_state(checkpoint)['identity'].get('samples')
-    if trained not in (None, len(opened.data[0])):
+    images = checkpoint and read_state(checkpoint)['identity'].get('samples')
+    if images not in (None, len(opened.data[0])):
         raise UserError(
-            f'{run}: was trained on {trained} images, and its data have {len(opened.data[0])} by now, so that its card '
+            f'{run}: was trained on {images} images, and its data have {len(opened.data[0])} by now, so that its card '
             f'would be false; name the same data with --data-dir')
-    model = opened.model
+    model = trained = opened.load(opened.data[0].num_classes)
     if compact:
         path = method_of(model).fixed_path(opened.plan.global_k)
         if path is None or opened.plan.global_k is None:
@@ -271,18 +274,16 @@ def prepare(
         model = model.compact(path).eval()
     best, own = _own_results(opened)
     evaluated = [] if results is None else _evaluated(Path(results), opened.folder.resolve().name)
-    return Publication(opened, model, [*evaluated, *own], best)
+    return Publication(opened, trained, model, [*evaluated, *own], best)
 
 
-def _own_results(run: OpenRun) -> tuple[dict[str, str], list[Result]]:
+def _own_results(run: Opened) -> tuple[Mapping[str, str], list[Result]]:
     """The best epoch of `summary.csv`, by the metric of the run, and its accuracies."""
-    metric, path = f'eval_{run.args.eval_metric}', run.folder / 'summary.csv'
-    every = _rows(path) if path.exists() else []
-    rows = [row for row in every if row.get(metric)]
-    if not rows:
+    path = run.folder / 'summary.csv'
+    every = read_rows(path) if path.exists() else []
+    best = best_row(every, run.args.eval_metric)
+    if not best:
         return {}, []
-    sign = -1 if run.args.eval_metric == 'loss' else 1
-    best = max(rows, key=lambda row: sign * float(row[metric]))  # of equal ones the first, as the run
     how = f'one crop, after epoch {int(best["epoch"]) + 1} of {len(every)}, the best on it'
     val, split = run.data[1], splits_from_args(run.args)[1]
     results = []
@@ -296,16 +297,11 @@ def _own_results(run: OpenRun) -> tuple[dict[str, str], list[Result]]:
     return best, results
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
-
-
 def _evaluated(path: Path, run: str) -> list[Result]:
     """The rows of a file of `timm-amf evaluate --results-file` that are of a run, and those of all runs together."""
     results = []
     try:
-        for row in _rows(path):
+        for row in read_rows(path):
             together = row['run'] if row['run'].startswith(('mean of ', 'ensemble of ')) else ''
             if together or Path(row['run']).name == run:
                 how = 'ten crops' if row['crops'] == '10' else 'one crop'
@@ -353,13 +349,13 @@ def _config(what: Publication, license: str) -> dict[str, Any]:
     """What `save_for_hf` writes of the model into `config.json`."""
     run, model = what.run, what.model
     args = get_model_args(model)
-    if model is not run.model:
-        args = {**args, **run.model.compact_args()}
+    if model is not what.trained:
+        args = {**args, **what.trained.compact_args()}
     # A head with more outputs than the data have classes has names for the first ones alone.
-    names = {'label_names': run.class_names} if model.num_classes == len(run.class_names) else {}
+    names = {'label_names': run.names} if model.num_classes == len(run.names) else {}
     own = dict(
         version=__version__,
-        trained=get_arch_name(run.model.pretrained_cfg['architecture']),
+        trained=get_arch_name(what.trained.pretrained_cfg['architecture']),
         data=what.components,
         splits=list(splits_from_args(run.args)),
         epoch=what.epoch,
@@ -379,7 +375,7 @@ def _dump(path: Path, content: Mapping) -> None:
     path.write_text(text, encoding='utf-8')
 
 
-def _public_args(run: OpenRun) -> dict[str, Any]:
+def _public_args(run: Opened) -> dict[str, Any]:
     """The options of the run without folders, secrets and what is of the occasion; `--config` takes them."""
     content = {k: _without_folders(v) for k, v in run.options.items() if k not in _PRIVATE}
     content['plan'] = run.plan.to_dict()  # also where the run had it from a file

@@ -65,7 +65,7 @@ class Prediction:
 def predict(
         source: Source,
         paths: Union[str, Path, Iterable[Union[str, Path]]],
-        topk: int = 5,
+        topk: int = 1,
         options: Optional[RunOptions] = None,
         progress: bool = False,
 ) -> Iterator[Prediction]:
@@ -114,11 +114,11 @@ def _predictions(
         options: RunOptions,
         progress: bool,
 ) -> Iterator[Prediction]:
-    spec = data_spec_from_args(opened.args, opened.args.recipe.get('data'))
+    spec = data_spec_from_args(opened.args)
     mode = spec.input_img_mode or {1: 'L', 4: 'RGBA'}.get(input_channels(opened.args), 'RGB')
     targets = np.zeros(len(files), dtype=np.int64)
     source = FileSource(['image'], targets, files)
-    data = Mixture(['images'], ['image'], [0], [(0, source, np.arange(len(files)), targets)], mode)
+    data = Mixture(['images'], ['image'], [(0, source, np.arange(len(files)), targets)], mode)
     record, label = method_of(model).create_record(data.components), _label(opened, model)
     decided = [] if record is None else record.image_names
     for batch in opened.answers(model, data, options, skip_bad=True, progress=progress):

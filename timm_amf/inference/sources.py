@@ -1,5 +1,6 @@
 """What `evaluate` and `predict` ask: the folder of a run, a published model, an exported ONNX file."""
 import argparse
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from timm_amf.engine.checkpoint import class_names
 from timm_amf.engine.opened import Opened, RunOptions, open_trained
 from timm_amf.engine.options import parse_args
 from timm_amf.engine.run import check_kind
-from timm_amf.engine.run_folder import choose_device, is_run, open_run
+from timm_amf.engine.run_folder import choose_device, is_run
 from timm_amf.errors import UserError
 from timm_amf.hub.load import load
 from timm_amf.parsers import IMAGE_ROWS
@@ -38,9 +39,9 @@ def open_model(source: Source, options: RunOptions, needs_data: bool = True) -> 
         check_kind(path, 'run', f'name one of its runs, or see timm-amf report {path}')
     if is_run(path) and not (path / 'config.json').is_file():
         opened = open_trained(path, options, needs_data)
-        if opened.class_names is None and not needs_data:  # of an older version: its data have the names
-            names = open_run(path, options.weights, need_data=False).class_names
-            opened = replace(opened, class_names=names and list(names))
+        if not needs_data:
+            with contextlib.suppress(UserError, OSError):  # the data of a run of an older version may be gone
+                opened = replace(opened, class_names=opened.names)
         return opened
     if options.weights != 'best':
         raise UserError(f'--weights {options.weights}: {source} is no run, with one set of weights; leave it out')

@@ -1,6 +1,5 @@
 """What a report says: charts and tables from the files of runs, and from one evaluation of each."""
 import argparse
-import csv
 import math
 import re
 import shlex
@@ -27,6 +26,7 @@ from timm_amf.models.method import method_of
 from timm_amf.search.charts import search_charts, sweep_charts
 from timm_amf.search.results import SearchResults, ranking, summary
 from timm_amf.search.sweep_results import HOW, Sweep
+from timm_amf.text import read_rows
 from timm_amf.tuning import Plan, describe_depths, param_groups
 from timm_amf.tuning.resolve import resolve
 from timm_amf.yaml_text import load_yaml
@@ -98,7 +98,7 @@ def _environment(folder: Path) -> dict[str, Any]:
 def _columns(path: Path, needed: Sequence[str]) -> dict[str, list[float]]:
     if not path.is_file():
         return {}
-    rows = _rows(path)
+    rows = read_rows(path)
     for name in needed:
         if not rows or name not in rows[0]:
             raise UserError(f'{path}: has no column {name!r}' if rows else f'{path}: has no rows; train the run on')
@@ -107,11 +107,6 @@ def _columns(path: Path, needed: Sequence[str]) -> dict[str, list[float]]:
         return {name: [float(row[name] or 'nan') + (name == 'epoch') for row in rows] for name in rows[0]}
     except (TypeError, ValueError) as e:
         raise UserError(f'{path}: is damaged ({e})') from None
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
 
 
 # -- from the files ---------------------------------------------------------------------------------------------------
@@ -195,7 +190,7 @@ def setting(told: Told, model: Optional[nn.Module], name: str = '', config: str 
             'Weights mixed, on the validation images',
             ('share of the fine-tuned weights', str(told.options.get('eval_metric')), 'loss', ''),
             [(ends.get(row['share'], row['share']), f'{float(row["metric"]):.2f}', f'{float(row["loss"]):.4f}',
-              'kept' * (row['kept'] == 'True')) for row in _rows(told.folder / 'mix.csv')]))
+              'kept' * (row['kept'] == 'True')) for row in read_rows(told.folder / 'mix.csv')]))
     return Section(f'How it was fine-tuned{name and f": {name}"}', parts)
 
 
@@ -445,7 +440,7 @@ def sweep_sections(folder: Path) -> list[Section]:
         tested = [
             Row(row.pop('run'), row.pop('component'), int(row.pop('images')),
                 **{name: float(value) if value else None for name, value in row.items()})
-            for row in _rows(folder / 'test.csv')]
+            for row in read_rows(folder / 'test.csv')]
         sections.append(Section('Test images', [
             'The runs of the best configuration, evaluated once.', results_of(tested)]))
     run = found.runs(found.best)[0]

@@ -12,7 +12,6 @@ component by itself, with a schedule of their own, from the start that `timm-amf
 It takes the flags of train_amf.py, so the advice is for the run that these name.
 """
 import argparse
-import csv
 import functools
 import os
 import sys
@@ -28,7 +27,7 @@ from scipy.stats import rankdata
 
 from timm_amf.data import DataSpec, Mixture, create_dataset, data_spec_from_args
 from timm_amf.engine import build
-from timm_amf.engine.options import parse_args, resolve_lr
+from timm_amf.engine.options import parse_args
 from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.files import replacing
 from timm_amf.search.features import FeatureNet, Features, extract_features
@@ -49,9 +48,9 @@ from timm_amf.search.proposal import (
     without_advised,
 )
 from timm_amf.search.transferability import LABELS, RANKING, Measures, class_means, measure
-from timm_amf.text import columns
+from timm_amf.text import columns, read_rows
 from timm_amf.tuning import Plan, Schedule, plan_from_args
-from timm_amf.tuning.plan_args import common_plan
+from timm_amf.tuning.plan_args import common_plan, resolve_lr
 
 __all__ = ['Advice', 'ComponentAdvice', 'advise', 'main']
 
@@ -160,16 +159,16 @@ def _advise(own: argparse.Namespace, runs: Sequence[argparse.Namespace], progres
     data = build.build_data(runs[0], accelerator)
     found = {}
     for args in runs:
-        target, done, advices = read_target(args, data[0].num_classes), {}, []
-        for plain, blocks in zip(target.networks, target.blocks.values()):
+        (_, sizes, networks), done, advices = read_target(args, data[0].num_classes), {}, []
+        for plain, blocks in zip(networks, sizes.values()):
             key = repr((plain.model, plain.model_kwargs, plain.pretrained_cfg_overlay, plain.pretrained_path))
             if key not in done:  # equal networks are measured once
                 done[key] = _measure_network(plain, blocks, own, data, accelerator, progress and not args.no_progress)
             advices.append(done[key])
-        found[args.model] = args, target, advices
-    ranking = _rank([(name, advices[0]) for name, (*_, advices) in found.items()]) if len(runs) > 1 else []
+        found[args.model] = args, advices
+    ranking = _rank([(name, advices[0]) for name, (_, advices) in found.items()]) if len(runs) > 1 else []
     best = found[ranking[0][0] if ranking else runs[0].model]
-    every = [c for *_, advices in found.values() for network in advices for c in network]
+    every = [c for _, advices in found.values() for network in advices for c in network]
     components = list({(c.network, c.name): c for c in every}.values())
     return Advice(*propose(*best, data[0].num_classes, own.policy), components, ranking)
 
@@ -193,7 +192,7 @@ def _measure_network(
         spec = DataSpec.from_mapping({'path': own.source_dir, 'name': 'source'})
         images = features(create_dataset(spec, 'train', in_chans=build.input_channels(args)), 'source')
         source = class_means(images.pooled, images.labels)
-    spec = data_spec_from_args(args, args.recipe.get('data'))
+    spec = data_spec_from_args(args)
     advices = []
     for index, name in enumerate(data[0].components):
         single = replace(spec, components=(spec.components[index],))
@@ -290,8 +289,7 @@ def _short_training(
             run(args=options, quiet=True)
         except Interrupted as e:
             raise Interrupted(e.signum, 'interrupted') from e
-        with open(Path(scratch, 'pilot', 'summary.csv'), newline='', encoding='utf-8') as file:
-            last = list(csv.DictReader(file))[-1]
+        last = read_rows(Path(scratch, 'pilot', 'summary.csv'))[-1]
     return {name: float(last[column]) for name, column in (
         ('top1', 'eval_top1'), ('loss', 'eval_loss'), ('train_loss', 'train_loss'))}
 

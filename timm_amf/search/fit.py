@@ -13,7 +13,6 @@ what was tried.
 """
 import argparse
 import contextlib
-import csv
 import io
 import json
 import math
@@ -41,7 +40,7 @@ from timm_amf.engine.run_folder import best_epoch
 from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.files import write_text
 from timm_amf.flags import words_of
-from timm_amf.text import csv_text
+from timm_amf.text import csv_text, read_rows
 from timm_amf.tuning import Plan
 from timm_amf.tuning.plan_args import common_plan
 
@@ -195,8 +194,7 @@ def fit_words(words: Sequence[str]) -> Fit:
             progress.write()
     tried.metric = best_epoch(folder)[args.eval_metric]
     floor = read_state(folder / 'last')['start'][args.eval_metric]
-    with open(folder / 'mix.csv', newline='', encoding='utf-8') as file:
-        kept = next(float(row['metric']) for row in csv.DictReader(file) if row['kept'] == 'True')
+    kept = next(float(row['metric']) for row in read_rows(folder / 'mix.csv') if row['kept'] == 'True')
     result = Fit(folder, floor, kept, tried, progress.candidates)
     result.write(folder / 'fit.csv')
     shutil.rmtree(progress.folder)
@@ -291,7 +289,7 @@ def _choose(candidates: Sequence[Candidate], args: argparse.Namespace) -> Candid
 
 
 def _images(args: argparse.Namespace, split: str) -> Mixture:
-    return create_dataset(data_spec_from_args(args, args.recipe.get('data')), split, input_channels(args))
+    return create_dataset(data_spec_from_args(args), split, input_channels(args))
 
 
 def complete(words: Sequence[str], data: Optional[Mapping] = None) -> list[str]:

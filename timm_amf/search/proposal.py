@@ -27,7 +27,7 @@ from timm_amf.tuning import Plan, add_plan_args, plan_from_args
 from timm_amf.tuning.roles import model_roles, role_blocks
 
 __all__ = [
-    'PAPER', 'PAPER_BLOCKS', 'RELIABILITY', 'RULES', 'Decision', 'PaperSet', 'Target', 'Vote', 'body_settings',
+    'PAPER', 'PAPER_BLOCKS', 'RELIABILITY', 'RULES', 'Decision', 'PaperSet', 'Vote', 'body_settings',
     'config_text', 'decide', 'is_sgd', 'plan_flags', 'propose', 'read_target', 'sureness', 'with_defaults',
     'without_advised',
 ]
@@ -191,26 +191,19 @@ def body_settings(decision: Decision, blocks: int) -> dict[str, Any]:
 
 # -- The networks that are asked about.
 
-@dataclass
-class Target:
-    """The model that is to be fine-tuned.
-
-    Attributes:
-        roles: Its roles.
-        blocks: Number of blocks of those that start from pretrained weights: `backbone`, or `branch.0`, `branch.1`, ...
-        networks: Options that name the plain network of each of these, with its pretrained weights.
-    """
-    roles: list[str]
-    blocks: dict[str, int]
-    networks: list[argparse.Namespace]
-
-
-def read_target(args: argparse.Namespace, num_classes: int) -> Target:
+def read_target(
+        args: argparse.Namespace,
+        num_classes: int,
+) -> tuple[list[str], dict[str, int], list[argparse.Namespace]]:
     """What the options' model is made of, without its weights.
 
     Args:
         args: Options of `train_amf.py`.
         num_classes: Classes of the data.
+
+    Returns:
+        Its roles; the number of blocks of each that starts from pretrained weights (`backbone`, or `branch.0`, ...);
+        and for each of these options that name its plain network.
     """
     bare = copy.copy(args)
     bare.pretrained, bare.initial_checkpoint = False, ''
@@ -219,7 +212,7 @@ def read_target(args: argparse.Namespace, num_classes: int) -> Target:
     roles = list(model_roles(model))
     blocks = {r: len(role_blocks(model, r)) for r in roles if r == 'backbone' or r.startswith('branch.')}
     if 'backbone' in blocks:
-        return Target(roles, blocks, [args])
+        return roles, blocks, [args]
     if not is_model_in_modules(args.model.split('.')[0], ['amf']):
         raise UserError(
             f'--model {args.model}: advice is for plain models, AMF and MultiTune; ask about its backbone by name, and '
@@ -228,7 +221,7 @@ def read_target(args: argparse.Namespace, num_classes: int) -> Target:
         raise UserError(
             f'--model {args.model}: advice is about the weights that the branches start from; name a file of these in '
             f'backbone_kwargs, not a checkpoint of the whole')
-    return Target(roles, blocks, [_of_part(args, part) for part in model.backbone_parts])
+    return roles, blocks, [_of_part(args, part) for part in model.backbone_parts]
 
 
 def _of_part(args: argparse.Namespace, part: Part) -> argparse.Namespace:
@@ -255,7 +248,6 @@ _NOT_WRITTEN = (
 
 def propose(
         args: argparse.Namespace,
-        target: Target,
         advices: Sequence[Sequence[Any]],
         num_classes: int,
         policy: Optional[str] = None,
@@ -264,8 +256,7 @@ def propose(
 
     Args:
         args: Options of `train_amf.py`.
-        target: Its model.
-        advices: For each network of the target, the `ComponentAdvice` for each component.
+        advices: For each network of its model, the `ComponentAdvice` for each component.
         num_classes: Classes of the data.
         policy: Policy network of a proposed AMF; `none` for MultiTune, None for a small one.
 
@@ -273,14 +264,14 @@ def propose(
         The model, the Plan, the text of the YAML file, what is left open (in sentences), and for each body of the model
         the advice that it follows.
     """
-    args, notes = copy.deepcopy(args), []
+    (roles, blocks, _), args, notes = read_target(args, num_classes), copy.deepcopy(args), []
     followed = [_spread(of_network, i, len(advices)) for i, of_network in enumerate(advices)]
-    if 'backbone' in target.blocks and len({c.decision.suited for c in advices[0]}) == 2:
+    if 'backbone' in blocks and len({c.decision.suited for c in advices[0]}) == 2:
         notes += _become_composite(args, policy)
-        target = read_target(args, num_classes)
+        roles, blocks, _ = read_target(args, num_classes)
         followed = [max((c for c in advices[0] if c.decision.suited == side), key=_sure) for side in (True, False)]
-    followed = dict(zip(target.blocks, followed))
-    plan, more = _build_plan(args, target, followed)
+    followed = dict(zip(blocks, followed))
+    plan, more = _build_plan(args, roles, followed)
     header = ['# By `timm-amf advise`, from Table 7 of Plested et al., "Rethinking binary hyperparameters".', *(
         f'# {role}: {c.name} under {c.network}; the weights are {"" if c.decision.suited else "not "}well suited, like '
         f'{c.decision.like}' for role, c in followed.items())]
@@ -332,16 +323,16 @@ def _become_composite(args: argparse.Namespace, policy: Optional[str]) -> list[s
     return notes
 
 
-def _build_plan(args: argparse.Namespace, target: Target, followed: dict[str, Any]) -> tuple[Plan, list[str]]:
+def _build_plan(args: argparse.Namespace, roles: Sequence[str], followed: dict[str, Any]) -> tuple[Plan, list[str]]:
     notes = []
     lr = max(advice.lr for advice in followed.values())
-    plan = plan_from_args(without_advised(args), target.roles, lr)
+    plan = plan_from_args(without_advised(args), roles, lr)
     for role, advice in followed.items():
         plan = plan.with_role(role, lr=advice.lr, **advice.settings)
-    if 'head' in target.roles:
-        decay = {plan.role(r).weight_decay for r in target.blocks}
+    if 'head' in roles:
+        decay = {plan.role(r).weight_decay for r in followed}
         plan = plan.with_role('head', lr=lr, **({'weight_decay': decay.pop()} if len(decay) == 1 else {}))
-    if 'policy' in target.roles and is_sgd(plan.opt):
+    if 'policy' in roles and is_sgd(plan.opt):
         short = plan.epochs < _SHORT
         plan = plan.with_role('policy', lr=_POLICY_LR_SHORT if short else _POLICY_LR)
         if short:

@@ -50,9 +50,9 @@ class CandidateResult:
     epochs: int
     curve: tuple[tuple[int, float, float], ...] = ()
 
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Wilson's interval of the accuracy, in percent: what other images of the same kind could have given."""
-        low, high = wilson_interval(self.top1 / 100 * self.images, self.images, level)
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the accuracy, in percent: what other images of the same kind could have given."""
+        low, high = wilson_interval(self.top1 / 100 * self.images, self.images)
         return 100 * low, 100 * high
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,12 +208,8 @@ def write_csv(results: SearchResults, path: Union[str, Path]) -> None:
     write_text(path, csv_text(rows))
 
 
-def difference_interval(
-        first: CandidateResult,
-        second: CandidateResult,
-        level: float = 0.95,
-) -> tuple[float, float]:
-    """Interval of the accuracy of the first less that of the second, in percentage points.
+def difference_interval(first: CandidateResult, second: CandidateResult) -> tuple[float, float]:
+    """95 % interval of the accuracy of the first less that of the second, in percentage points.
 
     Which images each of them got right is not kept, so they count as two independent shares (Newcombe, "Interval
     estimation for the difference between independent proportions", 1998, method 10), though the images are the same:
@@ -222,9 +218,8 @@ def difference_interval(
     Args:
         first: A candidate or baseline.
         second: Another.
-        level: Confidence, between 0 and 1.
     """
-    (low1, high1), (low2, high2) = first.interval(level), second.interval(level)
+    (low1, high1), (low2, high2) = first.interval(), second.interval()
     difference = first.top1 - second.top1
     return (
         difference - math.hypot(first.top1 - low1, high2 - second.top1),

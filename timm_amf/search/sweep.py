@@ -128,7 +128,7 @@ class _Worker:
             split = splits_from_args(args)[1]
             if split == chooses:
                 raise UserError(f'--test-split {self.test_split}: the sweep chooses by it; give another')
-            create_dataset(data_spec_from_args(args, args.recipe.get('data')), split, input_channels(args))
+            create_dataset(data_spec_from_args(args), split, input_channels(args))
 
     def run(self) -> Sweep:
         study, told = self._open_study(), False

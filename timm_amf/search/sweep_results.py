@@ -1,6 +1,5 @@
 """What a sweep found: its configurations, ranked, with paired tests against the best, and the files that say so."""
 import argparse
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from timm_amf.engine.intervals import holm, mean_interval, paired_p
 from timm_amf.errors import UserError
 from timm_amf.files import write_text
 from timm_amf.search.proposal import config_text
-from timm_amf.text import columns, csv_of
+from timm_amf.text import columns, csv_of, read_rows
 from timm_amf.tuning import Plan
 from timm_amf.yaml_text import load_yaml
 
@@ -156,8 +155,7 @@ class Sweep:
             if not (folder / name).is_file():
                 raise UserError(
                     f'{folder / name}: is missing; the sweep has not ended: wait, or give its command again')
-            with open(folder / name, newline='', encoding='utf-8') as file:
-                tables.append(list(csv.DictReader(file)))
+            tables.append(read_rows(folder / name))
         try:
             rows, runs = tables
             keys = list(rows[0])[1:list(rows[0]).index('seeds')]

@@ -82,54 +82,47 @@ def fixed_feature_accuracy(
     return 100 * float((predicted == eval_labels).mean())
 
 
-def fisher_score(features: np.ndarray, labels: np.ndarray, shrinkage: Optional[float] = None) -> float:
+def fisher_score(features: np.ndarray, labels: np.ndarray) -> float:
     """Class-normalised Fisher score Tr(Sw^-1 Sb) / K (Plested et al., section 4.1, after Fukunaga, chapter 10).
 
     Sw = sum_k P_k cov_k is the covariance within classes and Sb = sum_k P_k (m_k - m)(m_k - m)^T that between them.
     With fewer images than features Sw has no inverse, and long before that its inverse is mostly noise, so it is
-    shrunk: (1 - a) Sw + a Tr(Sw)/D I. The paper does not say what it did.
+    shrunk: (1 - a) Sw + a Tr(Sw)/D I, a as Ledoit and Wolf (2004) estimate it, which tends to 0 with many images. The
+    paper does not say what it did.
 
     Args:
         features: (N, D).
         labels: (N,), of K classes.
-        shrinkage: a in [0, 1]. None: estimated (Ledoit and Wolf, 2004), which tends to 0 with many images. With 0 it is
-            the formula alone, with the pseudo-inverse.
     """
     features, labels = check_features(features, labels)
     means, shares = class_means(features, labels)
     within = features - means[labels]
     if not np.any(np.abs(within) > 1e-12 * np.abs(features).max()):
         raise UserError('the images of each class have equal features: nothing to compare the classes\' distance with')
-    ratio, _ = _trace_of_ratio(within, means - shares @ means, shares, shrinkage)
+    ratio, _ = _trace_of_ratio(within, means - shares @ means, shares)
     return ratio / len(means)
 
 
-def h_score(features: np.ndarray, labels: np.ndarray, shrinkage: Optional[float] = None) -> float:
+def h_score(features: np.ndarray, labels: np.ndarray) -> float:
     """H-score Tr(cov(f)^-1 cov(E[f | y])) (Bao et al. 2019).
 
-    With shrinkage a it is that of Ibrahim et al. 2022 ("Newer is not always better"): cov(f) is shrunk and
+    It is that of Ibrahim et al. 2022 ("Newer is not always better"): cov(f) is shrunk as in `fisher_score`, and
     cov(E[f | y]) is multiplied by 1 - a.
 
     Args:
         features: (N, D).
         labels: (N,).
-        shrinkage: As for `fisher_score`.
     """
     features, labels = check_features(features, labels)
     means, shares = class_means(features, labels)
     centre = features.mean(axis=0)
-    ratio, a = _trace_of_ratio(features - centre, means - centre, shares, shrinkage)
+    ratio, a = _trace_of_ratio(features - centre, means - centre, shares)
     return (1 - a) * ratio
 
 
-def _trace_of_ratio(
-        rows: np.ndarray,
-        means: np.ndarray,
-        shares: np.ndarray,
-        shrinkage: Optional[float],
-) -> tuple[float, float]:
+def _trace_of_ratio(rows: np.ndarray, means: np.ndarray, shares: np.ndarray) -> tuple[float, float]:
     """Tr(S^-1 B) of the shrunk covariance S of centred rows (N, D) and that of class means, B; and the shrinkage."""
-    a = float(ledoit_wolf_shrinkage(rows, assume_centered=True)) if shrinkage is None else shrinkage
+    a = float(ledoit_wolf_shrinkage(rows, assume_centered=True))
     inverse = linalg.pinvh(shrunk_covariance(rows.T @ rows / len(rows), a))
     return float(np.einsum('kd,de,ke,k->', means, inverse, means, shares, optimize=True)), a
 

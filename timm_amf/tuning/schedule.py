@@ -133,7 +133,7 @@ class GroupScheduler:
             if key not in self._shapes:
                 # The group's own, since the model may have a say in it (`role_defaults`).
                 own = group.get('schedule')
-                schedule = plan.role_schedule(group['role']) if own is None else plan.complete_schedule(own)
+                schedule = plan.complete_schedule(plan.role(group['role']).schedule if own is None else own)
                 self._shapes[key] = _Shape(schedule, group['start_epoch'], plan, updates_per_epoch, plateau_mode)
         self._lrs = [group.get('initial_lr', group['lr']) for group in optimizer.param_groups]
         self.total_epochs = max(shape.total_epochs for shape in self._shapes.values()) if plan.epochs else 0
