@@ -206,7 +206,7 @@ _BATCH = 101
 
 @contextmanager
 def _watch(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[list[str], dict[str, str]]]:
-    """Watches one forward pass, and gives what is known when it has ended.
+    """Watch one forward pass, and give what is known when it has ended.
 
     Those of some modules that take and give one tensor once a pass, in order; and the others, each with the reason.
     """
