@@ -313,7 +313,7 @@ def probe_part(part: Part, input_size: tuple[int, int, int]) -> Probe:
     key = part.key, tuple(input_size)
     if key not in _probes:
         # Some constructors draw numbers even on meta: a cached probe must not change what a seed gives.
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
             _probes[key] = _probe(part, tuple(input_size))
     return _probes[key]
 
