@@ -20,9 +20,11 @@ def setting(default=dataclasses.MISSING, help: str = '', **metadata):
         help: What it sets.
         metadata: `low`, `high` and `above` limit its numbers; `choices` lists its values. Of a Plan: `flag` is its flag
             where that has another name than the field, with other spellings after it, or '' where it has none; `policy`
-            says that the policy has a flag of its own for it; `nargs` is the number of values of its flag.
+            says that the policy has a flag of its own for it; `nargs` is the number of values of its flag; `otherwise`
+            is what None means for a role where the Plan has no common value.
     """
-    metadata.update(help=help)
+    default_in_words = f' (default: {str(metadata["otherwise"]).lower()})' if 'otherwise' in metadata else ''
+    metadata.update(help=help + default_in_words)
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     if isinstance(default, (list, dict)):

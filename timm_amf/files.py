@@ -94,7 +94,7 @@ def whole_folder(
 
 @contextlib.contextmanager
 def writing(what: Union[str, Path], remedy: str) -> Iterator[None]:
-    """Makes a `UserError` that names the file or folder of what the system says of it."""
+    """Make a `UserError` that names the file or folder of what the system says of it."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as e:

@@ -170,7 +170,7 @@ def read_value(parser: argparse.ArgumentParser, action: argparse.Action, value: 
 
 
 def _with_tuples(value: Any) -> Any:
-    """Reads strings such as '(2, 2)' as tuples: YAML has none, and some constructors insist on them."""
+    """Read strings such as '(2, 2)' as tuples: YAML has none, and some constructors insist on them."""
     if isinstance(value, Mapping):
         return {key: _with_tuples(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -120,7 +120,7 @@ class Opened:
             skip_bad: bool = False,
             progress: bool = True,
     ) -> Iterator[Answers]:
-        """Goes through images once, in order, as the run evaluates; with `skip_bad` also where one cannot be read."""
+        """Go through images once, in order, as the run evaluates; with `skip_bad` also where one cannot be read."""
         args, method = self.args, method_of(model)
         asked = bool(options.blocks) or options.sampling_seed is not None
         if asked and 'eval_blocks' not in method.takes:

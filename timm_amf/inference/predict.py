@@ -167,7 +167,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _write(found: Iterator[Prediction], format: str, out: TextIO) -> tuple[int, int]:
-    """Writes each prediction as it comes; gives the number of images, and of those that could not be read."""
+    """Write each prediction as it comes; give the number of images, and of those that could not be read."""
     images, bad, writer = 0, 0, None
     for prediction in found:
         row = _row(prediction)

@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> Path:
 
 
 def check_installed() -> None:
-    """Refuses before any work where the extra is not installed."""
+    """Refuse before any work where the extra is not installed."""
     try:
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
@@ -70,7 +70,7 @@ def report(
         options: Optional[RunOptions] = None,
         evaluate: bool = True,
 ) -> Path:
-    """Writes a page about runs.
+    """Write a page about runs.
 
     Args:
         runs: Their folders; or one folder of a search or of a sweep.

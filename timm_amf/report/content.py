@@ -79,7 +79,7 @@ class Told:
 
 
 def read_told(folder: Path) -> Told:
-    """Reads the files of a run."""
+    """Read the files of a run."""
     for name in ('plan.yaml', 'summary.csv'):
         if not (folder / name).is_file():
             raise UserError(f'{folder / name}: is missing; the run has no finished epoch, or is of an older version')

@@ -332,8 +332,7 @@ def sweep(
     Returns:
         What was found: `best`, `plan`, `config`, `configurations`; `print` shows the table.
     """
-    words = [str(data_dir)] if data_dir is not None else []
-    words += words_of(build_parser(), {'model': model, **options})
+    words = words_of(build_parser(), {'data_dir': data_dir, 'model': model, **options})
     return _sweep(words, grid or {}, space or {}, seeds, trials, pruner, storage, test_split)
 
 

@@ -82,32 +82,32 @@ class RolePlan(Named):
     weight_decay: Optional[float] = setting(
         None, "weight decay; none on biases, norms and what the model excludes (default: the Plan's)", low=0, flag='')
     low_blocks: Optional[int] = setting(
-        None, 'the first N blocks, counted from the input and including the stem, train slower (default: 0)', low=0)
-    low_lr_scale: Optional[float] = setting(None, 'factor of the LR of the low blocks (default: 0.4)', low=0)
+        None, 'the first N blocks, counted from the input and including the stem, train slower', low=0, otherwise=0)
+    low_lr_scale: Optional[float] = setting(None, 'factor of the LR of the low blocks', low=0, otherwise=0.4)
     layer_decay: Optional[float] = setting(
         None, "factor of the LR for each step of depth, as timm's (default: the Plan's)", low=0, high=1, flag='')
     train: Optional[Union[str, list[Union[int, str]]]] = setting(
         None, 'all, none, random, or a list of blocks (names, indices, stem, tail) and layers (names of modules or '
-        'parameters); the rest is frozen, batch-norm statistics included (default: all)', flag='')
+        'parameters); the rest is frozen, batch-norm statistics included', flag='', otherwise='all')
     train_share: Optional[float] = setting(
         None, 'share of the blocks that train: random draws, rounded, at least one; the stem is frozen, what lies '
-        'after the last block trains (default: 0.5)', above=0, high=1)
-    train_seed: Optional[int] = setting(None, 'what the draw of train: random follows from (default: 0)', low=0)
+        'after the last block trains', above=0, high=1, otherwise=0.5)
+    train_seed: Optional[int] = setting(None, 'what the draw of train: random follows from', low=0, otherwise=0)
     reinit_blocks: Optional[int] = setting(
-        None, 'the last N blocks, and what lies after them, start with new weights (default: 0)', low=0)
+        None, 'the last N blocks, and what lies after them, start with new weights', low=0, otherwise=0)
     l2sp_alpha: Optional[float] = setting(
         None, 'weight decay towards the starting point instead of zero (L2-SP): the gradient is alpha * (w - w_0); '
         '0 is none', low=0)
     l2sp_blocks: Optional[Union[int, str]] = setting(
         None, 'L2-SP on the first N transferred blocks only, weight decay on the rest (default: all)', low=0)
     l2sp_1d: Optional[bool] = setting(
-        None, 'pull what weight decay spares, too: biases and norms (default: false)', flag='')
+        None, 'pull what weight decay spares, too: biases and norms', flag='', otherwise=False)
     lora_rank: Optional[int] = setting(
         None, 'train adapters of this rank beside the weights of linear layers and convolutions, and nothing else of '
         'the role (LoRA, by peft; default: none)', low=1)
     start_epoch: Optional[int] = setting(
-        None, 'epoch at which the role starts to train; frozen until then, and its schedule counts from there '
-        '(default: 0)', low=0, flag='', policy=True)
+        None, 'epoch at which the role starts to train; frozen until then, and its schedule counts from there', low=0,
+        flag='', policy=True, otherwise=0)
     freeze_bn: Optional[bool] = setting(
         None, 'batch norms stay fixed though the role trains (default: false)', flag='')
     schedule: Optional[dict[str, Any]] = setting(None, "what differs from the Plan's schedule", flag='')
@@ -129,13 +129,6 @@ class RolePlan(Named):
         if other.schedule is not None:
             theirs['schedule'] = {**(self.schedule or {}), **other.schedule}
         return dataclasses.replace(self, **theirs)
-
-
-# What a role does when neither it nor the Plan says otherwise.
-_ROLE_DEFAULTS = dict(
-    low_blocks=0, low_lr_scale=0.4, train='all', train_share=0.5, train_seed=0, reinit_blocks=0, l2sp_1d=False,
-    start_epoch=0, freeze_bn=False, schedule={},
-)
 
 
 @dataclass
@@ -195,7 +188,8 @@ class Plan(Named):
         """
         merged = RolePlan(
             lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay,
-            **copy.deepcopy({**_ROLE_DEFAULTS, 'freeze_bn': self.norms == 'frozen'}))
+            freeze_bn=self.norms == 'frozen', schedule={},
+            **{f.name: f.metadata['otherwise'] for f in dataclasses.fields(RolePlan) if 'otherwise' in f.metadata})
         keys = tuple(dict.fromkeys((name.split('.')[0], name)))
         for settings in (defaults or {}, self.roles):
             for key in keys:
