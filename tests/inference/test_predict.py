@@ -70,7 +70,7 @@ def test_decisions_against_a_loop(runs, folders):
         resize = transforms.Resize(int(32 / cfg['crop_pct']), transforms.InterpolationMode(cfg['interpolation']))
         last = transforms.Compose([transforms.ToTensor(), transforms.Normalize(cfg['mean'], cfg['std'])])
         paths = files(folders)[:4]
-        found = list(timm_amf.predict(runs[kind], paths, options=RunOptions(cpu=True, ten_crop=ten_crop)))
+        found = list(timm_amf.predict(runs[kind], paths, 5, RunOptions(cpu=True, ten_crop=ten_crop)))
         for path, got in zip(paths, found, strict=True):
             x = torch.stack([last(c) for c in crop(resize(Image.open(path).convert('RGB')))])
             with torch.no_grad():
@@ -206,7 +206,7 @@ def test_a_model_without_names(tmp_path, folders):
     torch.manual_seed(0)
     found, = timm_amf.predict(timm.create_model('test_resnet'), files(folders)[0], 1, CPU)
     assert len(found.labels[0]) > 2 and not found.labels[0].isdigit()
-    found, = timm_amf.predict(timm.create_model('test_resnet', num_classes=3), files(folders)[0], options=CPU)
+    found, = timm_amf.predict(timm.create_model('test_resnet', num_classes=3), files(folders)[0], 5, CPU)
     assert sorted(found.labels) == ['0', '1', '2']
 
 
