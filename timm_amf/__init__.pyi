@@ -19,11 +19,11 @@ from .search.sweep import sweep as sweep
 from .tuning.freeze import apply_freeze as apply_freeze
 from .tuning.l2sp import L2SP as L2SP
 from .tuning.optim import create_optimizer as create_optimizer
-from .tuning.optim import param_groups as param_groups
 from .tuning.plan import Plan as Plan
 from .tuning.plan import RolePlan as RolePlan
 from .tuning.plan import Schedule as Schedule
 from .tuning.reinit import reinit as reinit
+from .tuning.resolve import param_groups as param_groups
 from .tuning.resolve import resolve as resolve
 from .tuning.roles import model_roles as model_roles
 from .tuning.schedule import GroupScheduler as GroupScheduler
