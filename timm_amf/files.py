@@ -79,7 +79,7 @@ def whole_folder(
         temporary.mkdir()
         try:
             yield temporary
-            for file in temporary.iterdir():
+            for file in filter(Path.is_file, temporary.rglob('*')):
                 _sync(file)
             _sync_folder(temporary)
             try:

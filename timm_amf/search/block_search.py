@@ -32,7 +32,7 @@ from timm_amf.data import Mixture
 from timm_amf.engine import build
 from timm_amf.engine.head import start_head
 from timm_amf.engine.options import parse_args, resolve_lr, save_args
-from timm_amf.engine.run import claim_folder, environment
+from timm_amf.engine.run import claim_folder, write_environment
 from timm_amf.errors import UserError
 from timm_amf.files import write_text
 from timm_amf.flags import words_of
@@ -311,8 +311,7 @@ class Search:
             (self.folder / 'state').mkdir(parents=True, exist_ok=True)
             write_text(path, identity)
             save_args(args, self.folder / 'args.yaml')
-            about = environment(self.accelerator.num_processes, self.accelerator.device)
-            write_text(self.folder / 'environment.yaml', yaml.safe_dump(about, sort_keys=False))
+            write_environment(self.folder, self.accelerator)
         self.accelerator.wait_for_everyone()
 
     def _finish(self, results: SearchResults, plan: Plan) -> BlockSearch:
