@@ -21,7 +21,6 @@ from timm.utils import dispatch_clip_grad
 from torch import nn
 
 from timm_amf.engine import build
-from timm_amf.engine.csv_log import CsvLog
 from timm_amf.engine.evaluate import Tally, reduce_tensors
 from timm_amf.engine.loop import Trainer
 from timm_amf.engine.memory import saved_bytes
@@ -41,6 +40,7 @@ from timm_amf.search.lockstep import (
     create_member,
 )
 from timm_amf.search.results import CandidateResult
+from timm_amf.text import CsvLog
 from timm_amf.tuning import GroupScheduler, Plan
 from timm_amf.tuning.optim import optimizer_of, param_groups
 from timm_amf.tuning.resolve import resolve
