@@ -25,7 +25,7 @@ from timm_amf.engine.loop import Trainer
 from timm_amf.errors import UserError
 from timm_amf.parsers import PARSERS
 from timm_amf.search import block_search, training
-from timm_amf.search.candidates import Candidate, block_candidates, candidate_parameters
+from timm_amf.search.candidates import Candidate, Traced, candidate_parameters
 from timm_amf.search.results import SearchResults
 
 # At which candidates differ after a few steps.
@@ -198,7 +198,7 @@ def test_best_runs_unchanged(name, search, monkeypatch, weights):
     run = folder.parent / 'run'
     trained, start = load_file(run / 'model_best.safetensors'), load_file(weights)
     model = timm.create_model('test_resnet', num_classes=3)
-    found = [c for c in block_candidates(model, (3, 32, 32)) if c.name == name]
+    found = [c for c in Traced(model, (3, 32, 32)).blocks() if c.name == name]
     tuned = {n for c in found for n in candidate_parameters(model, c)} | {'fc.weight', 'fc.bias'}
     changed = {n for n, _ in model.named_parameters() if n.startswith('fc') or not torch.equal(trained[n], start[n])}
     assert changed == tuned
