@@ -25,7 +25,7 @@ from timm_amf.engine import build
 from timm_amf.engine.checkpoint import set_class_names
 from timm_amf.engine.head import start_head
 from timm_amf.engine.loop import Trainer
-from timm_amf.engine.options import parse_args, resolve_lr, save_args
+from timm_amf.engine.options import parse_args, save_args
 from timm_amf.engine.run import claim_folder, find_resume, prepare_folder, write_environment
 from timm_amf.engine.task import AdaptiveTask, create_criterion
 from timm_amf.engine.wise import mix_with_start, prepare_mix
@@ -33,6 +33,7 @@ from timm_amf.errors import UserError, run_command
 from timm_amf.models.method import RunSettings, method_of
 from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args
 from timm_amf.tuning.lora import add_lora, merge_lora
+from timm_amf.tuning.plan_args import resolve_lr
 from timm_amf.tuning.resolve import resolve
 
 

@@ -1,5 +1,6 @@
 """The commands as functions: the same results as the command, typed, with a user's mistakes as `UserError`."""
 import csv
+import inspect
 import json
 import re
 import sys
@@ -14,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent / 'engine'))
 from conftest_engine import clean, folders, reset_accelerate  # noqa: E402, F401  fixtures
 
 import timm_amf  # noqa: E402
+from timm_amf import api  # noqa: E402
 from timm_amf.cli import main  # noqa: E402
 from timm_amf.engine.run_folder import best_epoch  # noqa: E402
+from timm_amf.parsers import PARSERS  # noqa: E402
 
 OPTIONS = dict(
     model='test_resnet', img_size=32, batch_size=8, epochs=2, lr=0.05, warmup_epochs=0, workers=0, cpu=True,
@@ -105,6 +108,13 @@ def test_search_takes_the_order_of_the_others(monkeypatch):
     monkeypatch.setattr('timm_amf.search.block_search.search_blocks', lambda *a, **k: asked.append((a, k)))
     timm_amf.search('DIR', 'resnet18', ways='layer', epochs=3)
     assert asked == [(('resnet18', 'DIR', None, 'layer'), dict(epochs=3))]
+
+
+@pytest.mark.parametrize('name', ['evaluate', 'predict', 'report', 'export'])
+def test_defaults_are_those_of_the_command(name):
+    flags = {action.dest: action for action in PARSERS[name]()._actions if action.option_strings}
+    named = {p.name: p.default for p in inspect.signature(getattr(api, name)).parameters.values() if p.name in flags}
+    assert named == {dest: flags[dest].default for dest in named} and not any(flags[dest].required for dest in named)
 
 
 @pytest.mark.parametrize('name', ['search', 'report', 'export'])

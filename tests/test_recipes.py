@@ -8,8 +8,9 @@ import torch
 
 from timm_amf.data import data_spec_from_args
 from timm_amf.engine.config_file import list_recipes
-from timm_amf.engine.options import parse_args, resolve_lr
+from timm_amf.engine.options import parse_args
 from timm_amf.tuning import GroupScheduler, create_optimizer, model_roles, plan_from_args
+from timm_amf.tuning.plan_args import resolve_lr
 from timm_amf.tuning.resolve import resolve
 
 

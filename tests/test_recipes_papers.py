@@ -12,10 +12,11 @@ from test_recipes import meta_model
 
 from timm_amf.cli import main
 from timm_amf.engine.config_file import list_recipes
-from timm_amf.engine.options import parse_args, resolve_lr
+from timm_amf.engine.options import parse_args
 from timm_amf.engine.recipes import read_recipe
 from timm_amf.search.candidates import Traced
 from timm_amf.tuning import model_roles, plan_from_args
+from timm_amf.tuning.plan_args import resolve_lr
 from timm_amf.tuning.resolve import resolve
 
 sys.path.insert(0, str(Path(__file__).parent / 'engine'))

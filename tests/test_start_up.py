@@ -33,7 +33,7 @@ import sys
 sys.argv[0] = 'bin/timm-amf'
 from timm_amf import cli
 for command in cli._COMMANDS:
-    needed = {'export': ['--format', 'onnx'], 'publish': ['--repo-id', 'a/b']}.get(command, [])
+    needed = {'publish': ['--repo-id', 'a/b']}.get(command, [])
     words = ['score', 'dtd=50'] if command == 'decathlon' else ['.', '.', *needed]
     try:
         cli.main([command, '--help'])
@@ -50,7 +50,15 @@ def test_no_command_imports_torch_for_its_help_or_a_mistyped_flag():
     said = result.stderr.splitlines()
     assert [line.partition(':')[0] for line in said] == [f'timm-amf {command}' for command in _COMMANDS]
     assert all('unknown flag --hepl, did you mean --help?' in line for line in said), said
-    assert all(f'usage: timm-amf {command} ' in result.stdout for command in _COMMANDS if command != 'train')
+    assert all(f'usage: timm-amf {command} ' in result.stdout for command in _COMMANDS)
+
+
+def test_as_a_module_it_is_the_command():
+    words = [sys.executable, '-X', 'importtime', '-m', 'timm_amf', 'fit', '--help']
+    result = subprocess.run(words, capture_output=True, text=True, env=ENV)
+    assert '[--pretrained-path FILE] [--img-size N] [--epochs N] [--batch-size N] [--output DIR]' in result.stdout
+    imported = {line.rpartition('|')[2].strip() for line in result.stderr.splitlines()}
+    assert 'timm_amf.parsers' in imported and not {'torch', 'timm', 'numpy'} & imported
 
 
 @pytest.mark.parametrize('words, code, text', [

@@ -14,7 +14,8 @@ from .version import __version__
 
 # What Apple's GPUs cannot do, the CPU does; torch says so in a line, and reads this when it is imported.
 os.environ.setdefault('PYTORCH_ENABLE_MPS_FALLBACK', '1')
-if Path(*sys.argv[:1]).stem != 'timm-amf':  # the command imports them, and torch, when its arguments make sense
+# The command, also as `python -m timm_amf`, imports them, and torch, when its arguments make sense.
+if Path(*sys.argv[:1]).stem not in ('timm-amf', '-m'):
     from . import models  # noqa: F401  registers the models
 
 # The public API: name -> module that holds it.
@@ -26,7 +27,7 @@ _PUBLIC = {
     'lr_scheduler': 'tuning.schedule',
     'apply_freeze': 'tuning.freeze',
     'create_optimizer': 'tuning.optim',
-    'param_groups': 'tuning.optim',
+    'param_groups': 'tuning.resolve',
     'model_roles': 'tuning.roles',
     'resolve': 'tuning.resolve',
     'reinit': 'tuning.reinit',

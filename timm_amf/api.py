@@ -117,7 +117,7 @@ def evaluate(runs: Paths, ensemble: bool = False, **options: Any) -> list[Row]:
 def predict(
         source: Union[str, Path, nn.Module],
         paths: Paths,
-        topk: int = 5,
+        topk: int = 1,
         options: Optional[RunOptions] = None,
         progress: bool = False,
         **flags: Any,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, Optional
 
 __all__ = [
-    'TOKEN', 'CommandParser', 'Diverged', 'Interrupted', 'UserError', 'nearest', 'run_command', 'user_errors']
+    'TOKEN', 'CommandParser', 'Diverged', 'Interrupted', 'UserError', 'misfit', 'nearest', 'run_command', 'user_errors']
 
 # Exceptions that are no defect of this package, by module and name, since importing their modules takes seconds.
 _EXPECTED = {
@@ -46,6 +46,11 @@ _EXTRAS = {
     'onnxruntime': 'export', 'onnxscript': 'export', 'skimage': 'demo', 'peft': 'lora',
     'tensorboard': 'tensorboard', 'optuna': 'sweep', 'datasets': 'data', 'pyarrow': 'data',
 }
+# What other programs call flags of timm's.
+_SYNONYMS = {
+    'learning_rate': 'lr', 'num_epochs': 'epochs', 'batchsize': 'batch_size', 'arch': 'model', 'wd': 'weight_decay',
+    'image_size': 'img_size', 'checkpoint': 'initial_checkpoint',
+}
 # A token of the Hub's, which nothing that is written or printed may show.
 TOKEN = re.compile(r'\bhf_\w{8,}')
 
@@ -72,8 +77,23 @@ class Interrupted(Exception):
 
 def nearest(word: str, choices: Iterable[str], otherwise: str = '') -> str:
     """', did you mean ...?' with the closest of the choices, or `otherwise` where none is close."""
-    close = difflib.get_close_matches(word, list(choices), n=1)
-    return f', did you mean {close[0]}?' if close else otherwise
+    # Of two flags the dashes are alike, whatever they are called.
+    spelled = {choice.lstrip('-').replace('-', '_'): choice for choice in choices}
+    known = {**{other: spelled[name] for other, name in _SYNONYMS.items() if name in spelled}, **spelled}
+    close = difflib.get_close_matches(word.lstrip('-').replace('-', '_'), known, n=1)
+    return f', did you mean {known[close[0]]}?' if close else otherwise
+
+
+def misfit(error: Exception) -> str:
+    """What PyTorch says in many lines of weights that are not those of a model, in one; empty of other errors."""
+    text = str(error) if 'loading state_dict' in str(error) else ''
+    shapes = re.findall(r'size mismatch for (\S+): .*?Size\((.*?)\).*?Size\((.*?)\)', text)
+    found = {
+        'the file lacks': re.findall('"(.+?)"', ''.join(re.findall('Missing key.*', text))),
+        'the model lacks': re.findall('"(.+?)"', ''.join(re.findall('Unexpected key.*', text))),
+        'of another shape:': [f'{name} ({has}, not {needs})' for name, has, needs in shapes]}
+    differ = '; '.join(f'{what} {len(names)}, such as {names[0]}' for what, names in found.items() if names)
+    return differ and f'its tensors are not those of the model: {differ}'
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -201,7 +221,7 @@ def _explain(error: BaseException) -> Optional[str]:
         if package in _EXTRAS:
             return f"this needs {package}; pip install 'timm_amf[{_EXTRAS[package]}]'"
     if isinstance(error, (RuntimeError, ValueError)) and _MISFITS.search(str(error)):
-        return str(error)
+        return misfit(error) or str(error)
     return None
 
 

@@ -39,9 +39,11 @@ def parse(command: str, words: Sequence[str]) -> argparse.Namespace:
 
 
 def _beside_train(command: str, usage: str, description: str, epilog: str = '') -> CommandParser:
+    most = '[--pretrained-path FILE] [--img-size N] [--epochs N] [--batch-size N] [--output DIR] [--experiment NAME]'
     return CommandParser(
-        prog=f'timm-amf {command}', allow_abbrev=False, usage=f'%(prog)s {usage} [flags of train]',
-        description=description, epilog=f'{epilog} timm-amf train --help shows the flags of train.'.strip())
+        prog=f'timm-amf {command}', allow_abbrev=False, description=description,
+        usage=f'%(prog)s {usage}\n       {most}\n       [flags of train]',
+        epilog=f'{epilog} timm-amf train --help shows the flags of train.'.strip())
 
 
 def _fit() -> CommandParser:
@@ -218,7 +220,8 @@ def _export() -> CommandParser:
     )
     add = parser.add_argument
     add('run', metavar='RUN', help='folder of a run (args.yaml), or a published one (config.json, model.safetensors)')
-    add('--format', required=True, choices=('onnx', 'pt2', 'safetensors'), help='onnx needs timm_amf[export]')
+    add('--format', default='onnx', choices=('onnx', 'pt2', 'safetensors'),
+        help='default: %(default)s, which needs timm_amf[export]')
     add('--int8', action='store_true', help='also an ONNX file of 8 bits, and the accuracy that it costs on validation')
     add('--output', metavar='FILE', help='default: exported.onnx, .pt2 or .safetensors in RUN')
     add('--overwrite', action='store_true', help='replace a file that is there')

@@ -13,11 +13,12 @@ import pytest
 import yaml
 
 from timm_amf.engine import config_file
-from timm_amf.engine.options import build_parser, parse_args, resolve_lr, resolve_trackers, save_args
+from timm_amf.engine.options import build_parser, parse_args, resolve_trackers, save_args
 from timm_amf.engine.timm_flags import REFUSED, REFUSED_VALUES, REPLACED, why_refused
 from timm_amf.errors import UserError
 from timm_amf.flags import KeyValues, words_of
 from timm_amf.tuning import Plan, Schedule, plan_args, plan_from_args
+from timm_amf.tuning.plan_args import resolve_lr
 
 # The parser of timm's train.py as it was read in August 2026: names | default | type and number of values.
 TIMM_PARSER = """
@@ -254,7 +255,7 @@ def effective_defaults(parser):
         for field, _, dest in plan_args._flags(cls):
             values[dest] = getattr(cls(), field.name)
     rules = dict(warmup_epochs=5, lr_base=0.1, lr_base_size=256, lr_base_scale='', warmup_lr=1e-5, min_lr=0.)
-    return values | rules | dict(model='resnet50', checkpoint_hist=10)
+    return values | rules | dict(model='resnet50', batch_size=128, checkpoint_hist=10)
 
 
 # timm's flags
@@ -465,6 +466,7 @@ def test_sections_of_a_recipe(recipe, folder):
     ('reprob: 2', 'reprob: must be between 0 and 1, not 2'),
     ('mean: {a: 1}', 'mean: must be float'),
     ('epohcs: 3', 'epohcs: unknown key, did you mean epochs?'),
+    ('learning-rate: 3', 'learning_rate: unknown key, did you mean lr?'),
     ('seed:', 'seed: has no value'),
     ('experiment: 007', 'experiment: must be text, not 7; put it in quotes'),
     ('amp: 1', 'amp: must be true or false, not 1'),
@@ -554,6 +556,7 @@ def test_saved_options_load_to_an_equal_namespace(tmp_path, folder, recipe, word
         save_args(args, tmp_path / 'args.yaml')
         again = parse_args(['--config', str(tmp_path / 'args.yaml')])
         again.config = args.config
+        args.explicit |= {'batch_size'}  # written by whatever it was chosen
         assert vars(again) == vars(args)
         assert all(type(value) is type(getattr(args, name)) for name, value in vars(again).items())
     changed = parse_args(['--config', str(tmp_path / 'args.yaml'), '--seed', '1'])
@@ -600,6 +603,10 @@ def test_saved_options_hold_no_secrets(tmp_path, folder, recipe):
 @pytest.mark.parametrize('line, message', [
     ('--epocs 3', 'unknown flag --epocs, did you mean --epochs?'),
     ('--zzzzzz', 'unknown flag --zzzzzz; --help lists them'),
+    ('--learning-rate 3', 'unknown flag --learning-rate, did you mean --lr?'),
+    ('--lerning_rate 3', 'unknown flag --lerning_rate, did you mean --lr?'),
+    ('--num-epoch 3', 'unknown flag --num-epoch, did you mean --epochs?'),
+    ('--min-rl 3', 'unknown flag --min-rl, did you mean --min-lr?'),
     ('extra', "unexpected argument 'extra'"),
     ('--epochs ten', "--epochs: invalid int value: 'ten'"),
     ('--epochs', '--epochs: expected one argument'),

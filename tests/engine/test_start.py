@@ -110,7 +110,15 @@ def test_a_checkpoint_of_another_architecture(run, weights):
     with pytest.raises(UserError) as error:
         run('bad', '--l2sp-alpha', '0.1', '--initial-checkpoint', str(weights), '--model', 'test_vit', base=BASE)
     assert "cannot load the weights of 'test_vit'" in str(error.value) and str(weights) in str(error.value)
-    assert '\n' not in str(error.value)
+    own, others = timm.create_model('test_vit').state_dict(), load_file(weights)
+    assert f'the file lacks {len(own.keys() - others.keys())}, such as cls_token; ' in str(error.value)
+    assert f'the model lacks {len(others.keys() - own.keys())}, such as ' in str(error.value)
+    assert '\n' not in str(error.value) and '--pretrained-path' not in str(error.value)
+
+
+def test_a_checkpoint_of_other_classes(run, weights):
+    with pytest.raises(UserError, match=r'another shape: 2, such as \S+ \(.*--pretrained-path adapts a classifier'):
+        run('bad', '--initial-checkpoint', str(weights), base=[*BASE, '--num-classes', '9'])
 
 
 def test_resuming_with_a_plan_that_decays_elsewhere(run, weights):

@@ -3,18 +3,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / 'tests' / 'engine'))
 
 from conftest_engine import folders, reset_accelerate  # noqa: E402, F401
 
 import train_amf  # noqa: E402
-from timm_amf.errors import UserError  # noqa: E402
-
-# What the Hub's client raises, and one line of ours where a connection broke.
-HUB_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, UserError)
 
 COMMON = [
     '--img-size', '32', '-b', '8', '--workers', '0', '--lr', '0.05', '--warmup-epochs', '0', '--cpu', '--tracker',

@@ -2,12 +2,12 @@
 import shutil
 
 import pytest
-from hub_runs import HUB_ERRORS
 from loopback import TOKEN
 from safetensors.torch import load, load_file, save_file
 
 import timm_amf
 from timm_amf.cli import main
+from timm_amf.errors import UserError
 
 REPO = 'org/birds'
 DROP, FAILS, FORBIDDEN = dict(drop=True), dict(status=500), dict(status=403)
@@ -33,7 +33,7 @@ def test_the_old_revision_stays_whole_and_the_next_try_succeeds(client, hub, run
     hub.put(REPO, {'model.safetensors': b'old', 'README.md': b'old'}, large=['model.safetensors'])
     before, messages = hub.files(REPO), hub.messages(REPO)
     hub.fault(method, path, **fault)
-    with pytest.raises(HUB_ERRORS) as error:
+    with pytest.raises(UserError) as error:
         publish(run)
     assert TOKEN not in str(error.value)
     assert hub.files(REPO) == before and hub.messages(REPO) == messages
@@ -60,6 +60,6 @@ def test_the_command_says_it_in_one_line(client, hub, runs, capsys, method, path
 
 def test_a_repository_that_may_not_be_made(client, hub, runs):
     hub.fault('POST', '/repos/create', **FORBIDDEN)
-    with pytest.raises(HUB_ERRORS):
+    with pytest.raises(UserError):
         publish(runs('plain'))
     assert hub.repos == {}

@@ -9,7 +9,7 @@ import timm
 import torch
 import yaml
 from conftest_engine import rows
-from hub_runs import HUB_ERRORS, PLAIN, train
+from hub_runs import PLAIN, train
 from loopback import TOKEN
 from safetensors.torch import load, load_file
 
@@ -153,7 +153,7 @@ def test_the_token_is_nowhere(client, hub, runs, tmp_path, capfd, caplog):
         publish(run, dry_run=folder)
         publish(run)
         hub.fault('POST', '/commit/', status=403)
-        with pytest.raises(HUB_ERRORS) as error:
+        with pytest.raises(UserError) as error:
             timm_amf.publish(run, 'org/other', 'mit')
     assert hub.authorised > 5 and TOKEN not in str(error.value)
     printed = ''.join(capfd.readouterr())

@@ -20,7 +20,7 @@ from timm_amf.cli import main
 from timm_amf.engine.head import C_GRID, logistic_regression
 from timm_amf.engine.options import parse_args
 from timm_amf.errors import Diverged
-from timm_amf.search.fit import CANDIDATES, Candidate, _choose, _contest, _Progress
+from timm_amf.search.fit import CANDIDATES, Candidate, _choose, _contest, _Progress, complete
 
 FLAGS = ['--model', 'test_resnet', '--img-size', '32', '--cpu', '-j', '0', '--batch-size', '8']
 
@@ -66,6 +66,7 @@ def test_fit(words, tmp_path, capsys):
         shares = {row['share']: float(row['metric']) for row in csv.DictReader(file)}
     assert shares['0.0'] == pytest.approx(floor) and max(shares.values()) >= floor
     assert 'frozen features' in out and f'timm-amf evaluate {folder}' in out
+    assert out.count('no validation split: 12 images are kept for it, a fifth of each class (--val-share 0.2)') == 1
     assert not list(tmp_path.glob('run-pilots'))
     # An ordinary run: it is evaluated, loaded, and its options repeat the training of the winner to the bit.
     assert main(['evaluate', str(folder)]) == 0
@@ -79,6 +80,14 @@ def test_fit(words, tmp_path, capsys):
     train_amf.train(['--config', str(folder / 'args.yaml'), '--experiment', 'again'])
     for name in ('last/model.safetensors', 'model_best.safetensors', 'summary.csv', 'mix.csv'):
         assert (folder / name).read_bytes() == (tmp_path / 'again' / name).read_bytes(), name
+
+
+def test_a_batch_size_that_is_given_is_kept(images, tmp_path):
+    (tmp_path / 'run.yaml').write_text('batch_size: 128')
+    for given in (['--batch-size', '128'], ['-b', '127'], ['-c', str(tmp_path / 'run.yaml')]):
+        words = [str(images), *given]
+        assert parse_args(complete(words)).batch_size == parse_args(words).batch_size >= 127
+    assert parse_args(complete([str(images)])).batch_size == 4
 
 
 def test_an_interrupted_fit_goes_on(words, tmp_path, monkeypatch, capsys):
@@ -95,8 +104,14 @@ def test_an_interrupted_fit_goes_on(words, tmp_path, monkeypatch, capsys):
         return original(*args, **kwargs)
 
     monkeypatch.setitem(_contest.__globals__, 'run', stopped)
-    codes = [main([*words, '--epochs', '16']) for _ in range(3)]
-    assert codes == [130, 130, 0] and 'the same command goes on' in capsys.readouterr().err
+    codes = [main([*words, '--epochs', '16']) for _ in range(2)]
+    assert codes == [130, 130] and 'the same command goes on' in capsys.readouterr().err
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'args.yaml').touch()
+    assert main([*words, '-b', '4', '--epochs', '17']) == 2
+    assert 'holds a run already, begun with --epochs 16 and without --epochs 17 -b 4, which' in capsys.readouterr().err
+    shutil.rmtree(tmp_path / 'run')
+    assert main([*words, '--epochs', '16']) == 0
     for name in ('last/model.safetensors', 'model_best.safetensors', 'summary.csv', 'mix.csv'):
         assert (whole / name).read_bytes() == (tmp_path / 'run' / name).read_bytes(), name
     with open(whole / 'fit.csv', newline='') as file:
@@ -263,8 +278,12 @@ def test_a_network_that_an_epoch_spoils_gets_lower_lrs(words, tmp_path, monkeypa
     out = capsys.readouterr().out
     assert 'LR 3e-4 is too high; once more with LR 9' in out and 'LR 9 is too high; once more with LR 3e-5' in out
     with open(tmp_path / 'run' / 'fit.csv', newline='') as file:
-        winner, = (row for row in csv.DictReader(file) if row['winner'] == 'True')
-    assert winner['flags'] == '--lr 3e-5'
+        _, *tried, winner = csv.DictReader(file)
+    assert winner['flags'] == '--lr 3e-5' and winner['winner'] == 'True'
+    collapsed = [row for row in tried if row['metric']]
+    assert [row['flags'] for row in collapsed] == ['--lr 10', '--lr 9']
+    for row in (*collapsed, winner):
+        assert float(row['seconds']) > 0 and f'{row["candidate"]} ' in out.partition('validation ')[2]
     assert 'lr: 3.0e-05' in (tmp_path / 'run' / 'plan.yaml').read_text()
 
 

@@ -187,7 +187,7 @@ def _create(args: argparse.Namespace, num_classes: int) -> nn.Module:
             with loading(args.model, {'file': args.initial_checkpoint}):
                 load_checkpoint(model, args.initial_checkpoint)
         except UserError as e:
-            adapt = ' (--pretrained-path adapts a classifier of other classes)' if 'size mismatch' in str(e) else ''
+            adapt = ' (--pretrained-path adapts a classifier of other classes)' * ('of the model: of another' in str(e))
             raise UserError(f'--initial-checkpoint: {e}{adapt}') from None
     return model
 

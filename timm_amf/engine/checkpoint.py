@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from timm_amf.errors import Diverged, UserError
+from timm_amf.errors import Diverged, UserError, misfit
 from timm_amf.files import replacing, whole_folder
 from timm_amf.tuning.l2sp import L2SP
 from timm_amf.tuning.lora import merged_state
@@ -141,9 +141,8 @@ def load_weights(module: nn.Module, path: Union[str, Path]) -> None:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as e:
-        first = ' '.join(str(e).split())[:200]
         raise UserError(
-            f'{path}: does not fit {type(module).__name__} ({first}); build the model it was made of') from None
+            f'{path}: does not fit {type(module).__name__} ({misfit(e)}); build the model it was made of') from None
     names = read_class_names(path)
     if names is not None and getattr(module, 'pretrained_cfg', None):
         set_class_names(module, names)

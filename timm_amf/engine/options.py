@@ -12,7 +12,9 @@ import importlib.util
 import logging
 import os
 import re
+import sys
 from collections.abc import Container, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, Optional
 
 from timm_amf.engine.config_file import derived_flags, find_config, read_config, save_args
@@ -21,7 +23,7 @@ from timm_amf.engine.timm_flags import REFUSED_VALUES, REPLACED, TIMM_FLAGS, why
 from timm_amf.errors import CommandParser, UserError
 from timm_amf.flags import HelpFormatter, add_flags, amount, count, number, path, share
 
-__all__ = ['build_parser', 'parse_args', 'resolve_lr', 'resolve_trackers', 'save_args']
+__all__ = ['build_parser', 'parse_args', 'resolve_trackers', 'save_args']
 
 _logger = logging.getLogger(__name__)
 
@@ -30,12 +32,6 @@ TRACKERS = {
     'tensorboard': ('tensorboard', 'tensorboardX'),
     **{name: (name,) for name in (
         'wandb', 'trackio', 'comet_ml', 'aim', 'mlflow', 'clearml', 'dvclive', 'swanlab')},
-}
-
-# What other programs call flags of timm's.
-_SYNONYMS = {
-    '--learning-rate': '--lr', '--learning_rate': '--lr', '--num-epochs': '--epochs', '--batchsize': '--batch-size',
-    '--arch': '--model', '--wd': '--weight-decay', '--image-size': '--img-size', '--checkpoint': '--initial-checkpoint',
 }
 
 RUN_FLAGS = (
@@ -97,7 +93,7 @@ def build_parser() -> CommandParser:
     from timm_amf.tuning.plan_args import add_plan_args
 
     parser = CommandParser(
-        prog='train_amf.py',
+        prog='train_amf.py' if Path(*sys.argv[:1]).name == 'train_amf.py' else 'timm-amf train',
         usage='%(prog)s [DIR] [--config FILE] [flags]',
         description='Fine-tune any timm model, or an adaptive composite of several, on any image classification data.',
         epilog='[replaced]: accepted with a warning, something else does its work. docs/flags.md says which and why, '
@@ -141,8 +137,8 @@ def parse_args(
     Returns:
         A namespace with every flag by name, those of a Plan None unless they were given, and besides: `recipe`, the
         sections (`plan`, `data`, `expected`, `card`) of the YAML file, and `explicit`, the names of the flags that are
-        not at their defaults, which is what a written recipe needs. A folder of data is in `data_dir`, whichever way it
-        was given.
+        not at the parser's defaults, which is what a written recipe needs. A folder of data is in `data_dir`, whichever
+        way it was given.
     """
     before = CommandParser(add_help=False, allow_abbrev=False)
     before.add_argument('-c', '--config', default='')
@@ -163,7 +159,7 @@ def parse_args(
     _settle(args, {name for name in from_file if getattr(args, name, None) != from_file[name]}, defaults)
     args.explicit = {name for name in defaults if getattr(args, name, None) != defaults[name]} - {'help', 'config'}
     args.explicit -= set(derived_flags(args))
-    args.model = args.model or 'resnet50'
+    args.model, args.batch_size = args.model or 'resnet50', args.batch_size or 128
     _check_applicable(args, defaults)
     check_values(args)
     resolve_trackers(args)
@@ -172,12 +168,10 @@ def parse_args(
 
 
 def _reject(unknown: Sequence[str], parser: CommandParser, others: Iterable[str]) -> NoReturn:
-    """`CommandParser.reject`, after what is known of flags of timm and of other programs."""
+    """`CommandParser.reject`, after what is known of flags of timm."""
     flag = next((word.partition('=')[0] for word in unknown if word.startswith('-')), '')
     if why_refused(flag[2:]):
         raise UserError(f'{flag}: {why_refused(flag[2:])}')
-    if flag in _SYNONYMS:
-        raise UserError(f'unknown flag {flag}, did you mean {_SYNONYMS[flag]}?')
     parser.reject(unknown, others)
 
 
@@ -247,26 +241,6 @@ def _check_applicable(args: argparse.Namespace, defaults: Mapping) -> None:
         if getattr(args, dest) != defaults[dest] and not acts_as_cpu and first_process:
             flag = '--local_rank' if dest == 'local_rank' else '--' + dest.replace('_', '-')
             _logger.warning(f'{flag} has no effect of its own: {reason}')
-
-
-def resolve_lr(args: argparse.Namespace, global_batch_size: int) -> float:
-    """Returns the learning rate by the rule of timm's train script.
-
-    `--lr` if given, else `lr_base` times the batch ratio `global_batch_size / lr_base_size`, or times its square root
-    with `lr_base_scale` sqrt, which is the default for optimisers whose name holds `ada` or `lamb`.
-
-    Args:
-        args: Options with `lr`, `lr_base`, `lr_base_size`, `lr_base_scale`, `opt` and `recipe`.
-        global_batch_size: Images a step of the optimiser: batch size times processes times accumulated batches.
-    """
-    if args.lr is not None:
-        return args.lr
-    opt = args.opt or args.recipe.get('plan', {}).get('opt', 'sgd')
-    adaptive = any(part in opt.lower() for part in ('ada', 'lamb'))
-    scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
-    ratio = global_batch_size / (args.lr_base_size or 256)
-    base = 0.1 if args.lr_base is None else args.lr_base
-    return base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
 
 
 def resolve_trackers(args: argparse.Namespace) -> list[str]:

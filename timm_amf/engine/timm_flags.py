@@ -45,7 +45,7 @@ TIMM_FLAGS = {
         ('--std', number(float, above=0), None, 'standard deviation to normalise with, one value or one a channel',
          {'nargs': '+'}),
         ('--interpolation', str, '', 'interpolation of the evaluation', {'choices': ('',) + _INTERPOLATIONS}),
-        ('-b --batch-size', count, 128, 'images a step and process'),
+        ('-b --batch-size', count, None, 'images a step and process (default: 128)'),
         ('-vb --validation-batch-size', count, None, 'images a step and process in evaluation'),
         ('--channels-last', bool, False, 'use the channels_last memory format'),
         ('--fuser', str, '', 'TorchScript fuser'),

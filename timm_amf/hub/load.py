@@ -29,7 +29,7 @@ from torch import nn
 from timm_amf.engine.opened import RunOptions, open_trained
 from timm_amf.engine.recipes import check_repo_id
 from timm_amf.engine.run_folder import is_run
-from timm_amf.errors import UserError
+from timm_amf.errors import UserError, user_errors
 from timm_amf.models.method import Method
 from timm_amf.tuning import Plan
 from timm_amf.version import __version__
@@ -130,9 +130,13 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs:
         where, names = str(folder), [path.name for path in folder.iterdir()]
     else:
         where, _, own = name.removeprefix('hf-hub:').removeprefix('hf_hub:').partition('@')
-        check_repo_id(where)
-        with connection(where):
-            folder, names = _download(where, revision or own or None, cache_dir)
+        try:
+            check_repo_id(where)
+            with connection(where):
+                folder, names = _download(where, revision or own or None, cache_dir)
+        except UserError as e:
+            here = 'no such folder here, and on the Hub: ' * name.startswith(where)
+            raise UserError(f'{name}: {here}{e}') from e
         commit = folder.name
     _check_names(where, names)
     config = _read_config(folder / 'config.json', where)
@@ -155,14 +159,15 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs:
 @contextmanager
 def connection(repo_id: str) -> Iterator[None]:
     """Around requests: an exception of a connection that broke names neither the repository nor what to do."""
-    try:
-        yield
-    except (HfHubHTTPError, OfflineModeIsEnabled):
-        raise  # they say it
-    except (HTTPError, ConnectionError, RuntimeError) as e:  # the client raises its HTTP library's own, or wraps them
-        raise UserError(
-            f'{repo_id}: the connection to the Hub broke off ({_short(e.__cause__ or e)}); nothing was changed, check '
-            'the network and try again') from e
+    with user_errors():
+        try:
+            yield
+        except (HfHubHTTPError, OfflineModeIsEnabled):
+            raise  # they say it
+        except (HTTPError, ConnectionError, RuntimeError) as e:  # the client raises its HTTP library's, or wraps them
+            raise UserError(
+                f'{repo_id}: the connection to the Hub broke off ({_short(e.__cause__ or e)}); nothing was changed, '
+                'check the network and try again') from e
 
 
 def _check_names(where: str, names: Sequence[str]) -> None:

@@ -65,7 +65,7 @@ class Prediction:
 def predict(
         source: Source,
         paths: Union[str, Path, Iterable[Union[str, Path]]],
-        topk: int = 5,
+        topk: int = 1,
         options: Optional[RunOptions] = None,
         progress: bool = False,
 ) -> Iterator[Prediction]:

@@ -25,7 +25,7 @@ class RunSettings:
 
     Attributes:
         plan: The Plan, None outside training.
-        branch_loss: Weight of an extra loss on each branch's own logits.
+        branch_loss: Weight of an extra loss on each branch's own logits; 0 for none, as in an evaluation.
         policy_balance: Weight of a penalty on branches that get more than their share of the policy's weight.
     """
     plan: Any = None

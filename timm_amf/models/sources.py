@@ -10,7 +10,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_c
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, misfit
 from .tags import unpublished
 
 __all__ = ['as_names', 'check_source', 'has_source', 'load_network', 'loading']
@@ -99,8 +99,8 @@ def loading(name: str, cfg: dict[str, Any]) -> Iterator[None]:
     except OSError as e:
         raise _unreachable(name, cfg, e) from e
     except Exception as e:  # safetensors, pickle and shape errors: all mean that this file is not the one
-        reason = ' '.join(str(e).split())[:200] or type(e).__name__
-        if isinstance(e, (pickle.UnpicklingError, EOFError)) or 'weights_only' in reason:
+        reason = misfit(e) or ' '.join(str(e).split())[:200] or type(e).__name__
+        if isinstance(e, (pickle.UnpicklingError, EOFError, IndexError)) or 'weights_only' in reason:
             reason = 'it is damaged, or holds more than tensors; save its state dict alone, best as safetensors'
         raise UserError(f"cannot load the weights of '{name}' from {_describe(cfg)}: {reason}") from e
 

@@ -27,7 +27,7 @@ from scipy.stats import rankdata
 
 from timm_amf.data import DataSpec, Mixture, create_dataset, data_spec_from_args
 from timm_amf.engine import build
-from timm_amf.engine.options import parse_args, resolve_lr
+from timm_amf.engine.options import parse_args
 from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.files import replacing
 from timm_amf.search.features import FeatureNet, Features, extract_features
@@ -50,7 +50,7 @@ from timm_amf.search.proposal import (
 from timm_amf.search.transferability import LABELS, RANKING, Measures, class_means, measure
 from timm_amf.text import columns, read_rows
 from timm_amf.tuning import Plan, Schedule, plan_from_args
-from timm_amf.tuning.plan_args import common_plan
+from timm_amf.tuning.plan_args import common_plan, resolve_lr
 
 __all__ = ['Advice', 'ComponentAdvice', 'advise', 'main']
 

@@ -31,7 +31,7 @@ from torch import nn
 from timm_amf.data import Mixture
 from timm_amf.engine import build
 from timm_amf.engine.head import start_head
-from timm_amf.engine.options import parse_args, resolve_lr, save_args
+from timm_amf.engine.options import parse_args, save_args
 from timm_amf.engine.run import claim_folder, write_environment
 from timm_amf.errors import UserError
 from timm_amf.files import write_text
@@ -56,7 +56,7 @@ from timm_amf.search.results import BASELINES, CandidateResult, SearchResults, r
 from timm_amf.search.training import CandidateRuns, Stage
 from timm_amf.text import columns
 from timm_amf.tuning import Plan, Schedule, model_roles, plan_from_args
-from timm_amf.tuning.plan_args import common_plan
+from timm_amf.tuning.plan_args import common_plan, resolve_lr
 from timm_amf.tuning.resolve import resolve
 from timm_amf.tuning.roles import role_blocks
 

@@ -61,7 +61,7 @@ class Candidate:
         name: Its name.
         flags: Its own flags of `timm-amf train`.
         pilot: Validation metric of its pilot (`--eval-metric`), None without one, and the loss.
-        metric: Of the winner, that of the best epoch of its whole training.
+        metric: That of the best epoch of its whole training, of one that collapsed as far as it went.
         seconds: What both took.
     """
     name: str
@@ -118,7 +118,7 @@ class Fit:
         width = max(len(c.name) for c in self.candidates)
         lines = [f'{"":{width}}  pilot  validation   minutes']
         lines += [f'{"frozen features":{width}}  {"":5}  {self.floor:10.2f}']
-        for c in self.candidates if self.candidates[0].pilot is not None else [self.winner]:
+        for c in filter(lambda c: c.seconds, self.candidates):
             pilot, metric = ('' if value is None else f'{value:.2f}' for value in (c.pilot, c.metric))
             star = ' *' if c is self.winner else ''
             lines.append(f'{c.name:{width}}  {pilot:>5}  {metric:>10}  {c.seconds / 60:8.1f}{star}')
@@ -162,7 +162,8 @@ def fit_words(words: Sequence[str]) -> Fit:
     check_kind(folder, 'run')
     earlier = Checkpointer(folder)  # which removes files of a run only, whatever else lies there
     if earlier.holds_run() and not args.overwrite and not progress.winner:
-        raise UserError(f'{folder}: holds a run already; name another with --experiment, or add --overwrite')
+        raise UserError(
+            f'{folder}: holds a run already{progress.begun}; name another with --experiment, or add --overwrite')
     if not progress.words:
         progress.words = complete(words)
         shutil.rmtree(progress.folder, ignore_errors=True)  # of another fit, which a refusal leaves
@@ -172,27 +173,29 @@ def fit_words(words: Sequence[str]) -> Fit:
             progress.candidates = [Candidate(f'LR {args.lr:g}', ())]
         _contest(progress, parse_args(progress.words))
         earlier.discard()
-    start = time.monotonic()
-    while True:
+    tried = None
+    while tried is not progress.chosen:
+        start, tried = time.monotonic(), progress.chosen
         lower = [Candidate(*c) for c in _LOWER if args.lr is None and c[0] not in {c.name for c in progress.candidates}]
         try:
-            _train(progress.chosen, [*progress.words, '--wise-ft'], folder,
+            _train(tried, [*progress.words, '--wise-ft'], folder,
                    after_epoch=_stop_if_wrecked(folder, args, progress) if lower else None)
-            break
         except Diverged as e:
             if not lower:
                 raise
-            print(f'{e}: {progress.winner} is too high; once more with {lower[0].name}', flush=True)
+            print(f'{e}: {tried.name} is too high; once more with {lower[0].name}', flush=True)
+            with contextlib.suppress(OSError, ValueError, UserError):  # it diverged before the end of an epoch
+                tried.metric = best_epoch(folder)[args.eval_metric]
+            earlier.discard()
             progress.candidates.append(lower[0])
             progress.winner = lower[0].name
+        finally:
+            tried.seconds += time.monotonic() - start
             progress.write()
-            earlier.discard()
-    winner = progress.chosen
-    winner.metric = best_epoch(folder)[args.eval_metric]
-    winner.seconds += time.monotonic() - start
+    tried.metric = best_epoch(folder)[args.eval_metric]
     floor = read_state(folder / 'last')['start'][args.eval_metric]
     kept = next(float(row['metric']) for row in read_rows(folder / 'mix.csv') if row['kept'] == 'True')
-    result = Fit(folder, floor, kept, winner, progress.candidates)
+    result = Fit(folder, floor, kept, tried, progress.candidates)
     result.write(folder / 'fit.csv')
     shutil.rmtree(progress.folder)
     return result
@@ -208,16 +211,26 @@ class _Progress:
         words: What `complete` made of it.
         candidates: All, with what is known of them.
         winner: Name of the one that is trained to the end.
+        before: Command line of another fit, which was interrupted.
     """
     folder: Path
     asked: list[str]
     words: list[str]
     candidates: list[Candidate]
     winner: str = ''
+    before: Sequence[str] = ()
 
     @property
     def chosen(self) -> Candidate:
         return next(c for c in self.candidates if c.name == self.winner)
+
+    @property
+    def begun(self) -> str:
+        """In what the command line of the fit that was interrupted differs."""
+        was, now = (set(re.split(r' (?=--?[a-z])', shlex.join(words))) for words in (self.before, self.asked))
+        pairs = (('with', was - now), ('without', now - was))
+        found = ' and '.join(f'{how} {" ".join(sorted(flags))}' for how, flags in pairs if flags)
+        return f', begun {found}, which goes on with the same flags' if self.before else ''
 
     @classmethod
     def open(cls, folder: Path, asked: list[str]) -> '_Progress':
@@ -227,7 +240,7 @@ class _Progress:
             return cls(folder, asked, state['words'], [Candidate(**c) for c in state['candidates']], state['winner'])
         if folder.exists() and not file.exists():
             raise UserError(f'{folder}: is where the pilots go, and is there already; name another --experiment')
-        return cls(folder, asked, [], [Candidate(*c) for c in CANDIDATES])
+        return cls(folder, asked, [], [Candidate(*c) for c in CANDIDATES], before=state.get('asked', ()))
 
     def write(self) -> None:
         write_text(self.folder / 'fit.json', json.dumps({**asdict(self), 'folder': None}, indent=1))
@@ -294,6 +307,8 @@ def complete(words: Sequence[str], data: Optional[Mapping] = None) -> list[str]:
         if roots and all(lacks_split(root, 'val') for root in roots):
             words += ['--val-share', '0.2']
             given.val_share = 0.2
+            kept = len(_images(given, splits_from_args(given)[1]))
+            print(f'no validation split: {kept} images are kept for it, a fifth of each class (--val-share 0.2)')
     images, plain = len(_images(given, 'train')), parse_args(words, data)
     if 'batch_size' not in plain.explicit:
         batch = 32

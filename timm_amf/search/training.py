@@ -42,8 +42,8 @@ from timm_amf.search.lockstep import (
 from timm_amf.search.results import CandidateResult
 from timm_amf.text import CsvLog
 from timm_amf.tuning import GroupScheduler, Plan
-from timm_amf.tuning.optim import optimizer_of, param_groups
-from timm_amf.tuning.resolve import resolve
+from timm_amf.tuning.optim import optimizer_of
+from timm_amf.tuning.resolve import param_groups, resolve
 from timm_amf.tuning.roles import role_defaults
 
 __all__ = ['CandidateRuns', 'CandidateTrainer', 'Stage']

@@ -8,7 +8,7 @@ from .plan_args import add_plan_args, plan_from_args
 
 _LAZY = {
     'apply_freeze': 'freeze', 'L2SP': 'l2sp', 'create_optimizer': 'optim', 'describe_depths': 'optim',
-    'describe_groups': 'optim', 'param_groups': 'optim', 'Resolved': 'resolve', 'Place': 'roles',
+    'describe_groups': 'optim', 'param_groups': 'resolve', 'Resolved': 'resolve', 'Place': 'roles',
     'model_roles': 'roles', 'places': 'roles', 'GroupScheduler': 'schedule',
 }
 __all__ = ['Plan', 'RolePlan', 'Schedule', 'add_plan_args', 'plan_from_args', *_LAZY]

@@ -1,4 +1,4 @@
-"""The parameter groups of a resolved Plan, and the optimiser over them."""
+"""The optimiser of a resolved Plan, and its parameter groups in words."""
 from typing import Any, Union
 
 import torch
@@ -8,40 +8,9 @@ from timm_amf.errors import UserError
 from timm_amf.text import columns
 from timm_amf.tuning.l2sp import L2SP
 from timm_amf.tuning.plan import Plan
-from timm_amf.tuning.resolve import Resolved, resolve
+from timm_amf.tuning.resolve import Resolved, param_groups, resolve
 
-__all__ = ['create_optimizer', 'describe_depths', 'describe_groups', 'optimizer_of', 'param_groups']
-
-
-def param_groups(model: nn.Module, plan: Union[Plan, Resolved]) -> list[dict[str, Any]]:
-    """The parameter groups of a Plan for `timm.optim.create_optimizer_v2` or any torch optimiser.
-
-    One group for each distinct (role, LR, decay), in the order of the model. Besides `params`, `lr` and `weight_decay`,
-    a group carries `l2sp_alpha` (for `L2SP`, which `create_optimizer` attaches), `role`, `start_epoch`, `schedule` (the
-    role's differences from the Plan's) and `param_names`. Parameters that start to train at a later epoch are in the
-    groups from the beginning, so that unfreezing needs no new optimiser: without a gradient an optimiser passes them
-    over. Parameters that never train are in none.
-
-    Args:
-        model: Any timm model, or a composite with `tuning_roles`. Its `requires_grad` flags play no part.
-        plan: How to fine-tune it.
-
-    Returns:
-        Parameter groups, none of them empty.
-    """
-    params, groups = dict(model.named_parameters()), {}
-    for name, setting in resolve(model, plan).parameters.items():
-        if not setting.trains:
-            continue
-        own = dict(
-            lr=setting.lr, weight_decay=setting.weight_decay, l2sp_alpha=setting.l2sp_alpha, role=setting.place.role)
-        group = groups.setdefault(tuple(own.values()), dict(
-            own, start_epoch=setting.start_epoch, schedule=setting.schedule, params=[], param_names=[]))
-        group['params'].append(params[name])
-        group['param_names'].append(name)
-    if not groups:
-        raise UserError('plan: nothing trains; set train to "all" or to a list of blocks for at least one role')
-    return list(groups.values())
+__all__ = ['create_optimizer', 'describe_depths', 'describe_groups', 'optimizer_of']
 
 
 def create_optimizer(model: nn.Module, plan: Union[Plan, Resolved], **kwargs) -> torch.optim.Optimizer:

@@ -10,7 +10,7 @@ from timm_amf.flags import add_flags, path
 from timm_amf.tuning.plan import Plan, RolePlan, Schedule
 from timm_amf.yaml_text import load_yaml, parse_yaml
 
-__all__ = ['add_plan_args', 'common_plan', 'plan_from_args']
+__all__ = ['add_plan_args', 'common_plan', 'plan_from_args', 'resolve_lr']
 
 # Roles that the flags of depth pass over: they have no blocks of their own, or none that train.
 _WITHOUT_BLOCKS = ('frozen', 'head', 'policy', 'stem', 'tail')
@@ -74,6 +74,26 @@ def _number_or_word(text: str) -> Union[int, str]:
     return int(text) if text.lstrip('-').isdigit() else text
 
 
+def resolve_lr(args: argparse.Namespace, global_batch_size: int) -> float:
+    """The learning rate by the rule of timm's train script.
+
+    `--lr` if given, else `lr_base` times the batch ratio `global_batch_size / lr_base_size`, or times its square root
+    with `lr_base_scale` sqrt, which is the default for optimisers whose name holds `ada` or `lamb`.
+
+    Args:
+        args: Options with `lr`, `lr_base`, `lr_base_size`, `lr_base_scale`, `opt` and `recipe`.
+        global_batch_size: Images a step of the optimiser: batch size times processes times accumulated batches.
+    """
+    if args.lr is not None:
+        return args.lr
+    opt = args.opt or args.recipe.get('plan', {}).get('opt', 'sgd')
+    adaptive = any(part in opt.lower() for part in ('ada', 'lamb'))
+    scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
+    ratio = global_batch_size / (args.lr_base_size or 256)
+    base = 0.1 if args.lr_base is None else args.lr_base
+    return base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
+
+
 def plan_from_args(args: argparse.Namespace, roles: Iterable[str], lr: float) -> Plan:
     """The Plan of a run: that of `--plan` or of the recipe, with the flags that were given over it.
 
@@ -82,7 +102,7 @@ def plan_from_args(args: argparse.Namespace, roles: Iterable[str], lr: float) ->
     Args:
         args: Parsed flags, with `recipe` (the sections of `--config`).
         roles: The roles of the model.
-        lr: The LR that the flags give (`--lr`, or `--lr-base` scaled by the batch size).
+        lr: The LR that the flags give (`resolve_lr`).
     """
     roles = list(roles)
     plan = common_plan(args, lr)

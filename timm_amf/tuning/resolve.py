@@ -16,7 +16,7 @@ from timm_amf.models.blocks import ancestors, is_within
 from timm_amf.tuning.plan import Plan, RolePlan
 from timm_amf.tuning.roles import Place, model_roles, places, role_blocks, role_defaults
 
-__all__ = ['Resolved', 'RoleSettings', 'Setting', 'resolve', 'running_norms']
+__all__ = ['Resolved', 'RoleSettings', 'Setting', 'param_groups', 'resolve', 'running_norms']
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,37 @@ def resolve(model: nn.Module, plan: Union[Plan, Resolved]) -> Resolved:
         [n for n, owner in {**{n: n for n in parameters}, **owners}.items()
          if roles[where[owner].role].reinitialised(where[owner])],
     )
+
+
+def param_groups(model: nn.Module, plan: Union[Plan, Resolved]) -> list[dict[str, Any]]:
+    """The parameter groups of a Plan for `timm.optim.create_optimizer_v2` or any torch optimiser.
+
+    One group for each distinct (role, LR, decay), in the order of the model. Besides `params`, `lr` and `weight_decay`,
+    a group carries `l2sp_alpha` (for `L2SP`, which `create_optimizer` attaches), `role`, `start_epoch`, `schedule` (the
+    role's differences from the Plan's) and `param_names`. Parameters that start to train at a later epoch are in the
+    groups from the beginning, so that unfreezing needs no new optimiser: without a gradient an optimiser passes them
+    over. Parameters that never train are in none.
+
+    Args:
+        model: Any timm model, or a composite with `tuning_roles`. Its `requires_grad` flags play no part.
+        plan: How to fine-tune it.
+
+    Returns:
+        Parameter groups, none of them empty.
+    """
+    params, groups = dict(model.named_parameters()), {}
+    for name, setting in resolve(model, plan).parameters.items():
+        if not setting.trains:
+            continue
+        own = dict(
+            lr=setting.lr, weight_decay=setting.weight_decay, l2sp_alpha=setting.l2sp_alpha, role=setting.place.role)
+        group = groups.setdefault(tuple(own.values()), dict(
+            own, start_epoch=setting.start_epoch, schedule=setting.schedule, params=[], param_names=[]))
+        group['params'].append(params[name])
+        group['param_names'].append(name)
+    if not groups:
+        raise UserError('plan: nothing trains; set train to "all" or to a list of blocks for at least one role')
+    return list(groups.values())
 
 
 def _setting(
