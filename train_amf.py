@@ -67,8 +67,7 @@ def train(
     if args.budget is not None and args.epochs is None:
         from timm_amf.search.fit import epochs_within
 
-        words = list(sys.argv[1:] if argv is None else argv)
-        args = parse_args([*words, '--epochs', str(epochs_within(words))])
+        args.epochs = epochs_within(args)
     if args.publish:
         from timm_amf.hub.publish import check_flags  # what it takes is imported only where it is asked for
 

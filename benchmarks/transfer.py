@@ -8,10 +8,12 @@ validates. All methods have the same images, size, batches, augmentation and epo
 method's grid is trained, and the best on the validation images is chosen; other seeds take this LR. The test images are
 looked at once. An interrupted table goes on where it stopped.
 
+    python benchmarks/transfer.py --costs --model tf_efficientnet_lite0
     python benchmarks/transfer.py --report
 
-prints the tables of docs/results.md from the CSV: mean and deviation over the seeds, cost, and average rank. `fastai`
-is fastai's `fine_tune` with its own head (pip install fastai), on the same images in the same augmentation.
+print what a trained model of each kind costs (parameters, time of an evaluation) and, from the CSV, the tables of
+docs/results.md: mean and deviation over the seeds, cost of the training, and average rank. `fastai` is fastai's
+`fine_tune` with its own head (pip install fastai), on the same images in the same augmentation.
 """
 import argparse
 import contextlib
@@ -74,6 +76,10 @@ METHODS = {
     'AMF': ((*_FROM_PROBE, '--branch-loss', '1'), _ADAM_LRS),
     'fastai': ((), ('5e-4', '2e-3', '8e-3', '3e-2')),
     'fit': ((), ()),
+}
+SCALES = {
+    'small': dict(img_size=96, batch_size=32, epochs=5),  # hours on two cores
+    'full': dict(img_size=224, batch_size=64, epochs=30),  # of a GPU
 }
 COLUMNS = (
     'set', 'model', 'img_size', 'epochs', 'method', 'seed', 'lr', 'images', 'val', 'test', 'test_images', 'seconds',
@@ -235,6 +241,29 @@ def accuracy(model: torch.nn.Module, loader) -> float:
     return 100 * right / len(loader.dataset)
 
 
+@torch.inference_mode()
+def costs(args: argparse.Namespace) -> str:
+    """A table in Markdown: parameters and time of an evaluation as ratios to the plain network, by what is left."""
+    words = ['--img-size', str(args.img_size), '--tracker', 'none', '--epochs', '1', '--data-dir', '.']
+    models = {
+        kind: build.build_model(parse_args([*model_flags(args, kind), *words]), 10).eval()
+        for kind in ('one network', 'MultiTune', 'AMF', 'SpotTune')}
+    models['SpotTune global-3, compact'] = models['SpotTune'].compact(3)
+    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size)
+    seconds: dict[str, list[float]] = {kind: [] for kind in models}
+    for _ in range(11):  # by turns; the first warms up
+        for kind, model in models.items():
+            start = time.perf_counter()
+            model(images)
+            seconds[kind].append(time.perf_counter() - start)
+    plain = sum(p.numel() for p in models['one network'].parameters())
+    lines = ['| what is left | parameters | evaluation |', '|---|---|---|']
+    for kind, model in models.items():
+        ratio = statistics.median(own / one for own, one in zip(seconds[kind][1:], seconds['one network'][1:]))
+        lines.append(f'| {kind} | {sum(p.numel() for p in model.parameters()) / plain:.2f} | {ratio:.2f} |')
+    return '\n'.join([*lines, '| ensemble of two | 2.00 | 2.00 |'])
+
+
 def report(rows: list[dict]) -> str:
     """The tables in Markdown, one for each backbone and budget: methods by average rank of their test accuracy."""
     lines = []
@@ -294,16 +323,19 @@ def main() -> None:
     add('--policy', default='', metavar='NAME', help="policy network of AMF and SpotTune (default: the model's)")
     add('--policy-weights', default='', metavar='FILE')
     add('--methods', nargs='+', choices=METHODS, default=list(METHODS), metavar='NAME', help=', '.join(METHODS))
-    add('--epochs', type=int, default=5)
-    add('--img-size', type=int, default=96)
-    add('--batch-size', type=int, default=32)
+    add('--scale', choices=SCALES, default='small', help=f'what the three flags below are if not given: {SCALES}')
+    add('--epochs', type=int)
+    add('--img-size', type=int)
+    add('--batch-size', type=int)
     add('--seeds', type=int, nargs='+', default=[0, 1, 2])
     add('--workers', type=int, default=2)
     add('--cpu', action='store_true')
     add('--csv', type=Path, default=Path('benchmarks/transfer.csv'))
     add('--scratch', type=Path, default=Path('output/transfer'))
     add('--minutes', type=float, default=float('inf'), help='begin no further row after so long')
+    add('--costs', action='store_true', help='print what models of each kind cost to use, and leave')
     add('--report', action='store_true', help='print the tables of the CSV, and leave')
+    parser.set_defaults(**SCALES[parser.parse_known_args()[0].scale])
     args = parser.parse_args()
     rows = []
     if args.csv.exists():
@@ -314,6 +346,9 @@ def main() -> None:
         return
     if args.module:
         importlib.import_module(args.module)
+    if args.costs:
+        print(costs(args))
+        return
     done = {tuple(row[key] for key in COLUMNS[:6]) for row in rows}
     started = time.monotonic()
     for seed in args.seeds:

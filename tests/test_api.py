@@ -54,8 +54,11 @@ def test_train_by_a_plan(trained, tmp_path):
     reset_accelerate()
     again = timm_amf.train(config=found.folder / 'args.yaml', output=tmp_path, experiment='b')
     assert (again.folder / 'summary.csv').read_bytes() == (found.folder / 'summary.csv').read_bytes()
-    with pytest.raises(timm_amf.UserError, match='config or a Plan'):
-        timm_amf.train(data, plan=plan, config=found.folder / 'args.yaml')
+    reset_accelerate()
+    (tmp_path / 'other.yaml').write_text('plan: {lr: 1, opt: adamw}\n')  # in whose place the Plan comes
+    third = timm_amf.train(
+        data={'path': str(data)}, plan=plan, config=tmp_path / 'other.yaml', output=tmp_path, experiment='c', **options)
+    assert (third.folder / 'summary.csv').read_bytes() == (found.folder / 'summary.csv').read_bytes()
 
 
 def test_train_evaluates_weights(trained):

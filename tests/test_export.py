@@ -510,7 +510,7 @@ def test_eight_bits(run, capsys, folders):  # noqa: F811
             right[i] += int(model(x).argmax()) == label
         count += 1
     shares = [100 * r / count for r in right]
-    assert f'{count} validation images {shares[0]:.2f} in the place of {shares[1]:.2f}, ' in line
-    assert f'{shares[1] - shares[0]:.2f} points lost' in line
+    assert f'validation images: {count}, top-1 {shares[0]:.2f} in the place of {shares[1]:.2f} (' in line
+    assert f'({shares[0] - shares[1]:+.2f} points)' in line
     assert main(['export', str(folder), '--format', 'pt2', '--int8']) == 2
     assert_one_line(capsys, '--int8: is for --format onnx')

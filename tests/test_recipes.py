@@ -28,7 +28,7 @@ def _meta_model(name, kwargs):
 @pytest.mark.parametrize('name', list_recipes())
 def test_recipe(name, tmp_path):
     args = parse_args(['--config', name, '--data-dir', str(tmp_path)])
-    spec = data_spec_from_args(args, args.recipe.get('data'))
+    spec = data_spec_from_args(args)
     assert spec.components
     model = meta_model(args)
     plan = plan_from_args(args, model_roles(model), resolve_lr(args, args.batch_size))

@@ -6,7 +6,6 @@ one function. Each goes the way of its command, so that checks, messages and res
 import contextlib
 import importlib
 import io
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,11 @@ from torch import nn
 
 from timm_amf.engine.evaluation import Row
 from timm_amf.engine.opened import RunOptions
+from timm_amf.engine.options import keyword_words, parse_args
 from timm_amf.engine.run_folder import best_epoch
 from timm_amf.errors import CommandParser, UserError, user_errors
 from timm_amf.flags import words_of
 from timm_amf.parsers import PARSERS, add_run_flags
-from timm_amf.search.keywords import keyword_words
 from timm_amf.tuning import Plan
 
 if TYPE_CHECKING:
@@ -72,13 +71,9 @@ def train(
     Returns:
         Its folder and the metrics of its best epoch; with `eval_only` those of the evaluation.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        if isinstance(plan, Plan):  # the section of a recipe, so that the run's args.yaml holds it
-            if config is not None:
-                raise UserError('train: takes config or a Plan; write the Plan to a file for both (Plan.to_yaml)')
-            config, plan = Path(scratch) / 'plan.yaml', plan.to_yaml(Path(scratch) / 'plan.yaml')
-        words, _ = keyword_words(config, dict(options, data_dir=data_dir, model=model, plan=plan))
-        folder, metrics = importlib.import_module('train_amf').train(words)
+    section, plan = (plan.to_dict(), '') if isinstance(plan, Plan) else (None, plan)
+    words, data = keyword_words(dict(options, config=config, data_dir=data_dir, model=model, plan=plan))
+    folder, metrics = importlib.import_module('train_amf').train(words, args=parse_args(words, data, plan=section))
     return Run(folder, best_epoch(folder) if metrics is None else metrics)
 
 

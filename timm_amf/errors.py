@@ -124,7 +124,7 @@ def run_command(
         interrupted: str = 'interrupted',
         show_traceback: bool = False,
 ) -> int:
-    """Does the work of a command and turns what goes wrong into one line.
+    """Do the work of a command and turn what goes wrong into one line.
 
     Args:
         prog: Name of the program, with which the line begins.

@@ -498,8 +498,8 @@ def quantize(
                 loader.close()
     sizes = [file.stat().st_size / 1e6 for file in (small, path)]
     return (
-        f'{small}: {sizes[0]:.1f} MB in the place of {sizes[1]:.1f}; top-1 on the {len(val)} validation images '
-        f'{after:.2f} in the place of {before:.2f}, {before - after:.2f} points lost; the same class for {same:.2f} %')
+        f'{small}: {sizes[0]:.1f} MB in the place of {sizes[1]:.1f}; validation images: {len(val)}, top-1 {after:.2f} '
+        f'in the place of {before:.2f} ({after - before:+.2f} points), the same class for {same:.2f} %')
 
 
 def _compare(first: Callable, second: Callable, loader: SeededLoader) -> tuple[float, float, float]:

@@ -166,7 +166,7 @@ def _legend(figure: 'Figure', axes: 'Axes') -> None:
 
 def _short(name: Any) -> str:
     name = str(name)
-    return name if len(name) <= _LONGEST else f'{name[:_LONGEST - 1]}…'
+    return name if len(name) <= _LONGEST else f'{name[:_LONGEST // 2 - 1]}…{name[-_LONGEST // 2:]}'
 
 
 def _numbers(values: Sequence) -> list[float]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from timm_amf.errors import UserError
 
-__all__ = ['cache_folder', 'open_or_write', 'replacing', 'whole_folder', 'write_text']
+__all__ = ['cache_folder', 'open_or_write', 'replacing', 'whole_folder', 'write_text', 'writing']
 
 _logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def replacing(
     """
     path = Path(path)
     temporary = path.with_name(f'{path.name}.tmp')
-    with _one_line(label or path, remedy):
+    with writing(label or path, remedy):
         try:
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise OSError('a device or a pipe is there')  # it would be gone
@@ -75,7 +75,7 @@ def whole_folder(
     A killed writer leaves a temporary folder, which the next one on the same machine removes.
     """
     folder = Path(folder)
-    with _one_line(label or folder, remedy):
+    with writing(label or folder, remedy):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder.parent)
         temporary = folder.with_name(f'{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}')
@@ -116,7 +116,8 @@ def open_or_write(folder: Path, read: Callable[[Path], Any], write: Callable[[Pa
 
 
 @contextlib.contextmanager
-def _one_line(what: Union[str, Path], remedy: str) -> Iterator[None]:
+def writing(what: Union[str, Path], remedy: str) -> Iterator[None]:
+    """Make a `UserError` that names the file or folder of what the system says of it."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as e:

@@ -6,13 +6,13 @@ and `dict` a list of `key=value`; a `count` begins at 1, a `natural` number and 
 import argparse
 import ast
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Optional, Union
 
 from timm_amf.errors import UserError, nearest
+from timm_amf.fields import problem
 from timm_amf.yaml_text import MAX_NUMBER
 
 __all__ = [
@@ -75,15 +75,10 @@ def number(
     """The type of a flag that takes a finite number, `int` or `float`, within limits."""
     def read(text: str) -> Union[int, float]:
         value = kind(text)
-        if kind is int and abs(value) > MAX_NUMBER:
-            raise argparse.ArgumentTypeError(f'must be a number of at most {MAX_NUMBER}')
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f'must be finite, not {value:g}')
-        if above is not None and value <= above:
-            raise argparse.ArgumentTypeError(f'must be above {above}, not {value:g}')
-        if (low is not None and value < low) or (high is not None and value > high):
-            limits = f'at least {low}' if high is None else f'between {low} and {high}'
-            raise argparse.ArgumentTypeError(f'must be {limits}, not {value:g}')
+        too_large = kind is int and abs(value) > MAX_NUMBER
+        wrong = f'must be a number of at most {MAX_NUMBER}' if too_large else problem(value, low, high, above)
+        if wrong:
+            raise argparse.ArgumentTypeError(wrong)
         return value
 
     read.__name__ = kind.__name__  # argparse has it in its messages
@@ -175,7 +170,7 @@ def read_value(parser: argparse.ArgumentParser, action: argparse.Action, value: 
 
 
 def _with_tuples(value: Any) -> Any:
-    """Reads strings such as '(2, 2)' as tuples: YAML has none, and some constructors insist on them."""
+    """Read strings such as '(2, 2)' as tuples: YAML has none, and some constructors insist on them."""
     if isinstance(value, Mapping):
         return {key: _with_tuples(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
         for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
     def compose_node(self, parent, index):
-        """Refuses what is nested deeply, holds itself, or is much longer than it looks because of aliases."""
+        """Refuse what is nested deeply, holds itself, or is much longer than it looks because of aliases."""
         self.depth = getattr(self, 'depth', 0) + 1
         if self.depth > _MAX_DEPTH:
             _refuse('is nested too deeply', self.peek_event())
@@ -77,7 +77,7 @@ def _refuse(problem: str, at: Union[yaml.Node, yaml.Event]) -> NoReturn:
 
 
 def parse_yaml(text: str, where: Union[str, Path]) -> Any:
-    """Reads YAML; `where` is what messages call it."""
+    """Read YAML; `where` is what messages call it."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -88,7 +88,7 @@ def parse_yaml(text: str, where: Union[str, Path]) -> Any:
 
 
 def load_yaml(path: Union[str, Path]) -> Mapping:
-    """Reads a YAML file of keys and values."""
+    """Read a YAML file of keys and values."""
     try:
         with open(path, encoding='utf-8') as file:
             text = file.read(_MAX_CHARS + 1)
@@ -97,6 +97,7 @@ def load_yaml(path: Union[str, Path]) -> Mapping:
     if len(text) > _MAX_CHARS:
         raise UserError(f'{path}: is too long for a file of settings, which has at most {_MAX_CHARS} characters')
     content = parse_yaml(text, path)
-    if not isinstance(content, (Mapping, type(None))):
-        raise UserError(f'{path}: must hold keys and values, such as "epochs: 30", not a {type(content).__name__}')
-    return content or {}
+    if not isinstance(content, Mapping):
+        what = 'nothing' if content is None else f'a {type(content).__name__}'
+        raise UserError(f'{path}: must hold keys and values, such as "epochs: 30", not {what}')
+    return content

@@ -246,7 +246,7 @@ def test_recipes(domain, tmp_path):
     assert plan['weight_decay'] == DECAYS[domain]
     expected = yaml.safe_load(path.read_text(encoding='utf-8'))['expected']
     assert expected['top1']['mean'] == by_domain(TABLE['SpotTune'][0])[domain]
-    assert data_spec_from_args(args, args.recipe['data']).components[0].dataset == f'decathlon/{domain}'
+    assert data_spec_from_args(args).components[0].dataset == f'decathlon/{domain}'
     assert args.eval_sampling_seed == 0  # section 3.1: the decisions are sampled at test time, too
 
 

@@ -160,7 +160,7 @@ def test_a_share_of_the_training_images_validates(make_folder, tmp_path):
 
 @pytest.mark.parametrize('share', [1, -0.1, 'a'])
 def test_a_share_that_is_none(share):
-    with pytest.raises(UserError, match='val_share must be at least 0 and below 1'):
+    with pytest.raises(UserError, match='val_share (must be|1 and)'):
         DataSpec.from_mapping({'path': 'x', 'val_share': share})
 
 

@@ -59,7 +59,8 @@ def test_limits_of_the_training_images_hold_for_what_is_drawn(plain):
 
 
 @pytest.mark.parametrize('keys, match', [
-    (dict(val_share=0.5, test_share=0.5), 'together they must be below 1'), (dict(test_share=1), 'test_share must be'),
+    (dict(val_share=0.5, test_share=0.5), 'together they must be below 1'),
+    (dict(test_share=1.5), 'test_share must be between 0 and 1'),
     (dict(group='(a)'), 'no effect without --val-share'), (dict(group='(', val_share=.1), 'no regular expression'),
     (dict(group='patient', val_share=.1), 'is no column of a table .*one group'),
 ])

@@ -15,7 +15,7 @@ from timm_amf.data import (
 from timm_amf.errors import UserError
 
 
-def parse(*flags, **timm_flags):
+def parse(*flags, section=None):
     parser = argparse.ArgumentParser()
     parser.add_argument('data', nargs='?')
     for name in ('data-dir', 'dataset', 'class-map', 'input-key', 'target-key', 'input-img-mode'):
@@ -24,7 +24,7 @@ def parse(*flags, **timm_flags):
     parser.add_argument('--val-split', default='validation')
     parser.add_argument('--dataset-download', action='store_true')
     add_data_args(parser)
-    return parser.parse_args(flags)
+    return argparse.Namespace(**vars(parser.parse_args(flags)), recipe={'data': section} if section else {})
 
 
 def test_a_plain_folder_is_a_mixture_of_one():
@@ -49,19 +49,18 @@ def test_component_flags_and_yaml_say_the_same():
             splits: {val: train}
     """)
     spec = data_spec_from_args(flags)
-    assert spec == data_spec_from_args(parse(), section)
+    assert spec == data_spec_from_args(parse(section=section))
     assert spec.components[1].limit('val') == (0, 18)
     assert spec.components[1].limit('train') == (18, None)
     assert spec.components[1].split_name('val') == 'train'
     named = {'components': {item.pop('name'): item for item in section['components']}}
-    assert spec == data_spec_from_args(parse(), named)
+    assert spec == data_spec_from_args(parse(section=named))
 
 
 def test_flags_replace_the_section_and_the_section_replaces_a_dataset():
     section = {'preset': 'demo'}
-    assert [c.name for c in data_spec_from_args(parse('/d'), section).components] == ['digits', 'textures']
-    args = parse('--component', 'name=x,path=/x')
-    args.data = section  # as a recipe's section may arrive
+    assert [c.name for c in data_spec_from_args(parse('/d', section=section)).components] == ['digits', 'textures']
+    args = parse('--component', 'name=x,path=/x', section=section)
     assert [c.name for c in data_spec_from_args(args).components] == ['x']
 
 
@@ -76,7 +75,10 @@ def test_mapping_round_trip(preset):
     ({'preset': 'aircraft'}, 'aircraft-dtd'),
     ({'preset': 'demo', 'components': []}, 'not both'),
     ({'components': []}, 'no component'),
-    ({'components': [{'name': 'a', 'klasses': 3}]}, "'klasses'"),
+    ({'components': [{'name': 'a', 'klasses': 3}]}, "'klasses', did you mean classes"),
+    ({'components': [{'name': 'a', 'per_class': {'val': 'x'}}]}, 'a whole number or a mapping'),
+    ({'path': '/d', 'download': 'yes'}, 'download must be true or false'),
+    ({'path': '/d', 'val_share': 0.5, 'test_share': 0.5}, 'together they must be below 1'),
     ({'components': [{'name': 'a'}, {'name': 'a'}]}, "named 'a'"),
     ({'components': [{'name': 'a b'}]}, "'a b'"),
     ({'components': [{'name': 'a', 'classes': 0}]}, 'classes'),
@@ -84,8 +86,8 @@ def test_mapping_round_trip(preset):
     ({'components': [{'name': 'a'}], 'shuffle': True}, "'shuffle'"),
     ({'components': [3]}, 'component'),
     ({'components': {'a': 1}}, 'component'),
-    ({'splits': [1]}, 'splits is a mapping'),
-    ({'dataset': [1], 'num_samples': 5}, 'num_samples is a mapping'),
+    ({'splits': [1]}, r'splits must be a mapping \{name: text\}, not'),
+    ({'dataset': 'torch/x', 'num_samples': 5}, r'num_samples must be a mapping \{name: a whole number\}, not'),
 ])
 def test_mistakes_in_yaml_are_one_line(section, words):
     with pytest.raises(UserError, match=words) as error:

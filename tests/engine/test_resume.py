@@ -171,13 +171,14 @@ def test_ctrl_c_saves_and_leaves(run, components, tmp_path, monkeypatch, capsys)
     assert_same_run(run('whole', base=ONE), run('stopped', '--resume', 'auto', base=ONE))
 
 
-def test_resume_of_a_finished_run_changes_nothing(run, trained):
+def test_resume_of_a_finished_run_changes_nothing(run, trained, capsys):
     whole = trained('whole', base=ONE)
     copied = whole.parent / 'copied'
     shutil.copytree(whole, copied)
     assert_same_run(whole, run('copied', '--resume', 'auto', base=ONE))
     before = {name: (copied / name).read_bytes() for name in ('args.yaml', 'plan.yaml', 'environment.yaml')}
     run('copied', '--resume', 'auto', '--lr', '0.5', '--seed', '7', base=ONE)
+    assert f'{copied}: epoch 3 was the last, and nothing is left to train; --epochs N' in capsys.readouterr().out
     assert before == {name: (copied / name).read_bytes() for name in before}  # what trained it
 
 

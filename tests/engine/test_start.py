@@ -1,6 +1,7 @@
 """Where a run starts, and what it decays towards, through the train script: stopped and resumed to the bit."""
 import multiprocessing
 import os
+import shutil
 import socket
 
 import pytest
@@ -119,6 +120,16 @@ def test_a_checkpoint_of_another_architecture(run, weights):
 def test_a_checkpoint_of_other_classes(run, weights):
     with pytest.raises(UserError, match=r'another shape: 2, such as \S+ \(.*--pretrained-path adapts a classifier'):
         run('bad', '--initial-checkpoint', str(weights), base=[*BASE, '--num-classes', '9'])
+
+
+def test_copies_are_told_when_nothing_else_is_wrong(run, weights, folders, tmp_path, caplog):
+    root = shutil.copytree(folders / 'stripes', tmp_path / 'copies')
+    shutil.copy(root / 'train/class0/0.png', root / 'val/class0/0.png')
+    with pytest.raises(UserError):
+        run('bad', '--initial-checkpoint', str(weights), '--model', 'test_vit', base=BASE, data=[str(root)])
+    assert not caplog.records
+    run('dry', '--dry-run', base=BASE, data=[str(root)])
+    assert 'has copies of training images (1)' in caplog.text
 
 
 def test_resuming_with_a_plan_that_decays_elsewhere(run, weights):

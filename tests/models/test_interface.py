@@ -8,6 +8,7 @@ import torch
 from timm.models import FeatureInfo, create_feature_extractor, get_graph_node_names
 
 from timm_amf.errors import UserError
+from timm_amf.models import blocks
 
 PAIRS = {
     'maps': ('test_resnet', 'test_resnet'),
@@ -157,6 +158,12 @@ def test_device_of_construction(name):
     model = create(name, device='meta', dtype=torch.float16)
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {'meta'}
     assert {t.dtype for t in model.parameters()} == {torch.float16}
+
+
+def test_creation_within_inference_mode():
+    blocks._probes.clear()
+    with torch.inference_mode():
+        assert create('amf', num_classes=3)(torch.randn(1, 3, 160, 160)).shape == (1, 3)
 
 
 @pytest.mark.parametrize('name', SMALL)

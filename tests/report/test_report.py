@@ -150,8 +150,12 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys, monkeypatch):  # noqa: F8
     (broken / 'summary.csv').write_text(whole + 'x,y\n')
     assert 'damaged' in told(broken)
     (broken / 'summary.csv').write_text(whole)
+    assert '/x/loss.png: cannot be written (Not a directory); choose another --output' in told(
+        broken, '--no-eval', '--output', f'{__file__}/x')
     with FileLock(broken / '.lock'):
         assert 'a run is writing there' in told(broken)
+    (broken / 'plan.yaml').write_text('')
+    assert 'plan.yaml: must hold keys and values' in told(broken)
     (broken / 'plan.yaml').unlink()
     assert 'older version' in told(broken)
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
@@ -195,6 +199,13 @@ def test_labels_do_not_overlap(classes, images):
                 for one, two in zip(labels, labels[1:]):
                     assert not one.overlaps(two), (chart.name, one, two)
         assert figures.png(figure) and figures.svg(figure, chart.name, chart.title).count('<svg') == 1
+
+
+def test_long_names_of_runs_differ_in_a_legend():
+    names = [f'runs/textures_tf_efficientnet_lite0_norms-frozen_seed{i}' for i in (42, 43)]
+    chart = Chart('loss', 'Loss', '', 'lines', {'epoch': [1, 2], names[0]: [1., 2.], names[1]: [2., 3.]})
+    texts = [text.get_text() for text in figures.draw(chart, thumbnail).legends[0].texts]
+    assert texts == [f'runs/textures…-frozen_seed{i}' for i in (42, 43)]
 
 
 def test_csv_is_what_is_drawn():
@@ -245,14 +256,17 @@ def test_opens_in_a_browser(runs, tmp_path, width):  # noqa: F811
     browser = next(filter(None, map(shutil.which, ('chromium', 'google-chrome', 'chrome'))), None)
     if browser is None:
         pytest.skip('needs Chromium')
-    assert main(['report', str(runs['plain']), '--no-eval', '--cpu', '--output', str(tmp_path)]) == 0
+    long = tmp_path / 'textures_tf_efficientnet_lite0_lr3e-4_norms-frozen_wise-ft_seed42'
+    shutil.copytree(runs['plain'], long)
+    assert main(['report', str(long), '--cpu', '--output', str(tmp_path)]) == 0
     # The page in a frame of the width, which says how wide its content is.
     (tmp_path / 'frame.html').write_text(
         f'<iframe id=f src=index.html style="width:{width}px;height:900px;border:0"></iframe><p id=p></p><script>'
         'f.onload = () => { const d = f.contentDocument; p.textContent = "found " + d.querySelectorAll("svg").length +'
-        ' " wide " + d.documentElement.scrollWidth; }</script>')
+        ' " wide " + d.documentElement.scrollWidth + " table " + d.querySelector(".wide").scrollWidth; }</script>')
     dump = subprocess.run(
         [browser, '--headless', '--no-sandbox', '--disable-gpu', '--allow-file-access-from-files', '--dump-dom',
          '--virtual-time-budget=3000', (tmp_path / 'frame.html').as_uri()], capture_output=True, text=True, timeout=120)
-    svgs, wide = map(int, re.search(r'found (\d+) wide (\d+)', dump.stdout).groups())
+    svgs, wide, table = map(int, re.search(r'found (\d+) wide (\d+) table (\d+)', dump.stdout).groups())
     assert svgs == len(Page(tmp_path / 'index.html').of('svg')) >= 4 and wide <= width
+    assert width < 1000 or table <= 992  # that of the results is not cut

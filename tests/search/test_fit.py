@@ -186,7 +186,7 @@ def test_an_unsplit_table_in_groups(words, images, tmp_path):
 
 @pytest.mark.parametrize('flags, message', [
     (['--budget', '0'], 'must be above 0'), (['--val-share', '1.5'], 'val_share'),
-    (['--model', 'nothing_such'], 'is unknown'),
+    (['--model', 'nothing_such'], 'is unknown'), (['--output', f'{__file__}/x'], 'choose another --output'),
 ])
 def test_mistakes(words, flags, message, capsys, tmp_path):
     assert main([*words, *flags]) == 2
@@ -285,6 +285,19 @@ def test_a_network_that_an_epoch_spoils_gets_lower_lrs(words, tmp_path, monkeypa
     for row in (*collapsed, winner):
         assert float(row['seconds']) > 0 and f'{row["candidate"]} ' in out.partition('validation ')[2]
     assert 'lr: 3.0e-05' in (tmp_path / 'run' / 'plan.yaml').read_text()
+
+
+def test_pilots_are_not_published(words, monkeypatch):
+    """Nor is what a budget times."""
+    published = []
+    monkeypatch.setattr('timm_amf.hub.publish.check_flags', lambda args: None)
+    monkeypatch.setattr('timm_amf.hub.publish.publish_finished', lambda args, folder: published.append(folder.name))
+    for name in ('_MANY_EPOCHS', '_MANY_UPDATES'):
+        monkeypatch.setattr(f'timm_amf.search.fit.{name}', 1)
+    publish = ['--publish', 'a/b', '--publish-license', 'mit']
+    assert main([*words, '--epochs', '6', *publish]) == 0
+    assert main(['train', *words[1:], '--val-share', '.2', '--budget', '0.001', '--overwrite', *publish]) == 0
+    assert published == ['run', 'run']
 
 
 def test_a_given_lr_is_the_only_candidate(words, tmp_path, capsys):

@@ -346,6 +346,7 @@ def test_nothing_is_left(words, quick, tmp_path, capsys):
     (['--grid', 'lr=0.1', '--val-split', 'test'], 'chooses'),
     (['--grid', 'lr=0.1', '--test-split', 'val'], 'chooses by it'),
     (['--grid', 'lr=0.1', '--test-split', 'holdout'], 'holdout'),
+    (['--grid', 'lr=0.1', '--output', f'{__file__}/x'], '/x/found: cannot be written (Not a directory); choose'),
     (['--grid', 'lr=0.1', '--storage', 'nothing://x'], 'the database of the sweep cannot be used'),
 ])
 def test_mistakes(words, extra, message, tmp_path, capsys):

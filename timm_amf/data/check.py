@@ -19,7 +19,7 @@ from .cache import fingerprint, map_images
 from .mixture import Mixture
 from .sources import as_shown, why_unreadable
 
-__all__ = ['BadImage', 'check_images', 'warn_of_copies']
+__all__ = ['BadImage', 'check_images', 'find_copies']
 
 _logger = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ def check_images(
     return bad
 
 
-def warn_of_copies(train: Mixture, others: Mapping[str, Mixture]) -> None:
-    """Warn of images of other splits that are in training too: equal bytes, or equal difference hashes.
+def find_copies(train: Mixture, others: Mapping[str, Mixture]) -> str:
+    """What to warn of where images of other splits are in training too: equal bytes, or equal difference hashes.
 
     Args:
         train: After `check_images`.
@@ -90,10 +90,9 @@ def warn_of_copies(train: Mixture, others: Mapping[str, Mixture]) -> None:
                 twin = int(np.flatnonzero(train.hashes[:, column] == other.hashes[index, column])[0])
                 example = example or f'{other.filename(index)} and {train.filename(twin)}'
         found += [f'{name} has {" and ".join(counts)}'] if counts else []
-    if found:
-        _logger.warning(
-            f'data: {"; ".join(found)}, such as {example}: an accuracy on them is too high; remove them, or keep '
-            f'them on one side with --group.')
+    return '' if not found else (
+        f'data: {"; ".join(found)}, such as {example}: an accuracy on them is too high; remove them, or keep them on '
+        f'one side with --group.')
 
 
 def _remembered(

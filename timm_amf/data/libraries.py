@@ -126,7 +126,7 @@ def open_iterable(
 
 
 def _pack(dataset: Any, path: Path) -> int:
-    """Writes the files of a `PackedSource`; returns the number of samples."""
+    """Write the files of a `PackedSource`; give the number of samples."""
     from tqdm import tqdm
     index, samples = [], iter(tqdm(dataset, desc='Reading dataset', unit='img', disable=None))
     with open(path / 'images.bin', 'wb') as file:

@@ -32,6 +32,7 @@ class Mixture(torch.utils.data.Dataset):
         targets: Class of each sample, (N,) int64.
         component_of: Component of each sample, (N,) int64.
         drawn: The splits of each component that were drawn from its training images; empty where none were.
+        copies: What to warn of where images of other splits are in it too (`check.find_copies`).
         hashes: Of each image those that `check_images` finds, (N, 2) uint64, or None.
         cache: Where images are read instead of from their files (`timm_amf.data.cache`), or None.
     """
@@ -52,6 +53,7 @@ class Mixture(torch.utils.data.Dataset):
         self.input_img_mode = input_img_mode
         self.cache: Any = None
         self.drawn: list[Drawn] = []
+        self.copies = ''
         self.hashes: Optional[np.ndarray] = None
         self._sources = [source for _, source, _, _ in parts]
         self._part = np.concatenate([np.full(len(p[2]), i, dtype=np.int32) for i, p in enumerate(parts)])

@@ -2,14 +2,15 @@
 import argparse
 import os
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import yaml
 
 from timm_amf.errors import UserError
+from timm_amf.fields import Named, build, check_fields, check_names, setting
 from timm_amf.flags import add_flags, path
 
 __all__ = [
@@ -17,9 +18,6 @@ __all__ = [
 ]
 
 DEFAULT_SPLITS = {'train': 'train', 'val': 'validation', 'test': 'test'}
-# Keys of the section `data` beside its components.
-_COMMON = (
-    'download', 'input_img_mode', 'num_samples', 'trust_remote_code', 'cache_dir', 'val_share', 'test_share', 'group')
 _PRESET_DIR = Path(__file__).parent / 'presets'
 # As timm's dataset factory, and 'test' beside them.
 SPLIT_NAMES = {
@@ -35,51 +33,39 @@ def split_of(name: str) -> Optional[str]:
 
 
 @dataclass(frozen=True)
-class Component:
-    """One named part of a mixture.
-
-    Args:
-        name: Name in logs, tables and columns: letters, digits, `_`, `-` and `.`.
-        dataset: Dataset as timm names it: '' for a folder, `torch/...`, `decathlon/...`, `hfds/...`,
-            `tfds/...`, `wds/...`.
-        root: Folder of the dataset.
-        classes: Only the first this many classes, in the dataset's own order. None: all.
-        per_class: At most this many images of each class, one number for all splits or one by split.
-        skip: Leave out this many images at the start of each class, one number or one by split.
-        splits: The dataset's name for each of `train`, `val` and `test`.
-        class_offset: Index of the first class. None: after the classes of the components before it. Components
-            with the same offset share their labels.
-        class_map: timm's class map, a file of class names in order.
-        input_key: timm's input key (a folder: extensions of image files, `.jpg;.webp`).
-        target_key: timm's target key (`hfds/`, `tfds/`, `wds/`).
-    """
-    name: str
-    dataset: str = ''
-    root: Optional[str] = None
-    classes: Optional[int] = None
-    per_class: Union[int, dict[str, int], None] = None
-    skip: Union[int, dict[str, int], None] = None
-    splits: dict[str, str] = field(default_factory=dict)
-    class_offset: Optional[int] = None
-    class_map: Optional[str] = None
-    input_key: Optional[str] = None
-    target_key: Optional[str] = None
+class Component(Named):
+    """One named part of a mixture."""
+    name: str = setting(help='name in logs, tables and columns: letters, digits, `_`, `-` and `.`')
+    dataset: str = setting(
+        '', "as timm names it: '' for a folder, `torch/...`, `decathlon/...`, `hfds/...`, `tfds/...`, `wds/...`")
+    root: Optional[str] = setting(None, 'folder of the dataset')
+    classes: Optional[int] = setting(
+        None, "only the first this many classes, in the dataset's own order (default: all)", low=1)
+    per_class: Union[int, dict[str, Optional[int]], None] = setting(
+        None, 'most images of each class, one number for all splits or one by split', low=1)
+    skip: Union[int, dict[str, Optional[int]], None] = setting(
+        None, 'images left out at the start of each class, one number or one by split', low=0)
+    splits: dict[str, str] = setting({}, "the dataset's name for each of `train`, `val` and `test`")
+    class_offset: Optional[int] = setting(
+        None, 'index of the first class; components with the same one share their labels (default: after the classes '
+        'of the components before it)', low=0)
+    class_map: Optional[str] = setting(None, "timm's class map, a file of class names in order")
+    input_key: Optional[str] = setting(
+        None, "timm's input key (a folder: extensions of image files, `.jpg;.webp`)")
+    target_key: Optional[str] = setting(None, "timm's target key (`hfds/`, `tfds/`, `wds/`)")
 
     def __post_init__(self):
         where = f'data component {self.name!r}'
-        if not isinstance(self.name, str) or not re.fullmatch(r'[\w.-]+', self.name):
+        check_fields(self, where)
+        if not re.fullmatch(r'[\w.-]+', self.name):
             raise UserError(f'{where}: a name is made of letters, digits, "_", "-" and "."')
-        if not isinstance(self.splits, Mapping):
-            raise UserError(f'{where}: splits is a mapping such as {{val: validation}}, not {self.splits!r}')
-        read = {
-            'splits': {_split_key(k, f'{where}: splits'): str(v) for k, v in self.splits.items()},
-            **{key: _whole(getattr(self, key), low, f'{where}: {key}', by_split) for key, low, by_split in (
-                ('classes', 1, False), ('class_offset', 0, False), ('per_class', 1, True), ('skip', 0, True))},
-            **{key: None if getattr(self, key) is None else str(getattr(self, key)) for key in (
-                'dataset', 'root', 'class_map', 'input_key', 'target_key')},
-        }
-        for key, value in read.items():
-            object.__setattr__(self, key, value)
+        for field in ('splits', 'per_class', 'skip'):
+            given = getattr(self, field)
+            for split in given if isinstance(given, dict) else ():
+                if split_of(split) is None:
+                    raise UserError(f'{where}: {field}: unknown split {split!r}; there are train, val and test')
+            if isinstance(given, dict):
+                object.__setattr__(self, field, {split_of(k): v for k, v in given.items() if v is not None})
 
     def split_name(self, split: str) -> str:
         """The dataset's own name of `train`, `val` or `test`."""
@@ -93,40 +79,29 @@ class Component:
 
 
 @dataclass(frozen=True)
-class DataSpec:
-    """All that is needed to open a mixture.
-
-    Args:
-        components: The parts, in order; a plain dataset is a mixture of one.
-        download: Let the datasets that can download themselves do so.
-        input_img_mode: Pillow mode that images are converted to. None: `RGB`, or `L` for one input channel.
-        num_samples: Samples by split of iterable datasets that do not know their own number.
-        trust_remote_code: Passed to Hugging Face datasets.
-        cache_dir: Where iterable datasets are kept once read. None: `timm_amf` in the user's cache folder.
-        val_share: Share of the training images of each class that is the validation split instead, in [0, 1). It is
-            drawn by the names of the images, so that moved or copied folders are split alike. 0: the dataset's own.
-        test_share: The same of the test split; both together are below 1.
-        group: Images of one group stay on one side of these splits: a column of the table, or a regular expression
-            with one group that is searched in the path relative to the root. None: each image by itself.
-        split_file: The `split.csv` of a run, which says what was drawn then. None: draw.
-    """
-    components: tuple[Component, ...]
-    download: bool = False
-    input_img_mode: Optional[str] = None
-    num_samples: dict[str, int] = field(default_factory=dict)
-    trust_remote_code: bool = False
-    cache_dir: Optional[str] = None
-    val_share: float = 0.
-    test_share: float = 0.
-    group: Optional[str] = None
-    split_file: Optional[str] = None
+class DataSpec(Named):
+    """All that is needed to open a mixture."""
+    components: tuple[Component, ...] = setting(help='the parts, in order; a plain dataset is a mixture of one')
+    download: bool = setting(False, 'let the datasets that can download themselves do so')
+    input_img_mode: Optional[str] = setting(
+        None, 'Pillow mode that images are converted to (default: `RGB`, or `L` for one input channel)')
+    num_samples: dict[str, int] = setting(
+        {}, 'samples by split of iterable datasets that do not know their own number')
+    trust_remote_code: bool = setting(False, 'passed to Hugging Face datasets')
+    cache_dir: Optional[str] = setting(
+        None, "where iterable datasets are kept once read (default: `timm_amf` in the user's cache folder)")
+    val_share: float = setting(
+        0., 'share of the training images of each class that is the validation split instead; it is drawn by the names '
+        "of the images, so that moved or copied folders are split alike (0: the dataset's own)", low=0, high=1)
+    test_share: float = setting(0., 'the same of the test split; both together are below 1', low=0, high=1)
+    group: Optional[str] = setting(
+        None, 'images of one group stay on one side of these splits: a column of the table, or a regular expression '
+        'with one group that is searched in the path relative to the root (default: each image by itself)')
+    split_file: Optional[str] = setting(
+        None, 'the `split.csv` of a run, which says what was drawn then (default: draw)')
 
     def __post_init__(self):
-        object.__setattr__(self, 'components', tuple(self.components))
-        for name in ('val_share', 'test_share'):
-            share = getattr(self, name)
-            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
-                raise UserError(f'data: {name} must be at least 0 and below 1, not {share!r}')
+        check_fields(self, 'data')
         if self.val_share + self.test_share >= 1:
             raise UserError(
                 f'data: val_share {self.val_share:g} and test_share {self.test_share:g} leave nothing to train on; '
@@ -135,8 +110,6 @@ class DataSpec:
             raise UserError('data: --group has no effect without --val-share or --test-share; add one, or leave it out')
         if not self.components:
             raise UserError('data: no component; give a folder (--data-dir), a dataset (--dataset) or components')
-        if not isinstance(self.num_samples, Mapping):
-            raise UserError(f'data: num_samples is a mapping such as {{train: 1000}}, not {self.num_samples!r}')
         names = [c.name for c in self.components]
         for name in names:
             if names.count(name) > 1:
@@ -158,21 +131,19 @@ class DataSpec:
         """
         if not isinstance(data, Mapping):
             raise UserError(f'data: expected a mapping with components or a preset, not {data!r}')
-        data = dict(data)
-        common = {key: data.pop(key) for key in _COMMON if key in data}
-        defaults = {k: v for k, v in (defaults or {}).items() if v is not None}
+        data, defaults = dict(data), {k: v for k, v in (defaults or {}).items() if v is not None}
         if 'preset' in data:
             if 'components' in data:
                 raise UserError('data: give either a preset or components, not both')
             data = {**load_preset(data.pop('preset')), **data}
-        if 'components' not in data:
-            data = {'components': [data]}
-        items = _component_list(data.pop('components'))
+        common = {f.name: data.pop(f.name) for f in fields(cls) if f.name in data}
+        if 'components' not in common:
+            common['components'], data = [data], {}
         root = data.pop('root', data.pop('path', None))
         if root is not None:
             defaults['root'] = root
-        _check_names(data, 'beside components; components know')
-        return cls(tuple(_component(item, defaults) for item in items), **common)
+        common['components'] = tuple(_component(item, defaults) for item in _component_list(common['components']))
+        return build(cls, {**data, **common}, 'data')
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain data that `from_mapping` reads back, without what is default."""
@@ -216,19 +187,16 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     ))
 
 
-def data_spec_from_args(args: argparse.Namespace, section: Optional[Mapping] = None) -> DataSpec:
-    """Build the mixture from flags and the `data:` section of a recipe.
+def data_spec_from_args(args: argparse.Namespace) -> DataSpec:
+    """Build the mixture from flags and the `data:` section of their recipe.
 
     `--component` and `--data-preset` replace the section; with none of the three, timm's own flags name one dataset,
     which is a mixture of one component. timm's flags are also the defaults of components that do not say.
 
     Args:
-        args: Parsed flags: timm's dataset flags and those of `add_data_args`. `args.data` may be the section itself.
-        section: The `data:` section, if it is not in `args.data`.
+        args: Parsed flags: timm's dataset flags and those of `add_data_args`; and `recipe`, the sections of a file.
     """
     given = {key: value for key, value in vars(args).items() if value not in (None, '')}
-    if isinstance(given.get('data'), Mapping):
-        section = section or given.pop('data')
     # A dataset's own name ('valid') is passed on to it, also where it says which split of the mixture is meant.
     names = {role: given[f'{role}_split'] for role in ('train', 'val') if f'{role}_split' in given}
     own = {_mixture_split(name) or role: name for role, name in names.items()}
@@ -241,8 +209,8 @@ def data_spec_from_args(args: argparse.Namespace, section: Optional[Mapping] = N
         section = {'components': [_parse_component(text) for text in args.component]}
     elif 'data_preset' in given:
         section = {'preset': args.data_preset}
-    elif not section:
-        section = {'dataset': given.get('dataset', '')}
+    else:
+        section = given.get('recipe', {}).get('data') or {'dataset': given.get('dataset', '')}
     spec = DataSpec.from_mapping(section, defaults)
     num_samples = {role: given[f'{role}_num_samples'] for role in ('train', 'val') if f'{role}_num_samples' in given}
     return replace(
@@ -285,21 +253,15 @@ def _component_list(items: Any) -> list[dict]:
 def _component(item: dict, defaults: Mapping) -> Component:
     if 'path' in item:
         item['root'] = item.pop('path')
-    _check_names(set(item) - set(Component.__dataclass_fields__), 'of a component; there are')
-    if not isinstance(item.get('splits') or {}, Mapping):
-        raise UserError(f'data: splits is a mapping such as {{val: validation}}, not {item["splits"]!r}')
-    splits = {**defaults.get('splits', {}), **(item.get('splits') or {})}
+    check_names(item, Component, 'a data component')
+    splits = item.get('splits') or {}
+    if isinstance(splits, Mapping):  # else the component refuses it
+        splits = {**defaults.get('splits', {}), **splits}
     item = {**defaults, **{k: v for k, v in item.items() if v is not None}, 'splits': splits}
     if 'name' not in item:
         name = str(item.get('dataset') or '').rstrip('/').split('/')[-1] or Path(str(item.get('root') or '')).name
         item['name'] = re.sub(r'[^\w.-]+', '-', name) or 'data'
     return Component(**item)
-
-
-def _check_names(unknown: Collection[str], what: str) -> None:
-    if unknown:
-        known = ', '.join(Component.__dataclass_fields__)
-        raise UserError(f'data: unknown key {sorted(unknown)[0]!r} {what} {known}')
 
 
 def _parse_component(text: str) -> dict[str, Any]:
@@ -317,19 +279,3 @@ def _parse_component(text: str) -> dict[str, Any]:
         else:
             raise UserError(f'--component {text!r}: {key} is given both for all splits and for {split}')
     return item
-
-
-def _split_key(split: Any, where: str) -> str:
-    if split_of(split) is None:
-        raise UserError(f'{where}: unknown split {split!r}; there are train, val and test')
-    return split_of(split)
-
-
-def _whole(value: Any, low: int, where: str, by_split: bool) -> Union[int, dict[str, int], None]:
-    """A whole number, or where allowed one for each split."""
-    if by_split and isinstance(value, Mapping):
-        return {_split_key(k, where): _whole(v, low, f'{where}.{k}', False) for k, v in value.items() if v is not None}
-    number = int(value) if isinstance(value, str) and value.strip().isdigit() else value  # of a flag
-    if number is None or type(number) is int and number >= low:
-        return number
-    raise UserError(f'{where} must be a whole number of at least {low}, not {value!r}')

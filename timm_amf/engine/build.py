@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from timm_amf.data import Mixture, create_datasets, create_loader, data_spec_from_args, splits_from_args
 from timm_amf.data.cache import build_cache, cache_short_side
-from timm_amf.data.check import check_images, warn_of_copies
+from timm_amf.data.check import check_images, find_copies
 from timm_amf.engine.checkpoint import class_names, read_class_names
 from timm_amf.engine.memory import keep_freed_memory
 from timm_amf.engine.options import resolve_trackers
@@ -103,7 +103,7 @@ def build_data(
     Args:
         class_names: Of the model whose weights are there already; labels follow from them.
     """
-    spec = data_spec_from_args(args, args.recipe.get('data'))
+    spec = data_spec_from_args(args)
     splits = splits_from_args(args)
     if splits[1] in splits[0].split('+'):
         _logger.warning('--val-split %s is trained on: its accuracy says nothing', splits[1])
@@ -116,7 +116,7 @@ def build_data(
                 check_images(
                     dataset, args.skip_bad_images, args.cache_dir, args.workers, accelerator.is_local_main_process)
     if accelerator.is_local_main_process:
-        warn_of_copies(datasets[0], dict(zip((splits[1], *drawn), datasets[1:])))
+        datasets[0].copies = find_copies(datasets[0], dict(zip((splits[1], *drawn), datasets[1:])))
     if datasets[0].num_classes < 2:
         raise UserError(f'data: there is one class, {datasets[0].class_names[0]!r}: nothing to tell it from; add one')
     return datasets[:2]

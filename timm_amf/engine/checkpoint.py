@@ -125,7 +125,7 @@ def save_tensors(named: Mapping[str, torch.Tensor], path: Union[str, Path]) -> N
 
 @contextlib.contextmanager
 def reading_weights(path: Union[str, Path], missing: str = 'no such checkpoint') -> Iterator[None]:
-    """Makes a `UserError` that names the file of what safetensors says of it; `missing` is for where there is none."""
+    """Make a `UserError` that names the file of what safetensors says of it; `missing` is for where there is none."""
     try:
         yield
     except FileNotFoundError:
@@ -341,7 +341,7 @@ def read_state(source: Union[str, Path]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def restoring(source: Path) -> Iterator[None]:
-    """Makes a `UserError` of what anything says of a state that nothing here has written."""
+    """Make a `UserError` of what anything says of a state that nothing here has written."""
     try:
         yield
     except (

@@ -52,7 +52,7 @@ def read_config(
         path: Union[str, Path],
         parser: argparse.ArgumentParser,
 ) -> tuple[dict[str, Any], dict[str, dict]]:
-    """Reads and checks a YAML file of options, whose keys are the flags of a parser.
+    """Read and check a YAML file of options, whose keys are the flags of a parser.
 
     Returns:
         The values of the flags by dest, and the sections by name.
@@ -97,7 +97,7 @@ def derived_flags(args: argparse.Namespace) -> list[str]:
 
 
 def save_args(args: argparse.Namespace, path: Union[str, Path]) -> None:
-    """Writes the options of a run to a YAML file that `--config` reads back to an equal namespace.
+    """Write the options of a run to a YAML file that `--config` reads back to an equal namespace.
 
     Secrets (a Hub token among the model's arguments, say) are left out.
     """
@@ -115,7 +115,7 @@ def args_content(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _for_yaml(value: Any, key: str = '') -> Any:
-    """Drops secrets, writes tuples as strings, which `read_value` reads, and says where the images are, also for who
+    """Drop secrets, write tuples as strings, which `read_value` reads, and say where the images are, also for who
     asks from another folder: data folders and tables, and class maps.
     """
     if isinstance(value, Mapping):

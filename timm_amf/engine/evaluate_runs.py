@@ -129,7 +129,7 @@ def evaluations(
 def open_images(run: Opened, options: RunOptions) -> Mixture:
     """The images that a run is evaluated on, with the labels that its class names give them."""
     args = run.args
-    spec, split = data_spec_from_args(args, args.recipe.get('data')), splits_from_args(args)[1]
+    spec, split = data_spec_from_args(args), splits_from_args(args)[1]
     if options.data_dir and len(spec.components) == 1:  # which may have named its folder itself
         spec = replace(spec, components=(replace(spec.components[0], root=options.data_dir),))
     if split == 'val' and options.split and options.split not in SPLIT_NAMES['val']:

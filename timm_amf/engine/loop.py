@@ -183,6 +183,8 @@ class Trainer:
             self.l2sp.take()  # now the weights are those of the first process everywhere
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self._open_logs()
+        if train_loader.dataset.copies:  # of all warnings the last: what is wrong otherwise has been told by now
+            _logger.warning(train_loader.dataset.copies)
         self.signals = Signals()
         self._begin: Optional[Callable[[], None]] = None
         self._owns_folder = False
@@ -259,7 +261,9 @@ class Trainer:
         self._begin = begin
         self._stop_early()  # as the run did that is resumed
         if begin is not None and self.epoch and self.epoch >= self.epochs:
-            begin()  # a resumed run in which nothing is left to train
+            begin()
+            self.accelerator.print(
+                f'{self.folder}: epoch {self.epoch} was the last, and nothing is left to train; --epochs N trains on')
         try:
             with self.signals:
                 while self.epoch < self.epochs:

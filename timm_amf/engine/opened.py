@@ -101,8 +101,7 @@ class Opened:
         """The training and the validation images of a run."""
         args = self.args
         data = create_datasets(
-            data_spec_from_args(args, args.recipe.get('data')), splits_from_args(args), input_channels(args),
-            self.class_names)
+            data_spec_from_args(args), splits_from_args(args), input_channels(args), self.class_names)
         if args.skip_bad_images:  # an accuracy is of the images that the run could read
             check_images(data[1], True, args.cache_dir, args.workers, False)
         return data
@@ -121,7 +120,7 @@ class Opened:
             skip_bad: bool = False,
             progress: bool = True,
     ) -> Iterator[Answers]:
-        """Goes through images once, in order, as the run evaluates; with `skip_bad` also where one cannot be read."""
+        """Go through images once, in order, as the run evaluates; with `skip_bad` also where one cannot be read."""
         args, method = self.args, method_of(model)
         asked = bool(options.blocks) or options.sampling_seed is not None
         if asked and 'eval_blocks' not in method.takes:

@@ -24,7 +24,7 @@ _NEEDS = (
 
 
 def check_values(args: argparse.Namespace) -> None:
-    """Checks paths and combinations; imports nothing slow."""
+    """Check paths and combinations; import nothing slow."""
     for dests, needed in _NEEDS:
         if not any(getattr(args, name) for name in needed):
             for dest in filter(args.explicit.__contains__, dests):
@@ -101,9 +101,7 @@ def _check_run(args: argparse.Namespace) -> Iterator[tuple[Any, str, str]]:
            f'{args.output} is a file; name a folder')
     yield (args.lr is not None and args.lr <= 0, 'lr',
            f'must be above 0, not {args.lr}; leave it out to use --lr-base, or freeze roles in the plan')
-    yield (args.lr is not None and args.min_lr is not None and args.min_lr > args.lr, 'min_lr',
-           f'{args.min_lr} is above --lr {args.lr}; lower it')
-    epochs = common_plan(args).epochs
+    epochs = common_plan(args, args.lr).epochs
     yield (args.start_epoch is not None and args.start_epoch > epochs, 'start_epoch',
            f'{args.start_epoch} is beyond the {epochs} epochs of the run')
     yield (args.eval_only and args.resume and args.initial_checkpoint, 'initial_checkpoint',
@@ -132,7 +130,7 @@ def _check_data(args: argparse.Namespace) -> Iterator[tuple[Any, str, str]]:
 
 
 def check_names(args: argparse.Namespace) -> None:
-    """Checks the names that only timm knows: model, optimiser and augmentation. Imports `--device-modules` before."""
+    """Check the names that only timm knows: model, optimiser and augmentation. Import `--device-modules` before."""
     from timm_amf.tuning.plan_args import common_plan
 
     for module in args.device_modules or ():

@@ -21,9 +21,9 @@ from timm_amf.engine.config_file import derived_flags, find_config, read_config,
 from timm_amf.engine.option_checks import check_names, check_values
 from timm_amf.engine.timm_flags import REFUSED_VALUES, REPLACED, TIMM_FLAGS, why_refused
 from timm_amf.errors import CommandParser, UserError
-from timm_amf.flags import HelpFormatter, add_flags, amount, count, number, path, share
+from timm_amf.flags import HelpFormatter, add_flags, amount, count, number, path, share, words_of
 
-__all__ = ['build_parser', 'parse_args', 'resolve_trackers', 'save_args']
+__all__ = ['build_parser', 'keyword_words', 'parse_args', 'resolve_trackers', 'save_args']
 
 _logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ FIRST = (
 
 
 def build_parser() -> CommandParser:
-    """Returns the parser of `train_amf.py`. Its `parse_args` knows nothing of `--config`: use `parse_args` below."""
+    """The parser of `train_amf.py`. Its `parse_args` knows nothing of `--config`: use `parse_args` below."""
     from timm_amf.data.spec import add_data_args
     from timm_amf.tuning.plan_args import add_plan_args
 
@@ -126,13 +126,15 @@ def parse_args(
         argv: Optional[Sequence[str]] = None,
         data: Optional[Mapping[str, Any]] = None,
         others: Iterable[str] = (),
+        plan: Optional[Mapping[str, Any]] = None,
 ) -> argparse.Namespace:
-    """Reads the options from `--config` and the command line, which wins, and checks them.
+    """Read the options from `--config` and the command line, which wins, and check them.
 
     Args:
         argv: Arguments, those of the process if None.
         data: Section `data` of a recipe, instead of that of the file.
         others: Flags of a command that it read before, to tell who mistyped one.
+        plan: Section `plan`, likewise.
 
     Returns:
         A namespace with every flag by name, those of a Plan None unless they were given, and besides: `recipe`, the
@@ -154,7 +156,8 @@ def parse_args(
     args.component = args.component or components
     args = copy.deepcopy(args)  # lists and mappings of the defaults are not shared
     args.config = config.config
-    args.recipe = recipe if data is None else {**recipe, 'data': dict(data)}
+    given = {'data': data, 'plan': plan}
+    args.recipe = {**recipe, **{name: dict(section) for name, section in given.items() if section is not None}}
     from_file = {**defaults, **values}
     _settle(args, {name for name in from_file if getattr(args, name, None) != from_file[name]}, defaults)
     args.explicit = {name for name in defaults if getattr(args, name, None) != defaults[name]} - {'help', 'config'}
@@ -167,6 +170,17 @@ def parse_args(
     return args
 
 
+def keyword_words(options: Mapping[str, Any]) -> tuple[list[str], Optional[Mapping[str, Any]]]:
+    """The command line that Python keywords stand for, and the data where they are a mapping; for `parse_args`.
+
+    Args:
+        options: Flags by name (None leaves one out), `config` among them, over which the others win; and `data`, a
+            mapping of the form of a recipe's section.
+    """
+    data = options['data'] if isinstance(options.get('data'), Mapping) else None
+    return words_of(build_parser(), {**options, 'data': None} if data else options), data
+
+
 def _reject(unknown: Sequence[str], parser: CommandParser, others: Iterable[str]) -> NoReturn:
     """`CommandParser.reject`, after what is known of flags of timm."""
     flag = next((word.partition('=')[0] for word in unknown if word.startswith('-')), '')
@@ -176,7 +190,7 @@ def _reject(unknown: Sequence[str], parser: CommandParser, others: Iterable[str]
 
 
 def _settle(args: argparse.Namespace, given: Container[str], defaults: Mapping) -> None:
-    """Brings together the flags that say the same thing in two ways; `given` are those of the command line."""
+    """Bring together the flags that say the same thing in two ways; `given` are those of the command line."""
     for pair in (('data', 'data_dir'), ('amp', 'mixed_precision'), ('bce_loss', 'loss')):
         for one, other in (pair, pair[::-1]):
             if one in given and other not in given:  # the command line wins over the file here, too
@@ -231,7 +245,7 @@ def _settle_part_weights(args: argparse.Namespace) -> None:
 
 
 def _check_applicable(args: argparse.Namespace, defaults: Mapping) -> None:
-    """Refuses values whose work nobody does here, and warns of flags whose work something else does."""
+    """Refuse values whose work nobody does here, and warn of flags whose work something else does."""
     for (dest, value), reason in REFUSED_VALUES.items():
         if getattr(args, dest) == value:
             raise UserError(f'--{dest} {value}: {reason}')
@@ -244,7 +258,7 @@ def _check_applicable(args: argparse.Namespace, defaults: Mapping) -> None:
 
 
 def resolve_trackers(args: argparse.Namespace) -> list[str]:
-    """Returns the names of Accelerate's trackers to log to."""
+    """The names of Accelerate's trackers to log to."""
     names = [name for name in args.tracker if name != 'none']
     if 'auto' in names:
         names.remove('auto')

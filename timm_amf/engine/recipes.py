@@ -54,7 +54,7 @@ def _describe_range(value: Mapping[str, float]) -> str:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuses what cannot be the name of a repository."""
+    """Refuse what cannot be the name of a repository."""
     try:
         validate_repo_id(repo_id)
         valid = repo_id.count('/') == 1

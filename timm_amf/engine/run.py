@@ -51,7 +51,7 @@ def find_resume(args: argparse.Namespace, folder: Path) -> Optional[Path]:
 
 
 def check_kind(folder: Path, kind: str, remedy: str = 'name another folder with --output and --experiment') -> None:
-    """Refuses a folder that holds something else than what is to be written or read there: run, search or sweep."""
+    """Refuse a folder that holds something else than what is to be written or read there: run, search or sweep."""
     for other, mark in _MARKS.items():
         if other != kind and any(folder.glob(mark)):
             raise UserError(f'{folder}: holds a {other}; {remedy}')
@@ -85,7 +85,7 @@ def claim_folder(folder: Path, overwrite: bool, resume: Optional[Path], kind: st
 
 
 def check_finished(folder: Path) -> None:
-    """Refuses a folder that a run is writing to."""
+    """Refuse a folder that a run is writing to."""
     with contextlib.suppress(OSError):  # where nothing can be written, nobody writes
         if (folder / _LOCK).exists():
             try:

@@ -58,7 +58,7 @@ def predict_run(
 
 
 def _open(args: argparse.Namespace, run: Path, data_dir: Optional[str], split: str) -> DecathlonSource:
-    components = data_spec_from_args(args, args.recipe.get('data')).components
+    components = data_spec_from_args(args).components
     prefix, _, domain = components[0].dataset.partition('/')
     if len(components) > 1 or prefix.lower() != 'decathlon':
         raise UserError(f'{run}: was trained on {", ".join(c.dataset or c.name for c in components)}, not on one '

@@ -171,7 +171,7 @@ def connection(repo_id: str) -> Iterator[None]:
 
 
 def _check_names(where: str, names: Sequence[str]) -> None:
-    """Refuses files that are no model which can be loaded."""
+    """Refuse files that are no model which can be loaded."""
     if 'config.json' not in names:
         remedy = f'timm-amf publish {where} --dry-run DIR writes a folder that can be loaded' if 'args.yaml' in names \
             else 'give a folder or repository that timm-amf publish or timm has written'
@@ -186,7 +186,7 @@ def _check_names(where: str, names: Sequence[str]) -> None:
 
 
 def _download(repo: str, revision: Optional[str], cache_dir: Optional[str]) -> tuple[Path, list[str]]:
-    """Fetches the files of one commit into the client's cache; returns their folder, named by the commit, and the names
+    """Fetch the files of one commit into the client's cache; give their folder, named by the commit, and the names
     of all files where one is missing.
     """
     folder = Path(snapshot_download(
@@ -200,7 +200,7 @@ def _download(repo: str, revision: Optional[str], cache_dir: Optional[str]) -> t
 
 
 def _check_digest(path: Path, where: str) -> None:
-    """Compares a file of the client's cache with the SHA-256 that the Hub gave for it.
+    """Compare a file of the client's cache with the SHA-256 that the Hub gave for it.
 
     The client compares no more than the length of what came. In its cache the file of a commit is a link to `blobs/`,
     where a large file has that hash for its name (and may be a link in turn, to a store by Xet's own hash). A file that
@@ -242,7 +242,7 @@ def _read_text(path: Path, limit: int) -> str:
 
 
 def _read_config(path: Path, where: str) -> dict[str, Any]:
-    """Holds a `config.json` against what timm and this package read from one."""
+    """Hold a `config.json` against what timm and this package read from one."""
     with _reading(path, where):
         config = json.loads(_read_text(path, _MAX_CONFIG), parse_constant=float)
         name, cfg, args = config['architecture'], config['pretrained_cfg'], config.setdefault('model_args', {})
@@ -329,7 +329,7 @@ def _read_plan(path: Path, where: str) -> Optional[Plan]:
 
 
 def _check_fits(config: dict[str, Any], weights: Path, where: str) -> None:
-    """Compares the tensors that a checked `config.json` asks for with those of the weights, before any is allocated."""
+    """Compare the tensors that a checked `config.json` asks for with those of the weights, before any is allocated."""
     name, cfg = config['architecture'], config['pretrained_cfg']
     args = {'num_classes': config.get('num_classes', cfg.get('num_classes', 1000)), **config['model_args']}
     with _reading(weights.with_name('config.json'), where):

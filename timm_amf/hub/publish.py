@@ -104,7 +104,7 @@ class Publication:
 
     @property
     def spec(self):
-        return data_spec_from_args(self.run.args, self.run.args.recipe.get('data'))
+        return data_spec_from_args(self.run.args)
 
     @cached_property
     def data_config(self) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _upload(
         message: Optional[str],
         keep_card: bool,
 ) -> str:
-    """Sends all files in one commit, which also removes what an earlier one left that is no more."""
+    """Send all files in one commit, which also removes what an earlier one left that is no more."""
     api = HfApi(library_name='timm_amf', library_version=__version__)
     api.create_repo(repo_id, private=private or None, exist_ok=True)
     if private and not api.model_info(repo_id).private:
@@ -256,7 +256,7 @@ def prepare(
         compact: bool = False,
         results: Union[str, Path, None] = None,
 ) -> Publication:
-    """Opens a run to publish it; the arguments are those of `publish`."""
+    """Open a run to publish it; the arguments are those of `publish`."""
     opened = open_trained(run, RunOptions(data_dir=data_dir))
     checkpoint = Checkpointer(opened.folder).found()
     images = checkpoint and read_state(checkpoint)['identity'].get('samples')
@@ -321,7 +321,7 @@ def _evaluated(path: Path, run: str) -> list[Result]:
 
 
 def _stage(what: Publication, folder: Path, card: str, license: str) -> None:
-    """Writes what is published into an empty folder, and checks it."""
+    """Write what is published into an empty folder, and check it."""
     run = what.run
     save_for_hf(what.model, str(folder), safe_serialization=True, **_config(what, license))
     _dump(folder / 'plan.yaml', {'plan': run.plan.to_dict()})
@@ -368,7 +368,7 @@ def _config(what: Publication, license: str) -> dict[str, Any]:
 
 
 def _dump(path: Path, content: Mapping) -> None:
-    """Writes YAML; equal values are written out, for aliases are not read from a repository."""
+    """Write YAML; equal values are written out, for aliases are not read from a repository."""
     text = yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False, allow_unicode=True)
     path.write_text(text, encoding='utf-8')
 
@@ -396,7 +396,7 @@ def _without_folders(value: Any) -> Any:
 
 
 def _check_secrets(folder: Path) -> None:
-    """Refuses files in which a token of the Hub is; the last check, after what is known was taken out."""
+    """Refuse files in which a token of the Hub is; the last check, after what is known was taken out."""
     token = get_token()
     for path in folder.rglob('*'):
         if path.suffix in ('.md', '.json', '.yaml', '.csv', '.svg'):
@@ -407,7 +407,7 @@ def _check_secrets(folder: Path) -> None:
 
 @torch.no_grad()
 def _check_loads(what: Publication, folder: Path) -> None:
-    """Loads the folder as others will, and compares what both models compute."""
+    """Load the folder as others will, and compare what both models compute."""
     back = load(folder)
     images = torch.randn(2, *what.data_config['input_size'], generator=torch.Generator().manual_seed(0))
     with method_of(what.model).evaluation(what.run.plan.global_k, what.run.args.eval_blocks):
@@ -422,7 +422,7 @@ def _check_loads(what: Publication, folder: Path) -> None:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Checks `--publish` and what belongs to it before a run of days, not after."""
+    """Check `--publish` and what belongs to it before a run of days, not after."""
     if not args.publish_license:
         raise UserError('--publish: name the licence of the weights with --publish-license, such as apache-2.0')
     _check_target(args.publish, args.publish_license)

@@ -114,7 +114,7 @@ def _predictions(
         options: RunOptions,
         progress: bool,
 ) -> Iterator[Prediction]:
-    spec = data_spec_from_args(opened.args, opened.args.recipe.get('data'))
+    spec = data_spec_from_args(opened.args)
     mode = spec.input_img_mode or {1: 'L', 4: 'RGBA'}.get(input_channels(opened.args), 'RGB')
     targets = np.zeros(len(files), dtype=np.int64)
     source = FileSource(['image'], targets, files)
@@ -167,7 +167,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _write(found: Iterator[Prediction], format: str, out: TextIO) -> tuple[int, int]:
-    """Writes each prediction as it comes; gives the number of images, and of those that could not be read."""
+    """Write each prediction as it comes; give the number of images, and of those that could not be read."""
     images, bad, writer = 0, 0, None
     for prediction in found:
         row = _row(prediction)

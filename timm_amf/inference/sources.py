@@ -25,7 +25,7 @@ Source = Union[str, Path, nn.Module]
 
 
 def open_model(source: Source, options: RunOptions, needs_data: bool = True) -> Opened:
-    """Opens what can be asked about images.
+    """Open what can be asked about images.
 
     Args:
         source: Folder of a run, folder of a published model, `hf-hub:OWNER/NAME`, a file of `timm-amf export --format

@@ -206,7 +206,7 @@ _BATCH = 101
 
 @contextmanager
 def _watch(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[list[str], dict[str, str]]]:
-    """Watches one forward pass, and gives what is known when it has ended.
+    """Watch one forward pass, and give what is known when it has ended.
 
     Those of some modules that take and give one tensor once a pass, in order; and the others, each with the reason.
     """
@@ -313,7 +313,7 @@ def probe_part(part: Part, input_size: tuple[int, int, int]) -> Probe:
     key = part.key, tuple(input_size)
     if key not in _probes:
         # Some constructors draw numbers even on meta: a cached probe must not change what a seed gives.
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
             _probes[key] = _probe(part, tuple(input_size))
     return _probes[key]
 

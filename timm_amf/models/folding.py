@@ -131,7 +131,7 @@ def view_with(module: nn.Module, replaced: Mapping[str, nn.Module], path: str = 
 
 @contextmanager
 def find_pairs(model: nn.Module) -> Iterator[Callable[[Tensor], list[tuple[str, str]]]]:
-    """Watches one forward pass with gradients, to say which norm directly follows which convolution.
+    """Watch one forward pass with gradients, to say which norm directly follows which convolution.
 
     A pair is folded only if nothing else reads the convolution's output, which the graph tells.
 

@@ -140,7 +140,7 @@ def method_of(model: nn.Module) -> Method:
 
 
 def check_takes(model: nn.Module, **asked: Any) -> None:
-    """Refuses settings that would not act on a model.
+    """Refuse settings that would not act on a model.
 
     Args:
         model: The model.

@@ -107,7 +107,7 @@ def loading(name: str, cfg: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _missing_keys() -> Iterator[list[str]]:
-    """Collects what timm logs at INFO of parameters that a checkpoint did not have; what is shown stays as it was."""
+    """Collect what timm logs at INFO of parameters that a checkpoint did not have; what is shown stays as it was."""
     logger, keys = logging.getLogger('timm.models._builder'), []
     level, shown = logger.level, logger.getEffectiveLevel()
 

@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> Path:
 
 
 def check_installed() -> None:
-    """Refuses before any work where the extra is not installed."""
+    """Refuse before any work where the extra is not installed."""
     try:
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
@@ -70,7 +70,7 @@ def report(
         options: Optional[RunOptions] = None,
         evaluate: bool = True,
 ) -> Path:
-    """Writes a page about runs.
+    """Write a page about runs.
 
     Args:
         runs: Their folders; or one folder of a search or of a sweep.
@@ -128,6 +128,8 @@ def _write(
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup
 
+    remedy = 'choose another --output'
+
     @lru_cache(None)
     def thumbnail(index: int) -> Image.Image:
         image = load(index).convert('RGB')
@@ -136,9 +138,9 @@ def _write(
 
     def drawn(chart: Chart) -> Markup:
         figure = figures.draw(chart, thumbnail)
-        with replacing(target / f'{chart.name}.png') as file:
+        with replacing(target / f'{chart.name}.png', remedy) as file:
             file.write_bytes(figures.png(figure))
-        write_text(target / f'{chart.name}.csv', figures.table_csv(chart))
+        write_text(target / f'{chart.name}.csv', figures.table_csv(chart), remedy)
         return Markup('') if chart.kind == 'images' else Markup(figures.svg(figure, chart.name, chart.title))
 
     def data_uri(index: int) -> str:
@@ -163,5 +165,5 @@ def _write(
         title=title, sentence=sentence, sections=sections, drawn=drawn, data_uri=data_uri, groups=groups,
         numbers=numbers, light=figures.LIGHT, dark=figures.DARK,
         kind=lambda part: type(part).__name__)
-    write_text(target / 'index.html', page)
+    write_text(target / 'index.html', page, remedy)
     return target / 'index.html'

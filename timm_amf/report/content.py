@@ -79,7 +79,7 @@ class Told:
 
 
 def read_told(folder: Path) -> Told:
-    """Reads the files of a run."""
+    """Read the files of a run."""
     for name in ('plan.yaml', 'summary.csv'):
         if not (folder / name).is_file():
             raise UserError(f'{folder / name}: is missing; the run has no finished epoch, or is of an older version')
@@ -113,9 +113,12 @@ def _columns(path: Path, needed: Sequence[str]) -> dict[str, list[float]]:
 
 
 _EACH = 'On the validation images, after each epoch.'
+_TRAIN_LOSS = (
+    'That of training is what was minimised: on augmented images, with label smoothing, and with the terms that AMF, '
+    'MultiTune and global-k add. Compare it with itself.')
 # Name, title, caption, the columns that it shows, and their unit.
 _CURVES = (
-    ('loss', 'Loss', 'Mean over the images of an epoch.', 'train_loss|eval_loss', ''),
+    ('loss', 'Loss', f'Mean over the images of an epoch. {_TRAIN_LOSS}', 'train_loss|eval_loss', ''),
     ('accuracy', 'Accuracy', _EACH, 'eval_(top1|top5|balanced_accuracy|macro_f1)', 'percent'),
     ('components', 'Accuracy by component', _EACH, 'eval_top1_.+', 'percent'),
     ('lr', 'Learning rate', 'The highest of each role, at the end of an epoch.', 'lr_.+', 'LR'),
@@ -374,8 +377,9 @@ def compared(every: Sequence[Told], found: Sequence[Evaluation]) -> Section:
             values = dict(zip(told.summary['epoch'], told.summary.get(column, [])))
             table[str(told.folder)] = [values.get(epoch, math.nan) for epoch in epochs]
         percent = column.startswith('eval_top1')
+        caption = _TRAIN_LOSS if column == 'train_loss' else 'After each epoch.'
         section.parts.append(Chart(
-            column, title, 'After each epoch.', 'lines', table, x='epoch', y='percent' if percent else '',
+            column, title, caption, 'lines', table, x='epoch', y='percent' if percent else '',
             range=(0, 100) if percent else None))
     if len(found) > 1:
         section.parts.append(differences(found))

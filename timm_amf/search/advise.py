@@ -27,12 +27,11 @@ from scipy.stats import rankdata
 
 from timm_amf.data import DataSpec, Mixture, create_dataset, data_spec_from_args
 from timm_amf.engine import build
-from timm_amf.engine.options import parse_args
+from timm_amf.engine.options import keyword_words, parse_args
 from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.files import replacing
 from timm_amf.search.features import FeatureNet, Features, extract_features
 from timm_amf.search.fit import COMMON, complete, run
-from timm_amf.search.keywords import keyword_words
 from timm_amf.search.proposal import (
     RELIABILITY,
     RULES,
@@ -192,7 +191,7 @@ def _measure_network(
         spec = DataSpec.from_mapping({'path': own.source_dir, 'name': 'source'})
         images = features(create_dataset(spec, 'train', in_chans=build.input_channels(args)), 'source')
         source = class_means(images.pooled, images.labels)
-    spec = data_spec_from_args(args, args.recipe.get('data'))
+    spec = data_spec_from_args(args)
     advices = []
     for index, name in enumerate(data[0].components):
         single = replace(spec, components=(spec.components[index],))
@@ -420,7 +419,7 @@ def advise(
     own = argparse.Namespace(
         source_dir=source_dir, random_init=random_init, pilot_epochs=pilot_epochs,
         no_source_classifier=not source_classifier, policy=policy)
-    words, data = keyword_words(config, dict(options, model=model, data_dir=data_dir))
+    words, data = keyword_words(dict(options, config=config, model=model, data_dir=data_dir))
     return _advise(own, _runs(words, models, data), progress)
 
 

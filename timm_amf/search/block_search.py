@@ -31,7 +31,7 @@ from torch import nn
 from timm_amf.data import Mixture
 from timm_amf.engine import build
 from timm_amf.engine.head import start_head
-from timm_amf.engine.options import parse_args, save_args
+from timm_amf.engine.options import keyword_words, parse_args, save_args
 from timm_amf.engine.run import claim_folder, write_environment
 from timm_amf.errors import UserError
 from timm_amf.files import write_text
@@ -50,7 +50,6 @@ from timm_amf.search.candidates import (
     window_candidates,
 )
 from timm_amf.search.charts import search_charts, write_figure
-from timm_amf.search.keywords import parse_keywords
 from timm_amf.search.proposal import config_text
 from timm_amf.search.results import BASELINES, CandidateResult, SearchResults, ranking, summary, write_csv
 from timm_amf.search.training import CandidateRuns, Stage
@@ -72,7 +71,7 @@ _ANYWHERE = ('overwrite', 'resume', 'no_progress', 'workers', 'explicit', 'confi
 
 
 def _check(own: argparse.Namespace, args: argparse.Namespace) -> None:
-    """Refuses what a search cannot have, and sets what follows from the flags."""
+    """Refuse what a search cannot have, and set what follows from the flags."""
     for name, highest in (
             ('search_share', 1), ('final_share', 1), ('search_epochs', math.inf), ('chunk', math.inf),
             ('memory', math.inf)):
@@ -426,7 +425,7 @@ def search_blocks(
     if ways is not None:
         own['ways'] = [ways] if isinstance(ways, str) else ways
     rest = {name: value for name, value in options.items() if name not in known}
-    args = parse_keywords(config, dict(rest, model=model, data_dir=data_dir))
+    args = parse_args(*keyword_words(dict(rest, config=config, model=model, data_dir=data_dir)))
     with torch.random.fork_rng():
         return Search(parser.parse_args(words_of(parser, own)), args, progress).run()
 

@@ -243,7 +243,8 @@ class _Progress:
         return cls(folder, asked, [], [Candidate(*c) for c in CANDIDATES], before=state.get('asked', ()))
 
     def write(self) -> None:
-        write_text(self.folder / 'fit.json', json.dumps({**asdict(self), 'folder': None}, indent=1))
+        state = json.dumps({**asdict(self), 'folder': None}, indent=1)
+        write_text(self.folder / 'fit.json', state, 'choose another --output')
 
 
 def _contest(progress: _Progress, args: argparse.Namespace) -> None:
@@ -254,11 +255,11 @@ def _contest(progress: _Progress, args: argparse.Namespace) -> None:
     shared = None
     for candidate in candidates if many else ():
         folder = progress.folder / re.sub(r'[^\w.-]', '-', candidate.name)
-        words = [word for word in progress.words if word != '--report']
+        words = progress.words
         if shared is None:
             shared = folder / 'model_start.safetensors'
         elif shared.exists():  # the features' classifier, which the first one fits
-            words += ['--initial-checkpoint', str(shared), '--head-start', 'timm']
+            words = [*words, '--initial-checkpoint', str(shared), '--head-start', 'timm']
         start, best = time.monotonic(), {}
         try:
             epochs = str(whole // 6)  # two at least: fewer favour low LRs even more
@@ -288,7 +289,7 @@ def _choose(candidates: Sequence[Candidate], args: argparse.Namespace) -> Candid
 
 
 def _images(args: argparse.Namespace, split: str) -> Mixture:
-    return create_dataset(data_spec_from_args(args, args.recipe.get('data')), split, input_channels(args))
+    return create_dataset(data_spec_from_args(args), split, input_channels(args))
 
 
 def complete(words: Sequence[str], data: Optional[Mapping] = None) -> list[str]:
@@ -320,21 +321,20 @@ def complete(words: Sequence[str], data: Optional[Mapping] = None) -> list[str]:
     if plain.epochs is None and 'epochs' not in plain.recipe.get('plan', {}):
         epochs = max(5, min(30, round(10000 / images)))
         if plain.budget is not None:
-            epochs = max(3, min(100, epochs_within([*COMMON, *words], pilots=1.5)))
+            epochs = max(3, min(100, epochs_within(parse_args([*COMMON, *words], data), pilots=1.5)))
         words += ['--epochs', str(epochs)]
     if not plain.initial_checkpoint and not plain.pretrained:
         words.append('--pretrained')
     return words
 
 
-def epochs_within(words: Sequence[str], pilots: float = 1.) -> int:
+def epochs_within(args: argparse.Namespace, pilots: float = 1.) -> int:
     """Epochs that `--budget` pays for, by the time of one; of a run that is resumed, those that it had.
 
     Args:
-        words: Command line of `timm-amf train`.
+        args: Options of `timm-amf train`.
         pilots: Cost of all that is trained, in trainings.
     """
-    args = parse_args(words)
     folder = Path(args.output or 'output/train', args.experiment or '') if args.resume == 'auto' else Path(args.resume)
     before = [base / 'plan.yaml' for base in (folder, folder.parent) if (base / 'plan.yaml').exists()]
     if args.resume and before:
@@ -343,7 +343,8 @@ def epochs_within(words: Sequence[str], pilots: float = 1.) -> int:
         raise UserError('--budget: times an epoch in one process; give --epochs')
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix='timm_amf-') as scratch:
-        run([*words, '--epochs', '1', '--head-start', 'zero', '--resume', '', *_where(Path(scratch, 'timing'))], True)
+        timed = dict(epochs=1, head_start='zero', resume='', output=scratch, experiment='timing', tracker=['none'])
+        run(argparse.Namespace(**{**vars(args), **timed}), quiet=True)
     return max(1, round(60 * args.budget / (pilots * (time.monotonic() - start))))
 
 
@@ -363,21 +364,19 @@ def _stop_if_wrecked(
 def _train(candidate: Candidate, words: Sequence[str], folder: Path, quiet: bool = False, **options: Any) -> None:
     """Train a candidate, or go on with that."""
     try:
-        run([*COMMON, *candidate.flags, *words, '--resume', 'auto', *_where(folder)], quiet, **options)
+        where = ['--output', str(folder.parent), '--experiment', folder.name, '--tracker', 'none']
+        run(parse_args([*COMMON, *candidate.flags, *words, '--resume', 'auto', *where]), quiet, **options)
     except Interrupted as e:
         raise Interrupted(e.signum, 'stopped; the same command goes on where it stopped') from e
 
 
-def _where(folder: Path) -> list[str]:
-    return ['--output', str(folder.parent), '--experiment', folder.name, '--tracker', 'none']
-
-
-def run(words: Sequence[str] = (), quiet: bool = False, **options: Any) -> None:
-    """`timm-amf train` by a command line, or by the options of `train_amf.train`; quiet: without what it prints."""
+def run(args: argparse.Namespace, quiet: bool = False, **options: Any) -> None:
+    """`timm-amf train`; quiet: a trial, which prints, draws and publishes nothing."""
     from train_amf import train  # which calls this module
 
+    args = argparse.Namespace(**{**vars(args), 'report': False, 'publish': ''}) if quiet else args
     with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
-        train(words, **options)
+        train(args=args, **options)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -41,6 +41,7 @@ from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.engine.run import check_kind
 from timm_amf.engine.run_folder import best_epoch, is_run
 from timm_amf.errors import Diverged, Interrupted, UserError
+from timm_amf.files import writing
 from timm_amf.flags import words_of
 from timm_amf.report import check_installed, report
 from timm_amf.search.charts import sweep_charts, write_figure
@@ -127,7 +128,7 @@ class _Worker:
             split = splits_from_args(args)[1]
             if split == chooses:
                 raise UserError(f'--test-split {self.test_split}: the sweep chooses by it; give another')
-            create_dataset(data_spec_from_args(args, args.recipe.get('data')), split, input_channels(args))
+            create_dataset(data_spec_from_args(args), split, input_channels(args))
 
     def run(self) -> Sweep:
         study, told = self._open_study(), False
@@ -148,7 +149,8 @@ class _Worker:
 
     def _open_study(self) -> optuna.Study:
         """The study of the folder's name; its first process makes it and puts all trials in its queue."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder, 'choose another --output'):
+            self.folder.mkdir(parents=True, exist_ok=True)
         name, args = self.folder.name, self.args
         given = {key: getattr(args, key) for key in args.explicit - set(_ANYWHERE)}
         given = args_content(argparse.Namespace(**given, recipe=args.recipe, explicit=set(given)))
@@ -330,8 +332,7 @@ def sweep(
     Returns:
         What was found: `best`, `plan`, `config`, `configurations`; `print` shows the table.
     """
-    words = [str(data_dir)] if data_dir is not None else []
-    words += words_of(build_parser(), {'model': model, **options})
+    words = words_of(build_parser(), {'data_dir': data_dir, 'model': model, **options})
     return _sweep(words, grid or {}, space or {}, seeds, trials, pruner, storage, test_split)
 
 

@@ -7,16 +7,15 @@ two.
 """
 import copy
 import dataclasses
-import math
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import yaml
 
-from timm_amf.errors import UserError, nearest
+from timm_amf.errors import UserError
+from timm_amf.fields import Named, build, check_fields, check_names, setting
 from timm_amf.files import write_text
 from timm_amf.yaml_text import load_yaml
 
@@ -26,34 +25,8 @@ SCHEDULES = ('constant', 'cosine', 'multistep', 'plateau', 'poly', 'rsqrt', 'ste
 _TIMM_WARMUP_LR = 1e-5  # default of timm's --warmup-lr
 
 
-def setting(default, help: str, **metadata):
-    """A field of a Plan, declared once: flags, reading, checking and the table of docs/plan.md follow from it.
-
-    Args:
-        default: Default; a list, a dict or a class is made for each instance.
-        help: What it sets.
-        metadata: `low`, `high` and `above` limit its value; `choices` lists its values; `flag` is its flag where that
-            has another name than the field, with other spellings after it, or '' where it has none; `policy` says that
-            the policy has a flag of its own for it; `nargs` is the number of values of its flag.
-    """
-    metadata.update(help=help)
-    if callable(default):
-        return field(default_factory=default, metadata=metadata)
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-class _Named:
-    """Settings whose constructor tells of one that there is not, and of the one that may be meant."""
-
-    def __new__(cls, *values, **settings):
-        _check_names(settings, cls, cls.__name__)
-        return super().__new__(cls)
-
-
 @dataclass
-class Schedule(_Named):
+class Schedule(Named):
     """The course of a learning rate over the epochs, as fractions of each group's own LR.
 
     Because everything is relative, one schedule is right for a group at 3e-5 and for one at 0.03. Shapes, names and
@@ -95,7 +68,7 @@ class Schedule(_Named):
     noise_seed: int = setting(42, 'seed of the LR noise; of a run it is --seed, unless it is set here', flag='')
 
     def __post_init__(self):
-        _check_fields(self, 'schedule')
+        check_fields(self, 'schedule')
         if self.decay_milestones != sorted(set(self.decay_milestones)):
             raise UserError(f'schedule: decay_milestones must increase, not {self.decay_milestones}')
         if self.noise is not None and (len(self.noise) not in (1, 2) or self.noise != sorted(self.noise)):
@@ -103,51 +76,51 @@ class Schedule(_Named):
 
 
 @dataclass
-class RolePlan(_Named):
+class RolePlan(Named):
     """How one role is fine-tuned. A field that is None takes the Plan's common value, else the default in its text."""
     lr: Optional[float] = setting(None, "learning rate (default: the Plan's)", low=0, flag='')
     weight_decay: Optional[float] = setting(
         None, "weight decay; none on biases, norms and what the model excludes (default: the Plan's)", low=0, flag='')
     low_blocks: Optional[int] = setting(
-        None, 'the first N blocks, counted from the input and including the stem, train slower (default: 0)', low=0)
-    low_lr_scale: Optional[float] = setting(None, 'factor of the LR of the low blocks (default: 0.4)', low=0)
+        None, 'the first N blocks, counted from the input and including the stem, train slower', low=0, otherwise=0)
+    low_lr_scale: Optional[float] = setting(None, 'factor of the LR of the low blocks', low=0, otherwise=0.4)
     layer_decay: Optional[float] = setting(
         None, "factor of the LR for each step of depth, as timm's (default: the Plan's)", low=0, high=1, flag='')
     train: Optional[Union[str, list[Union[int, str]]]] = setting(
         None, 'all, none, random, or a list of blocks (names, indices, stem, tail) and layers (names of modules or '
-        'parameters); the rest is frozen, batch-norm statistics included (default: all)', flag='')
+        'parameters); the rest is frozen, batch-norm statistics included', flag='', otherwise='all')
     train_share: Optional[float] = setting(
         None, 'share of the blocks that train: random draws, rounded, at least one; the stem is frozen, what lies '
-        'after the last block trains (default: 0.5)', above=0, high=1)
-    train_seed: Optional[int] = setting(None, 'what the draw of train: random follows from (default: 0)', low=0)
+        'after the last block trains', above=0, high=1, otherwise=0.5)
+    train_seed: Optional[int] = setting(None, 'what the draw of train: random follows from', low=0, otherwise=0)
     reinit_blocks: Optional[int] = setting(
-        None, 'the last N blocks, and what lies after them, start with new weights (default: 0)', low=0)
+        None, 'the last N blocks, and what lies after them, start with new weights', low=0, otherwise=0)
     l2sp_alpha: Optional[float] = setting(
         None, 'weight decay towards the starting point instead of zero (L2-SP): the gradient is alpha * (w - w_0); '
         '0 is none', low=0)
     l2sp_blocks: Optional[Union[int, str]] = setting(
         None, 'L2-SP on the first N transferred blocks only, weight decay on the rest (default: all)', low=0)
     l2sp_1d: Optional[bool] = setting(
-        None, 'pull what weight decay spares, too: biases and norms (default: false)', flag='')
+        None, 'pull what weight decay spares, too: biases and norms', flag='', otherwise=False)
     lora_rank: Optional[int] = setting(
         None, 'train adapters of this rank beside the weights of linear layers and convolutions, and nothing else of '
         'the role (LoRA, by peft; default: none)', low=1)
     start_epoch: Optional[int] = setting(
-        None, 'epoch at which the role starts to train; frozen until then, and its schedule counts from there '
-        '(default: 0)', low=0, flag='', policy=True)
+        None, 'epoch at which the role starts to train; frozen until then, and its schedule counts from there', low=0,
+        flag='', policy=True, otherwise=0)
     freeze_bn: Optional[bool] = setting(
         None, 'batch norms stay fixed though the role trains (default: false)', flag='')
     schedule: Optional[dict[str, Any]] = setting(None, "what differs from the Plan's schedule", flag='')
 
     def __post_init__(self):
-        _check_fields(self, 'role')
+        check_fields(self, 'role')
         if isinstance(self.train, str) and self.train not in ('all', 'none', 'random'):
             raise UserError(
                 f'role: train must be "all", "none", "random" or a list of blocks or layers, not {self.train!r}')
         if isinstance(self.l2sp_blocks, str) and self.l2sp_blocks != 'all':
             raise UserError(f'role: l2sp_blocks must be a number of blocks or "all", not {self.l2sp_blocks!r}')
         if self.schedule is not None:
-            _check_names(self.schedule, Schedule, 'role.schedule')
+            check_names(self.schedule, Schedule, 'role.schedule')
             Schedule(**self.schedule)
 
     def merged(self, other: 'RolePlan') -> 'RolePlan':
@@ -158,15 +131,8 @@ class RolePlan(_Named):
         return dataclasses.replace(self, **theirs)
 
 
-# What a role does when neither it nor the Plan says otherwise.
-_ROLE_DEFAULTS = dict(
-    low_blocks=0, low_lr_scale=0.4, train='all', train_share=0.5, train_seed=0, reinit_blocks=0, l2sp_1d=False,
-    start_epoch=0, freeze_bn=False, schedule={},
-)
-
-
 @dataclass
-class Plan(_Named):
+class Plan(Named):
     """How a model is fine-tuned: what is common, and what differs by role.
 
     Keys of `roles` are the roles of the model (`branch.0`, `branch.1`, `policy`, `head`; `backbone` and `head` for a
@@ -201,11 +167,11 @@ class Plan(_Named):
     roles: dict[str, RolePlan] = setting({}, 'settings by role', flag='')
 
     def __post_init__(self):
-        self.schedule = _build(Schedule, self.schedule, 'plan.schedule')
+        self.schedule = build(Schedule, self.schedule, 'plan.schedule')
         if not isinstance(self.roles, Mapping):
             raise UserError(f'plan.roles must be a mapping of role to settings, not {self.roles!r}')
-        self.roles = {str(k): _build(RolePlan, v, f'plan.roles.{k}') for k, v in self.roles.items()}
-        _check_fields(self, 'plan')
+        self.roles = {str(k): build(RolePlan, v, f'plan.roles.{k}') for k, v in self.roles.items()}
+        check_fields(self, 'plan')
         if len(self.global_k_weights) != 2:
             raise UserError(f'plan: global_k_weights must be two values of 0 or more, not {self.global_k_weights}')
         if self.temperature_end is not None and self.temperature is None:
@@ -222,12 +188,13 @@ class Plan(_Named):
         """
         merged = RolePlan(
             lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay,
-            **copy.deepcopy({**_ROLE_DEFAULTS, 'freeze_bn': self.norms == 'frozen'}))
+            freeze_bn=self.norms == 'frozen', schedule={},
+            **{f.name: f.metadata['otherwise'] for f in dataclasses.fields(RolePlan) if 'otherwise' in f.metadata})
         keys = tuple(dict.fromkeys((name.split('.')[0], name)))
         for settings in (defaults or {}, self.roles):
             for key in keys:
                 if key in settings:
-                    merged = merged.merged(_build(RolePlan, settings[key], f'role_defaults.{key}'))
+                    merged = merged.merged(build(RolePlan, settings[key], f'role_defaults.{key}'))
         return merged
 
     def complete_schedule(self, changes: Optional[Mapping[str, Any]] = None) -> Schedule:
@@ -250,14 +217,14 @@ class Plan(_Named):
 
     def updated(self, mapping: Mapping[str, Any]) -> 'Plan':
         """A copy with the settings of a mapping (the `plan:` section of a recipe) laid over this Plan's."""
-        _check_names(mapping, Plan, 'plan')
+        check_names(mapping, Plan, 'plan')
         before = self.to_dict()
         values = {**before, **mapping}
         if isinstance(values['schedule'], Mapping):
             values['schedule'] = {**before['schedule'], **values['schedule']}
         if isinstance(values['roles'], Mapping):
             values['roles'] = {**copy.deepcopy(self.roles), **{
-                name: self.roles.get(name, RolePlan()).merged(_build(RolePlan, settings, f'plan.roles.{name}'))
+                name: self.roles.get(name, RolePlan()).merged(build(RolePlan, settings, f'plan.roles.{name}'))
                 for name, settings in values['roles'].items()}}
         return Plan(**values)
 
@@ -272,7 +239,7 @@ class Plan(_Named):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> 'Plan':
         """Build a Plan from plain data."""
-        _check_names(data, cls, 'plan')
+        check_names(data, cls, 'plan')
         return cls(**data)
 
     def to_yaml(self, path: Union[str, Path]) -> None:
@@ -290,80 +257,3 @@ class Plan(_Named):
             return cls.from_dict(data.get('plan', data))
         except UserError as e:
             raise UserError(f'{path}: {e}') from None
-
-
-def _build(cls, value, where: str):
-    if isinstance(value, cls):
-        return value
-    _check_names(value, cls, where)
-    try:
-        return cls(**value)
-    except UserError as e:
-        raise UserError(f'{where}: {str(e).split(": ", 1)[-1]}') from None
-
-
-def _check_names(mapping, cls, where: str) -> None:
-    if not isinstance(mapping, Mapping):
-        raise UserError(f'{where} must be a mapping of settings, not {mapping!r}')
-    names = [f.name for f in dataclasses.fields(cls)]
-    for key in mapping:
-        if key not in names:
-            hint = nearest(str(key), names, f'; it has {", ".join(names)}')
-            raise UserError(f'{where} has no setting {key!r}{hint}')
-
-
-_IN_WORDS = {'bool': 'true or false', 'float': 'a number', 'int': 'a whole number', 'str': 'text'}
-
-
-def _check_fields(instance, where: str) -> None:
-    """Check the fields against their declarations; YAML gives `1e-4` as a string and `1` for a float."""
-    hints = typing.get_type_hints(type(instance))
-    for f in dataclasses.fields(instance):
-        value = getattr(instance, f.name)
-        try:
-            value = _coerce(value, hints[f.name])
-        except (TypeError, ValueError, OverflowError):
-            expected = f.type.__name__ if isinstance(f.type, type) else str(f.type).replace('typing.', '')
-            expected = _IN_WORDS.get(expected.removeprefix('Optional[').removesuffix(']'), expected)
-            raise UserError(f'{where}: {f.name} must be {expected}, not {value!r}') from None
-        setattr(instance, f.name, value)
-        for item in value if isinstance(value, list) else [value]:
-            problem = _problem(item, **f.metadata)
-            if problem:
-                raise UserError(f'{where}: {f.name} {problem}')
-
-
-def _problem(value, low=None, high=None, above=None, choices=None, **_) -> str:
-    if choices and value is not None and value not in choices:
-        return f'{value!r} is unknown; choose one of {", ".join(choices)}'
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return ''
-    if above is not None and value <= above:
-        return f'must be above {above}, not {value}'
-    if (low is None or value >= low) and (high is None or value <= high):
-        return ''
-    limits = f'at least {low}' if high is None else f'from {above if low is None else low} to {high}'
-    return f'must be {limits}, not {value}'
-
-
-def _coerce(value, hint):
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin is Union:
-        for option in args:
-            try:
-                return _coerce(value, option)
-            except (TypeError, ValueError, OverflowError):
-                continue
-    elif origin is list and not isinstance(value, (str, Mapping)):
-        return [_coerce(v, args[0]) for v in value]
-    elif origin is dict and isinstance(value, Mapping):
-        return {k: _coerce(v, args[1]) for k, v in value.items()}
-    elif hint in (int, float):
-        number = math.nan if isinstance(value, bool) else float(value)
-        if number == number and (hint is float or number.is_integer()):
-            return hint(number)
-    elif origin is None and isinstance(value, hint):
-        return value
-    raise TypeError

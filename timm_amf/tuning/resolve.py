@@ -100,7 +100,7 @@ class Resolved:
 
 
 def resolve(model: nn.Module, plan: Union[Plan, Resolved]) -> Resolved:
-    """Joins a Plan with a model; what is resolved already comes back as it is.
+    """Join a Plan with a model; what is resolved already comes back as it is.
 
     Raises:
         UserError: If the Plan names a role or a block that the model has not, or more blocks than it has.

@@ -81,7 +81,7 @@ class _Shape:
 
 
 def _check_like(value: Any, ours: Any, name: str) -> None:
-    """Refuses a state whose values are not of the kinds of ours."""
+    """Refuse a state whose values are not of the kinds of ours."""
     if isinstance(ours, dict) and isinstance(value, dict):
         for key, item in ours.items():
             _check_like(value[key], item, f'{name}.{key}')
