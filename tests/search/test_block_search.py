@@ -409,8 +409,8 @@ def test_starting_weights_are_the_files(search, monkeypatch, weights):
     """Bit for bit in the network that all share when all is done: parameters, and statistics of its norms."""
     networks = []
     init = training.CandidateRuns.__init__
-    monkeypatch.setattr(training.CandidateRuns, '__init__', lambda self, model, *args, **kwargs: (
-        networks.append(model), init(self, model, *args, **kwargs))[1])
+    monkeypatch.setattr(training.CandidateRuns, '__init__', lambda self, traced, *args, **kwargs: (
+        networks.append(traced.model), init(self, traced, *args, **kwargs))[1])
     code, text, _ = search('--search-head', 'mlp', '--final-share', '0.5', '--search-share', '0.5')
     assert code == 0, text
     start = load_file(weights)
