@@ -81,8 +81,6 @@ def smoke_words(command: str, folder: Path) -> list[str]:
     given = [f for f in ('--component', '--data-preset', '--dataset') if f in words]
     data = [w for flag in given for w in (flag, words[words.index(flag) + 1])]
     args = parse_args(['--config', name, '--data-dir', '.', *data])
-    if '--dataset' in data:
-        args.recipe.pop('data', None)
     spec = data_spec_from_args(args)
     components = [dict(name=c.name, root=str(folder / c.name)) for c in spec.components]
     for component in components:

@@ -455,6 +455,8 @@ def test_sections_of_a_recipe(recipe, folder):
     assert args.recipe == sections and args.explicit == {'epochs'}
     assert parse_args(['-c', recipe(f'data: {folder}')]).data_dir == folder
     assert parse_args(['-c', recipe('data: {preset: x}'), folder]).data_dir == folder
+    assert parse_args(['-c', recipe('data: {dataset: torch/x}'), folder, '--dataset', 'torch/dtd']).recipe == {}
+    assert parse_args(['-c', recipe('data: {dataset: torch/x}\ndataset: torch/dtd'), folder]).recipe['data']
 
 
 @pytest.mark.parametrize('text, message', [

@@ -190,8 +190,9 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
 def data_spec_from_args(args: argparse.Namespace) -> DataSpec:
     """Build the mixture from flags and the `data:` section of their recipe.
 
-    `--component` and `--data-preset` replace the section; with none of the three, timm's own flags name one dataset,
-    which is a mixture of one component. timm's flags are also the defaults of components that do not say.
+    `--component` and `--data-preset` replace the section, as `--dataset` on the command line does (`parse_args`); with
+    none of the three, timm's own flags name one dataset, which is a mixture of one component. timm's flags are also the
+    defaults of components that do not say.
 
     Args:
         args: Parsed flags: timm's dataset flags and those of `add_data_args`; and `recipe`, the sections of a file.

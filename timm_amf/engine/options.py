@@ -206,6 +206,8 @@ def _settle(args: argparse.Namespace, given: Container[str], defaults: Mapping) 
     args.finds_plan, args.plan = args.plan == 'auto', '' if args.plan == 'auto' else args.plan
     if args.plan:
         args.recipe.pop('plan', None)  # the file that the flag names takes its place
+    if 'dataset' in given:
+        args.recipe.pop('data', None)  # likewise
     if args.device == 'cpu':
         args.cpu = True
     if args.amp:

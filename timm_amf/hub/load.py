@@ -135,8 +135,7 @@ def load(path_or_id: Union[str, Path], revision: Optional[str] = None, **kwargs:
             with connection(where):
                 folder, names = _download(where, revision or own or None, cache_dir)
         except UserError as e:
-            here = 'no such folder here, and on the Hub: ' * name.startswith(where)
-            raise UserError(f'{name}: {here}{e}') from e
+            raise UserError(f'{name}: {"no such folder here, and on the Hub: " * name.startswith(where)}{e}') from e
         commit = folder.name
     _check_names(where, names)
     config = _read_config(folder / 'config.json', where)
