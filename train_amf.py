@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Optional
 
-import yaml
 from accelerate import Accelerator
 
 from timm_amf.data.shares import write_splits
@@ -27,11 +26,10 @@ from timm_amf.engine.checkpoint import set_class_names
 from timm_amf.engine.head import start_head
 from timm_amf.engine.loop import Trainer
 from timm_amf.engine.options import parse_args, save_args
-from timm_amf.engine.run import claim_folder, environment, find_resume, prepare_folder
+from timm_amf.engine.run import claim_folder, find_resume, prepare_folder, write_environment
 from timm_amf.engine.task import AdaptiveTask, create_criterion
 from timm_amf.engine.wise import mix_with_start, prepare_mix
 from timm_amf.errors import UserError, run_command
-from timm_amf.files import write_text
 from timm_amf.models.method import RunSettings, method_of
 from timm_amf.tuning import create_optimizer, describe_depths, describe_groups, model_roles, plan_from_args
 from timm_amf.tuning.lora import add_lora, merge_lora
@@ -155,8 +153,7 @@ def _train(
             if trainer.epoch < trainer.epochs or not (folder / 'args.yaml').exists():  # else it stays what trained it
                 save_args(args, folder / 'args.yaml')
                 plan.to_yaml(folder / 'plan.yaml')
-                about = environment(accelerator.num_processes, accelerator.device)
-                write_text(folder / 'environment.yaml', yaml.safe_dump(about, sort_keys=False))
+                write_environment(folder, accelerator)
             if train_set.drawn and not (folder / 'split.csv').exists():
                 write_splits(folder / 'split.csv', train_set.drawn)
         start = None  # a copy of the network on the device

@@ -21,7 +21,7 @@ from torch import nn
 
 from timm_amf.engine.memory import keep_freed_memory, saved_bytes
 from timm_amf.models.blocks import classifiers, probe_units
-from timm_amf.search.candidates import Candidate, block_candidates, candidate_parameters
+from timm_amf.search.candidates import Candidate, Traced, candidate_parameters
 from timm_amf.search.lockstep import Lockstep, Member, create_member
 from timm_amf.tuning.freeze import freeze_norm
 from timm_amf.tuning.resolve import running_norms
@@ -52,7 +52,7 @@ def measure(args, name: str) -> bool:
     model.requires_grad_(False).eval()
     x = torch.randn(args.batch_size, 3, size, size, device=args.device).to(memory_format=torch.channels_last)
     y = torch.randint(10, (args.batch_size,), device=args.device)
-    candidates = [*block_candidates(model, (3, size, size)), Candidate('classifier', 'classifier', 0, ())]
+    candidates = [*Traced(model, (3, size, size)).blocks(), Candidate('classifier', 'classifier', 0, ())]
     alone = [usual(model, c, x, y) for c in candidates]
     probe = probe_units(model, (3, size, size))
     (head,) = classifiers(model)

@@ -14,7 +14,7 @@ from timm_amf.cli import main
 from timm_amf.engine.config_file import list_recipes
 from timm_amf.engine.options import parse_args
 from timm_amf.engine.recipes import read_recipe
-from timm_amf.search.candidates import block_candidates
+from timm_amf.search.candidates import Traced
 from timm_amf.tuning import model_roles, plan_from_args
 from timm_amf.tuning.plan_args import resolve_lr
 from timm_amf.tuning.resolve import resolve
@@ -172,7 +172,7 @@ def test_blocks_of_the_blockwise_paper(protocol):
     for name in ('vgg16', 'mobilenetv1_100'):
         with torch.device('meta'):
             model = timm.create_model(name)
-        found[name] = block_candidates(model, (3, 64, 64), cut=protocol.cut_of(name), features_only=True)
+        found[name] = Traced(model, (3, 64, 64), features_only=True).blocks(cut=protocol.cut_of(name))
     assert [len(c.modules) for c in found['vgg16']] == [2, 2, 3, 3, 3]
     assert len(found['mobilenetv1_100']) == 27
     assert protocol.OPTIONS['separate_norms'] and protocol.OPTIONS['search_head'] == 'mlp'

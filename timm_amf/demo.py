@@ -10,9 +10,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from timm_amf.data.storage import cache_folder
 from timm_amf.errors import UserError
-from timm_amf.files import replacing
+from timm_amf.files import cache_folder, replacing
 from timm_amf.text import read_rows
 
 __all__ = ['main', 'demo_weights']

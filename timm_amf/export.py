@@ -32,6 +32,7 @@ from timm.models import get_model_args
 from torch import Tensor, nn
 
 from timm_amf.data import Mixture, SeededLoader, create_loader
+from timm_amf.engine.checkpoint import contiguous
 from timm_amf.engine.opened import RunOptions, open_trained
 from timm_amf.engine.run_folder import is_run
 from timm_amf.errors import UserError
@@ -319,9 +320,8 @@ def _read_pt2(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _write_safetensors(source: Source, example: Tensor, path: Path, opset: Optional[int]) -> None:
-    # Copies: safetensors takes no two names for one storage. One entry: it writes several in random order.
-    tensors = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in source.model.state_dict().items()}
-    save_file(tensors, path, metadata={CONFIG: json.dumps(source.config)})
+    # One entry of metadata: it writes several in random order.
+    save_file(contiguous(source.model.state_dict()), path, metadata={CONFIG: json.dumps(source.config)})
 
 
 def _read_safetensors(path: Path) -> Callable[[Tensor], Tensor]:

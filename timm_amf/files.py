@@ -1,19 +1,23 @@
-"""Files and folders that appear whole or not at all, whatever moment a kill or a full disk picks."""
+"""Files and folders that appear whole or not at all, whatever moment a kill or a full disk picks; folders of the cache.
+"""
 import contextlib
 import errno
+import logging
 import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from safetensors import SafetensorError
 
 from timm_amf.errors import UserError
 
-__all__ = ['replacing', 'whole_folder', 'write_text', 'writing']
+__all__ = ['cache_folder', 'open_or_write', 'replacing', 'whole_folder', 'write_text', 'writing']
+
+_logger = logging.getLogger(__name__)
 
 _UMASK = os.umask(0)  # there is no other way to read it
 os.umask(_UMASK)
@@ -79,7 +83,7 @@ def whole_folder(
         temporary.mkdir()
         try:
             yield temporary
-            for file in temporary.iterdir():
+            for file in filter(Path.is_file, temporary.rglob('*')):
                 _sync(file)
             _sync_folder(temporary)
             try:
@@ -90,6 +94,25 @@ def whole_folder(
             _sync_folder(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cache_folder(cache_dir: Union[str, Path, None], name: str) -> Path:
+    """Folder of a thing in the cache; None is `timm_amf` in the user's cache folder."""
+    default = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_amf'
+    return Path(cache_dir or default).expanduser() / name
+
+
+def open_or_write(folder: Path, read: Callable[[Path], Any], write: Callable[[Path], None]) -> Any:
+    """Open a folder of the cache, or write it if it is missing or damaged."""
+    if folder.exists():
+        try:
+            return read(folder)
+        except (OSError, ValueError, KeyError) as e:
+            _logger.warning(f'The cache {folder} is damaged ({e}); it is built again.')
+            shutil.rmtree(folder, ignore_errors=True)
+    with whole_folder(folder, 'free some space, or set --cache-dir', f'the cache in {folder.parent}') as temporary:
+        write(temporary)
+    return read(folder)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
 
-__all__ = ['columns', 'csv_of', 'csv_text', 'read_rows']
+from timm_amf.files import write_text
+
+__all__ = ['CsvLog', 'columns', 'csv_of', 'csv_text', 'read_rows']
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -42,3 +44,23 @@ def read_rows(path: Union[str, Path]) -> list[dict[str, str]]:
     """The rows of a CSV file by column."""
     with open(path, newline='', encoding='utf-8') as file:
         return list(csv.DictReader(file))
+
+
+class CsvLog:
+    """A CSV file of a run, of one row an epoch, written whole or not at all.
+
+    Args:
+        path: The file.
+        start_epoch: Rows of this epoch and later ones are dropped: the resumed run writes them again.
+    """
+
+    def __init__(self, path: Union[str, Path], start_epoch: int = 0):
+        self.path = Path(path)
+        self.rows: list[dict[str, Any]] = []
+        if start_epoch and self.path.exists():
+            self.rows = [row for row in read_rows(self.path) if int(row['epoch']) < start_epoch]
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row; a row of the same epoch is replaced."""
+        self.rows = [r for r in self.rows if int(r['epoch']) != row['epoch']] + [row]
+        write_text(self.path, csv_of(self.rows))

@@ -13,8 +13,8 @@ from torchvision.transforms import functional
 
 from timm_amf.data import Component, DataSpec, build_cache, cache_short_side, create_dataset, create_loader
 from timm_amf.data import cache as cache_module
-from timm_amf.data.storage import default_cache_dir
 from timm_amf.errors import UserError
+from timm_amf.files import cache_folder
 
 
 @pytest.fixture
@@ -139,10 +139,10 @@ def test_a_cache_may_be_sent_to_a_spawned_worker(dataset, tmp_path):
 
 def test_where_caches_are(monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    assert default_cache_dir() == tmp_path / 'timm_amf'
+    assert cache_folder(None, 'a') == tmp_path / 'timm_amf' / 'a'
     monkeypatch.delenv('XDG_CACHE_HOME')
     monkeypatch.setenv('HOME', str(tmp_path / 'home'))
-    assert default_cache_dir() == tmp_path / 'home' / '.cache' / 'timm_amf'
+    assert cache_folder(None, 'a') == tmp_path / 'home' / '.cache' / 'timm_amf' / 'a'
 
 
 def test_only_eight_bit_modes(make_folder, tmp_path):

@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest_engine import rows
 
-from timm_amf.engine.csv_log import CsvLog
 from timm_amf.engine.evaluate import Tally
 from timm_amf.models.records import PolicyRecord, best_assignment
+from timm_amf.text import CsvLog
 
 
 def test_policy_row_against_a_naive_loop():

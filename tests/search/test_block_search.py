@@ -25,7 +25,7 @@ from timm_amf.engine.loop import Trainer
 from timm_amf.errors import UserError
 from timm_amf.parsers import PARSERS
 from timm_amf.search import block_search, training
-from timm_amf.search.candidates import Candidate, block_candidates, candidate_parameters
+from timm_amf.search.candidates import Candidate, Traced, candidate_parameters
 from timm_amf.search.results import SearchResults
 
 # At which candidates differ after a few steps.
@@ -198,7 +198,7 @@ def test_best_runs_unchanged(name, search, monkeypatch, weights):
     run = folder.parent / 'run'
     trained, start = load_file(run / 'model_best.safetensors'), load_file(weights)
     model = timm.create_model('test_resnet', num_classes=3)
-    found = [c for c in block_candidates(model, (3, 32, 32)) if c.name == name]
+    found = [c for c in Traced(model, (3, 32, 32)).blocks() if c.name == name]
     tuned = {n for c in found for n in candidate_parameters(model, c)} | {'fc.weight', 'fc.bias'}
     changed = {n for n, _ in model.named_parameters() if n.startswith('fc') or not torch.equal(trained[n], start[n])}
     assert changed == tuned
@@ -409,8 +409,8 @@ def test_starting_weights_are_the_files(search, monkeypatch, weights):
     """Bit for bit in the network that all share when all is done: parameters, and statistics of its norms."""
     networks = []
     init = training.CandidateRuns.__init__
-    monkeypatch.setattr(training.CandidateRuns, '__init__', lambda self, model, *args, **kwargs: (
-        networks.append(model), init(self, model, *args, **kwargs))[1])
+    monkeypatch.setattr(training.CandidateRuns, '__init__', lambda self, traced, *args, **kwargs: (
+        networks.append(traced.model), init(self, traced, *args, **kwargs))[1])
     code, text, _ = search('--search-head', 'mlp', '--final-share', '0.5', '--search-share', '0.5')
     assert code == 0, text
     start = load_file(weights)

@@ -10,15 +10,13 @@ from timm_amf import Plan, UserError
 from timm_amf.search.candidates import (
     CUTS,
     Layer,
+    Traced,
     baseline_candidates,
-    block_candidates,
     candidate_parameters,
     candidate_plan,
     layer_candidates,
     random_candidate,
     top_candidate,
-    trainable_parameters,
-    weighted_layers,
     window_candidates,
 )
 from timm_amf.tuning.resolve import resolve
@@ -87,24 +85,24 @@ def mobilenetv2_pairs():
 
 
 def test_layers_of_vgg11(vgg):
-    layers = weighted_layers(vgg, (3, 32, 32))
+    layers = Traced(vgg, (3, 32, 32)).layers()
     assert layers == [Layer(n, (n,)) for n in VGG11]
 
 
 def test_layers_of_resnet18(resnet):
-    layers = weighted_layers(resnet, SIZE)
+    layers = Traced(resnet, SIZE).layers()
     assert modules(layers) == list(resnet18_pairs())
-    separate = weighted_layers(resnet, SIZE, separate_norms=True)
+    separate = Traced(resnet, SIZE).layers(separate_norms=True)
     assert modules(separate) == [(n,) for pair in resnet18_pairs() for n in pair]
     assert [layer.name for layer in separate] == [n for pair in resnet18_pairs() for n in pair]
 
 
 def test_layers_of_mobilenetv2():
-    assert modules(weighted_layers(build('mobilenetv2_050'), (3, 32, 32))) == list(mobilenetv2_pairs())
+    assert modules(Traced(build('mobilenetv2_050'), (3, 32, 32)).layers()) == list(mobilenetv2_pairs())
 
 
 def test_layers_of_convnext():
-    layers = {layer.name: layer for layer in weighted_layers(build('convnext_atto'), SIZE)}
+    layers = {layer.name: layer for layer in Traced(build('convnext_atto'), SIZE).layers()}
     block = 'stages.2.blocks.3'
     assert list(layers)[:4] == ['stem.0', *(f'stages.0.blocks.0.{n}' for n in ('conv_dw', 'mlp.fc1', 'mlp.fc2'))]
     assert layers['stem.0'].modules == ('stem.0', 'stem.1')
@@ -120,7 +118,7 @@ def test_layers_of_convnext():
 
 
 def test_layers_of_vit():
-    layers = weighted_layers(build('vit_tiny_patch16_224', img_size=32, depth=2), (3, 32, 32))
+    layers = Traced(build('vit_tiny_patch16_224', img_size=32, depth=2), (3, 32, 32)).layers()
     expected = [('patch_embed.proj', 'cls_token', 'pos_embed')]
     for b in ('blocks.0', 'blocks.1'):
         expected += [
@@ -133,7 +131,7 @@ def test_layers_of_vit():
 def test_layers_that_another_module_computes_with():
     """BEiT's attention reads the weight of `qkv` and never calls it."""
     model = build('beit_base_patch16_224', img_size=32, depth=1, embed_dim=24, num_heads=2)
-    layers, b = weighted_layers(model, (3, 32, 32)), 'blocks.0'
+    layers, b = Traced(model, (3, 32, 32)).layers(), 'blocks.0'
     attention = ('norm1', 'attn.q_bias', 'attn.v_bias', 'attn.qkv', 'attn.relative_position_bias_table')
     assert modules(layers)[:3] == [
         ('patch_embed.proj', 'cls_token'),
@@ -147,25 +145,25 @@ def test_scales_with_dimensions_of_one_entry_are_no_layers():
         model = build('resmlp_12_224', img_size=32)
     assert model.blocks[0].norm1.alpha.shape == (1, 1, 384)
     b = 'blocks.0'
-    assert modules(weighted_layers(model, (3, 32, 32)))[:4] == [
+    assert modules(Traced(model, (3, 32, 32)).layers())[:4] == [
         ('stem.proj',), (f'{b}.norm1', f'{b}.linear_tokens', f'{b}.ls1', f'{b}.norm2'), (f'{b}.mlp_channels.fc1',),
         (f'{b}.mlp_channels.fc2', f'{b}.ls2')]
 
 
 @pytest.mark.parametrize('branch', [0, 1])
 def test_layers_of_a_branch(amf, branch):
-    plain = weighted_layers(build('resnet10t'), SIZE)
+    plain = Traced(build('resnet10t'), SIZE).layers()
     path = f'branches.{branch}.'
-    assert weighted_layers(amf, SIZE, f'branch.{branch}') == [
+    assert Traced(amf, SIZE).layers(f'branch.{branch}') == [
         Layer(path + a.name, tuple(path + m for m in a.modules)) for a in plain]
     assert modules(plain)[:3] == [('conv1.0', 'conv1.1'), ('conv1.3', 'conv1.4'), ('conv1.6', 'bn1')]
 
 
 def test_unknown_roles_and_roles_without_weights(resnet):
     with pytest.raises(UserError, match="ResNet has no role 'branch.0'; it has backbone, head"):
-        weighted_layers(resnet, SIZE, 'branch.0')
+        Traced(resnet, SIZE).layers('branch.0')
     with pytest.raises(UserError, match='no layers with weights'):
-        weighted_layers(nn.BatchNorm2d(3), SIZE)
+        Traced(nn.BatchNorm2d(3), SIZE).layers()
 
 
 # --- The model is left as it was.
@@ -197,13 +195,13 @@ def test_what_is_left_behind():
     before = {n: v.clone() for n, v in model.state_dict().items()}
     modes = [m.training for m in model.modules()]
     random = torch.get_rng_state()
-    layers = weighted_layers(model, SIZE)
+    layers = Traced(model, SIZE).layers()
     # By execution: the second block runs first.
     assert [layer.name for layer in layers] == ['blocks.1.0', 'blocks.1.1', 'blocks.0.0', 'blocks.0.1']
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items()) and len(before) == 13
     assert modes == [m.training for m in model.modules()]
     assert torch.equal(random, torch.get_rng_state())
-    block_candidates(model, SIZE, cut='activation')
+    Traced(model, SIZE).blocks(cut='activation')
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(p.grad is None for p in model.parameters())
 
@@ -211,27 +209,27 @@ def test_what_is_left_behind():
 def test_after_an_error_too(resnet):
     resnet.train()
     with pytest.raises(RuntimeError):
-        block_candidates(resnet, (4, 64, 64), cut='activation')
+        Traced(resnet, (4, 64, 64)).blocks(cut='activation')
     assert all(m.training and not m._forward_hooks for m in resnet.modules())
 
 
 def test_an_odd_type_and_the_meta_device():
     with torch.device('meta'):
         model = build('test_resnet')
-    expected = weighted_layers(build('test_resnet'), SIZE)
-    assert expected == weighted_layers(model, SIZE) == weighted_layers(build('test_resnet').double(), SIZE)
+    expected = Traced(build('test_resnet'), SIZE).layers()
+    assert expected == Traced(model, SIZE).layers() == Traced(build('test_resnet').double(), SIZE).layers()
 
 
 # --- The four ways.
 
 def test_layer_candidates(resnet):
-    found = layer_candidates(weighted_layers(resnet, SIZE))
+    found = layer_candidates(Traced(resnet, SIZE).layers())
     assert [(c.name, c.way, c.position, c.modules) for c in found] == [
         (conv, 'layer', i, (conv, norm)) for i, (conv, norm) in enumerate(resnet18_pairs())]
 
 
 def test_window_candidates(resnet):
-    layers = weighted_layers(resnet, SIZE)
+    layers = Traced(resnet, SIZE).layers()
     found = window_candidates(layers)
     pairs = list(resnet18_pairs())
     assert len(found) == 20 - 3 + 1 and {c.way for c in found} == {'window'}
@@ -246,7 +244,7 @@ def test_window_candidates(resnet):
 
 
 def test_top_candidate_and_ties(resnet):
-    layers = weighted_layers(resnet, SIZE)
+    layers = Traced(resnet, SIZE).layers()
     accuracies = {layer.name: 0.5 for layer in layers} | {'layer3.0.conv1': 0.7, 'layer1.0.conv1': 0.8, 'conv1': 0.4}
     found = top_candidate(layers, accuracies, 3)
     assert (found.name, found.way, found.position) == ('top3', 'top3', 0)
@@ -256,25 +254,25 @@ def test_top_candidate_and_ties(resnet):
 
 
 def test_blocks_of_vgg11(vgg):
-    assert names(block_candidates(vgg, (3, 32, 32))) == [*VGG11[:8], 'tail']
-    assert block_candidates(vgg, (3, 32, 32))[-1].modules == ('pre_logits',)
+    assert names(Traced(vgg, (3, 32, 32)).blocks()) == [*VGG11[:8], 'tail']
+    assert Traced(vgg, (3, 32, 32)).blocks()[-1].modules == ('pre_logits',)
     # Each convolution and each dense layer has an activation behind it.
-    assert names(block_candidates(vgg, (3, 32, 32), cut='activation')) == VGG11
-    assert [c.modules for c in block_candidates(vgg, (3, 32, 32), cut='pooling')] == [
+    assert names(Traced(vgg, (3, 32, 32)).blocks(cut='activation')) == VGG11
+    assert [c.modules for c in Traced(vgg, (3, 32, 32)).blocks(cut='pooling')] == [
         ('features.0',), ('features.3',), ('features.6', 'features.8'), ('features.11', 'features.13'),
         ('features.16', 'features.18'), ('pre_logits.fc1', 'pre_logits.fc2')]
 
 
 def test_what_gets_no_gradient_is_no_candidate(vgg):
     """The paper's classifier reads features that VGG's `pre_logits` and MobileNetV3's `conv_head` have no part in."""
-    assert [layer.name for layer in weighted_layers(vgg, (3, 32, 32), features_only=True)] == VGG11[:8]
-    assert names(block_candidates(vgg, (3, 32, 32), features_only=True)) == VGG11[:8]
+    assert [layer.name for layer in Traced(vgg, (3, 32, 32), features_only=True).layers()] == VGG11[:8]
+    assert names(Traced(vgg, (3, 32, 32), features_only=True).blocks()) == VGG11[:8]
     # The paper's five blocks of a VGG (section III-B).
-    assert len(block_candidates(vgg, (3, 32, 32), cut='pooling', features_only=True)) == 5
+    assert len(Traced(vgg, (3, 32, 32), features_only=True).blocks(cut='pooling')) == 5
     model = build('mobilenetv3_small_050')
-    assert 'conv_head' in [layer.name for layer in weighted_layers(model, SIZE)]
-    assert 'conv_head' not in [layer.name for layer in weighted_layers(model, SIZE, features_only=True)]
-    unused = {n for n, _ in model.named_parameters()} - trainable_parameters(model, SIZE, features_only=True)
+    assert 'conv_head' in [layer.name for layer in Traced(model, SIZE).layers()]
+    assert 'conv_head' not in [layer.name for layer in Traced(model, SIZE, features_only=True).layers()]
+    unused = {n for n, _ in model.named_parameters()} - Traced(model, SIZE, features_only=True).trainable
     assert {n.split('.')[0] for n in unused} == {'conv_head', 'classifier'}
 
 
@@ -291,18 +289,18 @@ class Idle(Restless):
 
 
 def test_in_any_search():
-    assert [layer.name for layer in weighted_layers(Idle(), SIZE)] == [
+    assert [layer.name for layer in Traced(Idle(), SIZE).layers()] == [
         'blocks.1.0', 'blocks.1.1', 'blocks.0.0', 'blocks.0.1']
 
 
 def test_all_copies_of_a_spottune_are_candidates():
     """Whatever its policy would decide for the image that is passed through it."""
     model = build('spottune', backbone='resnet10t', policy='test_resnet')
-    assert len(block_candidates(model, SIZE, 'tuned')) == 4
+    assert len(Traced(model, SIZE).blocks('tuned')) == 4
 
 
 def test_random_candidate(resnet):
-    layers = weighted_layers(resnet, SIZE)
+    layers = Traced(resnet, SIZE).layers()
     drawn = [random_candidate(layers, 3, seed) for seed in range(5)]
     assert {(c.name, c.way) for c in drawn} == {('random3', 'random3')} and len({c.modules for c in drawn}) > 1
     order = modules(layers)
@@ -313,7 +311,7 @@ def test_random_candidate(resnet):
 
 
 def test_blocks_of_resnet18(resnet):
-    found = block_candidates(resnet, SIZE)
+    found = Traced(resnet, SIZE).blocks()
     assert [c.modules for c in found] == [
         ('conv1', 'bn1'), *((f'layer{s}.{b}',) for s in (1, 2, 3, 4) for b in (0, 1))]
     assert found[0].name == 'stem' and names(found)[1:] == [c.modules[0] for c in found[1:]]
@@ -325,29 +323,29 @@ def test_blocks_of_resnet18(resnet):
             pieces[-1] += pair
         else:
             pieces.append(pair)
-    found = block_candidates(resnet, SIZE, cut='activation')
+    found = Traced(resnet, SIZE).blocks(cut='activation')
     assert [c.modules for c in found] == pieces
     assert found[6].name == 'layer2.0.conv2..layer2.0.downsample.0'
-    assert names(block_candidates(resnet, SIZE, cut='pooling')) == ['conv1', 'layer1.0.conv1..layer4.1.conv2']
+    assert names(Traced(resnet, SIZE).blocks(cut='pooling')) == ['conv1', 'layer1.0.conv1..layer4.1.conv2']
 
 
 def test_blocks_of_mobilenetv2():
     model = build('mobilenetv2_050')
-    found = block_candidates(model, (3, 32, 32))
+    found = Traced(model, (3, 32, 32)).blocks()
     assert names(found) == [
         'stem', *(f'blocks.{s}.{b}' for s, n in enumerate((1, 2, 3, 4, 3, 3, 1)) for b in range(n)), 'tail']
     assert found[0].modules == ('conv_stem', 'bn1') and found[-1].modules == ('conv_head', 'bn2')
     # No activation follows a linear bottleneck. The activations stand in timm's BatchNormAct2d.
-    found = block_candidates(model, (3, 32, 32), cut='activation')
+    found = Traced(model, (3, 32, 32)).blocks(cut='activation')
     assert names(found)[:4] == [
         'conv_stem', 'blocks.0.0.conv_dw', 'blocks.0.0.conv_pw..blocks.1.0.conv_pw', 'blocks.1.0.conv_dw']
     assert names(found)[-1] == 'blocks.6.0.conv_pwl..conv_head'
-    assert names(block_candidates(model, (3, 32, 32), cut='pooling')) == ['conv_stem..conv_head']
+    assert names(Traced(model, (3, 32, 32)).blocks(cut='pooling')) == ['conv_stem..conv_head']
 
 
 def test_what_lies_between_blocks_is_a_candidate_of_its_own():
     model = build('convnext_atto')
-    found = block_candidates(model, SIZE)
+    found = Traced(model, SIZE).blocks()
     expected = []
     for stage, depth in enumerate((2, 2, 6, 2)):
         expected.append(f'stages.{stage}.downsample' if stage else 'stem')
@@ -359,7 +357,7 @@ def test_what_lies_between_blocks_is_a_candidate_of_its_own():
 def test_what_lies_after_the_blocks_where_something_lies_between_them():
     """The Plan's `tail` is both, so its name is not taken."""
     model = build('convnext_atto', head_hidden_size=16)
-    last = block_candidates(model, SIZE)[-1]
+    last = Traced(model, SIZE).blocks()[-1]
     assert last.modules == ('head.norm', 'head.pre_logits') and last.name == 'head.norm..head.pre_logits'
     assert trained(model, candidate_plan(Plan(), last)) == {
         f'head.{n}.{p}' for n in ('norm', 'pre_logits.fc', 'fc') for p in ('weight', 'bias')}
@@ -367,9 +365,9 @@ def test_what_lies_after_the_blocks_where_something_lies_between_them():
 
 def test_blocks_of_vit_and_of_a_branch(amf):
     model = build('vit_tiny_patch16_224', img_size=32, depth=2)
-    assert [(c.name, c.modules) for c in block_candidates(model, (3, 32, 32))] == [
+    assert [(c.name, c.modules) for c in Traced(model, (3, 32, 32)).blocks()] == [
         ('stem', ('patch_embed', 'cls_token', 'pos_embed')), ('blocks.0', ('blocks.0',)), ('blocks.1', ('blocks.1',))]
-    assert [(c.name, c.modules) for c in block_candidates(amf, SIZE, 'branch.1')] == [
+    assert [(c.name, c.modules) for c in Traced(amf, SIZE).blocks('branch.1')] == [
         ('stem', ('branches.1.conv1', 'branches.1.bn1')),
         *((f'branches.1.layer{i}.0', (f'branches.1.layer{i}.0',)) for i in (1, 2, 3, 4))]
 
@@ -392,18 +390,18 @@ def test_baselines(resnet):
 
 def test_the_plan_of_a_candidate_keeps_the_rest(resnet):
     plan = Plan(lr=0.3, roles=dict(backbone=dict(lr=0.2, train=['layer1.0']), head=dict(lr=0.1)))
-    found = candidate_plan(plan, block_candidates(resnet, SIZE)[0])
+    found = candidate_plan(plan, Traced(resnet, SIZE).blocks()[0])
     assert found.roles['backbone'].train == ['stem'] and found.roles['backbone'].lr == 0.2
     assert found.roles['head'] == plan.roles['head'] and plan.roles['backbone'].train == ['layer1.0']
-    assert candidate_plan(plan, block_candidates(resnet, SIZE)[2]).roles['backbone'].train == ['layer1.1']
+    assert candidate_plan(plan, Traced(resnet, SIZE).blocks()[2]).roles['backbone'].train == ['layer1.1']
 
 
 def test_plans_of_a_branch(amf):
     plan = Plan(roles={'branch.0': dict(train='none'), 'policy': dict(train='none')})
-    layers = weighted_layers(amf, SIZE, 'branch.1')
+    layers = Traced(amf, SIZE).layers('branch.1')
     found = [
         *layer_candidates(layers), *window_candidates(layers), *baseline_candidates(),
-        *(c for cut in CUTS for c in block_candidates(amf, SIZE, 'branch.1', cut)),
+        *(c for cut in CUTS for c in Traced(amf, SIZE).blocks('branch.1', cut)),
         top_candidate(layers, {layer.name: -i for i, layer in enumerate(layers)}, 5),
     ]
     for candidate in found:
@@ -455,11 +453,12 @@ def test_any_architecture(name):
     head = {n for n, place in places(model).items() if place.role == 'head'}
     params = dict(model.named_parameters())
 
-    layers = weighted_layers(model, size)
+    traced = Traced(model, size)
+    layers = traced.layers()
     assert [layer.name for layer in layers] == calls(model, torch.zeros(1, *size, device='meta'))
     by_way = [
-        layer_candidates(layers), layer_candidates(weighted_layers(model, size, separate_norms=True)),
-        *(block_candidates(model, size, cut=cut) for cut in CUTS),
+        layer_candidates(layers), layer_candidates(traced.layers(separate_norms=True)),
+        *(traced.blocks(cut=cut) for cut in CUTS),
     ]
     for i, candidates in enumerate(by_way):
         covered = [n for c in candidates for n in candidate_parameters(model, c)]

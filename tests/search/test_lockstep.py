@@ -12,10 +12,9 @@ from timm.layers import DropPath
 from timm_amf.models.blocks import classifiers, list_blocks, probe_units
 from timm_amf.search.candidates import (
     Candidate,
-    block_candidates,
+    Traced,
     candidate_parameters,
     layer_candidates,
-    weighted_layers,
     window_candidates,
 )
 from timm_amf.search.lockstep import (
@@ -42,9 +41,9 @@ def network(name, **kwargs):
 
 
 def candidates_of(model):
-    layers = weighted_layers(model, SIZE)
+    layers = Traced(model, SIZE).layers()
     return [
-        *block_candidates(model, SIZE), *layer_candidates(layers)[::3], *window_candidates(layers)[::4], CLASSIFIER]
+        *Traced(model, SIZE).blocks(), *layer_candidates(layers)[::3], *window_candidates(layers)[::4], CLASSIFIER]
 
 
 def lockstep(model, candidates):

@@ -19,10 +19,10 @@ from timm.data.transforms import str_to_interp_mode
 from torchvision.transforms import functional
 
 from timm_amf.errors import UserError
+from timm_amf.files import cache_folder, open_or_write
 from timm_amf.flags import CORES
 
 from .mixture import Mixture
-from .storage import cache_folder, open_or_write
 
 __all__ = ['ImageCache', 'build_cache', 'cache_short_side']
 

@@ -13,12 +13,11 @@ import numpy as np
 from PIL import Image
 
 from timm_amf.errors import UserError
-from timm_amf.files import write_text
+from timm_amf.files import cache_folder, write_text
 
 from .cache import fingerprint, map_images
 from .mixture import Mixture
 from .sources import as_shown, why_unreadable
-from .storage import cache_folder
 
 __all__ = ['BadImage', 'check_images', 'find_copies']
 

@@ -14,10 +14,10 @@ from typing import Any, BinaryIO, Optional
 import numpy as np
 
 from timm_amf.errors import UserError
+from timm_amf.files import cache_folder, open_or_write
 
 from .sources import ReaderSource, Source, class_names, first_line
 from .spec import Component, DataSpec
-from .storage import cache_folder, open_or_write
 
 __all__ = ['PackedSource', 'open_hfds', 'open_iterable']
 

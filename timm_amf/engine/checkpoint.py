@@ -31,8 +31,8 @@ from timm_amf.tuning.l2sp import L2SP
 from timm_amf.tuning.lora import merged_state
 
 __all__ = [
-    'Checkpointer', 'check_digests', 'class_names', 'load_weights', 'read_class_names', 'read_state',
-    'reading_weights', 'restoring', 'save_tensors', 'save_weights', 'set_class_names',
+    'Checkpointer', 'check_digests', 'class_names', 'contiguous', 'load_weights', 'read_class_names',
+    'read_state', 'reading_weights', 'restoring', 'save_tensors', 'save_weights', 'set_class_names',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -50,14 +50,14 @@ _STATE_KEYS = {
 }
 
 
-def _contiguous(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # safetensors takes neither channels_last strides nor two names for one storage.
+def contiguous(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors as safetensors takes them: without strides of channels_last, and none in the storage of another."""
     seen, tensors = set(), {}
     for name, tensor in named.items():
         tensor = tensor.detach().contiguous().cpu()
-        if tensor.data_ptr() in seen:
+        if tensor.untyped_storage().data_ptr() in seen:
             tensor = tensor.clone()
-        seen.add(tensor.data_ptr())
+        seen.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
     return tensors
 
@@ -108,7 +108,7 @@ def _write_module(module: nn.Module, path: Path, state: Optional[Mapping[str, to
     # One entry of metadata only: safetensors writes several in random order.
     names = class_names(module)
     metadata = {'format': 'pt'} if names is None else {'class_names': json.dumps(names)}
-    save_file(_contiguous(module.state_dict() if state is None else state), path, metadata=metadata)
+    save_file(contiguous(module.state_dict() if state is None else state), path, metadata=metadata)
 
 
 def save_weights(module: nn.Module, path: Union[str, Path]) -> None:
@@ -120,7 +120,7 @@ def save_weights(module: nn.Module, path: Union[str, Path]) -> None:
 def save_tensors(named: Mapping[str, torch.Tensor], path: Union[str, Path]) -> None:
     """Write tensors as safetensors, whole or not at all."""
     with replacing(path, _REMEDY) as temporary:
-        save_file(_contiguous(named), temporary)
+        save_file(contiguous(named), temporary)
 
 
 @contextlib.contextmanager
@@ -218,7 +218,7 @@ class Checkpointer:
                 _write_module(ema, folder / _EMA)
             torch.save(optimizer.state_dict(), folder / _OPTIMIZER)
             if l2sp is not None:
-                save_file(_contiguous(l2sp.state_dict()), folder / _START, metadata={'format': 'pt'})
+                save_file(contiguous(l2sp.state_dict()), folder / _START, metadata={'format': 'pt'})
             (folder / _STATE).write_text(json.dumps(state, indent=1), encoding='utf-8')
             digests = {file.name: _digest(file) for file in sorted(folder.iterdir())}
             (folder / _DIGESTS).write_text(json.dumps(digests, indent=1), encoding='utf-8')

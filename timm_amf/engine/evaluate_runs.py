@@ -24,13 +24,12 @@ from timm_amf.data.datasets import split_folders
 from timm_amf.data.shares import OtherImages
 from timm_amf.data.spec import SPLIT_NAMES
 from timm_amf.engine.build import input_channels
-from timm_amf.engine.csv_log import CsvLog
 from timm_amf.engine.evaluation import Evaluation, Row, mean_rows
 from timm_amf.engine.opened import Opened, RunOptions, open_trained
 from timm_amf.engine.run_folder import is_run, settings_of
 from timm_amf.errors import UserError
 from timm_amf.models.method import method_of
-from timm_amf.text import columns
+from timm_amf.text import CsvLog, columns
 from timm_amf.tuning import Plan
 from timm_amf.yaml_text import load_yaml
 

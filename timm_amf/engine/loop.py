@@ -24,13 +24,13 @@ from tqdm import tqdm
 from timm_amf.engine.build import seed_step
 from timm_amf.engine.checkpoint import Checkpointer, class_names, load_weights, read_state, restoring, set_class_names
 from timm_amf.engine.config_file import args_content
-from timm_amf.engine.csv_log import CsvLog
 from timm_amf.engine.evaluate import evaluate, reduce_tensors
 from timm_amf.engine.run_folder import settings_of, shown_as
 from timm_amf.engine.task import AdaptiveTask
 from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.models.method import check_takes, method_of
 from timm_amf.models.records import Record, exact_device
+from timm_amf.text import CsvLog
 from timm_amf.tuning import GroupScheduler, Resolved, apply_freeze
 from timm_amf.yaml_text import load_yaml
 

@@ -8,17 +8,20 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import timm
 import torch
+import yaml
+from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from timm_amf.engine.checkpoint import Checkpointer
 from timm_amf.errors import TOKEN, UserError
+from timm_amf.files import write_text
 from timm_amf.version import __version__
 
-__all__ = ['check_finished', 'check_kind', 'claim_folder', 'environment', 'find_resume', 'prepare_folder']
+__all__ = ['check_finished', 'check_kind', 'claim_folder', 'find_resume', 'prepare_folder', 'write_environment']
 
 _LOCK = '.lock'
 # By which a folder is known to hold each.
@@ -93,18 +96,20 @@ def check_finished(folder: Path) -> None:
                     f'{folder}: a run is writing there; wait until it has finished, or interrupt it') from None
 
 
-def environment(processes: int, device: torch.device) -> dict[str, Any]:
-    """Where a run runs: the command without tokens, versions, hardware."""
-    cuda, script = device.type == 'cuda', Path(sys.argv[0]).name
-    return dict(
+def write_environment(folder: Path, accelerator: Accelerator) -> None:
+    """Write `environment.yaml`, where a run runs: the command without tokens, versions, hardware."""
+    device, script = accelerator.device, Path(sys.argv[0]).name
+    gpu = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
+    about = dict(
         command=TOKEN.sub('hf_...', shlex.join(['timm-amf' if script == 'cli.py' else script, *sys.argv[1:]])),
         versions=dict(
             timm_amf=__version__, timm=timm.__version__, torch=str(torch.__version__),
             python=platform.python_version()),
         hardware=dict(
-            device=torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
-            processes=processes, cores=os.cpu_count(), system=platform.system()),
+            device=gpu or platform.processor() or platform.machine(), processes=accelerator.num_processes,
+            cores=os.cpu_count(), system=platform.system()),
     )
+    write_text(folder / 'environment.yaml', yaml.safe_dump(about, sort_keys=False))
 
 
 def prepare_folder(folder: Path, resume: Optional[Path]) -> None:

@@ -32,6 +32,7 @@ from timm_amf.engine.opened import Opened, RunOptions, open_trained
 from timm_amf.engine.recipes import check_repo_id
 from timm_amf.engine.run_folder import best_row, shown_as
 from timm_amf.errors import UserError
+from timm_amf.files import whole_folder
 from timm_amf.hub.card import build_card
 from timm_amf.hub.load import WEIGHTS, connection, load, portable_args
 from timm_amf.models.method import method_of
@@ -189,12 +190,10 @@ def publish(
         raise UserError(f'--dry-run {target}: is not empty; name a new folder')
     opened = prepare(run, data_dir, compact, results)
     card = build_card(opened, repo_id, license, license_name, license_link, base_models, datasets)
-    if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    # A dry run is written beside its folder and renamed: it is there whole or not at all.
-    with tempfile.TemporaryDirectory(prefix='.timm_amf_publish_', dir=target and target.parent) as temporary:
-        folder = Path(temporary, 'staged')
-        folder.mkdir()
+    # A dry run is there whole or not at all.
+    staging = tempfile.TemporaryDirectory() if target is None else whole_folder(target, 'name another --dry-run')
+    with staging as temporary:
+        folder = Path(temporary)
         _stage(opened, folder, card, license)
         for path in sorted(filter(Path.is_file, folder.rglob('*'))):
             print(f'{path.stat().st_size:>12,}  {path.relative_to(folder).as_posix()}')
@@ -205,9 +204,8 @@ def publish(
             return address
         with contextlib.suppress(FileNotFoundError):
             target.rmdir()  # Windows renames nothing to a folder that is there
-        folder.replace(target)
-        print(f'nothing was sent; see {target}')
-        return None
+    print(f'nothing was sent; see {target}')
+    return None
 
 
 def _check_target(repo_id: str, license: str, login: bool = True) -> None:

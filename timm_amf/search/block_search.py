@@ -31,7 +31,7 @@ from timm_amf.data import Mixture
 from timm_amf.engine import build
 from timm_amf.engine.head import start_head
 from timm_amf.engine.options import keyword_words, parse_args, save_args
-from timm_amf.engine.run import claim_folder, environment
+from timm_amf.engine.run import claim_folder, write_environment
 from timm_amf.errors import UserError
 from timm_amf.files import write_text
 from timm_amf.flags import words_of
@@ -40,13 +40,12 @@ from timm_amf.parsers import PARSERS
 from timm_amf.report import check_installed, report
 from timm_amf.search.candidates import (
     Candidate,
+    Traced,
     baseline_candidates,
-    block_candidates,
     candidate_plan,
     layer_candidates,
     random_candidate,
     top_candidate,
-    weighted_layers,
     window_candidates,
 )
 from timm_amf.search.charts import search_charts, write_figure
@@ -160,8 +159,8 @@ class Search:
         search, final, val = self._open_data()
         model, plan = self._build_model(search)
         self.input_size = resolve_data_config(vars(args), model=model, verbose=False)['input_size']
-        found, layers = self._candidates(model)
-        candidates = self._runs(model, plan, search.num_classes)
+        found, layers, traced = self._candidates(model)
+        candidates = self._runs(traced, plan, search.num_classes)
         self._prepare_folder()
         if (self.folder / 'results.json').exists():  # nothing is left to do
             return self._finish(SearchResults.read(self.folder / 'results.json'), plan)
@@ -217,17 +216,17 @@ class Search:
                 plan = plan.with_role(other, train='none')
         return model, plan
 
-    def _candidates(self, model: nn.Module) -> tuple[list[Candidate], list]:
-        """Both baselines and the candidates of all ways but the tops, which wait for the layers; and the layers."""
-        own, features_only = self.own, self.own.search_head == 'mlp'
+    def _candidates(self, model: nn.Module) -> tuple[list[Candidate], list, Traced]:
+        """Both baselines and the candidates of all ways but the tops, which wait for the layers; these; the network."""
+        own = self.own
         try:
-            layers = weighted_layers(model, self.input_size, self.role, own.separate_norms, features_only)
+            traced = Traced(model, self.input_size, own.search_head == 'mlp')
         except (AssertionError, RuntimeError, ValueError) as e:  # whatever an architecture makes of another size
             size, cause = 'x'.join(map(str, self.input_size)), (str(e) or repr(e)).splitlines()[0]
             raise UserError(
                 f'--img-size: {self.args.model} takes no images of {size} ({cause}); give another, '
                 f'or --model-kwargs img_size={self.input_size[-1]} if it is built for a size') from e
-        found = baseline_candidates()
+        found, layers = baseline_candidates(), traced.layers(self.role, own.separate_norms)
         numbers = {way: int(way[6:]) for way in own.ways if way.startswith('random')}
         self.tops = {way: int(way[3:]) for way in own.ways if way.startswith('top')}
         for way, number in {**numbers, **self.tops}.items():
@@ -236,21 +235,21 @@ class Search:
         if self.tops or 'layer' in own.ways:
             found += layer_candidates(layers)
         if 'block' in own.ways:
-            found += block_candidates(model, self.input_size, self.role, own.cut, features_only)
+            found += traced.blocks(self.role, own.cut)
         if 'window' in own.ways:
             found += window_candidates(layers, own.window)
         found += [random_candidate(layers, number, self.args.seed) for number in numbers.values()]
-        return found, layers
+        return found, layers, traced
 
-    def _runs(self, model: nn.Module, plan: Plan, num_classes: int) -> CandidateRuns:
+    def _runs(self, traced: Traced, plan: Plan, num_classes: int) -> CandidateRuns:
         own, args = self.own, self.args
         reasons = {
             'as asked for': own.one_by_one, 'they are in a branch of a composite': self.role != 'backbone',
             f'{plan.opt} scales by the gradients of all parameters': 'lamb' in plan.opt.lower()}
-        head = _mlp_head(model, self.input_size, num_classes, args.seed) if own.search_head == 'mlp' else None
+        head = _mlp_head(traced.model, self.input_size, num_classes, args.seed) if own.search_head == 'mlp' else None
         memory = own.memory * 2**30 if own.memory else _free_memory(self.accelerator) / 2
         return CandidateRuns(
-            model, self.input_size, self.role, args, self.accelerator, self.folder / 'state', head,
+            traced, self.role, args, self.accelerator, self.folder / 'state', head,
             next((reason for reason, holds in reasons.items() if holds), ''), own.chunk, memory, self.progress)
 
     @contextlib.contextmanager
@@ -302,8 +301,7 @@ class Search:
             (self.folder / 'state').mkdir(parents=True, exist_ok=True)
             write_text(path, identity)
             save_args(args, self.folder / 'args.yaml')
-            about = environment(self.accelerator.num_processes, self.accelerator.device)
-            write_text(self.folder / 'environment.yaml', yaml.safe_dump(about, sort_keys=False))
+            write_environment(self.folder, self.accelerator)
         self.accelerator.wait_for_everyone()
 
     def _finish(self, results: SearchResults, plan: Plan) -> BlockSearch:

@@ -25,9 +25,8 @@ from timm_amf.tuning.plan import Plan
 from timm_amf.tuning.roles import Place, model_roles, places, role_blocks
 
 __all__ = [
-    'CUTS', 'Candidate', 'Layer', 'baseline_candidates', 'block_candidates', 'candidate_parameters', 'candidate_plan',
-    'layer_candidates', 'random_candidate', 'top_candidate', 'trainable_parameters', 'weighted_layers',
-    'window_candidates',
+    'CUTS', 'Candidate', 'Layer', 'Traced', 'baseline_candidates', 'candidate_parameters', 'candidate_plan',
+    'layer_candidates', 'random_candidate', 'top_candidate', 'window_candidates',
 ]
 
 CUTS = ('residual', 'activation', 'pooling')
@@ -64,14 +63,8 @@ class Candidate:
     modules: tuple[str, ...]
 
 
-def weighted_layers(
-        model: nn.Module,
-        input_size: Sequence[int],
-        role: str = 'backbone',
-        separate_norms: bool = False,
-        features_only: bool = False,
-) -> list[Layer]:
-    """The layers of a role that own weights, without the classifier, in the order in which they first compute.
+class Traced:
+    """A network, and the order in which its parameters are first computed with.
 
     Two images of zeros pass through a copy of the model that shares its weights. What gets no gradient from them is no
     layer: training would not change it.
@@ -79,21 +72,51 @@ def weighted_layers(
     Args:
         model: Any timm model, or a composite with `tuning_roles`, on any device.
         input_size: (C, H, W) of the images.
-        role: The role, such as `backbone` or `branch.0`.
-        separate_norms: What owns vectors only (norms, layer scales) or is a parameter of a module with others below it
-            (position embeddings and biases) is a layer of its own, as in the paper's networks, where batch norm is a
-            layer. Else it goes with the matrix or kernel before it in the same block, else with the one after it.
-            Outside of blocks, what lies between the same two blocks counts as a block, and what finds nothing there (a
-            last norm) goes with the layer before it.
         features_only: The classifier reads `forward_features`, so that what `forward_head` computes has no part in it
             (VGG's `pre_logits`, MobileNetV3's `conv_head`).
+
+    Attributes:
+        trainable: Names of the parameters that get a gradient.
     """
-    return _layers(_units(model, _trace(model, input_size, features_only), role), separate_norms)
 
+    def __init__(self, model: nn.Module, input_size: Sequence[int], features_only: bool = False):
+        self.model, self.input_size = model, tuple(input_size)
+        self._events = _trace(model, input_size, features_only)
+        self.trainable = set(self._events) - {_ACTIVATION, _POOLING}
 
-def trainable_parameters(model: nn.Module, input_size: Sequence[int], features_only: bool = False) -> set[str]:
-    """Names of the parameters that get a gradient; arguments as for `weighted_layers`."""
-    return set(_trace(model, input_size, features_only)) - {_ACTIVATION, _POOLING}
+    def layers(self, role: str = 'backbone', separate_norms: bool = False) -> list[Layer]:
+        """The layers of a role that own weights, without the classifier, in the order in which they first compute.
+
+        Args:
+            role: The role, such as `backbone` or `branch.0`.
+            separate_norms: What owns vectors only (norms, layer scales) or is a parameter of a module with others below
+                it (position embeddings and biases) is a layer of its own, as in the paper's networks, where batch norm
+                is a layer. Else it goes with the matrix or kernel before it in the same block, else with the one after
+                it. Outside of blocks, what lies between the same two blocks counts as a block, and what finds nothing
+                there (a last norm) goes with the layer before it.
+        """
+        return _layers(_units(self.model, self._events, role), separate_norms)
+
+    def blocks(self, role: str = 'backbone', cut: str = 'residual') -> list[Candidate]:
+        """The blocks of a role (section III-B).
+
+        Activations and poolings are seen where they are modules, also within others (the activation of timm's
+        `BatchNormAct2d`); those that a model computes by a function are not.
+
+        Args:
+            role: The role.
+            cut: With `residual`, the blocks of `timm_amf.list_blocks`, and what lies before (`stem`), between and after
+                them (`tail`) where it has a matrix or kernel. With `activation`, the layers of `layers` between two
+                calls of an activation or pooling module; with `pooling`, of a pooling module.
+        """
+        if cut == 'residual':
+            units = _units(self.model, self._events, role)
+            return _residual_candidates(self.model, units, role_blocks(self.model, role))
+        marks = (_ACTIVATION, _POOLING) if cut == 'activation' else (_POOLING,)
+        units = _units(self.model, self._events, role, marks)
+        piece_of = {unit.path: unit.piece for unit in units}
+        pieces = [list(piece) for _, piece in itertools.groupby(_layers(units), lambda layer: piece_of[layer.name])]
+        return [Candidate(_span(piece), 'block', i, _modules(piece)) for i, piece in enumerate(pieces)]
 
 
 def layer_candidates(layers: Iterable[Layer]) -> list[Candidate]:
@@ -107,33 +130,6 @@ def window_candidates(layers: Sequence[Layer], length: int = 3) -> list[Candidat
         raise UserError(f'window of {length} layers: the model has {len(layers)}; choose a length from 1 to that')
     windows = [layers[i:i + length] for i in range(len(layers) - length + 1)]
     return [Candidate(_span(window), 'window', i, _modules(window)) for i, window in enumerate(windows)]
-
-
-def block_candidates(
-        model: nn.Module,
-        input_size: Sequence[int],
-        role: str = 'backbone',
-        cut: str = 'residual',
-        features_only: bool = False,
-) -> list[Candidate]:
-    """The blocks of a role (section III-B).
-
-    Activations and poolings are seen where they are modules, also within others (the activation of timm's
-    `BatchNormAct2d`); those that a model computes by a function are not.
-
-    Args:
-        model: As for `weighted_layers`, and so what is not named here.
-        cut: With `residual`, the blocks of `timm_amf.list_blocks`, and what lies before (`stem`), between and after
-            them (`tail`) where it has a matrix or kernel. With `activation`, the layers of `weighted_layers` between
-            two calls of an activation or pooling module; with `pooling`, of a pooling module.
-    """
-    trace = _trace(model, input_size, features_only)
-    if cut == 'residual':
-        return _residual_candidates(model, _units(model, trace, role), role_blocks(model, role))
-    units = _units(model, trace, role, (_ACTIVATION, _POOLING) if cut == 'activation' else (_POOLING,))
-    piece_of = {unit.path: unit.piece for unit in units}
-    pieces = [list(piece) for _, piece in itertools.groupby(_layers(units), lambda layer: piece_of[layer.name])]
-    return [Candidate(_span(piece), 'block', i, _modules(piece)) for i, piece in enumerate(pieces)]
 
 
 def top_candidate(layers: Sequence[Layer], accuracies: Mapping[str, float], k: int) -> Candidate:
@@ -212,11 +208,8 @@ _POOLINGS = tuple(set().union(*map(_classes, (
     nn.modules.pooling, timm.layers.adaptive_avgmax_pool, timm.layers.pool2d_same, timm.layers.blur_pool))))
 
 
-def _trace(model: nn.Module, input_size: Sequence[int], features_only: bool = False) -> list[str]:
-    """What happens in a forward pass: the first use of each parameter that gets a gradient, and the marks.
-
-    Two images of zeros go forward and backward through a copy of the model that shares its weights.
-    """
+def _trace(model: nn.Module, input_size: Sequence[int], features_only: bool) -> list[str]:
+    """What happens in a forward pass: the first use of each parameter that gets a gradient, and the marks."""
     events: list[str] = []
     weights = {id(p): nn.Parameter(p.detach(), p.is_floating_point()) for p in model.parameters()}
     example = next((p for p in weights.values() if p.is_floating_point()), torch.empty(0))

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from timm_amf.data import Mixture
 from timm_amf.data.cache import fingerprint
-from timm_amf.data.storage import cache_folder, open_or_write
 from timm_amf.engine import build
 from timm_amf.engine.run_folder import eval_loader
 from timm_amf.errors import UserError
+from timm_amf.files import cache_folder, open_or_write
 
 __all__ = ['Features', 'FeatureNet', 'extract_features']
 

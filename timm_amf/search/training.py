@@ -21,7 +21,6 @@ from timm.utils import dispatch_clip_grad
 from torch import nn
 
 from timm_amf.engine import build
-from timm_amf.engine.csv_log import CsvLog
 from timm_amf.engine.evaluate import Tally, reduce_tensors
 from timm_amf.engine.loop import Trainer
 from timm_amf.engine.memory import saved_bytes
@@ -31,7 +30,7 @@ from timm_amf.errors import UserError
 from timm_amf.files import write_text
 from timm_amf.models.blocks import Units, classifiers, probe_units
 from timm_amf.models.method import RunSettings
-from timm_amf.search.candidates import Candidate, candidate_plan, trainable_parameters
+from timm_amf.search.candidates import Candidate, Traced, candidate_plan
 from timm_amf.search.lockstep import (
     HEAD,
     Lockstep,
@@ -41,6 +40,7 @@ from timm_amf.search.lockstep import (
     create_member,
 )
 from timm_amf.search.results import CandidateResult
+from timm_amf.text import CsvLog
 from timm_amf.tuning import GroupScheduler, Plan
 from timm_amf.tuning.optim import optimizer_of
 from timm_amf.tuning.resolve import param_groups, resolve
@@ -135,8 +135,7 @@ class CandidateRuns:
     """Trains candidates of one network, in chunks.
 
     Args:
-        model: The network with its starting weights and a new classifier, on its device. No candidate changes it.
-        input_size: (C, H, W) of the images.
+        traced: The network with its starting weights and a new classifier, on its device. No candidate changes it.
         role: The role that they are in.
         args: Options of `train_amf.py`.
         accelerator: Accelerate's context.
@@ -150,8 +149,7 @@ class CandidateRuns:
 
     def __init__(
             self,
-            model: nn.Module,
-            input_size: Sequence[int],
+            traced: Traced,
             role: str,
             args: argparse.Namespace,
             accelerator: Accelerator,
@@ -162,19 +160,19 @@ class CandidateRuns:
             memory: Optional[float] = None,
             progress: bool = False,
     ):
-        self.model = model.requires_grad_(False).eval()
-        self.input_size, self.role, self.args, self.accelerator = tuple(input_size), role, args, accelerator
+        self.model = model = traced.model.requires_grad_(False).eval()
+        self.input_size, self.trainable = traced.input_size, traced.trainable
+        self.role, self.args, self.accelerator = role, args, accelerator
         heads = classifiers(model)
         if len(heads) != 1:
             raise UserError(f'{type(model).__name__} has {len(heads)} classifiers; search a model with one')
         self.own_head, self.head = head is None, heads[0] if head is None else head
-        self.trainable = trainable_parameters(model, input_size, features_only=not self.own_head)
         self.folder, self.chunk, self.memory, self.progress = folder, chunk, memory, progress
         self.alone = alone
         self.probe: Optional[Units] = None
         if not alone:
             try:
-                self.probe = probe_units(model, input_size)
+                self.probe = probe_units(model, self.input_size)
             except Exception as e:  # whatever an architecture without the usual two halves raises
                 self.alone = f'{type(model).__name__} does not show its blocks ({str(e).splitlines()[0]})'
 
