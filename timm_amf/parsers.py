@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from timm_amf.engine.options import parse_args
 from timm_amf.engine.timm_flags import TIMM_FLAGS
 from timm_amf.errors import CommandParser, UserError
-from timm_amf.flags import add_flags, count, natural, workers
+from timm_amf.flags import add_flags, count, natural, number, share, workers
 
 __all__ = ['IMAGE_ROWS', 'PARSERS', 'add_run_flags', 'parse']
 
@@ -59,11 +59,11 @@ def _advise() -> CommandParser:
         'Measure how well pretrained weights fit the data, and propose a Plan for timm-amf train.')
     add = parser.add_argument
     add('--models', metavar='A,B=FILE,...', help='rank these backbones (=FILE: of these weights), and advise the best')
-    add('--pilot-epochs', type=int, metavar='N',
+    add('--pilot-epochs', type=natural, metavar='N',
         help='epochs of each pilot, four for each component and network (default: an eighth of --epochs, 2 at least); '
              '0 for none, and an LR by Table 7')
     add('--source-dir', metavar='DIR', help='folder of images of the source data by class, for the EMD similarity')
-    add('--random-init', type=int, default=0, metavar='EPOCHS',
+    add('--random-init', type=natural, default=0, metavar='EPOCHS',
         help="train the network from random weights, too: the paper's best measure, and dear")
     add('--no-source-classifier', action='store_true', help='the weights hold no classifier: leave LEEP and NCE out')
     add('--policy', metavar='NAME', help='policy network of an AMF that is proposed for a plain model; none: MultiTune')
@@ -84,15 +84,16 @@ def _search() -> CommandParser:
     add('--window', type=int, default=3, metavar='N', help='layers of a window (default: %(default)s)')
     add('--separate-norms', action='store_true', help='norms are layers of their own, as in the paper')
     add('--search-role', metavar='ROLE', help='part of the model to search, such as branch.0 (default: the backbone)')
-    add('--search-epochs', type=int, metavar='N', help='epochs of each candidate (default: 10, or --epochs if fewer)')
-    add('--search-share', type=float, default=1., metavar='X',
+    add('--search-epochs', type=count, metavar='N', help='epochs of each candidate (default: 10, or --epochs if fewer)')
+    add('--search-share', type=number(float, above=0, high=1), default=1., metavar='X',
         help='share of the training images that candidates are trained on (default: all)')
-    add('--final-share', type=float, default=0., metavar='X',
+    add('--final-share', type=share, default=0., metavar='X',
         help='train the best of each way and both baselines again, for --epochs, on this share (default: do not)')
     add('--search-head', choices=('own', 'mlp'), default='own',
         help="the model's own classifier, or the paper's of three layers (default: own)")
-    add('--chunk', type=int, metavar='N', help='most candidates that train at once')
-    add('--memory', type=float, metavar='GB', help='most memory for their activations (default: half of what is free)')
+    add('--chunk', type=count, metavar='N', help='most candidates that train at once')
+    add('--memory', type=number(float, above=0), metavar='GB',
+        help='most memory for their activations (default: half of what is free)')
     add('--one-by-one', action='store_true', help='train each candidate in a network of its own')
     return parser
 

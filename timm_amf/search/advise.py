@@ -30,6 +30,8 @@ from timm_amf.engine import build
 from timm_amf.engine.options import keyword_words, parse_args
 from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.files import replacing
+from timm_amf.flags import words_of
+from timm_amf.parsers import PARSERS
 from timm_amf.search.features import FeatureNet, Features, extract_features
 from timm_amf.search.fit import COMMON, complete, run
 from timm_amf.search.proposal import (
@@ -148,9 +150,6 @@ class Advice:
 
 def _advise(own: argparse.Namespace, runs: Sequence[argparse.Namespace], progress: bool = True) -> Advice:
     """Advice for the flags of `advise`, and of train_amf.py: of one run, or one for each of `--models`."""
-    for name, value in (('random-init', own.random_init), ('pilot-epochs', own.pilot_epochs or 0)):
-        if value < 0:
-            raise UserError(f'--{name}: must be at least 0, not {value}')
     runs = [argparse.Namespace(**{**vars(args), 'tracker': ['none'], 'log_wandb': False}) for args in runs]
     accelerator = build.build_accelerator(runs[0])
     if accelerator.num_processes > 1:
@@ -416,9 +415,10 @@ def advise(
         Measures, advice and Plan; `print` shows them as tables and `to_yaml` writes what `train_amf.py` runs.
     """
     models = models if models is None or isinstance(models, str) else ','.join(models)
-    own = argparse.Namespace(
+    parser = PARSERS['advise']()
+    own = parser.parse_args(words_of(parser, dict(
         source_dir=source_dir, random_init=random_init, pilot_epochs=pilot_epochs,
-        no_source_classifier=not source_classifier, policy=policy)
+        no_source_classifier=not source_classifier, policy=policy)))
     words, data = keyword_words(dict(options, config=config, model=model, data_dir=data_dir))
     return _advise(own, _runs(words, models, data), progress)
 

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-import math
 import os
 import shutil
 import time
@@ -72,13 +71,6 @@ _ANYWHERE = ('overwrite', 'resume', 'no_progress', 'workers', 'explicit', 'confi
 
 def _check(own: argparse.Namespace, args: argparse.Namespace) -> None:
     """Refuse what a search cannot have, and set what follows from the flags."""
-    for name, highest in (
-            ('search_share', 1), ('final_share', 1), ('search_epochs', math.inf), ('chunk', math.inf),
-            ('memory', math.inf)):
-        value = getattr(own, name)
-        if value is not None and not (0 < value <= highest or (name, value) == ('final_share', 0)):
-            raise UserError(
-                f'--{name.replace("_", "-")} {value:g}: must be above 0{" and at most 1" if highest == 1 else ""}')
     if 'model' not in args.explicit:
         raise UserError('no model: name one with --model, or a recipe with --config')
     for name in _REFUSED:
