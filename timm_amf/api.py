@@ -38,7 +38,7 @@ class Run:
 
     Attributes:
         folder: The run, which `evaluate`, `predict`, `report`, `export` and `publish` take.
-        metrics: Validation metrics of its best epoch: `loss`, `top1`, `top5`, ...; none of a dry run.
+        metrics: Validation metrics of the weights that it keeps: `loss`, `top1`, `top5`, ...; none of a dry run.
     """
     folder: Path
     metrics: Mapping[str, float]
@@ -69,7 +69,7 @@ def train(
         **options: Flags of `timm-amf train` by name, such as `epochs`, `pretrained`, `output`, `experiment`, `resume`.
 
     Returns:
-        Its folder and the metrics of its best epoch; with `eval_only` those of the evaluation.
+        Its folder and the validation metrics of the weights that it keeps; with `eval_only` those of the evaluation.
     """
     section, plan = (plan.to_dict(), '') if isinstance(plan, Plan) else (None, plan)
     words, data = keyword_words(dict(options, config=config, data_dir=data_dir, model=model, plan=plan))

@@ -268,6 +268,21 @@ def test_a_mix_is_undone_when_the_run_goes_on(words, tmp_path, capsys):
             assert torch.allclose(tensor, start[name] + share * (tuned[name] - start[name]), atol=1e-6), name
 
 
+def test_what_is_told_of_a_mix_is_of_the_mix(words, tmp_path, monkeypatch):
+    monkeypatch.setattr('timm_amf.engine.wise.SHARES', (0.25, 0.5))  # so that it is not the best epoch
+    run = timm_amf.train(words[1], config=None, **{
+        'model': 'test_resnet', 'pretrained_path': words[words.index('--pretrained-path') + 1], 'val_share': 0.2,
+        'head_start': 'probe', 'norms': 'frozen', 'wise_ft': True, 'opt': 'adamw', 'lr': 1e-2, 'epochs': 1,
+        'img_size': 32, 'output': tmp_path, 'experiment': 'run', 'cpu': True, 'tracker': 'none', 'workers': 0})
+    (found,) = timm_amf.evaluate(run.folder)
+    epoch = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))[0]
+    assert found.loss == pytest.approx(run.metrics['loss'], rel=1e-5) != pytest.approx(float(epoch['eval_loss']))
+    assert found.macro_f1 == pytest.approx(run.metrics['macro_f1'])
+    timm_amf.publish(run.folder, 'me/mix', 'mit', dry_run=tmp_path / 'card')
+    (told, *_), = (json.loads((tmp_path / 'card' / 'metrics.json').read_text())['results'],)
+    assert told['top1'] == pytest.approx(found.top1) and 'of the way there from the start' in told['how']
+
+
 def test_a_network_that_an_epoch_spoils_gets_lower_lrs(words, tmp_path, monkeypatch, capsys):
     module = importlib.import_module('timm_amf.search.fit')
     monkeypatch.setattr(module, 'CANDIDATES', tuple((name, ('--lr', '10')) for name, _ in CANDIDATES))

@@ -26,7 +26,7 @@ from timm_amf.yaml_text import load_yaml
 
 __all__ = [
     'WEIGHTS', 'best_epoch', 'best_row', 'choose_device', 'eval_loader', 'find_weights', 'is_run', 'load_run',
-    'read_run', 'settings_of', 'shown_as',
+    'mixed_row', 'read_run', 'settings_of', 'shown_as',
 ]
 
 # Of `args.yaml`: what no result follows from.
@@ -87,13 +87,27 @@ def best_row(rows: Iterable[Mapping[str, str]], metric: str) -> Mapping[str, str
     return max((row for row in rows if row.get(column)), key=lambda row: sign * float(row[column]), default={})
 
 
-def best_epoch(run: Union[str, Path]) -> dict[str, float]:
-    """The validation metrics of a run's best epoch, as its `--eval-metric` has it.
+def mixed_row(run: Union[str, Path], metric: str) -> Mapping[str, str]:
+    """The row of `mix.csv` of the weights that a run with `--wise-ft` keeps, by a metric; empty of any other run."""
+    rows = read_rows(Path(run) / 'mix.csv') if (Path(run) / 'mix.csv').is_file() else []
+    # Earlier versions wrote no more of a mix than these two.
+    return next(({f'eval_{metric}': row['metric'], 'eval_loss': row['loss'], **row}
+                 for row in rows if row['kept'] == 'True'), {})
+
+
+def best_epoch(run: Union[str, Path], mixed: bool = True) -> dict[str, float]:
+    """The validation metrics of the weights that a run keeps: of its best epoch, as its `--eval-metric` has it, or of
+    the mix of its start and its best epoch.
+
+    Args:
+        run: Its folder.
+        mixed: False: of its best epoch, whatever was mixed with it.
 
     Returns:
-        The columns `eval_*` of its `summary.csv`, without that prefix.
+        The columns `eval_*` of its `summary.csv`, or `mix.csv`, without that prefix.
     """
-    best = best_row(read_rows(Path(run) / 'summary.csv'), _options(run).get('eval_metric', 'top1'))
+    metric = _options(run).get('eval_metric', 'top1')
+    best = mixed and mixed_row(run, metric) or best_row(read_rows(Path(run) / 'summary.csv'), metric)
     return {name[5:]: float(value) for name, value in best.items() if name.startswith('eval_') and value}
 
 

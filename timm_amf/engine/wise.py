@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from timm_amf.engine.checkpoint import save_tensors, save_weights
 from timm_amf.engine.loop import Trainer
 from timm_amf.files import write_text
+from timm_amf.text import csv_of
 
 __all__ = ['SHARES', 'mix_with_start', 'prepare_mix']
 
@@ -26,6 +27,7 @@ def prepare_mix(folder: Path, start: Optional[dict[str, torch.Tensor]]) -> None:
         save_tensors(start, folder / 'model_start.safetensors')
     tuned = folder / 'model_tuned.safetensors'
     if tuned.exists():
+        (folder / 'mix.csv').unlink(missing_ok=True)
         tuned.replace(folder / 'model_best.safetensors')
 
 
@@ -47,15 +49,17 @@ def mix_with_start(trainer: Trainer) -> str:
         model.load_state_dict(mixed)
         metrics = trainer.start if share == 0 and trainer.start is not None else trainer.evaluate_now()
         metric = metrics[args.eval_metric]
-        found.append((-metric if trainer.decreasing else metric, -metrics['loss'], share, metric, mixed))
-    *_, share, metric, mixed = max(found, key=lambda entry: entry[:3])
+        found.append((-metric if trainer.decreasing else metric, -metrics['loss'], share, metrics, mixed))
+    *_, share, metrics, mixed = max(found, key=lambda entry: entry[:3])
     model.load_state_dict(mixed)
     if trainer.accelerator.is_main_process:
         shutil.copy2(best, tuned)
         save_weights(model, best)
-        rows = [f'{one},{value},{-loss},{one == share}' for _, loss, one, value, _ in found]
-        write_text(folder / 'mix.csv', '\n'.join(['share,metric,loss,kept', *rows, '']))
-    trainer.checkpoints.best_metric = metric
+        write_text(folder / 'mix.csv', csv_of(dict(
+            share=one, metric=own[args.eval_metric], loss=own['loss'], kept=one == share,
+            **{f'eval_{name}': value for name, value in own.items() if isinstance(value, float)},
+        ) for *_, one, own, _ in found))
+    trainer.checkpoints.best_metric = metrics[args.eval_metric]
     trainer.accelerator.wait_for_everyone()
-    by_share = ', '.join(f'{share:g}: {metric:.2f}' for *_, share, metric, _ in found)
+    by_share = ', '.join(f'{one:g}: {own[args.eval_metric]:.2f}' for *_, one, own, _ in found)
     return f'weights {share:g} of the way from the start to the best epoch ({args.eval_metric} by share: {by_share})'

@@ -30,7 +30,7 @@ from timm_amf.engine.checkpoint import Checkpointer, read_state
 from timm_amf.engine.intervals import wilson_interval
 from timm_amf.engine.opened import Opened, RunOptions, open_trained
 from timm_amf.engine.recipes import check_repo_id
-from timm_amf.engine.run_folder import best_row, shown_as
+from timm_amf.engine.run_folder import best_row, mixed_row, shown_as
 from timm_amf.errors import UserError
 from timm_amf.files import whole_folder
 from timm_amf.hub.card import build_card
@@ -282,15 +282,17 @@ def _own_results(run: Opened) -> tuple[Mapping[str, str], list[Result]]:
     best = best_row(every, run.args.eval_metric)
     if not best:
         return {}, []
-    how = f'one crop, after epoch {int(best["epoch"]) + 1} of {len(every)}, the best on it'
+    kept, how = best, f'one crop, after epoch {int(best["epoch"]) + 1} of {len(every)}, the best on it'
+    if mixed := mixed_row(run.folder, run.args.eval_metric):
+        kept, how = mixed, f'{how}, {float(mixed["share"]):g} of the way there from the start'
     val, split = run.data[1], splits_from_args(run.args)[1]
     results = []
     for i, name in enumerate(['', *(val.components if len(val.components) > 1 else [])]):
         images = int((val.component_of == i - 1).sum()) if name else len(val)
-        top1 = float(best.get(f'eval_top1_{name}' if name else 'eval_top1') or math.nan)
+        top1 = float(kept.get(f'eval_top1_{name}' if name else 'eval_top1') or math.nan)
         if images and not math.isnan(top1):
             low, high = wilson_interval(top1 / 100 * images, images)
-            top5 = None if name else float(best['eval_top5'])
+            top5 = float(kept['eval_top5']) if not name and 'eval_top5' in kept else None
             results.append(Result(name, split, images, top1, 100 * low, 100 * high, top5, how))
     return best, results
 

@@ -40,7 +40,7 @@ from timm_amf.engine.run_folder import best_epoch
 from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.files import write_text
 from timm_amf.flags import words_of
-from timm_amf.text import csv_text, read_rows
+from timm_amf.text import csv_text
 from timm_amf.tuning import Plan
 from timm_amf.tuning.plan_args import common_plan
 
@@ -185,17 +185,16 @@ def fit_words(words: Sequence[str]) -> Fit:
                 raise
             print(f'{e}: {tried.name} is too high; once more with {lower[0].name}', flush=True)
             with contextlib.suppress(OSError, ValueError, UserError):  # it diverged before the end of an epoch
-                tried.metric = best_epoch(folder)[args.eval_metric]
+                tried.metric = best_epoch(folder, mixed=False)[args.eval_metric]
             earlier.discard()
             progress.candidates.append(lower[0])
             progress.winner = lower[0].name
         finally:
             tried.seconds += time.monotonic() - start
             progress.write()
-    tried.metric = best_epoch(folder)[args.eval_metric]
+    tried.metric = best_epoch(folder, mixed=False)[args.eval_metric]
     floor = read_state(folder / 'last')['start'][args.eval_metric]
-    kept = next(float(row['metric']) for row in read_rows(folder / 'mix.csv') if row['kept'] == 'True')
-    result = Fit(folder, floor, kept, tried, progress.candidates)
+    result = Fit(folder, floor, best_epoch(folder)[args.eval_metric], tried, progress.candidates)
     result.write(folder / 'fit.csv')
     shutil.rmtree(progress.folder)
     return result
