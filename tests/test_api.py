@@ -57,7 +57,8 @@ def test_train_by_a_plan(trained, tmp_path):
     reset_accelerate()
     (tmp_path / 'other.yaml').write_text('plan: {lr: 1, opt: adamw}\n')  # in whose place the Plan comes
     third = timm_amf.train(
-        data={'path': str(data)}, plan=plan, config=tmp_path / 'other.yaml', output=tmp_path, experiment='c', **options)
+        data={'path': str(data)}, plan=plan.to_dict(), config=tmp_path / 'other.yaml', output=tmp_path, experiment='c',
+        **options)
     assert (third.folder / 'summary.csv').read_bytes() == (found.folder / 'summary.csv').read_bytes()
 
 

@@ -56,7 +56,7 @@ def train(
         data_dir: Union[str, Path, None] = None,
         model: Optional[str] = None,
         config: Union[str, Path, None] = None,
-        plan: Union[str, Path, Plan, None] = None,
+        plan: Union[str, Path, Plan, Mapping[str, Any], None] = None,
         **options: Any,
 ) -> Run:
     """Fine-tune a model, as `timm-amf train` does.
@@ -65,12 +65,13 @@ def train(
         data_dir: Folder of the images.
         model: timm architecture, or a composite; else the one of `config`.
         config: Recipe or YAML file that sets options; those given here win.
-        plan: How it is fine-tuned, or the file of a Plan; instead of the one of `config`.
+        plan: How it is fine-tuned, also as a mapping, or the file of a Plan; instead of the one of `config`.
         **options: Flags of `timm-amf train` by name, such as `epochs`, `pretrained`, `output`, `experiment`, `resume`.
 
     Returns:
         Its folder and the validation metrics of the weights that it keeps; with `eval_only` those of the evaluation.
     """
+    plan = Plan.from_dict(plan) if isinstance(plan, Mapping) else plan
     section, plan = (plan.to_dict(), '') if isinstance(plan, Plan) else (None, plan)
     words, data = keyword_words(dict(options, config=config, data_dir=data_dir, model=model, plan=plan))
     folder, metrics = importlib.import_module('train_amf').train(words, args=parse_args(words, data, plan=section))

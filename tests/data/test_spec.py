@@ -120,3 +120,15 @@ def test_a_preset_is_evaluated_on_its_test_split():
     parts = create_datasets(data_spec_from_args(args), ('train', 'val', 'test'))
     assert len(train) == len(parts[0]) + len(parts[1]) and len(test) == len(parts[2])
     assert train.class_names == test.class_names
+
+
+@pytest.mark.parametrize('text, words', [
+    ('path=a,path=b', 'path is given twice'),
+    ('path=a,skip.val=1,skip.val=2', 'skip is given twice'),
+    ('path=a,skip=1,skip.val=2', 'both for all splits and for val'),
+    ('path=a,skip.val=2,skip=1', 'skip is given twice'),
+    ('a', 'not KEY=VALUE'),
+])
+def test_a_component_is_refused(text, words):
+    with pytest.raises(UserError, match=words):
+        data_spec_from_args(parse('--component', text))

@@ -210,6 +210,12 @@ def test_a_model_without_names(tmp_path, folders):
     assert sorted(found.labels) == ['0', '1', '2']
 
 
+def test_predict_gives_one_class_at_least(runs, folders):
+    for topk in (0, -1):
+        with pytest.raises(timm_amf.UserError, match='topk: must be at least 1'):
+            timm_amf.predict(runs['plain'], files(folders)[0], topk=topk)
+
+
 def test_what_cannot_be_predicted(runs, folders, tmp_path, capsys):
     image, empty, bad = files(folders)[0], tmp_path / 'empty', tmp_path / 'bad.onnx'
     empty.mkdir()

@@ -281,6 +281,8 @@ def test_what_is_told_of_a_mix_is_of_the_mix(words, tmp_path, monkeypatch):
     timm_amf.publish(run.folder, 'me/mix', 'mit', dry_run=tmp_path / 'card')
     (told, *_), = (json.loads((tmp_path / 'card' / 'metrics.json').read_text())['results'],)
     assert told['top1'] == pytest.approx(found.top1) and 'of the way there from the start' in told['how']
+    summary = json.loads((tmp_path / 'card' / 'metrics.json').read_text())['summary']
+    assert summary['eval_loss'] == pytest.approx(found.loss, rel=1e-5)
 
 
 def test_a_network_that_an_epoch_spoils_gets_lower_lrs(words, tmp_path, monkeypatch, capsys):

@@ -273,10 +273,10 @@ def _parse_component(text: str) -> dict[str, Any]:
         key, _, split = key.strip().partition('.')
         if not sep or not key:
             raise UserError(f'--component {text!r}: {part!r} is not KEY=VALUE')
-        if not split:
-            item[key] = value
-        elif isinstance(item.setdefault(key, {}), dict):
-            item[key][split] = value
-        else:
+        inner = item.setdefault(key, {}) if split else item
+        if not isinstance(inner, dict):
             raise UserError(f'--component {text!r}: {key} is given both for all splits and for {split}')
+        if (split or key) in inner:
+            raise UserError(f'--component {text!r}: {key} is given twice; a component has a flag of its own')
+        inner[split or key] = value
     return item

@@ -161,7 +161,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
         raise
     except Exception as e:  # whatever timm's constructors say of arguments that the options gave them
         reason = ' '.join(str(e).split())[:300] or type(e).__name__
-        raise UserError(f'--model {args.model} cannot be built: {reason}') from e
+        given = f' (--model-kwargs, maybe of the recipe: {", ".join(args.model_kwargs)})' if args.model_kwargs else ''
+        raise UserError(f'--model {args.model} cannot be built: {reason}{given}') from e
     return model
 
 

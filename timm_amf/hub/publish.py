@@ -89,7 +89,7 @@ class Publication:
         trained: Its model.
         model: The model that is published: that, or what its fixed path leaves.
         results: What it came to.
-        best: Row of `summary.csv` of the best epoch; empty where no epoch was evaluated.
+        best: Row of `summary.csv` of the best epoch, of a mix with what it reached; empty where no epoch was evaluated.
     """
     run: Opened
     trained: nn.Module
@@ -276,23 +276,26 @@ def prepare(
 
 
 def _own_results(run: Opened) -> tuple[Mapping[str, str], list[Result]]:
-    """The best epoch of `summary.csv`, by the metric of the run, and its accuracies."""
+    """The best epoch of `summary.csv`, by the metric of the run, or what was mixed with it, and the accuracies."""
     path = run.folder / 'summary.csv'
     every = read_rows(path) if path.exists() else []
     best = best_row(every, run.args.eval_metric)
     if not best:
         return {}, []
-    kept, how = best, f'one crop, after epoch {int(best["epoch"]) + 1} of {len(every)}, the best on it'
+    how = f'one crop, after epoch {int(best["epoch"]) + 1} of {len(every)}, the best on it'
     if mixed := mixed_row(run.folder, run.args.eval_metric):
-        kept, how = mixed, f'{how}, {float(mixed["share"]):g} of the way there from the start'
+        share = float(mixed['share'])
+        how = f'{how}, {share:g} of the way there from the start' if share else (
+            f'one crop, the weights of the start, above all {len(every)} epochs on it')
+        best = {**best, **{name: value for name, value in mixed.items() if name.startswith('eval_')}}
     val, split = run.data[1], splits_from_args(run.args)[1]
     results = []
     for i, name in enumerate(['', *(val.components if len(val.components) > 1 else [])]):
         images = int((val.component_of == i - 1).sum()) if name else len(val)
-        top1 = float(kept.get(f'eval_top1_{name}' if name else 'eval_top1') or math.nan)
+        top1 = float(best.get(f'eval_top1_{name}' if name else 'eval_top1') or math.nan)
         if images and not math.isnan(top1):
             low, high = wilson_interval(top1 / 100 * images, images)
-            top5 = float(kept['eval_top5']) if not name and 'eval_top5' in kept else None
+            top5 = float(best['eval_top5']) if not name else None
             results.append(Result(name, split, images, top1, 100 * low, 100 * high, top5, how))
     return best, results
 

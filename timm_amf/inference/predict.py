@@ -82,6 +82,8 @@ def predict(
     Raises:
         UserError: If the source cannot be asked, or there are no images; at once, before the first prediction.
     """
+    if topk < 1:
+        raise UserError(f'topk: must be at least 1, not {topk}')
     files = _images([paths] if isinstance(paths, (str, Path)) else paths)
     options = options or RunOptions()
     opened = open_model(source, options, needs_data=False)

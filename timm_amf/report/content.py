@@ -170,7 +170,8 @@ def setting(told: Told, model: Optional[nn.Module], name: str = '', config: str 
     facts = [('folder', str(told.folder))]
     if about.get('command'):
         facts.append(('command', str(about['command'])))
-    facts.append(('the same run', f'timm-amf train --config {shlex.quote(str(told.folder / config))}'))
+    facts.append((
+        'the same run', f'timm-amf train --config {shlex.quote(str(told.folder / config))} --experiment again'))
     for title in ('versions', 'hardware'):
         found = about.get(title) or {}
         facts.append((title, ', '.join(f'{k} {v}' for k, v in found.items()) or 'not kept by the version that ran it'))
