@@ -46,17 +46,18 @@ def main(args: argparse.Namespace) -> None:
     """`timm-amf demo`."""
     from timm_amf.engine.checkpoint import read_state
     from timm_amf.engine.evaluate_runs import evaluate_runs, table
+    from timm_amf.engine.options import parse_args
     from timm_amf.search.fit import COMMON, fit_words, run
 
     weights, words = str(demo_weights()), [*_DATA, '--output', args.output, '--overwrite']
     print('1. timm-amf fit: one network\n')
     found = fit_words([*words, '--model', MODEL, '--pretrained-path', weights, '--experiment', 'fit'])
     print('\n2. timm-amf train: an AMF of two, at a low and a high LR, and a policy network that weighs them\n')
-    run([
+    run(parse_args([
         *words, *COMMON, '--warmup-epochs', '0.2', '--model', 'amf', '--model-kwargs',
         f"backbones=('{MODEL}','{MODEL}')", f'policy={MODEL}', 'policy_input_size=32', '--backbone-weights', weights,
         '--policy-weights', weights, '--branch-lr', '1e-4', '1e-3', '--head-lr', '3e-4', '--policy-lr', '1e-3',
-        '--policy-balance', '1', '--experiment', 'amf'])
+        '--policy-balance', '1', '--experiment', 'amf']))
     amf = Path(args.output) / 'amf'
     frozen = read_state(found.folder / 'last')['start']
     policy = read_rows(amf / 'policy.csv')[-1]
