@@ -35,8 +35,10 @@ from timm_amf.engine import build
 from timm_amf.engine.checkpoint import read_state
 from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs
 from timm_amf.engine.options import parse_args
+from timm_amf.engine.run_folder import best_epoch
 from timm_amf.parsers import parse
 from timm_amf.search import advise, block_search, fit
+from timm_amf.text import read_rows
 from timm_amf.tuning import Plan
 
 _FROM_PROBE = ('--head-start', 'probe', '--norms', 'frozen', '--opt', 'adamw', '--weight-decay', '0.01',
@@ -119,11 +121,6 @@ def train(words: list[str], folder: Path) -> float:
     return time.monotonic() - start
 
 
-def best_of(folder: Path) -> float:
-    with open(folder / 'summary.csv', newline='', encoding='utf-8') as file:
-        return max(float(row['eval_top1']) for row in csv.DictReader(file))
-
-
 def run(args: argparse.Namespace, words: list[str], method: str, seed: int, scratch: Path, chosen: str) -> dict:
     """Train every LR of a method, or those chosen with an earlier seed, and test the best."""
     flags, lrs = METHODS[method]
@@ -145,13 +142,13 @@ def run(args: argparse.Namespace, words: list[str], method: str, seed: int, scra
         best = (found.metric, found.winner.name, found.folder, time.monotonic() - start)
     elif method == 'frozen features':  # an epoch that changes nothing
         seconds = train([*common, *flags, '--lr', '1e-30', '--epochs', '1'], scratch / 'frozen')
-        best = (best_of(scratch / 'frozen'), '', scratch / 'frozen', seconds)
+        best = (best_epoch(scratch / 'frozen')['top1'], '', scratch / 'frozen', seconds)
     elif method == 'non-binary as advised':
         advice = scratch / 'advice.yaml'
         with contextlib.redirect_stdout(io.StringIO()):
             advise.main(parse('advise', [*common, '--advice-file', str(advice)]))
         seconds = train([*common, '--config', str(advice)], scratch / 'advised')
-        best = (best_of(scratch / 'advised'), f'{Plan.from_yaml(advice).lr:g}', scratch / 'advised', seconds)
+        best = (best_epoch(scratch / 'advised')['top1'], f'{Plan.from_yaml(advice).lr:g}', scratch / 'advised', seconds)
     elif method == 'fastai':
         row = fastai_row([*common, '--val-split', 'validation'], lrs, args, seed)
         return {**row, 'seconds_all': ''} if chosen else row
@@ -160,7 +157,7 @@ def run(args: argparse.Namespace, words: list[str], method: str, seed: int, scra
         for lr in lrs:
             folder = scratch / f'lr-{lr}'
             seconds = train([*common, *flags, '--lr', lr, *own], folder)
-            tried.append((best_of(folder), lr, folder, seconds))
+            tried.append((best_epoch(folder)['top1'], lr, folder, seconds))
         tried.sort(key=lambda entry: -entry[0])
         best = tried[0]
     val, lr, folder, seconds = best
@@ -337,10 +334,7 @@ def main() -> None:
     add('--report', action='store_true', help='print the tables of the CSV, and leave')
     parser.set_defaults(**SCALES[parser.parse_known_args()[0].scale])
     args = parser.parse_args()
-    rows = []
-    if args.csv.exists():
-        with open(args.csv, newline='', encoding='utf-8') as file:
-            rows = list(csv.DictReader(file))
+    rows = read_rows(args.csv) if args.csv.exists() else []
     if args.report:
         print(report(rows))
         return
