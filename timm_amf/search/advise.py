@@ -157,16 +157,16 @@ def _advise(own: argparse.Namespace, runs: Sequence[argparse.Namespace], progres
     data = build.build_data(runs[0], accelerator)
     found = {}
     for args in runs:
-        (_, sizes, networks), done, advices = read_target(args, data[0].num_classes), {}, []
-        for plain, blocks in zip(networks, sizes.values()):
+        (roles, blocks, networks), done, advices = read_target(args, data[0].num_classes), {}, []
+        for plain, number in zip(networks, blocks.values()):
             key = repr((plain.model, plain.model_kwargs, plain.pretrained_cfg_overlay, plain.pretrained_path))
             if key not in done:  # equal networks are measured once
-                done[key] = _measure_network(plain, blocks, own, data, accelerator, progress and not args.no_progress)
+                done[key] = _measure_network(plain, number, own, data, accelerator, progress and not args.no_progress)
             advices.append(done[key])
-        found[args.model] = args, advices
-    ranking = _rank([(name, advices[0]) for name, (_, advices) in found.items()]) if len(runs) > 1 else []
+        found[args.model] = args, roles, blocks, advices
+    ranking = _rank([(name, advices[0]) for name, (*_, advices) in found.items()]) if len(runs) > 1 else []
     best = found[ranking[0][0] if ranking else runs[0].model]
-    every = [c for _, advices in found.values() for network in advices for c in network]
+    every = [c for *_, advices in found.values() for network in advices for c in network]
     components = list({(c.network, c.name): c for c in every}.values())
     return Advice(*propose(*best, data[0].num_classes, own.policy), components, ranking)
 

@@ -248,6 +248,8 @@ _NOT_WRITTEN = (
 
 def propose(
         args: argparse.Namespace,
+        roles: Sequence[str],
+        blocks: Mapping[str, int],
         advices: Sequence[Sequence[Any]],
         num_classes: int,
         policy: Optional[str] = None,
@@ -256,7 +258,9 @@ def propose(
 
     Args:
         args: Options of `train_amf.py`.
-        advices: For each network of its model, the `ComponentAdvice` for each component.
+        roles: Of their model, from `read_target`, as are its `blocks`.
+        blocks: Number of blocks of each role that starts from pretrained weights.
+        advices: For each network of the model, the `ComponentAdvice` for each component.
         num_classes: Classes of the data.
         policy: Policy network of a proposed AMF; `none` for MultiTune, None for a small one.
 
@@ -264,7 +268,7 @@ def propose(
         The model, the Plan, the text of the YAML file, what is left open (in sentences), and for each body of the model
         the advice that it follows.
     """
-    (roles, blocks, _), args, notes = read_target(args, num_classes), copy.deepcopy(args), []
+    args, notes = copy.deepcopy(args), []
     followed = [_spread(of_network, i, len(advices)) for i, of_network in enumerate(advices)]
     if 'backbone' in blocks and len({c.decision.suited for c in advices[0]}) == 2:
         notes += _become_composite(args, policy)
