@@ -8,7 +8,7 @@ from typing import Any, Union
 
 from timm_amf.files import write_text
 
-__all__ = ['CsvLog', 'columns', 'csv_of', 'csv_text', 'read_rows']
+__all__ = ['CsvLog', 'columns', 'csv_of', 'csv_text', 'differences', 'read_rows']
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -24,6 +24,12 @@ def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
         cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
         lines.append('  '.join(cells).rstrip())
     return '\n'.join(lines)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Settings of now that were known before and were others, in words."""
+    return [f'{name} {before[name]} before, {value} now' for name, value in now.items()
+            if before.get(name, value) != value]
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:

@@ -379,9 +379,9 @@ def test_folder_of_another_search(search, monkeypatch):
     code, text, folder = search('--chunk', '3')
     assert code == 2 and 'holds a search already; go on with --resume auto' in text
     code, text, _ = search('--lr', '0.2', '--resume', 'auto', '--chunk', '3')
-    assert code == 2 and 'other settings' in text
+    assert code == 2 and 'other settings (lr 0.02 before, 0.2 now)' in text
     code, text, _ = search('--window', '2', '--resume', 'auto', '--chunk', '3')
-    assert code == 2 and 'other settings' in text
+    assert code == 2 and 'other settings (window 3 before, 2 now)' in text
     code, text, _ = search('--resume', 'auto', '--chunk', '2')
     assert code == 2 and '--chunk and --memory stay as they were' in text
     assert search('--resume', 'auto')[0] == 0  # the chunks of the first start

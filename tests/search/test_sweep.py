@@ -403,10 +403,10 @@ def test_a_mistake_is_not_in_the_way(words, quick):
 
 def test_other_settings_are_another_sweep(words, quick, tmp_path, capsys):
     assert main([*words, '--grid', 'lr=0.1,0.01']) == 0
-    for other in (['--grid', 'lr=0.1,0.001'], ['--grid', 'lr=0.1,0.01', '--smoothing', '0.2'],
-                  ['--grid', 'lr=0.1,0.01', '--seeds', '5']):
-        assert main([*words, *other]) == 2
-        assert 'holds a sweep with other settings' in capsys.readouterr().err
+    for other, what in ((['lr=0.1,0.001'], 'values of lr {'), (['lr=0.1,0.01', '--smoothing', '0.2'], 'smoothing None'),
+                        (['lr=0.1,0.01', '--seeds', '5'], 'seeds [42] before, [5] now')):
+        assert main([*words, '--grid', *other]) == 2
+        assert f'holds a sweep with other settings ({what}' in capsys.readouterr().err
     (tmp_path / 'found' / 'test.csv').touch()
     assert main([*words, '--grid', 'lr=0.001', '--overwrite']) == 0
     assert not (tmp_path / 'found' / 'test.csv').exists()

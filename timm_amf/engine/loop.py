@@ -30,7 +30,7 @@ from timm_amf.engine.task import AdaptiveTask
 from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.models.method import check_takes, method_of
 from timm_amf.models.records import Record, exact_device
-from timm_amf.text import CsvLog
+from timm_amf.text import CsvLog, differences
 from timm_amf.tuning import GroupScheduler, Resolved, apply_freeze
 from timm_amf.yaml_text import load_yaml
 
@@ -95,11 +95,6 @@ class _TrainMeter:
     def loss(self) -> float:
         total, count = self.sums.tolist()
         return total / max(count, 1)
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [f'{name} {before[name]} before, {value} now' for name, value in now.items()
-            if before.get(name, value) != value]
 
 
 class Trainer:
@@ -231,14 +226,14 @@ class Trainer:
 
     def _check_same_run(self, source: Path, state: dict[str, Any]) -> None:
         before = state['identity']  # earlier versions wrote fewer
-        differing = _differences(before, self._identity())
+        differing = differences(before, self._identity())
         if differing and state['step']:
             raise UserError(
                 f'{source}: stands in the middle of an epoch, and the steps would differ ({"; ".join(differing)}); '
                 f'resume with the same settings')
         args = source.parent / 'args.yaml'  # which is not beside a checkpoint that was copied
         options = load_yaml(args) if args.is_file() else {}
-        differing = _differences(
+        differing = differences(
             settings_of({**options, **before}, state['plan']),
             settings_of({**args_content(self.args), **self._identity()}, self.plan.to_dict()))
         if differing:

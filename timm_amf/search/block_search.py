@@ -52,7 +52,7 @@ from timm_amf.search.charts import search_charts, write_figure
 from timm_amf.search.proposal import config_text
 from timm_amf.search.results import BASELINES, CandidateResult, SearchResults, ranking, summary, write_csv
 from timm_amf.search.training import CandidateRuns, Stage
-from timm_amf.text import columns
+from timm_amf.text import columns, differences
 from timm_amf.tuning import Plan, Schedule, model_roles, plan_from_args
 from timm_amf.tuning.plan_args import common_plan, resolve_lr
 from timm_amf.tuning.resolve import resolve
@@ -286,15 +286,17 @@ class Search:
         values = {k: v for k, v in vars(args).items() if k not in _ANYWHERE} | {'report': False}
         flags = {k: v for k, v in vars(self.own).items() if k not in ('chunk', 'memory', 'help', 'words')}
         # What the results follow from.
-        identity = json.dumps({'search': flags, 'options': values}, indent=1, sort_keys=True, default=str)
+        identity = json.dumps({**flags, **values}, indent=1, sort_keys=True, default=str)
         if self.accelerator.is_main_process:
             if path.exists() and not args.overwrite:
                 if not args.resume:
                     raise UserError(
                         f'{self.folder}: holds a search already; go on with --resume auto, or add --overwrite')
-                if path.read_text(encoding='utf-8') != identity:
-                    raise UserError(
-                        f'{self.folder}: holds a search with other settings; give the same ones, or add --overwrite')
+                now, before = json.loads(identity), json.loads(path.read_text(encoding='utf-8'))
+                differing = differences({**dict.fromkeys(now), **before}, now)
+                if differing:
+                    raise UserError(f'{self.folder}: holds a search with other settings ({"; ".join(differing)}); give '
+                                    'the same ones, or add --overwrite')
             elif args.overwrite:
                 shutil.rmtree(self.folder / 'state', ignore_errors=True)
                 (self.folder / 'results.json').unlink(missing_ok=True)

@@ -36,7 +36,7 @@ from timm_amf.engine.build import input_channels
 from timm_amf.engine.checkpoint import Checkpointer, read_state
 from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.engine.run import check_kind
-from timm_amf.engine.run_folder import best_epoch
+from timm_amf.engine.run_folder import best_epoch, settings_of
 from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.files import write_text
 from timm_amf.flags import words_of
@@ -155,6 +155,10 @@ def fit_words(words: Sequence[str]) -> Fit:
     args = parse_args(words)
     if args.dry_run or args.eval_only:
         raise UserError('fit trains; leave --dry-run and --eval-only out')
+    if args.report:
+        from timm_amf.report import check_installed, report  # what it takes is imported only where it is asked for
+
+        check_installed()
     folder = Path(args.output or 'output/fit') / (args.experiment or Path(args.data_dir or 'mixture').resolve().name)
     progress = _Progress.open(folder.with_name(f'{folder.name}-pilots'), list(words))
     if args.data_dir and folder.resolve() == Path(args.data_dir).resolve():
@@ -162,10 +166,11 @@ def fit_words(words: Sequence[str]) -> Fit:
     check_kind(folder, 'run')
     earlier = Checkpointer(folder)  # which removes files of a run only, whatever else lies there
     if earlier.holds_run() and not args.overwrite and not progress.winner:
-        raise UserError(
-            f'{folder}: holds a run already{progress.begun}; name another with --experiment, or add --overwrite')
-    if not progress.words:
-        progress.words = complete(words)
+        finished = 'finished ' if (folder / 'fit.csv').exists() else ''
+        raise UserError(f'{folder}: holds a {finished}run already{progress.begun}; name another with --experiment, or '
+                        'add --overwrite')
+    if progress.added is None:
+        progress.added = complete(words)[len(words):]
         shutil.rmtree(progress.folder, ignore_errors=True)  # of another fit, which a refusal leaves
     progress.write()
     if not progress.winner:
@@ -197,6 +202,8 @@ def fit_words(words: Sequence[str]) -> Fit:
     result = Fit(folder, floor, best_epoch(folder)[args.eval_metric], tried, progress.candidates)
     result.write(folder / 'fit.csv')
     shutil.rmtree(progress.folder)
+    if args.report:
+        print(report([folder]))
     return result
 
 
@@ -207,17 +214,21 @@ class _Progress:
     Attributes:
         folder: That folder.
         asked: The command line.
-        words: What `complete` made of it.
+        added: What `complete` adds to it.
         candidates: All, with what is known of them.
         winner: Name of the one that is trained to the end.
         before: Command line of another fit, which was interrupted.
     """
     folder: Path
     asked: list[str]
-    words: list[str]
+    added: Optional[list[str]]
     candidates: list[Candidate]
     winner: str = ''
     before: Sequence[str] = ()
+
+    @property
+    def words(self) -> list[str]:
+        return [*self.asked, *self.added]
 
     @property
     def chosen(self) -> Candidate:
@@ -235,15 +246,21 @@ class _Progress:
     def open(cls, folder: Path, asked: list[str]) -> '_Progress':
         file = folder / 'fit.json'
         state = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
-        if state.get('asked') == asked:
-            return cls(folder, asked, state['words'], [Candidate(**c) for c in state['candidates']], state['winner'])
+        if 'added' in state and _settings(state['asked']) == _settings(asked):
+            return cls(folder, asked, state['added'], [Candidate(**c) for c in state['candidates']], state['winner'])
         if folder.exists() and not file.exists():
             raise UserError(f'{folder}: is where the pilots go, and is there already; name another --experiment')
-        return cls(folder, asked, [], [Candidate(*c) for c in CANDIDATES], before=state.get('asked', ()))
+        return cls(folder, asked, None, [Candidate(*c) for c in CANDIDATES], before=state.get('asked', ()))
 
     def write(self) -> None:
         state = json.dumps({**asdict(self), 'folder': None}, indent=1)
         write_text(self.folder / 'fit.json', state, 'choose another --output')
+
+
+def _settings(words: Sequence[str]) -> dict[str, Any]:
+    """What a fit follows from, by its command line; no result follows from other flags, such as `--workers`."""
+    args = parse_args(words)
+    return {**settings_of(vars(args), {}), 'plan': args.plan, 'budget': args.budget, 'overwrite': args.overwrite}
 
 
 def _contest(progress: _Progress, args: argparse.Namespace) -> None:
@@ -370,10 +387,10 @@ def _train(candidate: Candidate, words: Sequence[str], folder: Path, quiet: bool
 
 
 def run(args: argparse.Namespace, quiet: bool = False, **options: Any) -> None:
-    """`timm-amf train`; quiet: a trial, which prints, draws and publishes nothing."""
+    """`timm-amf train` without a report; quiet: a trial, which prints and publishes nothing."""
     from train_amf import train  # which calls this module
 
-    args = argparse.Namespace(**{**vars(args), 'report': False, 'publish': ''}) if quiet else args
+    args = argparse.Namespace(**{**vars(args), 'report': False, **({'publish': ''} if quiet else {})})
     with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
         train(args=args, **options)
 

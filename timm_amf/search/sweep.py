@@ -47,6 +47,7 @@ from timm_amf.report import check_installed, report
 from timm_amf.search.charts import sweep_charts, write_figure
 from timm_amf.search.sweep_results import Configuration, Sweep, ranked, write_rows
 from timm_amf.search.sweep_space import Space, pairs
+from timm_amf.text import differences
 from timm_amf.tuning.plan_args import common_plan
 
 __all__ = ['main', 'sweep']
@@ -154,8 +155,8 @@ class _Worker:
         name, args = self.folder.name, self.args
         given = {key: getattr(args, key) for key in args.explicit - set(_ANYWHERE)}
         given = args_content(argparse.Namespace(**given, recipe=args.recipe, explicit=set(given)))
-        over = {key: distribution_to_json(over) for key, over in self.space.over.items()}
-        asked = json.loads(json.dumps([given, over, self.seeds]))
+        over = {f'values of {key}': distribution_to_json(over) for key, over in self.space.over.items()}
+        asked = json.loads(json.dumps({**given, **over, 'seeds': self.seeds}))
         with self.lock:
             storage = self._open_storage()
             if args.overwrite:
@@ -170,9 +171,10 @@ class _Worker:
                 for values in self.space.samples():  # mistakes are found before anything is trained
                     self._train([*self.space.words(values), '--dry-run'])
             elif known[name] not in (asked, None):
-                raise UserError(
-                    f'{self.folder}: holds a sweep with other settings; name another with --experiment, or add '
-                    '--overwrite')
+                before = known[name]
+                differing = differences({**dict.fromkeys(asked), **before}, {**dict.fromkeys(before), **asked})
+                raise UserError(f'{self.folder}: holds a sweep with other settings ({"; ".join(differing)}); name '
+                                'another with --experiment, or add --overwrite')
             study = optuna.create_study(
                 storage=storage, study_name=name, load_if_exists=True, pruner=self.pruner,
                 direction='minimize' if self.metric == 'loss' else 'maximize')
