@@ -534,7 +534,7 @@ def test_recipes_of_the_package(monkeypatch, tmp_path, folder):
     assert parse_args([folder, '--config', 'large']).epochs == 8
     (tmp_path / 'small.yaml').write_text('epochs: 9')
     assert parse_args([folder, '--config', 'small.yaml']).epochs == 9  # a file of the user's comes first
-    with pytest.raises(UserError, match='--config smal: no such file, .* the recipes are: large, small$'):
+    with pytest.raises(UserError, match='--config smal: no such file, .* recipe, did you mean small?'):
         parse_args([folder, '--config', 'smal'])
 
 

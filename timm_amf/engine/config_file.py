@@ -44,8 +44,9 @@ def find_config(name: str) -> Path:
     for file in found:
         if file.is_file():
             return file
-    recipes = ', '.join(list_recipes()) or 'none'
-    raise UserError(f'--config {name}: no such file, and no such recipe; the recipes are: {recipes}')
+    recipes = list_recipes()
+    hint = nearest(name, recipes, f'; the recipes are: {", ".join(recipes) or "none"}')
+    raise UserError(f'--config {name}: no such file, and no such recipe{hint}')
 
 
 def read_config(

@@ -100,7 +100,7 @@ def _check_run(args: argparse.Namespace) -> Iterator[tuple[Any, str, str]]:
     yield (args.output and os.path.exists(args.output) and not os.path.isdir(args.output), 'output',
            f'{args.output} is a file; name a folder')
     yield (args.lr is not None and args.lr <= 0, 'lr',
-           f'must be above 0, not {args.lr}; leave it out to use --lr-base, or freeze roles in the plan')
+           f'must be above 0, not {args.lr}; leave it out, or freeze roles in the plan')
     epochs = common_plan(args, args.lr).epochs
     yield (args.start_epoch is not None and args.start_epoch > epochs, 'start_epoch',
            f'{args.start_epoch} is beyond the {epochs} epochs of the run')

@@ -21,7 +21,10 @@ from timm_amf.errors import TOKEN, UserError
 from timm_amf.files import write_text
 from timm_amf.version import __version__
 
-__all__ = ['check_finished', 'check_kind', 'claim_folder', 'find_resume', 'prepare_folder', 'write_environment']
+__all__ = [
+    'check_finished', 'check_kind', 'claim_folder', 'find_resume', 'folder_by_data', 'prepare_folder',
+    'write_environment',
+]
 
 _LOCK = '.lock'
 # By which a folder is known to hold each.
@@ -48,6 +51,12 @@ def find_resume(args: argparse.Namespace, folder: Path) -> Optional[Path]:
             f'--resume {source}: no checkpoint there; give the folder of a run, or its last/, or start from a file of '
             f'weights with --initial-checkpoint')
     return found
+
+
+def folder_by_data(args: argparse.Namespace, command: str) -> Path:
+    """The folder of a command's result, which has the name of the data where there is no `--experiment`."""
+    data = Path(args.data_dir or 'mixture').resolve()
+    return Path(args.output or f'output/{command}') / (args.experiment or (data.stem if data.is_file() else data.name))
 
 
 def check_kind(folder: Path, kind: str, remedy: str = 'name another folder with --output and --experiment') -> None:

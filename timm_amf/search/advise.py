@@ -336,8 +336,12 @@ def _component_table(advice: ComponentAdvice) -> str:
         rules.append((
             name, suited if decision.suited else unsuited, f'{sureness(sure)} ({sure:.2f})', f'{support:.0%}', agreeing,
             against))
-    pilots = ['Pilots, validation accuracy, the best first:', *(f'  {pilot}' for pilot in advice.pilots)] if (
-        len(advice.pilots) > 1) else []
+    pilots, floor = [], measures.values['fixed_top1']
+    if len(advice.pilots) > 1:
+        pilots = ['Pilots, validation accuracy, the best first:', *(f'  {pilot}' for pilot in advice.pilots)]
+        if advice.pilots[0].top1 < floor:
+            pilots.append(f'All are below the fixed features ({floor:.2f}): give more --epochs, or take timm-amf fit, '
+                          'which keeps these where training does not help.')
     return '\n'.join([
         f'{advice.name} under {advice.network}: {measures.images} training images, {measures.classes} classes',
         columns(rows),

@@ -35,7 +35,7 @@ from timm_amf.data.datasets import lacks_split
 from timm_amf.engine.build import input_channels
 from timm_amf.engine.checkpoint import Checkpointer, read_state
 from timm_amf.engine.options import build_parser, parse_args
-from timm_amf.engine.run import check_kind
+from timm_amf.engine.run import check_kind, folder_by_data
 from timm_amf.engine.run_folder import best_epoch, settings_of
 from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.files import write_text
@@ -159,7 +159,7 @@ def fit_words(words: Sequence[str]) -> Fit:
         from timm_amf.report import check_installed, report  # what it takes is imported only where it is asked for
 
         check_installed()
-    folder = Path(args.output or 'output/fit') / (args.experiment or Path(args.data_dir or 'mixture').resolve().name)
+    folder = folder_by_data(args, 'fit')
     progress = _Progress.open(folder.with_name(f'{folder.name}-pilots'), list(words))
     if args.data_dir and folder.resolve() == Path(args.data_dir).resolve():
         raise UserError(f'{folder}: holds the images; name another place for the run with --output or --experiment')

@@ -19,7 +19,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Optional, Union
 
@@ -38,7 +37,7 @@ from timm_amf.engine.build import input_channels
 from timm_amf.engine.config_file import args_content
 from timm_amf.engine.evaluate_runs import RunOptions, evaluate_runs, table
 from timm_amf.engine.options import build_parser, parse_args
-from timm_amf.engine.run import check_kind
+from timm_amf.engine.run import check_kind, folder_by_data
 from timm_amf.engine.run_folder import best_epoch, is_run
 from timm_amf.errors import Diverged, Interrupted, UserError
 from timm_amf.files import writing
@@ -97,8 +96,7 @@ class _Worker:
         self.seeds, self.metric = list(seeds) or [self.args.seed], self.args.eval_metric
         self.trials, self.storage, self.test_split = trials or 20, storage, test_split
         self._check(trials, pruner)
-        self.folder = Path(self.args.output or 'output/sweep') / (
-            self.args.experiment or Path(self.args.data_dir or 'mixture').resolve().name)
+        self.folder = folder_by_data(self.args, 'sweep')
         check_kind(self.folder, 'sweep')
         self.lock = FileLock(self.folder / 'sweep.lock')
         self.pruner = _PRUNERS[pruner](common_plan(self.args).epochs)
