@@ -150,8 +150,8 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys, monkeypatch):  # noqa: F8
     (broken / 'summary.csv').write_text(whole + 'x,y\n')
     assert 'damaged' in told(broken)
     (broken / 'summary.csv').write_text(whole)
-    assert '/x/loss.png: cannot be written (Not a directory); choose another --output' in told(
-        broken, '--no-eval', '--output', f'{__file__}/x')
+    assert '/x: cannot be written (Not a directory); choose another --output' in told(
+        broken, '--output', f'{__file__}/x')
     with FileLock(broken / '.lock'):
         assert 'a run is writing there' in told(broken)
     (broken / 'plan.yaml').write_text('')

@@ -20,7 +20,7 @@ from timm_amf.engine.opened import RunOptions
 from timm_amf.engine.run import check_finished
 from timm_amf.engine.run_folder import is_run
 from timm_amf.errors import UserError
-from timm_amf.files import replacing, write_text
+from timm_amf.files import replacing, write_text, writing
 from timm_amf.inference.sources import open_model, options_from
 from timm_amf.lazy import callable_module
 from timm_amf.models.charts import Chart
@@ -45,6 +45,7 @@ callable_module(__name__)  # timm_amf.report(RUN)
 
 _SIDE = 112  # pixels of an embedded image
 _SHOWN_ROWS = 60  # of a figure's table on the page
+_REMEDY = 'choose another --output'
 
 
 def main(args: argparse.Namespace) -> Path:
@@ -94,6 +95,8 @@ def report(
         check_finished(folder)
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError('a run is given twice; leave one out')
+    with writing(target, _REMEDY):
+        target.mkdir(parents=True, exist_ok=True)
     every = [read_told(folder) for folder in folders]
     opened = [open_model(folder, options, evaluate) for folder in folders]
     found = evaluations(opened, options) if evaluate else []
@@ -128,8 +131,6 @@ def _write(
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup
 
-    remedy = 'choose another --output'
-
     @lru_cache(None)
     def thumbnail(index: int) -> Image.Image:
         image = load(index).convert('RGB')
@@ -138,9 +139,9 @@ def _write(
 
     def drawn(chart: Chart) -> Markup:
         figure = figures.draw(chart, thumbnail)
-        with replacing(target / f'{chart.name}.png', remedy) as file:
+        with replacing(target / f'{chart.name}.png', _REMEDY) as file:
             file.write_bytes(figures.png(figure))
-        write_text(target / f'{chart.name}.csv', figures.table_csv(chart), remedy)
+        write_text(target / f'{chart.name}.csv', figures.table_csv(chart), _REMEDY)
         return Markup('') if chart.kind == 'images' else Markup(figures.svg(figure, chart.name, chart.title))
 
     def data_uri(index: int) -> str:
@@ -165,5 +166,5 @@ def _write(
         title=title, sentence=sentence, sections=sections, drawn=drawn, data_uri=data_uri, groups=groups,
         numbers=numbers, light=figures.LIGHT, dark=figures.DARK,
         kind=lambda part: type(part).__name__)
-    write_text(target / 'index.html', page, remedy)
+    write_text(target / 'index.html', page, _REMEDY)
     return target / 'index.html'

@@ -184,6 +184,13 @@ def setting(told: Told, model: Optional[nn.Module], name: str = '', config: str 
         cost = f'{timedelta(seconds=round(seconds))} of training steps in {epochs} epoch{"s" * (epochs != 1)}'
         facts.append(('cost', cost))
     parts.append(Table('The run', ('', ''), facts))
+    if (told.folder / 'fit.csv').is_file():
+        parts.append(Table(
+            'What fit tried, on the validation images',
+            ('candidate', 'flags', 'pilot', str(told.options.get('eval_metric')), 'seconds', ''),
+            [(row['candidate'], row['flags'], *(row[key] and f'{float(row[key]):.2f}' for key in ('pilot', 'metric')),
+              row['seconds'], 'trained to the end' * (row['winner'] == 'True'))
+             for row in read_rows(told.folder / 'fit.csv')]))
     if (told.folder / 'mix.csv').is_file():
         floor = 'frozen features, logistic regression' if told.options.get('head_start') == 'probe' else 'the start'
         ends = {'0.0': f'0: {floor}', '1.0': '1: the best epoch'}
