@@ -190,7 +190,7 @@ def setting(told: Told, model: Optional[nn.Module], name: str = '', config: str 
             ('candidate', 'flags', 'pilot', str(told.options.get('eval_metric')), 'seconds', ''),
             [(row['candidate'], row['flags'], *(row[key] and f'{float(row[key]):.2f}' for key in ('pilot', 'metric')),
               row['seconds'], 'trained to the end' * (row['winner'] == 'True'))
-             for row in read_rows(told.folder / 'fit.csv')]))
+             for row in read_rows(told.folder / 'fit.csv') if row['seconds'] != '0.0']))
     if (told.folder / 'mix.csv').is_file():
         floor = 'frozen features, logistic regression' if told.options.get('head_start') == 'probe' else 'the start'
         ends = {'0.0': f'0: {floor}', '1.0': '1: the best epoch'}
