@@ -26,9 +26,11 @@ import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
+from scipy.stats import rankdata
 
 import train_amf
 from timm_amf.engine import build
@@ -270,21 +272,15 @@ def report(rows: list[dict]) -> str:
         found = {}
         for row in own:
             found.setdefault((row['method'], row['set']), []).append(row)
-        # Ranks are of the methods that have every set, on the seeds that all of them have.
-        methods = [m for m in METHODS if all((m, s) in found for s in sets)]
-        places: dict[str, list[float]] = {m: [] for m in methods}
-        for name in sets:
-            seeds = set.intersection(*({r['seed'] for r in found[m, name]} for m in methods))
-            for seed in seeds:
-                score = {m: next(float(r['test']) for r in found[m, name] if r['seed'] == seed) for m in methods}
-                for m in methods:
-                    above = sum(v > score[m] for v in score.values())
-                    places[m].append(1 + above + (sum(v == score[m] for v in score.values()) - 1) / 2)
+        methods = [m for m in METHODS if any((m, s) in found for s in sets)]
+        # Ranks are over the sets that all methods have.
+        tests = [[statistics.mean(float(row['test']) for row in found[m, s]) for m in methods]
+                 for s in sets if all((m, s) in found for m in methods)]
+        ranks = dict(zip(methods, rankdata(-np.array(tests), axis=1).mean(axis=0))) if tests else {}
         lines += [f'**{key[0]}, {key[1]} px, {key[2]} epochs**', '',
                   f'| method | {" | ".join(sets)} | cost | with all LRs | average rank |',
                   '|---' * (len(sets) + 4) + '|']
-        for m in sorted((m for m in METHODS if any((m, s) in found for s in sets)),
-                        key=lambda m: statistics.mean(places[m]) if places.get(m) else len(METHODS)):
+        for m in sorted(methods, key=lambda m: ranks.get(m, 0)):
             cells, costs = [], []
             for name in sets:
                 cells.append(_cell(found.get((m, name), [])))
@@ -296,7 +292,7 @@ def report(rows: list[dict]) -> str:
             # The median, for a machine that does something else now and then.
             cost = [statistics.median([c for c in column if c is not None]) for column in zip(*costs)]
             cost = [f'{c:.2f}' for c in cost] or ['', '']
-            rank = f'{statistics.mean(places[m]):.1f}' if places.get(m) else ''
+            rank = f'{ranks[m]:.1f}' if ranks else ''
             lines.append(f'| {m} | {" | ".join([*cells, *cost, rank])} |')
         lines.append('')
     return '\n'.join(lines)
