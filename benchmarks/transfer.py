@@ -158,7 +158,9 @@ def run(args: argparse.Namespace, words: list[str], method: str, seed: int, scra
         tried = []
         for lr in lrs:
             folder = scratch / f'lr-{lr}'
-            seconds = train([*common, *flags, '--lr', lr, *own], folder)
+            # As in AMF's paper one branch is tuned less than the other.
+            branches = ['--branch-lr', f'{float(lr) / 10:g}', lr] if method in ('AMF', 'MultiTune') else []
+            seconds = train([*common, *flags, '--lr', lr, *branches, *own], folder)
             tried.append((best_epoch(folder)['top1'], lr, folder, seconds))
         tried.sort(key=lambda entry: -entry[0])
         best = tried[0]
