@@ -26,7 +26,9 @@ def test_it_stops_and_a_resumed_run_too(early, capsys):
     parts = early('parts', '--early-stop', '3', '--stop-epoch', '3')
     assert len(rows(parts / 'summary.csv')) == 3
     assert_same_run(whole, early('parts', '--early-stop', '3', '--resume', 'auto'))
-    assert_same_run(whole, early('parts', '--early-stop', '3', '--resume', 'auto'))  # nothing left to train
+    assert 'nothing is left' not in capsys.readouterr().out
+    assert_same_run(whole, early('parts', '--early-stop', '3', '--resume', 'auto'))
+    assert 'nothing is left to train: best top1 30.000 after epoch 2' in capsys.readouterr().out
     assert len(rows(early('parts', '--early-stop', '4', '--resume', 'auto') / 'summary.csv')) == 8
 
 

@@ -611,10 +611,11 @@ class Trainer:
                 _logger.warning(
                     'The best epoch, %s %.2f, is below the frozen features with a logistic regression, %.2f: lower the '
                     'LR, or add --wise-ft.', name, metric, self.start[name])
-        seconds = timedelta(seconds=round(time.monotonic() - self._started))
+        done = f'done in {timedelta(seconds=round(time.monotonic() - self._started))}'
+        done = done if self._epochs_done else 'nothing is left to train'
         if best is None:
-            return f'done in {seconds}; {self.folder}'
-        return (f'done in {seconds}: best {name} {metric:.3f} after epoch {best + 1}; '
+            return f'{done}; {self.folder}'
+        return (f'{done}: best {name} {metric:.3f} after epoch {best + 1}; '
                 f'{self.folder / "model_best.safetensors"}')
 
     def _line(self, epoch, train, val, lrs, best) -> str:
