@@ -158,9 +158,10 @@ def run(args: argparse.Namespace, words: list[str], method: str, seed: int, scra
         tried = []
         for lr in lrs:
             folder = scratch / f'lr-{lr}'
-            # As in AMF's paper one branch is tuned less than the other.
-            branches = ['--branch-lr', f'{float(lr) / 10:g}', lr] if method in ('AMF', 'MultiTune') else []
-            seconds = train([*common, *flags, '--lr', lr, *branches, *own], folder)
+            low = f'{float(lr) / 10:g}'  # as in the papers, of one branch, or of a policy that routes
+            parts = ['--policy-lr', low] if method.startswith('SpotTune') else (
+                ['--branch-lr', low, lr] if method in ('AMF', 'MultiTune') else [])
+            seconds = train([*common, *flags, '--lr', lr, *parts, *own], folder)
             tried.append((best_epoch(folder)['top1'], lr, folder, seconds))
         tried.sort(key=lambda entry: -entry[0])
         best = tried[0]
