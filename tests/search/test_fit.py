@@ -68,6 +68,7 @@ def test_fit(words, tmp_path, capsys):
     with open(folder / 'mix.csv', newline='') as file:
         shares = {row['share']: float(row['metric']) for row in csv.DictReader(file)}
     assert shares['0.0'] == pytest.approx(floor) and max(shares.values()) >= floor
+    assert f'best top1 {max(shares.values()):.3f} of the mix; ' in out
     assert 'frozen features' in out and f'timm-amf evaluate {folder}' in out
     assert out.count('no validation split: 12 images are kept for it, a fifth of each class (--val-share 0.2)') == 1
     assert not list(tmp_path.glob('run-pilots'))

@@ -615,8 +615,8 @@ class Trainer:
         done = done if self._epochs_done else 'nothing is left to train'
         if best is None:
             return f'{done}; {self.folder}'
-        return (f'{done}: best {name} {metric:.3f} after epoch {best + 1}; '
-                f'{self.folder / "model_best.safetensors"}')
+        which = 'of the mix' if self.args.wise_ft and self.epoch >= self.total_epochs else f'after epoch {best + 1}'
+        return f'{done}: best {name} {metric:.3f} {which}; {self.folder / "model_best.safetensors"}'
 
     def _line(self, epoch, train, val, lrs, best) -> str:
         parts = [f'epoch {epoch + 1}/{self.epochs}', f'train loss {train["loss"]:.4f}']
