@@ -45,6 +45,12 @@ def test_a_folder_that_a_share_replaces_is_told(make_folder, caplog):
     assert '/val is left out: --val-share draws val from the training images' in caplog.text
 
 
+def test_what_is_wrong_with_the_training_images_is_told_of_a_share_of_them(plain):
+    (plain / 'empty').mkdir()
+    with pytest.raises(UserError, match="no images in class folder '.*empty'"):
+        create_dataset(spec(plain, val_share=0.2), 'val')
+
+
 def test_groups_that_leave_nothing_are_refused(plain):
     """Each class one group: training keeps it, and nothing would validate."""
     with pytest.raises(UserError, match='no image is left for val.*make smaller groups'):

@@ -267,7 +267,7 @@ class _Parts:
         try:
             classes = self.open(component, 'train').classes
         except UserError as e:
-            if 'train' in splits:
+            if {'train', *self.spec.shares} & set(splits):  # shares are of the training images
                 raise
             classes = self.open(component, splits[0]).classes
             _logger.warning(f'{e}. The classes are taken from split {splits[0]!r}: {len(classes)}.')
