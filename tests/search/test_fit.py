@@ -4,7 +4,6 @@ import importlib.util
 import json
 import re
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from timm_amf import fit
 from timm_amf.cli import main
 from timm_amf.engine.head import C_GRID, logistic_regression
 from timm_amf.engine.options import parse_args
-from timm_amf.engine.wise import mix_with_start
 from timm_amf.errors import Diverged
 from timm_amf.search.fit import CANDIDATES, Candidate, _choose, _contest, _Progress, complete
 
@@ -271,30 +269,6 @@ def test_a_mix_is_undone_when_the_run_goes_on(words, tmp_path, capsys):
     for name, tensor in best.items():
         if tensor.is_floating_point():
             assert torch.allclose(tensor, start[name] + share * (tuned[name] - start[name]), atol=1e-6), name
-
-
-@pytest.mark.parametrize('metric, found, share', [
-    ('top1', (80., 81., 82., 81., 79.), 0.5),  # half the standard error of 80 of 100 images are 2
-    ('top1', (80., 81., 81.9, 81., 79.), 0.),
-    ('top1', (100., 100., 100., 99., 99.), 0.25),  # of equal ones that of the lower loss
-    ('loss', (1., 0.99, 1.1, 1.2, 1.3), 0.25),
-])
-def test_the_start_stays_unless_something_is_ahead_of_it(tmp_path, metric, found, share):
-    model = torch.nn.Linear(1, 1, bias=False)
-    for name, weight in (('start', 0.), ('best', 1.)):
-        save_file({'weight': torch.full((1, 1), weight)}, tmp_path / f'model_{name}.safetensors')
-    values = iter(found)
-
-    def evaluate() -> dict[str, float]:
-        return {'loss': 1 - model.weight.item() % 0.5, metric: next(values)}
-    main_process = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(eval_metric=metric), folder=tmp_path, evaluated_model=model, decreasing=metric == 'loss',
-        start=None, evaluate_now=evaluate, val_loader=SimpleNamespace(dataset=range(100)), accelerator=main_process,
-        checkpoints=SimpleNamespace())
-    assert mix_with_start(trainer).startswith(f'weights {share:g} of the way')
-    assert model.weight.item() == load_file(tmp_path / 'model_best.safetensors')['weight'].item() == share
-    assert trainer.checkpoints.best_metric == found[int(4 * share)]
 
 
 def test_what_is_told_of_a_mix_is_of_the_mix(words, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev
 
-__all__ = ['holm', 'mean_interval', 'paired_p', 'standard_error', 't_quantile', 'wilson_interval']
+__all__ = ['holm', 'mean_interval', 'paired_p', 't_quantile', 'wilson_interval']
 
 
 def wilson_interval(hits: float, count: float, level: float = 0.95) -> tuple[float, float]:
@@ -27,11 +27,6 @@ def wilson_interval(hits: float, count: float, level: float = 0.95) -> tuple[flo
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     # At the ends the limits are 0 and 1 exactly; rounding must not put the share outside.
     return 0. if hits == 0 else centre - half, 1. if hits == count else centre + half
-
-
-def standard_error(percent: float, count: int) -> float:
-    """Standard error of a share of `count` images, both in percent."""
-    return math.sqrt(max(percent * (100 - percent), 0.) / count)
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float, float]:

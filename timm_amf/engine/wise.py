@@ -1,9 +1,8 @@
 """WiSE-FT: at the end, the weights of the start and of the best epoch mixed in the shares that validate best.
 
 Wortsman et al., "Robust fine-tuning of zero-shot models", 2022. Mixed so, a run never ends below its start on the
-validation images, and where nothing is ahead of the start by half a standard error, it is the start. A run's folder
-keeps `model_start.safetensors` (also of a run from a logistic regression that mixes nothing) and, of the best epoch,
-`model_tuned.safetensors`.
+validation images. A run's folder keeps `model_start.safetensors` (also of a run from a logistic regression that mixes
+nothing) and, of the best epoch, `model_tuned.safetensors`.
 """
 import shutil
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from timm_amf.engine.checkpoint import save_tensors, save_weights
-from timm_amf.engine.intervals import standard_error
 from timm_amf.engine.loop import Trainer
 from timm_amf.files import write_text
 from timm_amf.text import csv_of
@@ -52,10 +50,7 @@ def mix_with_start(trainer: Trainer) -> str:
         metrics = trainer.start if share == 0 and trainer.start is not None else trainer.evaluate_now()
         metric = metrics[args.eval_metric]
         found.append((-metric if trainer.decreasing else metric, -metrics['loss'], share, metrics, mixed))
-    kept, floor = max(found, key=lambda entry: entry[:3]), found[0]
-    # The best of several is ahead by chance, too.
-    margin = 0. if trainer.decreasing else standard_error(floor[0], len(trainer.val_loader.dataset)) / 2
-    *_, share, metrics, mixed = kept if kept[0] >= floor[0] + margin else floor
+    *_, share, metrics, mixed = max(found, key=lambda entry: entry[:3])
     model.load_state_dict(mixed)
     if trainer.accelerator.is_main_process:
         shutil.copy2(best, tuned)

@@ -34,7 +34,6 @@ from timm_amf.data import Mixture, create_dataset, data_spec_from_args, splits_f
 from timm_amf.data.datasets import lacks_split
 from timm_amf.engine.build import input_channels
 from timm_amf.engine.checkpoint import Checkpointer, read_state
-from timm_amf.engine.intervals import standard_error
 from timm_amf.engine.options import build_parser, parse_args
 from timm_amf.engine.run import check_kind, folder_by_data
 from timm_amf.engine.run_folder import best_epoch, settings_of
@@ -301,7 +300,7 @@ def _choose(candidates: Sequence[Candidate], args: argparse.Namespace) -> Candid
     if args.eval_metric == 'loss':
         return min(candidates, key=lambda c: c.pilot)
     best = max(c.pilot for c in candidates)
-    error = standard_error(best, len(_images(args, splits_from_args(args)[1])))
+    error = 100 * (max(best / 100 * (1 - best / 100), 0.) / len(_images(args, splits_from_args(args)[1]))) ** 0.5
     return next(c for c in reversed(candidates) if c.pilot >= best - 2 * error)
 
 
