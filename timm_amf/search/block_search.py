@@ -293,7 +293,7 @@ class Search:
                     raise UserError(
                         f'{self.folder}: holds a search already; go on with --resume auto, or add --overwrite')
                 now, before = json.loads(identity), json.loads(path.read_text(encoding='utf-8'))
-                differing = differences({**dict.fromkeys(now), **before}, now)
+                differing = differences({**dict.fromkeys(now), **before}, {**dict.fromkeys(before), **now})
                 if differing:
                     raise UserError(f'{self.folder}: holds a search with other settings ({"; ".join(differing)}); give '
                                     'the same ones, or add --overwrite')
